@@ -1,0 +1,209 @@
+"""An adapter is a pair of pure functions over Params, `from_hf` and `to_hf`, derived from stages that can be inverted.
+
+    a >> b      a, then b            (a >> b).inverse == b.inverse >> a.inverse
+    a | b       side by side         (a | b).inverse == a.inverse | b.inverse
+    a.inverse   backwards            a.inverse.inverse == a
+
+An adapter is a value: it remembers no call. Choices left open are settled for each call by the names that it is given.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from fmoe import sharding
+from fmoe.beside import beside
+from fmoe.grouping import Window
+from fmoe.names import Names
+from fmoe.pipeline import Plan, Stage, Views, plan_stages, resolve_stages
+from fmoe.types import AdapterError, MoEConfig, Params, TensorSpec
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """from_hf . to_hf == id and to_hf . from_hf == id, on dicts of tensors (a pair of pure functions).
+
+    stages: applied left to right by `from_hf`. moe: what `moe_config` returns, or why nobody can say.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    moe: MoEConfig | str = field(default="no family and config were given", compare=False, repr=False)
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        """The config of the checkpoint's expert layers. Raises AdapterError where its family or config do not say it."""
+        if isinstance(self.moe, str):
+            raise AdapterError(f"moe_config is unknown: {self.moe}")
+        return self.moe
+
+    # composition
+
+    @property
+    def inverse(self) -> "Adapter":
+        """The two directions swapped: `a.inverse.from_hf` is `a.to_hf`."""
+        return replace(self, stages=tuple(stage.inverse for stage in reversed(self.stages)))
+
+    def __rshift__(self, other: "Adapter") -> "Adapter":
+        return Adapter(self.stages + other.stages, self._moe(other))
+
+    def __or__(self, other: "Adapter") -> "Adapter":
+        return Adapter(beside(self.stages, other.stages), self._moe(other))
+
+    def _moe(self, other: "Adapter") -> MoEConfig | str:
+        return other.moe if isinstance(self.moe, str) else self.moe
+
+    @property
+    def lossless(self) -> bool:
+        """Whether no stage changes values or drops tensors."""
+        return all(stage.lossless for stage in self.stages)
+
+    def __str__(self) -> str:
+        return "\n>>\n".join(map(str, self.stages)) or "keep {rest}"
+
+    # abstract
+
+    def resolve(self, names: Iterable[str]) -> "Adapter":
+        """The adapter with its alternatives settled by key names, so that `to_hf` emits the layout that was found.
+
+        Raises AdapterError where the names speak for two layouts at once.
+        """
+        return replace(self, stages=resolve_stages(self.stages, Names(names)))
+
+    def choose(self, **choices: Any) -> "Adapter":
+        """The adapter with alternatives settled by hand, as in `choose(layout="fused")`."""
+        return replace(self, stages=tuple(stage.choose(choices) for stage in self.stages))
+
+    def plan(self, specs: Mapping[str, Any], **axis_ranges: range) -> Plan:
+        """What `from_hf` would do to names, shapes and dtypes, proved bijective; no byte is touched.
+
+        specs: names to `TensorSpec`s or tensors (meta too). axis_ranges: `e=range(0, 16)` reads those experts only.
+        Raises AdapterError with every problem found.
+
+        >>> import fmoe
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({f"w.{e}": TensorSpec((3,), torch.float32) for e in range(4)})
+        >>> plan.targets, plan.nbytes
+        ({'w': TensorSpec(shape=(4, 3), dtype=torch.float32)}, 48)
+        """
+        return self._plan(specs, axis_ranges, local=False)
+
+    def _plan(self, values: Mapping[str, Any], window: Window, *, local: bool) -> Plan:
+        specs = {name: _spec(name, value) for name, value in values.items()}
+        return plan_stages(self.stages, specs, window, local=local)
+
+    # eager
+
+    def from_hf(
+        self,
+        hf_state_dict: Mapping[str, Any],
+        device_mesh: DeviceMesh | None = None,
+        *,
+        copy: bool = False,
+        contiguous: bool = False,
+        **axis_ranges: range,
+    ) -> dict[str, Any]:
+        """HF tensors -> native tensors. Pure; views of the inputs wherever strides allow, in HF's storage order.
+
+        device_mesh: keep this rank's experts (and `ep_shard` slice) of plain tensors, as DTensors on the mesh.
+        copy: always fresh storage. contiguous: native storage order. axis_ranges: only those indices of an axis.
+        A dict of TensorSpecs gives TensorSpecs. Raises AdapterError with every problem found, before any data moves.
+
+        >>> import fmoe
+        >>> fmoe.rule("w.{e} [d]", "w [e d]").from_hf({"w.1": torch.ones(2), "w.0": torch.zeros(2)})
+        {'w': tensor([[0., 0.],
+                [1., 1.]])}
+        """
+        if device_mesh is not None:
+            return self._sharded(hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
+        plan = self._plan(hf_state_dict, axis_ranges, local=False)
+        return _run(plan, hf_state_dict, copy=copy, contiguous=contiguous)
+
+    def to_hf(
+        self,
+        state_dict: Mapping[str, Any],
+        exclude_key_regex: str | None = None,
+        quantization: bool | None = None,
+        *,
+        copy: bool = False,
+        contiguous: bool = False,
+        **axis_ranges: range,
+    ) -> dict[str, Any]:
+        """Native tensors -> HF tensors, the inverse of `from_hf`. Pure; views of the inputs wherever strides allow.
+
+        exclude_key_regex: leave out HF names that `re.match` it. quantization: None writes quantised what carries the
+        scales it was read with; True everything that the family quantises, with real scales; False nothing.
+        axis_ranges: which experts these tensors hold (`e=range(16, 32)`), to name them. Other arguments as `from_hf`.
+        """
+        plan = self._to_hf_plan(state_dict, quantization, axis_ranges)
+        out = _run(plan, state_dict, copy=copy, contiguous=contiguous)
+        return {n: t for n, t in out.items() if not (exclude_key_regex and re.match(exclude_key_regex, n))}
+
+    def convert_single_tensor_to_hf(
+        self,
+        fqn: str,
+        tensor: Any,
+        *,
+        exclude_key_regex: str | None = None,
+        quantization: bool | None = None,
+        **axis_ranges: range,
+    ) -> list[tuple[str, Any]]:
+        """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
+        return list(self.to_hf({fqn: tensor}, exclude_key_regex, quantization, **axis_ranges).items())
+
+    def iter_hf(
+        self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields what `to_hf` returns, lazily, one native tensor at a time: for weight synchronisation."""
+        plan = self._to_hf_plan(params, quantization, axis_ranges)
+        for sources, targets in plan.units():
+            yield from plan.run({n: params[n] for n in sources}, targets).items()
+
+    def views(self, native: Params, **axis_ranges: range) -> Views:
+        """The native tensors' storage under HF names and shapes: write into these and the native tensors are loaded.
+
+        Raises AdapterError naming each HF tensor that is no view (stacked of several, merged across strides, decoded).
+        """
+        plan = self._to_hf_plan(native, None, axis_ranges)
+        views = Views(plan.run(native, views=True))
+        views.units = tuple((tuple(s), tuple(t)) for s, t in plan.units())
+        return views
+
+    def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
+        adapter = self.choose(quantization=quantization) if quantization is not None else self
+        return adapter.inverse._plan(params, window, local=True)
+
+    def _sharded(self, hf: Mapping[str, Any], mesh: DeviceMesh, **how: bool) -> dict[str, Any]:
+        whole = self._plan(hf, {}, local=False)
+        stacks = whole.stacks("e")
+        ranges = {n: sharding.get_expert_range_for_rank_from_mesh(mesh, spec.shape[0]) for n, spec in stacks.items()}
+        if len(set(ranges.values())) > 1:
+            raise AdapterError(f"expert tensors of several sizes cannot share one mesh: {ranges}")
+        window = {"e": range(*next(iter(ranges.values())))} if ranges else {}
+        local = _run(self._plan(hf, window, local=False), hf, **how)
+        return {n: _distribute(t, mesh, stacks[n].shape) if n in stacks else t for n, t in local.items()}
+
+
+def _distribute(tensor: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
+    return sharding.create_dtensor_from_local(sharding.ep_shard_slice(tensor, mesh), mesh, shape=shape)
+
+
+def _spec(name: str, value: Any) -> TensorSpec:
+    if isinstance(value, TensorSpec):
+        return value
+    try:
+        return TensorSpec(tuple(value.shape), value.dtype)
+    except AttributeError:
+        raise AdapterError(f"{name!r}: {type(value).__name__}, expected a tensor or a TensorSpec") from None
+
+
+def _run(plan: Plan, params: Mapping[str, Any], *, copy: bool, contiguous: bool) -> dict[str, Any]:
+    if any(isinstance(v, TensorSpec) for v in params.values()):
+        return dict(plan.targets)
+    out = plan.run(params)
+    if copy:
+        given = {t.untyped_storage()._cdata for t in params.values()}
+        out = {n: t.clone() if t.untyped_storage()._cdata in given else t for n, t in out.items()}
+    return {n: t.contiguous() for n, t in out.items()} if contiguous else out

@@ -1,0 +1,110 @@
+"""Two adapters side by side: each takes the names that its own rules claim, and no name is taken by both."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from fmoe.claims import some
+from fmoe.entries import Keep
+from fmoe.grouping import Specs, Window
+from fmoe.names import Names
+from fmoe.pipeline import Plan, Stage, plan_stages, resolve_stages
+from fmoe.table import Table
+from fmoe.types import AdapterError, Problem, TensorSpec
+
+Stages = tuple[Stage, ...]
+
+
+def beside(left: Stages, right: Stages) -> Stages:
+    """left | right: one table where both are a single table, else a stage that runs both."""
+    if len(left) == len(right) == 1 and isinstance(left[0], Table) and isinstance(right[0], Table):
+        return (Table(tuple(dict.fromkeys(left[0].entries + right[0].entries))),)
+    return (Beside(left, right),)
+
+
+@dataclass(frozen=True)
+class BesidePlan:
+    plans: tuple[Plan, Plan]
+    targets: dict[str, TensorSpec]
+
+    def units(self) -> Iterator[tuple[list[str], list[str]]]:
+        return chain(*(p.units() for p in self.plans))
+
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for plan in self.plans:
+            mine = None if only is None else [n for n in only if n in plan.targets]
+            made |= plan.run(params, mine, views=views)
+        return made
+
+    def __str__(self) -> str:
+        return "\n|\n".join(str(stage) for plan in self.plans for stage in plan.stages)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """left | right, where one of them has several stages."""
+
+    left: Stages
+    right: Stages
+
+    @property
+    def inverse(self) -> "Beside":
+        return Beside(*(tuple(s.inverse for s in reversed(side)) for side in (self.left, self.right)))
+
+    @property
+    def lossless(self) -> bool:
+        return all(s.lossless for s in self.left + self.right)
+
+    def choose(self, choices: Mapping[str, Any]) -> "Beside":
+        return Beside(*(tuple(s.choose(choices) for s in side) for side in (self.left, self.right)))
+
+    def resolve(self, names: Names, *, default: bool) -> "Beside":
+        left, right = self._split(names)
+        return Beside(resolve_stages(self.left, Names(left)), resolve_stages(self.right, Names(right)))
+
+    def rename(self, names: Names) -> list[str]:
+        made = []
+        for stages, mine in zip((self.left, self.right), self._split(names), strict=True):
+            for stage in stages:
+                mine = stage.rename(Names(mine))
+            made += mine
+        return made
+
+    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> BesidePlan:
+        left, right = (
+            plan_stages(stages, {n: specs[n] for n in mine}, window, local=local)
+            for stages, mine in zip((self.left, self.right), self._split(names), strict=True)
+        )
+        if twice := [n for n in left.targets if n in right.targets]:
+            text = f"two sources for one target, one on each side of |: {some(twice)}"
+            raise AdapterError([Problem(text, tuple(twice))])
+        return BesidePlan((left, right), left.targets | right.targets)
+
+    def _split(self, names: Names) -> tuple[list[str], list[str]]:
+        """Each side's names: those that its rules claim; what neither claims goes to the side that keeps."""
+        claims = [_claimed(side, names) for side in (self.left, self.right)]
+        if both := [n for n in claims[0] if n in claims[1]]:
+            raise AdapterError([Problem(f"{some(both)}: claimed on both sides of |", tuple(both))])
+        rest = 0 if _keeps(self.left) or not _keeps(self.right) else 1
+        taken = {n: side for side in (0, 1) for n in claims[side]}
+        sides: tuple[list[str], list[str]] = ([], [])
+        for name in names.names:
+            sides[taken.get(name, rest)].append(name)
+        return sides
+
+
+def _claimed(stages: Stages, names: Names) -> dict[str, None]:
+    for stage in stages:
+        if isinstance(stage, Table | Beside):
+            return dict.fromkeys(stage.claimed(names))
+    return {}
+
+
+def _keeps(stages: Stages) -> bool:
+    return any(isinstance(e, Keep) for stage in stages if isinstance(stage, Table) for e in stage.entries)

@@ -1,0 +1,202 @@
+"""Stages in a row: what a stage is, the plan over all of them (what depends on what), and running it on tensors."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fmoe.axes import Copy, Group
+from fmoe.grouping import Specs, Window
+from fmoe.names import Names
+from fmoe.plan import TablePlan
+from fmoe.types import TensorSpec, human
+
+
+class StagePlan(Protocol):
+    """What one stage will do: `targets` come out of it."""
+
+    @property
+    def targets(self) -> dict[str, TensorSpec]: ...
+    def units(self) -> Iterator[tuple[list[str], list[str]]]: ...
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]: ...
+
+
+class Stage(Protocol):
+    """One invertible step over Params: a table of rules, a codec, or two adapters side by side."""
+
+    @property
+    def inverse(self) -> "Stage": ...
+    @property
+    def lossless(self) -> bool: ...
+    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> StagePlan:
+        """What it does to these names, shapes and dtypes. Raises AdapterError with every problem."""
+
+    def resolve(self, names: Names, *, default: bool) -> "Stage":
+        """The stage with its open choices settled by names; with no evidence the published ones, if `default`."""
+
+    def rename(self, names: Names) -> list[str]:
+        """One name of every form that comes out."""
+
+    def choose(self, choices: Mapping[str, Any]) -> "Stage":
+        """The stage with choices of these names made; others are not its own."""
+
+
+class Views(dict[str, Tensor]):
+    """HF name -> strided view into native storage: whoever writes into it has loaded the model.
+
+    >>> import fmoe, torch
+    >>> adapter = fmoe.rule("w.{e} [d]", "w [e d]")
+    >>> native = {"w": torch.zeros(2, 3)}
+    >>> views = adapter.views(native)
+    >>> _ = views["w.1"].fill_(7)
+    >>> native["w"][1].tolist(), views.written(["w.1"]), views.written(["w.0", "w.1"])
+    ([7.0, 7.0, 7.0], (), ('w',))
+    """
+
+    units: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+
+    def written(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
+        """The native names that are wholly written once these HF names (default: all) are."""
+        done = set(self if names is None else names)
+        return tuple(n for natives, hf in self.units if done.issuperset(hf) for n in natives)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter will do to given names, shapes and dtypes: proved bijective before any data is touched.
+
+    stages: one plan for each of the adapter's stages. specs: what goes in. narrowed: an axis was restricted.
+    """
+
+    stages: tuple[StagePlan, ...]
+    specs: Specs
+    narrowed: bool = False
+
+    @property
+    def targets(self) -> dict[str, TensorSpec]:
+        """The abstract result: the name, shape and dtype of everything that comes out."""
+        return self.stages[-1].targets if self.stages else dict(self.specs)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names that are read."""
+        return tuple(name for sources, _ in self.units() for name in sources)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that comes out."""
+        return sum(spec.nbytes for spec in self.targets.values())
+
+    @cached_property
+    def copies(self) -> tuple[Copy, ...]:
+        """Every strided copy, of the stages that are tables. Offsets and strides count elements."""
+        return tuple(copy for stage in self.stages if isinstance(stage, TablePlan) for copy in stage.copies())
+
+    def stacks(self, axis: str) -> dict[str, TensorSpec]:
+        """The targets of layout rules whose first dimension is this axis, under the names that come out."""
+        found: set[str] = set()
+        for stage in self.stages:
+            moved = {s: t for sources, targets in stage.units() for s in sources for t in targets if s in found}
+            found = set(moved.values())
+            if isinstance(stage, TablePlan):
+                found |= {t for g in stage.groups if _leads(g, axis) for t in g.targets}
+        return {n: self.targets[n] for n in self.targets if n in found}
+
+    def units(self) -> Iterator[tuple[list[str], list[str]]]:
+        """(sources, targets) that depend on each other and on nothing else: what can be converted alone.
+
+        Usually one native tensor and the HF tensors that make it.
+        """
+        if len(self.stages) < 2:
+            yield from self.stages[0].units() if self.stages else (([n], [n]) for n in self.specs)
+            return
+        parent: dict[tuple[int, str], tuple[int, str]] = {}
+
+        def root(x: tuple[int, str]) -> tuple[int, str]:
+            while (up := parent.get(x, x)) != x:
+                parent[x] = up = parent.get(up, up)
+                x = up
+            return x
+
+        used = self._used()
+        for k, stage in enumerate(self.stages):
+            for sources, targets in stage.units():
+                if used[k] is None or not used[k].isdisjoint(targets):  # type: ignore[union-attr]
+                    nodes = [(k, s) for s in sources] + [(k + 1, t) for t in targets]
+                    first = root(nodes[0])
+                    for node in nodes:
+                        parent[root(node)] = first
+        last, grouped = len(self.stages), dict[tuple[int, str], tuple[list[str], list[str]]]()
+        for node in list(parent):
+            if node[0] in (0, last):
+                grouped.setdefault(root(node), ([], []))[node[0] == last].append(node[1])
+        yield from grouped.values()
+
+    def _used(self) -> list[set[str] | None]:
+        """For each stage, the targets that later stages need: None for all, as where no axis is restricted."""
+        used: list[set[str] | None] = [None] * len(self.stages)
+        if self.narrowed:
+            for k in range(len(self.stages) - 1, 0, -1):
+                need = used[k]
+                units = (s for s, t in self.stages[k].units() if need is None or not need.isdisjoint(t))
+                used[k - 1] = {name for sources in units for name in sources}
+        return used
+
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]:
+        """The targets (or only those of some units), from tensors of the planned names; writes to no argument."""
+        if not self.stages:
+            return {n: params[n] for n in (self.targets if only is None else only)}
+        wanted = self._used()
+        if only is not None:
+            wanted[-1] = set(only)
+            for k in range(len(self.stages) - 1, 0, -1):
+                wanted[k - 1] = set(self._sources(k, wanted[k] or set()))
+        for stage, names in zip(self.stages, wanted, strict=True):
+            params = stage.run(params, names, views=views)
+        return dict(params)
+
+    def _sources(self, k: int, targets: Iterable[str]) -> Iterator[str]:
+        for target in targets:
+            yield from self._back[k][target]
+
+    @cached_property
+    def _back(self) -> list[dict[str, list[str]]]:
+        """For each stage, the sources of each target."""
+        return [{t: sources for sources, targets in stage.units() for t in targets} for stage in self.stages]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.specs):,} tensors -> {len(self.targets):,} tensors, {human(self.nbytes)}, proved bijective"
+        ]
+        for stage in self.stages:
+            lines.append(str(stage))
+        return "\n".join(lines)
+
+
+def _leads(group: Group, axis: str) -> bool:
+    dims = group.dims(group.rule.target)
+    return bool(dims) and dims[0] == (axis,)
+
+
+def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, *, local: bool) -> Plan:
+    """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
+    plans: list[StagePlan] = []
+    for stage in stages:
+        at = plans[-1].targets if plans else specs
+        names = Names(at)
+        plans.append(stage.resolve(names, default=True).plan(at, names, window, local=local))
+    return Plan(tuple(plans), specs, narrowed=bool(window))
+
+
+def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:
+    settled = []
+    for stage in stages:
+        settled.append(stage.resolve(names, default=False))
+        names = Names(settled[-1].resolve(names, default=True).rename(names))
+    return tuple(settled)

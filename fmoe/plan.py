@@ -1,0 +1,178 @@
+"""A plan: what a stage will do to given names, shapes and dtypes, proved before any data is touched.
+
+The proof. A rule relates atomic axes one to one, so the copies of a group tile its tensors exactly when (1) the
+sources are the whole grid of stacked captures, once each, (2) every source has the shape that the axes say, and one
+dtype; over the whole plan, (3) each name is claimed once and (4) no two targets share a name. Each check is linear in the names.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fmoe.axes import Copy, Group, NotAView, convert
+from fmoe.claims import Claims, claim, some
+from fmoe.entries import Alias, Entry, Together
+from fmoe.grouping import Claimed, Specs, Window, Wrong
+from fmoe.names import Names, Value, patterns
+from fmoe.rules import Rule
+from fmoe.types import AdapterError, Problem, TensorSpec, human
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """One table's plan. `targets`: what comes out, in the order of the sources' names."""
+
+    specs: Specs
+    groups: tuple[Group, ...]
+    pairs: dict[str, str]
+    targets: dict[str, TensorSpec]
+    aliases: tuple[Alias, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @cached_property
+    def makers(self) -> dict[str, Group | str]:
+        """Each target, and what makes it: a group, or the one source that is renamed to it."""
+        groups = {t: group for group in self.groups for t in group.targets}
+        return groups | {t: s for s, t in self.pairs.items()} | {a.name: a.of for a in self.aliases if a.flipped}
+
+    def units(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Sources and targets that depend on each other, and on nothing else."""
+        beside = {a.of: [a.name] for a in self.aliases}
+        for group in self.groups:
+            yield group.sources, group.targets
+        for source, target in self.pairs.items():
+            extra = beside.get(target if target in beside else source, [])
+            forward = not any(a.flipped for a in self.aliases)
+            yield ([source, *extra], [target]) if forward else ([source], [target, *extra])
+
+    def copies(self) -> Iterator[Copy]:
+        for group in self.groups:
+            yield from group.copies()
+        for source, target in self.pairs.items():
+            spec = self.specs[source]
+            yield Copy(source, target, (spec.numel,), 0, (1,), 0, (1,), spec.dtype)
+
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]:
+        """The targets (or only some), from tensors of the planned names; views: raise rather than copy."""
+        made: dict[str, Tensor] = {}
+        for target in self.targets if only is None else only:
+            maker = self.makers[target]
+            if isinstance(maker, str):
+                made[target] = params[maker] if maker in params else made[maker]
+            elif target not in made:
+                made |= self._convert(maker, params, views)
+        for alias in self.aliases:
+            if not alias.flipped and alias.name in params:
+                _check_equal(alias, params)
+        return made
+
+    def __str__(self) -> str:
+        lines = []
+        for rule in dict.fromkeys(g.rule for g in self.groups):
+            mine = [g for g in self.groups if g.rule == rule]
+            sources, targets = sum(len(g.sources) for g in mine), sum(len(g.targets) for g in mine)
+            size = sum(self.targets[t].nbytes for g in mine for t in g.targets)
+            lines.append(f"{sources:>8,} -> {targets:<7,} {human(size):>9}  {rule}")
+        renamed = {s: t for s, t in self.pairs.items() if s != t}
+        kept = len(self.pairs) - len(renamed)
+        for source, target in list(renamed.items())[:1]:
+            more = f" and {len(renamed) - 1:,} more" if len(renamed) > 1 else ""
+            size = sum(self.targets[t].nbytes for t in renamed.values())
+            lines.append(
+                f"{len(renamed):>8,} -> {len(renamed):<7,} {human(size):>9}  renamed: {source} -> {target}{more}"
+            )
+        if kept:
+            size = sum(self.targets[t].nbytes for s, t in self.pairs.items() if s == t)
+            lines.append(f"{kept:>8,} -> {kept:<7,} {human(size):>9}  kept")
+        return "\n".join(lines + [f"{len(self.dropped):>8,} dropped"] * bool(self.dropped))
+
+    def _convert(self, group: Group, params: Mapping[str, Tensor], views: bool) -> dict[str, Tensor]:
+        try:
+            return convert(group, params, views=views)
+        except NotAView:
+            text = f"{some(group.targets)}: only a copy can make it from {some(group.sources, 3)} (rule {group.rule})"
+            raise AdapterError([Problem(text, tuple(group.targets))]) from None
+
+
+def plan_table(
+    entries: tuple[Entry, ...], specs: Specs, names: Names, window: Window, *, local: bool = False
+) -> TablePlan:
+    """The plan of a table with no open choice. window: ranges of axes to read; local: sources hold those alone.
+
+    Raises AdapterError with every problem found.
+    """
+    claims = claim(entries, names)
+    problems, groups = claims.problems, []
+    for (i, shared), found in claims.groups.items():
+        try:
+            groups.append(Claimed(claims.rules[i], shared, found, specs, window, local).group())
+        except Wrong as wrong:
+            problems.append(wrong.problem)
+    problems += _apart(entries, claims) + _collisions(groups, claims.pairs) + _aliases(claims, specs)
+    targets = {t: spec for group in groups for t, spec in group.target_specs().items()}
+    targets |= {t: specs[s] for s, t in claims.pairs.items()}
+    aliases = tuple(a for a, present in claims.aliases.items() if (a.of in targets if a.flipped else present))
+    targets |= {a.name: targets[a.of] for a in aliases if a.flipped}
+    if problems:
+        raise AdapterError(problems)
+    return TablePlan(specs, tuple(groups), claims.pairs, targets, aliases, tuple(claims.dropped))
+
+
+def _apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
+    """Rules that come together: a layer that has one must have all."""
+    problems = []
+    for entry in entries:
+        if not isinstance(entry, Together) or entry.flipped:
+            continue
+        mine = [i for i, rule in enumerate(claims.rules) if rule in entry.rules]
+        there = {i: {key for j, key in claims.groups if j == i} for i in mine}
+        for i in mine:
+            for key in set().union(*there.values()) - there[i]:
+                rule, beside = claims.rules[i], next(r for j, r in enumerate(claims.rules) if key in there.get(j, ()))
+                absent = patterns(rule)[0].render(_open(rule) | dict(zip(rule.shared, key, strict=True)))
+                near = next(iter(claims.groups[mine[[claims.rules[m] for m in mine].index(beside)], key].values()))
+                problems.append(Problem(f"missing {absent!r}, which must stand beside {near!r}", (absent, near)))
+    return problems
+
+
+def _open(rule: Rule) -> dict[str, Value]:
+    """The first coordinates of what a rule stacks: enough to spell an example."""
+    return {n: 0 for n in rule.source.captures}
+
+
+def _collisions(groups: list[Group], pairs: Mapping[str, str]) -> list[Problem]:
+    made: dict[str, str] = {}
+    problems = []
+    for target, source in chain(
+        ((t, g.sources[0]) for g in groups for t in g.targets), ((t, s) for s, t in pairs.items())
+    ):
+        if target in made:
+            text = f"two sources for one target: {made[target]!r} and {source!r} both give {target!r}"
+            problems.append(Problem(text, (made[target], source, target)))
+        made[target] = source
+    return problems
+
+
+def _aliases(claims: Claims, specs: Specs) -> list[Problem]:
+    """An alias that is there must stand beside what it is an alias of, and look the same."""
+    problems = []
+    for alias, present in claims.aliases.items():
+        if present and not alias.flipped and specs.get(alias.of) != specs[alias.name]:
+            original = specs.get(alias.of, "which is missing")
+            text = f"{alias.name!r} {specs[alias.name]} is an alias of {alias.of!r} {original}"
+            problems.append(Problem(text, (alias.name, alias.of)))
+    return problems
+
+
+def _check_equal(alias: Alias, params: Mapping[str, Tensor]) -> None:
+    here, there = params[alias.name], params[alias.of]
+    same = here is there or here.is_meta or there.is_meta or torch.equal(here, there)
+    if not same:
+        text = f"{alias.name!r} should be the same tensor as {alias.of!r}, and its values differ"
+        raise AdapterError([Problem(text, (alias.name, alias.of))])

@@ -1,0 +1,218 @@
+"""The notation: a rule pairs two addresses, each a name with captures and the axes of the tensor that bears it.
+
+    "{pre}layers.{l}.mlp.experts.{e}.{g=gate|up}_proj.weight [i d]"
+    "{pre}layers.{l}.mlp.experts.gate_and_up_projs [e d (g i)]"
+
+A name captured on both sides indexes the relation; captured on one side only, it is an axis on the other. Since each
+letter occurs once per side, a rule is a bijection, and its inverse is the pair swapped: nobody writes one.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from fmoe.types import AdapterError
+
+Atom = str  # an axis letter, "1", or the labels "q|k|v" of a ragged concatenation
+Bound = range | tuple[int, ...]
+
+_CAPTURE = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
+_AFFINE = re.compile(r"(\w+)\s*([+-])\s*(\d+)")
+_ADDRESS = re.compile(r"(?P<name>[^\s\[\]]+)\s*(?:\[(?P<axes>[^\[\]]*)\])?")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """`{name}`, `{name=a|b}` (literal choices, numbered from 0) or `{label=name+offset}` (the number, shifted)."""
+
+    name: str
+    choices: tuple[str, ...] = ()
+    offset: int = 0
+    label: str = ""
+
+    def __str__(self) -> str:
+        if self.choices:
+            return f"{{{self.name}={'|'.join(self.choices)}}}"
+        if self.offset or self.label:
+            return f"{{{self.label}={self.name}{self.offset:+d}}}"
+        return f"{{{self.name}}}"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A name with captures, and its tensor's dimensions, each a tuple of atoms; axes None: any tensor."""
+
+    parts: tuple[str | Capture, ...]
+    axes: tuple[tuple[Atom, ...], ...] | None = None
+
+    @cached_property
+    def captures(self) -> dict[str, Capture]:
+        return {p.name: p for p in self.parts if isinstance(p, Capture)}
+
+    @cached_property
+    def atoms(self) -> tuple[Atom, ...]:
+        return tuple(a for dim in self.axes or () for a in dim if a != "1")
+
+    @property
+    def name(self) -> str:
+        return "".join(map(str, self.parts))
+
+    def __str__(self) -> str:
+        if self.axes is None:
+            return self.name
+        dims = (d[0] if len(d) == 1 and "|" not in d[0] else f"({' '.join(d)})" for d in self.axes)
+        return f"{self.name} [{' '.join(dims)}]"
+
+
+def parse(text: str) -> Address:
+    """The address that a text spells: a name, then optionally its axes in brackets.
+
+    >>> parse("layers.{l}.experts.{g=gate|up}.weight [e (g i)]").axes
+    (('e',), ('g', 'i'))
+
+    Raises AdapterError for unbalanced brackets or a capture that cannot be read.
+    """
+    match = _ADDRESS.fullmatch(text.strip())
+    if not match:
+        raise AdapterError(f"cannot read address {text!r}: expected a name without blanks, then optionally [axes]")
+    parts: list[str | Capture] = []
+    at = 0
+    for found in _CAPTURE.finditer(match["name"]):
+        parts += [match["name"][at : found.start()]] if found.start() > at else []
+        parts.append(_capture(found[1], found[2], text))
+        at = found.end()
+    parts += [match["name"][at:]] if at < len(match["name"]) else []
+    if any("{" in p or "}" in p for p in parts if isinstance(p, str)):
+        raise AdapterError(f"cannot read address {text!r}: a capture is {{name}}, {{name=a|b}} or {{label=name+1}}")
+    return Address(tuple(parts), None if match["axes"] is None else _dims(match["axes"], text))
+
+
+def _capture(name: str, body: str | None, text: str) -> Capture:
+    if body is None:
+        return Capture(name)
+    if affine := _AFFINE.fullmatch(body):
+        return Capture(affine[1], offset=int(affine[2] + affine[3]), label=name)
+    choices = tuple(body.split("|"))
+    if len(set(choices)) < len(choices):
+        raise AdapterError(f"cannot read address {text!r}: the choices of {{{name}}} must differ")
+    return Capture(name, choices=choices)
+
+
+def _dims(text: str, whole: str) -> tuple[tuple[Atom, ...], ...]:
+    tokens = re.findall(r"\([^()]*\)|[\w|]+|\S", text)
+    dims = tuple(tuple(t.strip("()").split()) for t in tokens)
+    if not all(d and all(re.fullmatch(r"1|[A-Za-z_]\w*(\|[A-Za-z_]\w*)*", a) for a in d) for d in dims):
+        raise AdapterError(f"cannot read axes [{text}] of {whole!r}: expected letters, 1, (a b) or (q|k|v)")
+    return dims
+
+
+@dataclass(frozen=True)
+class Rule:
+    """source <-> target: one relation between tensors of two layouts; `bounds` says which values a letter takes."""
+
+    source: Address
+    target: Address
+    bounds: tuple[tuple[str, Bound], ...] = ()
+
+    def __post_init__(self) -> None:
+        if problem := self._malformed():
+            raise AdapterError(f"rule {self}: {problem}")
+
+    @property
+    def inverse(self) -> "Rule":
+        return Rule(self.target, self.source, self.bounds)
+
+    def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":
+        """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
+        mine = {*self.source.captures, *self.source.atoms, *self.target.captures, *self.target.atoms}
+        mine |= {label for a in mine for label in a.split("|")}
+        new = {k: range(v) if isinstance(v, int) else _bound(v) for k, v in sizes.items() if k in mine}
+        return Rule(self.source, self.target, tuple(sorted({**dict(self.bounds), **new}.items())))
+
+    def __str__(self) -> str:
+        return f"{self.source}  <->  {self.target}{_where(self.bounds)}"
+
+    @cached_property
+    def bound(self) -> dict[str, Bound]:
+        return dict(self.bounds)
+
+    @cached_property
+    def shared(self) -> tuple[str, ...]:
+        """Captured on both sides: what indexes the relation."""
+        return tuple(n for n in self.source.captures if n in self.target.captures)
+
+    @cached_property
+    def stacked(self) -> tuple[str, ...]:
+        """Captured in source names, an axis of target tensors; in the order of those axes."""
+        return _one_sided(self.source, self.target)
+
+    @cached_property
+    def unstacked(self) -> tuple[str, ...]:
+        """Captured in target names, an axis of source tensors."""
+        return _one_sided(self.target, self.source)
+
+    @cached_property
+    def ragged(self) -> dict[Atom, str]:
+        """Atom "q|k|v" -> the capture `{p=q|k|v}` whose parts it concatenates; p is an axis beside that capture."""
+        found = {}
+        for here, there in ((self.source, self.target), (self.target, self.source)):
+            for atom in here.atoms:
+                labels = frozenset(atom.split("|"))
+                if len(labels) > 1:
+                    found |= {atom: c.name for c in there.captures.values() if frozenset(c.choices) == labels}  # noqa: B035
+        return found
+
+    def indexed(self, name: str) -> bool:
+        """Whether a capture is a number: it is an axis somewhere, shifted, or a single letter. Else it is text."""
+        captures = [a.captures[name] for a in (self.source, self.target) if name in a.captures]
+        return name in self.stacked + self.unstacked or len(name) == 1 or any(c.offset for c in captures)
+
+    def _malformed(self) -> str | None:
+        for side in (self.source, self.target):
+            names = [p.name for p in side.parts if isinstance(p, Capture)]
+            if len(set(names)) < len(names):
+                return f"a name is captured twice in {side.name}"
+            if len(set(side.atoms)) < len(side.atoms):
+                return f"an axis occurs twice in [{side}]"
+        if (self.source.axes is None) != (self.target.axes is None):
+            return "one side has axes and the other none"
+        unpaired = [a for side in (self.source, self.target) for a in side.atoms if "|" in a and a not in self.ragged]
+        if unpaired:
+            return f"({unpaired[0]}) needs a capture {{p={unpaired[0]}}} with an axis p on the other side"
+        for name in self.shared:
+            a, b = self.source.captures[name].choices, self.target.captures[name].choices
+            if len(a) != len(b):
+                return f"{{{name}}} has {len(a)} choices in the source and {len(b)} in the target"
+        names = [self._letters(side) for side in (self.source, self.target)]
+        if lost := names[0] ^ names[1]:
+            return f"{', '.join(sorted(lost))} stands on one side only: a letter is a capture or an axis on both"
+        return None
+
+    def _letters(self, side: Address) -> set[str]:
+        parts = {self.ragged.get(a, a) for a in side.atoms}
+        if both := (parts & set(side.captures)) - set(self.ragged.values()):
+            raise AdapterError(f"rule {self}: {', '.join(sorted(both))} is both a capture and an axis of {side}")
+        return parts | set(side.captures)
+
+
+def _one_sided(here: Address, there: Address) -> tuple[str, ...]:
+    by_labels = {frozenset(c.choices): c.name for c in here.captures.values() if c.choices}
+    names = [by_labels.get(frozenset(a.split("|")), a) if "|" in a else a for a in there.atoms]
+    return tuple(n for n in names if n in here.captures)
+
+
+def _bound(values: Iterable[int]) -> Bound:
+    if isinstance(values, range):
+        return values
+    found = tuple(sorted(set(values)))
+    return range(found[0], found[-1] + 1) if found and found[-1] - found[0] + 1 == len(found) else found
+
+
+def _where(bounds: tuple[tuple[str, Bound], ...]) -> str:
+    def show(name: str, values: Bound) -> str:
+        if isinstance(values, range) and values.start == 0:
+            return f"{name} < {values.stop}"
+        return f"{name} in {values.start}..{values.stop - 1}" if isinstance(values, range) else f"{name} in {values}"
+
+    return "   where " + ", ".join(show(n, v) for n, v in bounds) if bounds else ""

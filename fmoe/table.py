@@ -1,0 +1,67 @@
+"""The stage that is a table of entries: planned, resolved, and turned round as one."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fmoe.claims import claim
+from fmoe.entries import Drop, Either, Entry, Keep, bind, settle, walk
+from fmoe.grouping import Specs, Window
+from fmoe.names import Names, patterns
+from fmoe.plan import TablePlan, plan_table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Entries side by side: every name is claimed by exactly one of them."""
+
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def inverse(self) -> "Table":
+        return Table(tuple(e.inverse for e in self.entries))
+
+    @property
+    def lossless(self) -> bool:
+        return not any(isinstance(e, Drop) for e in walk(self.entries))
+
+    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> TablePlan:
+        return plan_table(self.entries, specs, names, window, local=local)
+
+    def resolve(self, names: Names, *, default: bool) -> "Table":
+        return Table(settle(self.entries, names, default=default))
+
+    def rename(self, names: Names) -> list[str]:
+        claims = claim(self.entries, names)
+        made = list(claims.pairs.values())
+        for i, shared in claims.groups:
+            rule = claims.rules[i]
+            first = dict.fromkeys(rule.target.captures, 0) | dict(zip(rule.shared, shared, strict=True))
+            made.append(patterns(rule)[1].render(first))
+        return list(dict.fromkeys(made))
+
+    def claimed(self, names: Names) -> list[str]:
+        """The names that its rules claim, what it merely keeps left out."""
+        claims = claim(tuple(e for e in settle(self.entries, names, default=True) if not isinstance(e, Keep)), names)
+        stacked = [name for found in claims.groups.values() for name in found.values()]
+        return stacked + list(claims.pairs) + claims.dropped + [a.name for a, there in claims.aliases.items() if there]
+
+    def choose(self, choices: Mapping[str, Any]) -> "Table":
+        made: list[Entry] = []
+        for entry in self.entries:
+            label = choices.get(entry.name) if isinstance(entry, Either) else None
+            if isinstance(entry, Either) and label is None and choices.get("quantization"):
+                label = entry.quantized
+            made += entry.choose(label) if isinstance(entry, Either) and label is not None else (entry,)
+        return Table(tuple(made))
+
+    def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Table":
+        """The same table with the letters of its rules bounded: an int is a size, an iterable the values allowed."""
+        return Table(tuple(bind(e, sizes) for e in self.entries))
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """What is open: the name of each choice, and its options, the published one first."""
+        return {e.name: tuple(label for label, _ in e.options) for e in self.entries if isinstance(e, Either)}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.entries))

@@ -1,0 +1,168 @@
+"""The nouns of fmoe, and the letters of its axes.
+
+    Params      an immutable pytree: names to tensors. Functions return fresh dicts and write to no argument.
+    TensorSpec  the shape and dtype of a tensor that need not exist
+    MoEConfig   the static facts of an expert layer, under the seed's field names
+    Routing     who goes where
+
+Axes, here and everywhere: `T` tokens, `D` expert width (model or latent), `I` expert hidden width, `E` experts,
+`K` experts per token, `N` routed rows, `U` = 2I gated or I non-gated, `r` LoRA rank. In rules the same letters in
+lower case, plus `g` for the gate/up pair and `l` for the layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Params = Mapping[str, Tensor]
+
+EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
+"""The bare native names of one layer's expert tensors: [E, D, U], [E, I, D], [E, U], [E, D]."""
+
+
+class TensorSpec(NamedTuple):
+    """(shape, dtype): a tensor without its bytes, as `jax.ShapeDtypeStruct`.
+
+    >>> TensorSpec((2, 3), torch.bfloat16).nbytes
+    12
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Routing(NamedTuple):
+    """Token t goes to experts indices[t, k] with weights[t, k]; mask[t] False: to none.
+
+    indices [T, K] integer, global expert ids; an id outside [0, E) (such as -1) sends that slot nowhere.
+    weights [T, K] floating. mask [T] bool or None (all True).
+    """
+
+    indices: Tensor
+    weights: Tensor
+    mask: Tensor | None = None
+
+
+class AdapterError(ValueError):
+    """Every problem that was found, each naming its keys, what was found and what was expected.
+
+    `problems` holds one line for each; `keys` every key that they name.
+    """
+
+    def __init__(self, problems: list["Problem"] | str):
+        found = [Problem(problems)] if isinstance(problems, str) else list(problems)
+        self.problems = tuple(p.text for p in found)
+        self.keys = tuple(dict.fromkeys(k for p in found for k in p.keys))
+        head = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        super().__init__(f"{head}:" + "".join(f"\n  - {text}" for text in self.problems))
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: a sentence, and the keys that it is about."""
+
+    text: str
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """What an expert layer is, before any tensor exists (field names: the seed's `MoEConfig`).
+
+    Widths count features. `dim` is the model's width; `moe_latent_size`, when set, replaces it inside the experts
+    (`expert_dim`). `inter_dim` is the width of the dense MLP, which experts do not use.
+
+    >>> MoEConfig(n_routed_experts=8, n_activated_experts=2, dim=64, moe_inter_dim=32, dtype="bf16").dtype
+    torch.bfloat16
+    """
+
+    n_routed_experts: int
+    n_activated_experts: int
+    dim: int
+    moe_inter_dim: int
+    inter_dim: int | None = None
+    n_shared_experts: int = 0
+    n_expert_groups: int = 1
+    n_limited_groups: int = 1
+    train_gate: bool = True
+    gate_bias_update_factor: float = 0.0
+    aux_loss_coeff: float = 0.0
+    score_func: str = "softmax"
+    route_scale: float = 1.0
+    norm_topk_prob: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    expert_activation: str = "swiglu"
+    apply_router_weight_after_down: bool = False
+    activation_alpha: float = 1.702
+    activation_limit: float = 7.0
+    swiglu_limit: float = 0.0
+    softmax_before_topk: bool = False
+    router_weights_fp32: bool = False
+    router_weight_uses_score_correction_bias: bool = False
+    dtype: torch.dtype | str = torch.bfloat16
+    shared_expert_gate: bool = False
+    shared_expert_inter_dim: int | None = None
+    shared_expert_activation: str = "swiglu"
+    force_e_score_correction_bias: bool = False
+    moe_latent_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
+        object.__setattr__(self, "dtype", as_dtype(self.dtype))
+
+    @property
+    def expert_dim(self) -> int:
+        """D: the width that the experts see."""
+        return self.moe_latent_size or self.dim
+
+
+def as_dtype(value: "torch.dtype | str | None") -> torch.dtype:
+    """The dtype of a name: "bf16", "bfloat16" and "torch.bfloat16" in any case; None is bf16.
+
+    Raises ValueError for a name that is no dtype.
+    """
+    if value is None:
+        return torch.bfloat16
+    if isinstance(value, torch.dtype):
+        return value
+    name = str(value).lower().removeprefix("torch.")
+    dtype = getattr(torch, "bfloat16" if name == "bf16" else name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {value!r}, expected a torch.dtype or its name, such as 'bfloat16'")
+    return dtype
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in the order of its shape, as uint8 [nbytes].
+
+    >>> bits(torch.tensor([[1, 2]], dtype=torch.int16)).tolist()
+    [1, 0, 2, 0]
+    """
+    flat = tensor.detach().contiguous()  # one element counts as contiguous whatever its stride: hence as_strided
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+
+
+def human(nbytes: float) -> str:
+    """12345 -> '12.3 kB', in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
