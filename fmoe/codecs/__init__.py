@@ -1,0 +1,54 @@
+"""Value formats. A codec is a stage that changes values: a pair of pure functions, and `lossless` is False.
+
+encode(decode(q)) == q      for every q that the codec itself wrote, and for every q whose scales are carried along
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from fmoe.types import AdapterError, Problem, TensorSpec
+
+Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class CodecPlan:
+    """`changes`: (sources, targets, function) for the tensors that change; all others pass through."""
+
+    targets: dict[str, TensorSpec]
+    changes: tuple[tuple[list[str], list[str], Change], ...]
+    what: str
+
+    @cached_property
+    def _maker(self) -> dict[str, int]:
+        return {t: i for i, (_, targets, _) in enumerate(self.changes) for t in targets}
+
+    def units(self) -> Iterator[tuple[list[str], list[str]]]:
+        for sources, targets, _ in self.changes:
+            yield sources, targets
+        for name in self.targets:
+            if name not in self._maker:
+                yield [name], [name]
+
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for name in self.targets if only is None else only:
+            at = self._maker.get(name)
+            if at is None:
+                made[name] = params[name]
+            elif name not in made:
+                if views:
+                    raise AdapterError(
+                        [Problem(f"{name!r}: no view of native storage, {self.what} computes it", (name,))]
+                    )
+                sources, _, change = self.changes[at]
+                made |= change({n: params[n] for n in sources})
+        return made
+
+    def __str__(self) -> str:
+        return f"{len(self.changes):>8,} tensors: {self.what}"

@@ -1,0 +1,44 @@
+"""Merged expert tensors cast to one dtype on the way in; nothing is cast on the way out, and nothing else ever is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fmoe.codecs import CodecPlan
+from fmoe.grouping import Specs, Window
+from fmoe.names import Names
+from fmoe.types import EXPERT_TENSORS, TensorSpec
+
+
+@dataclass(frozen=True)
+class CastExperts:
+    """W -> W.to(dtype) for the tensors named `EXPERT_TENSORS`. Biases of routers and other fp32 holders stay."""
+
+    dtype: torch.dtype
+    flipped: bool = False
+    lossless: bool = False
+
+    @property
+    def inverse(self) -> "CastExperts":
+        return replace(self, flipped=not self.flipped)
+
+    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> CodecPlan:
+        mine = [] if self.flipped else [n for n in specs if n.rpartition(".")[2] in EXPERT_TENSORS]
+        mine = [n for n in mine if specs[n].dtype != self.dtype]
+        targets = dict(specs) | {n: TensorSpec(specs[n].shape, self.dtype) for n in mine}
+        cast = lambda params: {n: t.to(self.dtype) for n, t in params.items()}
+        return CodecPlan(targets, tuple(([n], [n], cast) for n in mine), str(self))
+
+    def resolve(self, names: Names, *, default: bool) -> "CastExperts":
+        return self
+
+    def rename(self, names: Names) -> list[str]:
+        return names.names
+
+    def choose(self, choices: Mapping[str, Any]) -> "CastExperts":
+        return self
+
+    def __str__(self) -> str:
+        return f"cast {', '.join(EXPERT_TENSORS)} to {self.dtype}" + " (this way: nothing)" * self.flipped

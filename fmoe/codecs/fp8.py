@@ -1,0 +1,188 @@
+"""FP8 in 128x128 blocks: `X.weight` in e4m3 beside `X.weight_scale_inv`, one scale to multiply by for each block.
+
+Decoding keeps the scale beside the decoded weight, so that encoding gives back the very bytes that were read: a block
+whose values are unchanged takes its scale again, any other gets a new one (a power of two, so that
+`encode(decode(q)) == q` holds for it too, and decoding to bf16 is exact). Ragged edges have a scale of their own.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fmoe.claims import some
+from fmoe.codecs import CodecPlan
+from fmoe.grouping import Specs, Window
+from fmoe.names import Names
+from fmoe.types import AdapterError, Problem, TensorSpec
+
+E4M3 = torch.float8_e4m3fn
+SUFFIX = "_scale_inv"
+_MOST = 448.0  # the largest e4m3 value; what rounds to it lies below 464
+
+
+def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16, block: int = 128) -> Tensor:
+    """w[r, c] = float(weight[r, c]) * float(scale[r // block, c // block]), rounded once to dtype.
+
+    weight [R, C] e4m3, scale [ceil(R / block), ceil(C / block)]. Raises ValueError for another shape of scale.
+    Source: DeepSeek-V3's `weight_scale_inv`.
+
+    >>> dequantize(torch.ones(2, 3).to(E4M3), torch.tensor([[0.5]]), torch.float32)
+    tensor([[0.5000, 0.5000, 0.5000],
+            [0.5000, 0.5000, 0.5000]])
+    """
+    if tuple(scale.shape) != grid(weight.shape, block):
+        raise ValueError(
+            f"scale {list(scale.shape)}, expected {list(grid(weight.shape, block))} for {list(weight.shape)}"
+        )
+    return _scaled(_blocks(weight, block), scale, weight.shape).to(dtype)
+
+
+def quantize(weight: Tensor, scale: Tensor | None = None, block: int = 128) -> tuple[Tensor, Tensor]:
+    """(q, s) with dequantize(q, s) nearest to weight: |q * s - w| <= 2^-4 |w| + 2^-10 s in every block.
+
+    weight [R, C] floating; scale: one to use again in every block where it gives weight back exactly, such as the scale
+    that weight was decoded with. New scales are the least powers of two that fit. Returns e4m3 and scale's dtype (fp32).
+
+    >>> q, s = quantize(torch.tensor([[1.0, -3.0]]))
+    >>> dequantize(q, s, torch.float32), s
+    (tensor([[ 1., -3.]]), tensor([[0.0078]]))
+    """
+    blocks = _blocks(weight, block)
+    _, exponent = torch.frexp(blocks.abs().amax(dim=(1, 3)) / (_MOST + 16))
+    fresh = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(min=-126))
+    fresh = torch.where(blocks.abs().amax(dim=(1, 3)) <= (_MOST + 16) * fresh / 2, fresh / 2, fresh)
+    if scale is None:
+        return _rounded(blocks, fresh, weight.shape), fresh
+    again = _scaled(_blocks(_rounded(blocks, scale, weight.shape), block), scale, weight.shape).to(weight.dtype)
+    same = _blocks((again == weight) | (again.isnan() & weight.isnan()), block, fill=1.0).amin(dim=(1, 3)) == 1
+    used = torch.where(same, scale.float(), fresh).to(scale.dtype)
+    return _rounded(blocks, used, weight.shape), used
+
+
+def grid(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+    """How many blocks cover each dimension."""
+    return tuple(-(-n // block) for n in shape)
+
+
+def _blocks(x: Tensor, block: int, fill: float = 0.0) -> Tensor:
+    rows, columns = (-n % block for n in x.shape)
+    x = x.float()
+    x = pad(x, (0, columns, 0, rows), value=fill) if rows or columns else x
+    return rearrange(x, "(R r) (C c) -> R r C c", r=block, c=block)
+
+
+def _unblocked(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return rearrange(x, "R r C c -> (R r) (C c)")[: shape[0], : shape[1]]
+
+
+def _scaled(blocks: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return _unblocked(blocks * scale.float()[:, None, :, None], shape)
+
+
+def _rounded(blocks: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    step = scale.float()[:, None, :, None]
+    q = torch.where(step == 0, 0.0, blocks / step).clamp(-_MOST, _MOST)
+    return _unblocked(q, shape).to(E4M3).contiguous()
+
+
+@dataclass(frozen=True)
+class BlockFP8:
+    """The stage that decodes every `X` in e4m3 with its `X_scale_inv`, and encodes it back.
+
+    dtype: what weights decode to. pattern: a regex for the names that a fresh export quantises. quantization: None
+    encodes the weights that carry scales, True those and all that match the pattern, False none (and leaves scales out).
+    declared: the config or the names say that the checkpoint is in FP8; where they do not, nothing is lost.
+    """
+
+    dtype: torch.dtype
+    pattern: str
+    block: int = 128
+    quantization: bool | None = None
+    declared: bool = False
+    flipped: bool = False
+
+    @property
+    def lossless(self) -> bool:
+        return not (self.declared or self.quantization)
+
+    @property
+    def inverse(self) -> "BlockFP8":
+        return replace(self, flipped=not self.flipped)
+
+    def choose(self, choices: Mapping[str, Any]) -> "BlockFP8":
+        return replace(self, quantization=choices.get("quantization", self.quantization))
+
+    def resolve(self, names: Names, *, default: bool) -> "BlockFP8":
+        return replace(self, declared=any(template.endswith(SUFFIX) for template in names.rows))
+
+    def rename(self, names: Names) -> list[str]:
+        return names.names
+
+    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> CodecPlan:
+        scales = {n: n.removesuffix(SUFFIX) for n in specs if n.endswith(SUFFIX)}
+        problems = [p for s, w in scales.items() for p in self._unfit(s, w, specs)]
+        if not self.flipped:
+            bare = [n for n, spec in specs.items() if spec.dtype == E4M3 and n + SUFFIX not in specs]
+            problems += [
+                Problem(f"{n!r} is {E4M3} and its scale {n + SUFFIX!r} is missing", (n, n + SUFFIX)) for n in bare
+            ]
+        if problems:
+            raise AdapterError(problems)
+        return self._encoding(specs, set(scales.values())) if self.flipped else self._decoding(specs, scales)
+
+    def _unfit(self, scale: str, weight: str, specs: Specs) -> list[Problem]:
+        if weight not in specs:
+            return [Problem(f"{scale!r} is the scale of {weight!r}, which is missing", (scale, weight))]
+        spec, expected = specs[weight], grid(specs[weight].shape, self.block)
+        if not self.flipped and spec.dtype != E4M3:
+            return [Problem(f"{scale!r} stands beside {weight!r} in {spec.dtype}, expected {E4M3}", (scale, weight))]
+        if len(spec.shape) != 2 or specs[scale].shape != expected:
+            text = f"{scale!r} is {list(specs[scale].shape)}, expected {list(expected)}: a scale for each "
+            return [Problem(f"{text}{self.block}x{self.block} block of {weight!r} {list(spec.shape)}", (scale, weight))]
+        return []
+
+    def _decoding(self, specs: Specs, scales: Mapping[str, str]) -> CodecPlan:
+        def decode(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            weight, scale = params
+            return {weight: dequantize(params[weight], params[scale], self.dtype, self.block), scale: params[scale]}
+
+        targets = dict(specs) | {w: TensorSpec(specs[w].shape, self.dtype) for w in scales.values()}
+        return CodecPlan(targets, tuple(([w, s], [w, s], decode) for s, w in scales.items()), str(self))
+
+    def _encoding(self, specs: Specs, carried: set[str]) -> CodecPlan:
+        if self.quantization is False:
+            kept = {n: s for n, s in specs.items() if not n.endswith(SUFFIX)}
+            return CodecPlan(kept, (), str(self))
+
+        def encode(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            weight, *scale = params
+            q, s = quantize(params[weight], *(params[n] for n in scale), block=self.block)
+            return {weight: q, weight + SUFFIX: s}
+
+        fused = tuple(n for n, s in specs.items() if "experts" in n.split(".") and len(s.shape) == 3)
+        if self.quantization and fused:
+            text = f"{some(fused)}: fused experts have no FP8 form: choose layout='per_expert' to quantise"
+            raise AdapterError([Problem(text, fused)])
+        chosen = sorted(carried | ({n for n, s in specs.items() if self._mine(n, s)} if self.quantization else set()))
+        targets = dict(specs)
+        for weight in chosen:
+            dtype = specs[weight + SUFFIX].dtype if weight in carried else torch.float32
+            targets[weight] = TensorSpec(specs[weight].shape, E4M3)
+            targets[weight + SUFFIX] = TensorSpec(grid(specs[weight].shape, self.block), dtype)
+        both = lambda w: [w, w + SUFFIX]
+        return CodecPlan(targets, tuple((both(w) if w in carried else [w], both(w), encode) for w in chosen), str(self))
+
+    def _mine(self, name: str, spec: TensorSpec) -> bool:
+        return len(spec.shape) == 2 and spec.dtype.is_floating_point and bool(re.fullmatch(self.pattern, name))
+
+    def __str__(self) -> str:
+        what = f"e4m3 with {SUFFIX} per {self.block}x{self.block} block"
+        return (
+            f"encode {what}, where scales are" if self.flipped else f"decode {what} to {self.dtype}, where scales are"
+        )

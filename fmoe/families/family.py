@@ -1,0 +1,94 @@
+"""What a family is: rules, the names that its config uses, its activation, and what its FP8 checkpoints quantise."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from fmoe.adapter import Adapter
+from fmoe.codecs.cast import CastExperts
+from fmoe.codecs.fp8 import BlockFP8
+from fmoe.table import Table
+from fmoe.types import AdapterError, MoEConfig, as_dtype
+
+SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
+EXPERTS_ONLY = r".*\.experts\.\d+\.\w+\.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One or more of Hugging Face's model types that store their experts alike.
+
+    rules: HF names and axes <-> native ones. fields: MoEConfig's fields -> the config's names for them, separated by
+    blanks: the first that the config has. fixed: the fields that the architecture settles. activations: the config's
+    name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises; None: there is no FP8 form.
+    unsaid: config fields that MoEConfig cannot express when they are set, and why. source: where the layout is published.
+    """
+
+    model_types: tuple[str, ...]
+    rules: Adapter
+    fields: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, str] = field(default_factory=lambda: SWIGLU)
+    activation_field: str = "hidden_act"
+    fp8: str | None = None
+    unsaid: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    def adapter(self, config: Any = None, **choices: Any) -> Adapter:
+        """The family's adapter, its letters bound to the config's sizes and its choices made.
+
+        config: a dict with Hugging Face's field names, or a Transformers config. dtype: cast merged experts to it.
+        Other choices name one of the layouts, as `layout="fused"`. Raises AdapterError for a choice that there is not.
+        """
+        given = as_dict(config)
+        dtype = choices.pop("dtype", None)
+        known = {n: o for stage in self.rules.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
+        for name in choices.keys() - known:
+            told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
+            raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype")
+        values = self.values(given)
+        sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
+        sizes["d"] = values.get("moe_latent_size") or values.get("dim")
+        bounds = {a: n for a, n in sizes.items() if isinstance(n, int)}
+        stages = tuple(s.bind(bounds) if isinstance(s, Table) else s for s in self.rules.stages)
+        if self.fp8:
+            decoded = as_dtype(dtype or given.get("dtype") or given.get("torch_dtype"))
+            stages = (BlockFP8(decoded, self.fp8, declared=bool(given.get("quantization_config"))), *stages)
+        if dtype:
+            stages = (*stages, CastExperts(as_dtype(dtype)))
+        return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values))
+
+    def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """MoEConfig's fields, as far as the config says them."""
+        found = {f: next((config[n] for n in names.split() if n in config), None) for f, names in self.fields.items()}
+        return dict(self.fixed) | {f: value for f, value in found.items() if value is not None}
+
+    def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
+        missing = [
+            self.fields[f]
+            for f in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
+            if f not in values
+        ]
+        if missing:
+            return f"{self.model_types[0]}: the config does not say {', '.join(missing)}"
+        for name, why in self.unsaid.items():
+            if any(config.get(name) or ()):
+                return f"{name}={config[name]!r} {why}"
+        known = {f.name for f in fields(MoEConfig)}
+        dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"))
+        extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in known}
+        if "expert_activation" not in extra:
+            act = config.get(self.activation_field, next(iter(self.activations)))
+            if act not in self.activations:
+                return f"{self.activation_field}={act!r}: expected one of {', '.join(self.activations)}"
+            extra["expert_activation"] = self.activations[act]
+        return MoEConfig(**extra)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config's fields, those of its text model (`text_config`, at any depth) first."""
+    if config is None:
+        return {}
+    given = config if isinstance(config, Mapping) else config.to_dict()
+    inner = given.get("text_config")
+    return {**given, **(as_dict(inner) if inner is not None else {})}

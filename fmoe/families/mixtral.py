@@ -1,0 +1,26 @@
+"""Mixtral: w1 is gate, w3 is up, w2 is down, under `block_sparse_moe`; natively, and fused, under `mlp`."""
+
+from fmoe.build import either, keep, rule
+from fmoe.families.family import Family
+from fmoe.families.layouts import EXPERTS, fused, per_expert
+
+DISK = "{pre}layers.{l}.block_sparse_moe."
+GATE = "{pre}layers.{l}.mlp.gate.{rest}"
+
+mixtral = Family(
+    model_types=("mixtral",),
+    rules=either(
+        "layout",
+        per_expert=per_expert(DISK + "experts.", EXPERTS, "w1|w3", "w2") | rule(DISK + "gate.{rest}", GATE),
+        fused=fused() | rule(GATE, GATE),
+    )
+    | keep("{rest}"),
+    fields=dict(
+        n_routed_experts="num_local_experts num_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="intermediate_size",
+    ),
+    fixed=dict(softmax_before_topk=True, norm_topk_prob=True),
+    source="mistralai/Mixtral-8x7B-v0.1",
+)

@@ -1,0 +1,49 @@
+"""Nemotron-H: up and down alone (squared ReLU), in `mixer`; on disk under `backbone`, natively under `model`."""
+
+from fmoe.build import either, keep, rule
+from fmoe.families.family import Family
+from fmoe.families.layouts import fused, per_expert
+
+MIXER = "{pre}layers.{l}.mixer."
+
+PREFIX = either(
+    "prefix",
+    backbone=rule("backbone.embeddings.{rest}", "model.embed_tokens.{rest}")
+    | rule("backbone.norm_f.{rest}", "model.norm.{rest}")
+    | rule("backbone.layers.{rest}", "model.layers.{rest}"),
+    model=rule("model.embeddings.{rest}", "model.embed_tokens.{rest}")
+    | rule("model.norm_f.{rest}", "model.norm.{rest}")
+    | rule("model.layers.{rest}", "model.layers.{rest}"),
+) | keep("{rest}")
+
+nemotron_h = Family(
+    model_types=("nemotron_h",),
+    rules=PREFIX
+    >> (
+        either(
+            "layout",
+            per_expert=per_expert(MIXER + "experts.", gate_up="up_proj"),
+            fused=fused(MIXER + "experts.", gated=False),
+        )
+        | rule(MIXER + "{p=A_log|dt_bias|D}", MIXER + "_fp32_params.{p=A_log|dt_bias|D}")
+        | keep("{rest}")
+    ),
+    fields=dict(
+        n_routed_experts="n_routed_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+        moe_latent_size="moe_latent_size",
+        n_shared_experts="n_shared_experts",
+        shared_expert_inter_dim="moe_shared_expert_intermediate_size",
+        n_expert_groups="n_group",
+        n_limited_groups="topk_group",
+        route_scale="routed_scaling_factor",
+        norm_topk_prob="norm_topk_prob",
+    ),
+    fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, shared_expert_activation="relu2"),
+    activations={"relu2": "relu2"},
+    activation_field="mlp_hidden_act",
+    source="nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+)

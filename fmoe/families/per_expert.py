@@ -1,0 +1,31 @@
+"""The general families: any tensors under `experts.{e}.`, whatever stands before; gated, or up and down alone.
+
+Names cannot tell a non-gated layer from one that has lost its gates, so there are two of them.
+"""
+
+from dataclasses import replace
+
+from fmoe.build import keep
+from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.layouts import per_expert as one_by_one
+
+per_expert = Family(
+    model_types=("per_expert",),
+    rules=one_by_one("{pre}experts.") | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    fields=dict(
+        n_routed_experts="num_experts n_routed_experts num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        moe_latent_size="moe_latent_size",
+    ),
+    fp8=EXPERTS_ONLY,
+    source="no single publisher: the layout of Qwen, DeepSeek, GLM, OLMoE and many others",
+)
+
+per_expert_non_gated = replace(
+    per_expert,
+    model_types=("per_expert_non_gated",),
+    rules=one_by_one("{pre}experts.", gate_up="up_proj") | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    fixed=dict(expert_activation="relu2"),
+)

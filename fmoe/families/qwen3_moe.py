@@ -1,0 +1,21 @@
+"""Qwen3-MoE: gate, up and down matrices of every expert, one by one; no shared expert."""
+
+from fmoe.build import keep
+from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.layouts import experts
+
+qwen3_moe = Family(
+    model_types=("qwen3_moe",),
+    rules=experts() | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    fields=dict(
+        n_routed_experts="num_experts num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+        norm_topk_prob="norm_topk_prob",
+    ),
+    fixed=dict(softmax_before_topk=True),
+    fp8=EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.mlp\.(gate|up|down)_proj\.weight",
+    source="Qwen/Qwen3-30B-A3B, Qwen/Qwen3-30B-A3B-FP8",
+)

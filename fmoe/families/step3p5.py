@@ -1,0 +1,29 @@
+"""Step-3.5: gate, up and down of all experts, each one tensor [experts, out, in], under `moe`."""
+
+from fmoe.build import keep, rule, together
+from fmoe.families.family import Family
+
+X = "{pre}layers.{l}.moe."
+
+step3p5 = Family(
+    model_types=("step3p5",),
+    rules=together(
+        rule(X + "{g=gate|up}_proj.weight [e i d]", X + "experts.gate_and_up_projs [e d (g i)]"),
+        rule(X + "down_proj.weight [e d i]", X + "experts.down_projs [e i d]"),
+    )
+    | rule(X + "router_bias", X + "gate.e_score_correction_bias")
+    | keep("{rest}"),
+    fields=dict(
+        n_routed_experts="moe_num_experts n_routed_experts",
+        n_activated_experts="moe_top_k num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+        shared_expert_inter_dim="share_expert_dim share_expert_dims",
+        route_scale="moe_router_scaling_factor",
+        norm_topk_prob="norm_expert_weight",
+    ),
+    fixed=dict(n_shared_experts=1, score_func="sigmoid", force_e_score_correction_bias=True),
+    unsaid=dict(swiglu_limits="clamps after silu, layer by layer: no expert_activation does"),
+    source="stepfun-ai/Step-3.5-Flash",
+)
