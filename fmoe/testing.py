@@ -1,0 +1,245 @@
+"""Laws that every adapter keeps, and hypothesis strategies that draw checkpoints for one: for your own adapters too.
+
+    @given(checkpoints(my_adapter))
+    def test_my_adapter(specs):
+        assert_laws(my_adapter, specs)
+
+Needs hypothesis: `pip install fmoe[test]`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fmoe.adapter import Adapter
+from fmoe.entries import Either, Entry, Keep, Together, walk
+from fmoe.families import family
+from fmoe.names import Names, Value, patterns
+from fmoe.pipeline import Plan
+from fmoe.plan import TablePlan
+from fmoe.rules import Rule
+from fmoe.table import Table
+from fmoe.types import AdapterError, TensorSpec, bits
+
+Specs = dict[str, TensorSpec]
+
+KEPT = ("model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "a", "visual.0.1.bias")
+PREFIXES = ("", "model.", "model.language_model.", "mtp.", "base_model.model.model.")
+
+
+def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors of these specs: normal values, as bits that any dtype can hold."""
+    made = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(spec.shape, generator=made).to(spec.dtype) for n, spec in specs.items()}
+
+
+def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Asserts equal names, and for each equal shape, dtype and bits."""
+    assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())[:8]}"
+    for name, x in a.items():
+        y = b[name]
+        assert (tuple(x.shape), x.dtype) == (tuple(y.shape), y.dtype), (
+            f"{name}: {x.shape} {x.dtype}, {y.shape} {y.dtype}"
+        )
+        if isinstance(x, Tensor) and not (x.is_meta or y.is_meta):
+            assert torch.equal(bits(x), bits(y)), f"{name}: values differ"
+
+
+def assert_laws(adapter: Adapter, specs: Mapping[str, TensorSpec], seed: int = 0) -> None:
+    """Inverse, abstract = concrete, views = copies, restriction = slice, purity: on random tensors of these HF specs.
+
+    A lossless adapter must keep all of them. One with a codec is held to the inverse on what it wrote itself.
+
+    >>> import fmoe
+    >>> specs = {f"w.{e}": TensorSpec((3,), torch.float32) for e in range(2)}
+    >>> assert_laws(fmoe.rule("w.{e} [d]", "w [e d]"), specs)
+    """
+    adapter = adapter.resolve(specs)
+    hf: Mapping[str, Tensor] = MappingProxyType(tensors(specs, seed))
+    if not adapter.lossless:
+        hf = MappingProxyType(adapter.to_hf(adapter.from_hf(hf), copy=True))
+    before = {n: t.clone() for n, t in hf.items()}
+    native = MappingProxyType(adapter.from_hf(hf))
+    assert_inverse(adapter, hf, native)
+    assert_abstract(adapter, hf, native)
+    assert_tiles(adapter.plan(hf))
+    assert_views(adapter, hf, native)
+    assert_restricts(adapter, hf, native)
+    same(hf, before)
+
+
+def assert_inverse(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
+    """to_hf(from_hf(x)) == x and from_hf(to_hf(n)) == n, by views and by copies; the same through `inverse`."""
+    same(adapter.to_hf(native), hf)
+    same(adapter.to_hf(adapter.from_hf(hf, copy=True, contiguous=True)), hf)
+    same(adapter.inverse.from_hf(native), hf)
+    same(adapter.from_hf(adapter.to_hf(native, copy=True)), native)
+    same(dict(adapter.iter_hf(native)), hf)
+    assert adapter.inverse.inverse == adapter, "the inverse of the inverse is another adapter"
+    for name, copied in adapter.from_hf(hf, copy=True).items():
+        shared = {t.untyped_storage().data_ptr() for t in hf.values() if t.numel()}
+        assert copied.untyped_storage().data_ptr() not in shared, f"copy=True: {name} shares memory with the input"
+
+
+def assert_abstract(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
+    """The plan's targets, and conversions of specs and of meta tensors, say what conversions of tensors give."""
+    specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in hf.items()}
+    same(adapter.plan(specs).targets, native)
+    same(adapter.from_hf(specs), native)
+    same(adapter.from_hf({n: t.to("meta") for n, t in hf.items()}), native)
+    same(adapter.to_hf(adapter.from_hf(specs)), specs)
+
+
+def assert_tiles(plan: Plan) -> None:
+    """The copies of a table visit every element of every source and of every target exactly once."""
+    for stage in plan.stages:
+        if isinstance(stage, TablePlan):
+            seen = {side: dict[str, Tensor]() for side in ("source", "target")}
+            specs = {"source": stage.specs, "target": stage.targets}
+            for copy in stage.copies():
+                for side, name, start, steps in (
+                    ("source", copy.source, copy.source_offset, copy.source_strides),
+                    ("target", copy.target, copy.target_offset, copy.target_strides),
+                ):
+                    count = seen[side].setdefault(name, torch.zeros(specs[side][name].numel, dtype=torch.int64))
+                    count.as_strided(copy.shape, steps, start).add_(1)
+            for side, counts in seen.items():
+                for name, count in counts.items():
+                    assert bool((count == 1).all()), f"{side} {name}: visited {count.unique().tolist()} times"
+
+
+def assert_views(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
+    """Views under HF names show what `to_hf` returns, and writing all of them loads the model: every native name."""
+    try:
+        fresh = {n: torch.zeros_like(t) for n, t in native.items()}
+        views = adapter.views(fresh)
+    except AdapterError as error:  # then some HF tensor is made of several native ones, or decoded: and it says which
+        assert error.keys, "an error that names no key"
+        return
+    for name, view in views.items():
+        view.copy_(hf[name])
+    same(fresh, native)
+    assert set(views.written()) == set(native), "not every native tensor is said to be written"
+    assert not views.written([]), "something is said to be written before anything is"
+
+
+def assert_restricts(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
+    """from_hf(x, e=range(a, b)) is from_hf(x)[a:b] along e, reads nothing else of what is named by e, and goes back."""
+    stacks = adapter.plan(hf).stacks("e")
+    sizes = {spec.shape[0] for spec in stacks.values()}
+    if len(sizes) != 1:
+        return
+    (n,) = sizes
+    for part in {range(0, n), range(n // 2, n), range(n - 1, n)}:
+        if len(part):
+            local = adapter.from_hf(hf, e=part)
+            same(local, {k: t[part.start : part.stop] if k in stacks else t for k, t in native.items()})
+            needed = adapter.plan(hf, e=part).sources
+            same(adapter.from_hf({k: hf[k] for k in needed}, e=part), local)
+            back = adapter.to_hf(local, e=part)
+            assert set(back) == set(needed), "a part goes back under other names"
+            same(
+                {k: t for k, t in back.items() if t.shape == hf[k].shape},
+                {k: hf[k] for k in back if back[k].shape == hf[k].shape},
+            )
+
+
+@st.composite
+def checkpoints(draw: Callable[..., Any], adapter: Adapter, dtypes: Iterable[torch.dtype] = ()) -> Specs:
+    """HF specs that the adapter takes: its alternatives, layers, prefixes and axis sizes drawn, size 1 and squares too.
+
+    dtypes: one is drawn for all tensors (default: those that hold any normal value).
+    """
+    dtype = draw(st.sampled_from([*dtypes] or [torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    tables = [i for i, stage in enumerate(adapter.stages) if isinstance(stage, Table)]
+    specs = draw(_table(adapter.stages[tables[-1]].entries, dtype)) if tables else {}
+    for stage in reversed(adapter.stages[: tables[-1]] if tables else ()):
+        specs = Adapter((stage,)).inverse.plan(specs).targets
+    return specs
+
+
+@st.composite
+def family_checkpoints(draw: Callable[..., Any], model_type: str, **choices: Any) -> tuple[Adapter, Specs]:
+    """(adapter, HF specs) of a family: its config's sizes drawn, and a checkpoint that fits them."""
+    found = family(model_type)
+    sizes = {f: draw(st.integers(1, 5)) for f in ("n_routed_experts", "moe_inter_dim", "dim")} | {
+        "n_activated_experts": 1
+    }
+    config = {found.fields[f].split()[0]: n for f, n in sizes.items()}
+    adapter = found.adapter(config, **choices)
+    return adapter, draw(checkpoints(adapter))
+
+
+@st.composite
+def _table(draw: Callable[..., Any], entries: Iterable[Entry], dtype: torch.dtype) -> Specs:
+    sizes: dict[str, int] = {}
+    size = lambda axis: sizes.setdefault(axis, draw(st.integers(1, 4)))
+    specs: Specs = {}
+    sides = [pattern for e in walk(entries) if isinstance(e, Rule) for pattern in patterns(e)]
+    free = [name for name in KEPT for template in Names([name]).rows if not any(s.match(template) for s in sides)]
+    for entry in _chosen(draw, entries):
+        if isinstance(entry, Keep):
+            names = draw(st.sets(st.sampled_from(free))) if str(entry.pattern) == "{rest}" else set()
+            specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
+        else:
+            bundle = entry.rules if isinstance(entry, Together) else (entry,)
+            optional = any("scale" in str(r.source.name) or ".bias" in str(r.source.name) for r in bundle)
+            for _ in range(0 if optional else draw(st.integers(0, 2))):
+                shared = {n: draw(_shared(r, n)) for r in bundle for n in r.shared}
+                for rule in bundle:
+                    specs |= _claimed(rule, shared, size, dtype)
+    return specs
+
+
+def _chosen(draw: Callable[..., Any], entries: Iterable[Entry]) -> Iterable[Rule | Keep | Together]:
+    for entry in entries:
+        if isinstance(entry, Either):
+            label = draw(st.sampled_from([name for name, _ in entry.options]))
+            yield from _chosen(draw, entry.choose(label))
+        elif isinstance(entry, Rule | Keep | Together):
+            yield entry
+
+
+def _shared(rule: Rule, name: str) -> st.SearchStrategy[Value]:
+    capture = rule.source.captures[name]
+    if capture.choices:
+        return st.integers(0, len(capture.choices) - 1)
+    if name in rule.bound:
+        return st.sampled_from(list(rule.bound[name]))
+    if rule.indexed(name):
+        return st.integers(0, 3)
+    return st.sampled_from(PREFIXES if rule.source.parts[0] == capture else ("x", "weight", "0.bias"))
+
+
+def _claimed(rule: Rule, shared: Mapping[str, Value], size: Callable[[str], int], dtype: torch.dtype) -> Specs:
+    """Every HF tensor that the rule stacks at one value of its shared captures."""
+    pattern, captures = patterns(rule)[0], rule.source.captures | rule.target.captures
+    length = lambda a: (
+        len(captures[a].choices) if a in captures and captures[a].choices else len(rule.bound.get(a, range(size(a))))
+    )
+    here: list[dict[str, Value]] = [{n: shared[n] for n in rule.shared}]
+    for axis in rule.stacked:
+        here = [at | {axis: i} for at in here for i in range(length(axis))]
+    specs = {}
+    for at in here:
+        dims = (
+            ([_part(rule, a, at, length, size) for a in dim if a != "1"])
+            for dim in rule.source.axes or (("x",), ("x",))
+        )
+        specs[pattern.render(at)] = TensorSpec(tuple(torch.Size(d).numel() for d in dims), dtype)
+    return specs
+
+
+def _part(
+    rule: Rule, axis: str, at: Mapping[str, Value], length: Callable[[str], int], size: Callable[[str], int]
+) -> int:
+    """The length of an axis in one tensor: of a ragged one, the part that the tensor is, or all parts."""
+    if "|" in axis:
+        return sum(length(label) for label in axis.split("|"))
+    if axis in rule.ragged.values():
+        return length(rule.source.captures[axis].choices[int(at[axis])])
+    return length(axis)
