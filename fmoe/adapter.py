@@ -35,7 +35,7 @@ class Adapter:
 
     @property
     def moe_config(self) -> MoEConfig:
-        """The config of the checkpoint's expert layers. Raises AdapterError where its family or config do not say it."""
+        """The config of the checkpoint's expert layers. Raises AdapterError where family and config do not say it."""
         if isinstance(self.moe, str):
             raise AdapterError(f"moe_config is unknown: {self.moe}")
         return self.moe
@@ -83,7 +83,7 @@ class Adapter:
         specs: names to `TensorSpec`s or tensors (meta too). axis_ranges: `e=range(0, 16)` reads those experts only.
         Raises AdapterError with every problem found.
 
-        >>> import fmoe
+        >>> import fmoe, torch
         >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({f"w.{e}": TensorSpec((3,), torch.float32) for e in range(4)})
         >>> plan.targets, plan.nbytes
         ({'w': TensorSpec(shape=(4, 3), dtype=torch.float32)}, 48)
@@ -111,7 +111,7 @@ class Adapter:
         copy: always fresh storage. contiguous: native storage order. axis_ranges: only those indices of an axis.
         A dict of TensorSpecs gives TensorSpecs. Raises AdapterError with every problem found, before any data moves.
 
-        >>> import fmoe
+        >>> import fmoe, torch
         >>> fmoe.rule("w.{e} [d]", "w [e d]").from_hf({"w.1": torch.ones(2), "w.0": torch.zeros(2)})
         {'w': tensor([[0., 0.],
                 [1., 1.]])}
@@ -137,9 +137,10 @@ class Adapter:
         scales it was read with; True everything that the family quantises, with real scales; False nothing.
         axis_ranges: which experts these tensors hold (`e=range(16, 32)`), to name them. Other arguments as `from_hf`.
         """
-        plan = self._to_hf_plan(state_dict, quantization, axis_ranges)
-        out = _run(plan, state_dict, copy=copy, contiguous=contiguous)
-        return {n: t for n, t in out.items() if not (exclude_key_regex and re.match(exclude_key_regex, n))}
+        out = _run(
+            self._to_hf_plan(state_dict, quantization, axis_ranges), state_dict, copy=copy, contiguous=contiguous
+        )
+        return _without(out, exclude_key_regex)
 
     def convert_single_tensor_to_hf(
         self,
@@ -151,7 +152,8 @@ class Adapter:
         **axis_ranges: range,
     ) -> list[tuple[str, Any]]:
         """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
-        return list(self.to_hf({fqn: tensor}, exclude_key_regex, quantization, **axis_ranges).items())
+        plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
+        return list(_without(_run(plan, {fqn: tensor}), exclude_key_regex).items())
 
     def iter_hf(
         self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
@@ -199,7 +201,7 @@ def _spec(name: str, value: Any) -> TensorSpec:
         raise AdapterError(f"{name!r}: {type(value).__name__}, expected a tensor or a TensorSpec") from None
 
 
-def _run(plan: Plan, params: Mapping[str, Any], *, copy: bool, contiguous: bool) -> dict[str, Any]:
+def _run(plan: Plan, params: Mapping[str, Any], *, copy: bool = False, contiguous: bool = False) -> dict[str, Any]:
     if any(isinstance(v, TensorSpec) for v in params.values()):
         return dict(plan.targets)
     out = plan.run(params)
@@ -207,3 +209,7 @@ def _run(plan: Plan, params: Mapping[str, Any], *, copy: bool, contiguous: bool)
         given = {t.untyped_storage()._cdata for t in params.values()}
         out = {n: t.clone() if t.untyped_storage()._cdata in given else t for n, t in out.items()}
     return {n: t.contiguous() for n, t in out.items()} if contiguous else out
+
+
+def _without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
+    return {n: t for n, t in tensors.items() if not (exclude_key_regex and re.match(exclude_key_regex, n))}

@@ -46,8 +46,8 @@ class Copy(NamedTuple):
 class Group:
     """One rule at one value of its shared captures.
 
-    sizes: each axis, in full. found: the name at each coordinate of `rule.stacked`. parts: where each choice of a ragged
-    axis lies in it. window: the range of an axis that is asked for, if not all; local: the sources hold that range only.
+    sizes: each axis, in full. found: the name at each coordinate of `rule.stacked`. parts: where each choice of a
+    ragged axis lies in it. window: the range of an axis that is asked for, if not all; local: the sources hold only it.
     """
 
     rule: Rule

@@ -100,9 +100,12 @@ class Beside:
 
 
 def _claimed(stages: Stages, names: Names) -> dict[str, None]:
+    """The names that the first of the stages to have rules claims."""
     for stage in stages:
-        if isinstance(stage, Table | Beside):
+        if isinstance(stage, Table):
             return dict.fromkeys(stage.claimed(names))
+        if isinstance(stage, Beside):
+            return _claimed(stage.left, names) | _claimed(stage.right, names)
     return {}
 
 

@@ -15,7 +15,7 @@ def rule(hf: str, native: str, **bounds: int | Iterable[int]) -> Adapter:
     A name captured in braces on both sides indexes the relation; captured on one side only, it is an axis on the other.
     `(g i)` concatenates, `(i g)` interleaves, `(q|k|v)` joins unequal parts of `{p=q|k|v}` `[p d]`, `1` is an axis of
     size 1. One letter is a number, a word is text: `{pre}` at the start is any prefix, `{rest}` at the end any tail.
-    bounds: `e=8` (0 to 7), `l=range(3, 61)` (the values allowed). Raises AdapterError for a relation that is no bijection.
+    bounds: `e=8` (0 to 7), `l=range(3, 61)` (the values allowed). Raises AdapterError where it is no bijection.
 
     >>> print(rule("{pre}experts.{e}.{g=gate|up}.weight [i d]", "{pre}experts.gate_and_up_projs [e d (g i)]", e=8))
     {pre}experts.{e}.{g=gate|up}.weight [i d]  <->  {pre}experts.gate_and_up_projs [e d (g i)]   where e < 8
@@ -28,8 +28,9 @@ def keep(pattern: str) -> Adapter:
 
     A name that looks like an expert's, or like part of a quantised tensor, is not kept unless the pattern spells it.
 
-    >>> sorted((rule("a [d]", "b [d]") | keep("{rest}")).from_hf({"a": TensorSpec((1,), int8), "c": TensorSpec((2,), int8)}))
-    ['b', 'c']
+    >>> import torch
+    >>> (rule("a [d]", "b [d]") | keep("{rest}")).from_hf({"a": torch.zeros(1), "c": torch.ones(1)})
+    {'b': tensor([0.]), 'c': tensor([1.])}
     """
     return Adapter((Table((Keep(parse(pattern)),)),))
 
@@ -46,8 +47,13 @@ def drop(pattern: str, *, because: str) -> Adapter:
 def alias(name: str, *, of: str) -> Adapter:
     """A HF name that may hold the same tensor as another: checked equal and merged; written back if it was found.
 
-    >>> print(alias("lm_head.weight", of="model.embed_tokens.weight").resolve(["lm_head.weight", "model.embed_tokens.weight"]))
-    alias lm_head.weight   of model.embed_tokens.weight
+    >>> import torch
+    >>> tied = alias("head", of="embed") | keep("{rest}")
+    >>> embed = torch.zeros(1)
+    >>> tied.from_hf({"head": embed, "embed": embed})
+    {'embed': tensor([0.])}
+    >>> tied.resolve(["head", "embed"]).to_hf({"embed": embed}).keys()
+    dict_keys(['embed', 'head'])
     """
     return Adapter((Table((Either(name, (("absent", ()), ("present", (Alias(name, of),)))),)),))
 
@@ -58,23 +64,27 @@ def either(name: str, quantized: str | None = None, **options: Adapter) -> Adapt
 
 
 def rename(old: str, new: str) -> Adapter:
-    """old <-> new, and every other name unchanged: a prefix, or a pattern with captures on both sides.
+    """old <-> new, and every other name unchanged: a prefix that ends in a dot, a whole name or path, or two patterns.
 
+    >>> import torch
     >>> rename("model.", "policy.").from_hf({"model.a": torch.zeros(1), "b": torch.zeros(1)}).keys()
     dict_keys(['policy.a', 'b'])
     """
-    tail = "" if "{" in old + new else "{rest}"
-    return rule(old + tail, new + tail) | keep("{rest}")
+    if "{" in old + new:
+        return rule(old, new) | keep("{rest}")
+    if old.endswith(".") or new.endswith(".") or not (old and new):
+        return rule(old + "{rest}", new + "{rest}") | keep("{rest}")
+    return rule(old, new) | rule(old + ".{rest}", new + ".{rest}") | keep("{rest}")
 
 
 def together(*adapters: Adapter) -> Adapter:
     """Rules whose HF tensors come together: a layer that has one must have all.
 
+    >>> import torch
     >>> layer = together(rule("{l}.up [i d]", "{l}.w [i d]"), rule("{l}.down [d i]", "{l}.v [d i]"))
-    >>> layer.from_hf({"0.up": TensorSpec((2, 3), int8)})
+    >>> layer.from_hf({"0.up": torch.zeros(2, 3)})
     Traceback (most recent call last):
-    fmoe.types.AdapterError: 1 problem:
-      - missing '0.down', which must stand beside '0.up'
+    fmoe.types.AdapterError: missing '0.down', which must stand beside '0.up'
     """
     return Adapter((Table((Together(tuple(r for a in adapters for r in rules_of(_entries(a)))),)),))
 

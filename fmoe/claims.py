@@ -96,7 +96,8 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[s
         why = "no rule claims it" if not fits else None
         if fits and layouts:
             why = _suspicious(template, regions, fits)
-        if fits and not why and (taken := next((r for r in back if patterns(r)[0].match(template)), None)):
+        mine = Names(left)
+        if fits and not why and (taken := next((r for r in back if any(hits(r, mine))), None)):
             why = f"it would be kept, but the way back would claim it for {taken}"
         if why:
             found.problems.append(Problem(f"{some(left)}: {why}", tuple(left)))
@@ -104,25 +105,40 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[s
             found.pairs.update(zip(left, left, strict=True))
 
 
-def _suspicious(template: str, regions: list[Pattern], keeps: list[str]) -> str | None:
+def _suspicious(template: str, regions: list[tuple[str, Pattern]], keeps: list[str]) -> str | None:
     """Why a keep that does not spell it out may not pass this name on."""
     if _QUANTISED.search(template) and not any(_QUANTISED.search(k) for k in keeps):
         return "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
-    looks = "experts" in template.split(".") or any(r.match(template) for r in regions)
-    if looks and not any("experts" in k.split(".") for k in keeps):
-        return "no rule claims it, and it looks like an expert's"
+    spelled = {segment for k in keeps for segment in k.split(".")}
+    near = {"experts"} & set(template.split(".")) | {word for word, region in regions if region.match(template)}
+    if near and not near <= spelled:
+        return f"no rule claims it, and it stands under {near.pop()!r}, among experts"
     return None
 
 
-def _region(rule: Rule) -> list[Pattern]:
-    """Names that differ from the rule's in the last segment only, after the captures that it stacks."""
-    parts = list(rule.source.parts)
+def _region(rule: Rule) -> list[tuple[str, Pattern]]:
+    """Names that begin as the rule's do, up to the segment with the first capture that counts experts or halves.
+
+    With the last literal word of that beginning: a keep that spells it may keep such names.
+    """
+    parts: list[str | Capture] = []
+    for part in rule.source.parts:
+        if isinstance(part, Capture) and part.name in rule.stacked and (part.choices or part.name == "e"):
+            break
+        parts.append(part)
+    else:
+        return []
     while parts and not (isinstance(parts[-1], str) and "." in parts[-1]):
         parts.pop()
-    if not any(isinstance(p, Capture) and p.name in rule.stacked for p in parts):
+    if not parts:
         return []
-    stem = (*parts[:-1], str(parts[-1]).rpartition(".")[0] + ".", Capture("rest"))
-    return [Pattern(Address(stem), patterns(rule)[0].indexed)]
+    stem = str(parts[-1]).rpartition(".")[0]
+    word = stem.rpartition(".")[2]
+    return (
+        [(word, Pattern(Address((*parts[:-1], stem + ".", Capture("rest"))), patterns(rule)[0].indexed))]
+        if word
+        else []
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -1,28 +1,37 @@
 """The command line: inspect, plan, convert, verify and demo, over the same functions that `import fmoe` gives."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
 from fmoe import checkpoint
 from fmoe.types import AdapterError, human
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = """Mixture-of-Experts checkpoints: look into them, convert them, prove that nothing is lost.
 
-Source = Annotated[Path, typer.Argument(help="a checkpoint directory: safetensors files and a config.json")]
+    fmoe inspect DIR                   family, layout, experts, problems
+    fmoe convert DIR NATIVE            experts stacked, in bounded memory
+    fmoe convert NATIVE BACK --to hf   byte for byte what DIR was
+"""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
+
+SHARD = "the most that a file may hold, as 5GB or 200MB; back to hf, the files are as they were"
+DIRECTORY = "a checkpoint directory, Hugging Face's or native: safetensors files and a config.json"
+Source = Annotated[Path, typer.Argument(metavar="DIR", help=DIRECTORY)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 
 
-class To(str, Enum):
+class To(StrEnum):
     """The two formats of a directory."""
 
     native = "native"
@@ -61,11 +70,11 @@ def plan(
 
 @app.command()
 def convert(
-    src: Source,
-    dst: Annotated[Path, typer.Argument(help="the directory to write; it must not exist, or be empty")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help=DIRECTORY)],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="the directory to write: a new or an empty one")],
     to: Annotated[To, typer.Option(help="the layout to write")] = To.native,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
-    max_shard_size: Annotated[str, typer.Option(help="the size of a file, as 5GB or 200MB")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help=SHARD)] = "5GB",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -74,17 +83,18 @@ def convert(
     A native directory converts back to the very files that it was made from.
     """
     size = _size(max_shard_size)
-    with _bar(f"{src} -> {dst}", src, quiet or as_json) as progress:
+    with _bar("converting", quiet or as_json) as progress:
         report = checkpoint.convert(src, dst, to.value, max_shard_size=size, force=force, progress=progress)
-    _say(report, f"{report.tensors:,} tensors -> {report.made:,} in {dst} ({human(report.nbytes)})", as_json)
+    _say(report, f"{_count(report.tensors, 'tensor')} -> {report.made:,} in {dst} ({human(report.nbytes)})", as_json)
 
 
 @app.command()
 def verify(path: Source, quiet: Quiet = False, as_json: Json = False) -> None:
     """Prove that every tensor comes back bit for bit from the other layout; nothing is written."""
-    with _bar(f"verify {path}", path, quiet or as_json) as progress:
+    with _bar("verifying", quiet or as_json) as progress:
         report = checkpoint.verify(path, progress)
-    _say(report, f"{report.tensors:,} tensors ({human(report.nbytes)}) come back bit for bit: {report.family}", as_json)
+    found = f"{report.family}, {_count(report.tensors, 'tensor')}, {human(report.nbytes)}"
+    _say(report, f"{found}: everything comes back bit for bit", as_json)
 
 
 @app.command()
@@ -101,33 +111,36 @@ def demo(
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    experts, config = found["experts"], found.get("moe_config")
-    table.add_row("family", f"{found['model_type']} ({found['format']})")
-    table.add_row("size", f"{found['tensors']:,} tensors in {found['files']:,} files, {human(found['bytes'])}")
-    table.add_row("dtypes", ", ".join(f"{n} {human(size)}" for n, size in found["dtypes"].items()))
+    experts, config, size = found["experts"], found["moe_config"], human(found["bytes"])
+    dtypes = ", ".join(f"{n} {human(nbytes)}" for n, nbytes in found["dtypes"].items())
+    layout = "".join(f", {name}={label}" for name, label in found["layout"].items())
+    rows = [("family", f"{found['model_type']} ({found['format']}{layout})")]
+    rows += [("size", f"{_count(found['tensors'], 'tensor')} in {_count(found['files'], 'file')}, {size}: {dtypes}")]
     if experts:
         shapes = ", ".join(f"{n} {shape}" for n, shape in experts["shapes"].items())
-        table.add_row("experts", f"{experts['layers']} layers, {human(experts['bytes'])}: {shapes}")
+        rows += [("experts", f"{_count(experts['layers'], 'layer')}, {human(experts['bytes'])}, natively {shapes}")]
     if config:
         facts = f"E {config['n_routed_experts']}, K {config['n_activated_experts']}, {config['expert_activation']}"
-        table.add_row("routing", f"{facts}, {config['score_func']}")
-    for i, line in enumerate(found["rules"]):
-        table.add_row("" if i else "rules", line)
-    console = Console(width=None if Console().is_terminal else 10_000, highlight=False, markup=False)
-    console.print(table)
-    for problem in found["problems"]:
-        console.print(f"problem: {problem}")
+        rows += [("routing", f"{facts}, {config['score_func']}")]
+    rows += [("rules", line) for line in found["rules"]]
+    rows += [("note", text) for text in found["notes"]] + [("problem", text) for text in found["problems"]]
+    for before, (label, text) in zip([("", ""), *rows], rows, strict=False):
+        print(f"{label if label != before[0] else '':<9}{text}")
 
 
 def _say(report: checkpoint.Report, text: str, as_json: bool) -> None:
-    facts = report._asdict() | {"adapter": str(report.adapter)}
+    facts = {"path": report.path, "model_type": report.family, "tensors": report.tensors, "bytes": report.nbytes}
+    facts |= {"made": report.made, "rules": str(report.adapter).split("\n")}
     print(json.dumps(facts) if as_json else text)
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 @contextmanager
-def _bar(title: str, path: Path, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, with rate and remaining time."""
+def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and remaining time on standard error, if that is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -135,25 +148,34 @@ def _bar(title: str, path: Path, quiet: bool) -> Iterator[Callable[[int], None]]
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as progress:
-        task = progress.add_task(title, total=checkpoint.open_checkpoint(path).nbytes)
-        yield lambda nbytes: progress.advance(task, nbytes)
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+    task = bar.add_task(title, total=None)
+
+    def progress(done: int, of: int) -> None:
+        bar.update(task, completed=done, total=of)
+        bar.start()
+
+    try:
+        yield progress
+    finally:
+        bar.stop()
 
 
 def _experts(text: str | None) -> dict[str, range]:
     if text is None:
         return {}
     start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit()):
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
         raise typer.BadParameter(f"--experts is {text!r}, expected START:STOP, as 0:16")
     return {"e": range(int(start), int(stop))}
 
 
 def _size(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.strip().isdigit():
-        raise typer.BadParameter(f"--max-shard-size is {text!r}, expected a number and KB, MB or GB")
+    if unit not in units or not number.strip().isdecimal() or not int(number):
+        raise typer.BadParameter(f"--max-shard-size is {text!r}, expected a whole number and KB, MB, GB or TB")
     return int(number) * units[unit]
 
 
@@ -161,6 +183,9 @@ def main() -> None:
     """Exit codes: 0 done, 1 it cannot be done (said on standard error), 2 wrong usage."""
     try:
         app()
-    except (AdapterError, OSError) as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"fmoe: {error}")
-        raise SystemExit(1) from None
+    except AdapterError as error:
+        why = str(error)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    print(f"fmoe: {why}", file=sys.stderr)
+    raise SystemExit(1)

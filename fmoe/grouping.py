@@ -91,7 +91,8 @@ class Claimed:
         """The group. Raises Wrong with the keys that are missing, out of range, or do not fit."""
         inside = self.inside
         self._alike()
-        full, lengths = dict(self.given), {p: {} for p in self.rule.ragged.values()}
+        full = dict(self.given)
+        lengths: dict[str, dict[str, int]] = {p: {} for p in self.rule.ragged.values()}
         reads = inside.items() if lengths else list(inside.items())[:1]
         for at, name in reads:
             part = {

@@ -7,7 +7,7 @@ address is compiled once and matched against the few templates; per name, only t
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -100,8 +100,8 @@ class Pattern:
             readers[name] = _reader(capture := self.address.captures[name], name in self.indexed, text, span)
             free = [p for p in free if not span.start <= p < span.stop]
             if capture.choices and BLANK in text:
-                tests.append(lambda numbers, t=text, s=span, c=capture.choices: _fill(t, numbers[s]) in c)
-        tests += [lambda numbers, p=p, d=d: numbers[p] == d for p, d in zip(free, spelled, strict=True)]
+                tests.append(partial(_is_choice, text, span, capture.choices))
+        tests += [partial(_is_number, p, digits) for p, digits in zip(free, spelled, strict=True)]
         return Hit(readers, tuple(tests))
 
     def render(self, values: dict[str, Value]) -> str:
@@ -137,6 +137,14 @@ def _reader(capture: Capture, indexed: bool, text: str, span: slice) -> Value | 
 
 def _blanked(choice: str, before: str, after: str) -> str:
     return _NUMBER.sub(BLANK, before + choice + after)[len(before) :].removesuffix(after)
+
+
+def _is_choice(text: str, span: slice, choices: tuple[str, ...], numbers: Numbers) -> bool:
+    return _fill(text, numbers[span]) in choices
+
+
+def _is_number(at: int, digits: str, numbers: Numbers) -> bool:
+    return numbers[at] == digits
 
 
 def _fill(text: str, numbers: Numbers) -> str:

@@ -11,7 +11,7 @@ from fmoe.axes import Copy, Group
 from fmoe.grouping import Specs, Window
 from fmoe.names import Names
 from fmoe.plan import TablePlan
-from fmoe.types import TensorSpec, human
+from fmoe.types import AdapterError, Problem, TensorSpec, human
 
 
 class StagePlan(Protocol):
@@ -171,12 +171,9 @@ class Plan:
         return [{t: sources for sources, targets in stage.units() for t in targets} for stage in self.stages]
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.specs):,} tensors -> {len(self.targets):,} tensors, {human(self.nbytes)}, proved bijective"
-        ]
-        for stage in self.stages:
-            lines.append(str(stage))
-        return "\n".join(lines)
+        read = len(self.sources) if self.narrowed else len(self.specs)
+        head = f"{read:,} tensors -> {len(self.targets):,} tensors, {human(self.nbytes)}, proved bijective"
+        return "\n".join([head, *map(str, self.stages)])
 
 
 def _leads(group: Group, axis: str) -> bool:
@@ -187,11 +184,30 @@ def _leads(group: Group, axis: str) -> bool:
 def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, *, local: bool) -> Plan:
     """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
     plans: list[StagePlan] = []
+    settled: list[Stage] = []
+    at, names = specs, Names(specs)
     for stage in stages:
-        at = plans[-1].targets if plans else specs
-        names = Names(at)
-        plans.append(stage.resolve(names, default=True).plan(at, names, window, local=local))
+        if plans:
+            was, at = at, plans[-1].targets
+            names = names if at.keys() == was.keys() else Names(at)  # a codec mostly keeps them
+        try:
+            settled.append(stage.resolve(names, default=True))
+            plans.append(settled[-1].plan(at, names, window, local=local))
+        except AdapterError as error:
+            raise AdapterError(_traced(problem, settled[: len(plans)]) for problem in error.found) from None
     return Plan(tuple(plans), specs, narrowed=bool(window))
+
+
+def _traced(problem: Problem, stages: list[Stage]) -> Problem:
+    """The problem told in the names that went into the first stage, where a name goes back to just one."""
+    text, keys = problem
+    for stage in reversed(stages):
+        back = [stage.inverse.rename(Names([key])) for key in keys]
+        was = [found[0] if len(found) == 1 else key for key, found in zip(keys, back, strict=True)]
+        for key, origin in sorted(zip(keys, was, strict=True), key=lambda pair: -len(pair[0])):
+            text = text.replace(repr(key), repr(origin))
+        keys = tuple(was)
+    return Problem(text, keys)
 
 
 def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:

@@ -2,7 +2,8 @@
 
 The proof. A rule relates atomic axes one to one, so the copies of a group tile its tensors exactly when (1) the
 sources are the whole grid of stacked captures, once each, (2) every source has the shape that the axes say, and one
-dtype; over the whole plan, (3) each name is claimed once and (4) no two targets share a name. Each check is linear in the names.
+dtype; over the whole plan, (3) each name is claimed once and (4) no two targets share a name. All are linear in the
+names.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

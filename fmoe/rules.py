@@ -155,7 +155,7 @@ class Rule:
     @cached_property
     def ragged(self) -> dict[Atom, str]:
         """Atom "q|k|v" -> the capture `{p=q|k|v}` whose parts it concatenates; p is an axis beside that capture."""
-        found = {}
+        found: dict[Atom, str] = {}
         for here, there in ((self.source, self.target), (self.target, self.source)):
             for atom in here.atoms:
                 labels = frozenset(atom.split("|"))
@@ -184,8 +184,7 @@ class Rule:
             a, b = self.source.captures[name].choices, self.target.captures[name].choices
             if len(a) != len(b):
                 return f"{{{name}}} has {len(a)} choices in the source and {len(b)} in the target"
-        names = [self._letters(side) for side in (self.source, self.target)]
-        if lost := names[0] ^ names[1]:
+        if lost := self._letters(self.source) ^ self._letters(self.target):
             return f"{', '.join(sorted(lost))} stands on one side only: a letter is a capture or an axis on both"
         return None
 

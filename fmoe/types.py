@@ -10,7 +10,7 @@ Axes, here and everywhere: `T` tokens, `D` expert width (model or latent), `I` e
 lower case, plus `g` for the gate/up pair and `l` for the layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,23 @@ Params = Mapping[str, Tensor]
 
 EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
 """The bare native names of one layer's expert tensors: [E, D, U], [E, I, D], [E, U], [E, D]."""
+
+
+def subtree(params: Params, prefix: str) -> dict[str, Tensor]:
+    """The parameters below a dotted prefix, under their bare names: what `experts` and `moe` take.
+
+    >>> subtree({"layers.0.mlp.experts.down_projs": torch.ones(1), "norm": torch.zeros(1)}, "layers.0.mlp.experts")
+    {'down_projs': tensor([1.])}
+
+    Raises ValueError where nothing stands below it.
+    """
+    stem = prefix.removesuffix(".") + "."
+    found = {name.removeprefix(stem): tensor for name, tensor in params.items() if name.startswith(stem)}
+    if not found:
+        raise ValueError(
+            f"nothing stands below {stem!r}; names begin, for example, as {next(iter(params), 'nothing')!r}"
+        )
+    return found
 
 
 class TensorSpec(NamedTuple):
@@ -63,12 +80,13 @@ class AdapterError(ValueError):
     `problems` holds one line for each; `keys` every key that they name.
     """
 
-    def __init__(self, problems: list["Problem"] | str):
-        found = [Problem(problems)] if isinstance(problems, str) else list(problems)
+    def __init__(self, problems: Iterable["Problem"] | str):
+        found = (Problem(problems),) if isinstance(problems, str) else tuple(problems)
+        self.found = found
         self.problems = tuple(p.text for p in found)
         self.keys = tuple(dict.fromkeys(k for p in found for k in p.keys))
-        head = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        super().__init__(f"{head}:" + "".join(f"\n  - {text}" for text in self.problems))
+        lines = "".join(f"\n  - {text}" for text in self.problems)
+        super().__init__(self.problems[0] if len(found) == 1 else f"{len(found)} problems:{lines}")
 
 
 class Problem(NamedTuple):

@@ -20,6 +20,8 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 NATIVE = "fmoe.json"
+ORIGIN = {"weight_map": dict, "metadata": dict, "index": str | None, "bytes": int}
+_MOST = 100_000_000  # bytes of a header, as in the safetensors library
 
 DTYPES = {
     "F64": torch.float64,
@@ -45,7 +47,7 @@ DTYPES = {
 @dataclass(frozen=True)
 class Checkpoint:
     """What a directory holds. index: the text of its index file. origin: of a native one, what it was made from:
-    the HF `weight_map`, the files' metadata and the index; None for a HF one.
+    the HF `weight_map`, the files' metadata, the index and the size; None for a HF one.
     """
 
     path: Path
@@ -86,7 +88,7 @@ class Checkpoint:
 
     def others(self) -> list[Path]:
         """Every other file of the directory, relative to it: tokenizer, config and so on, but no weights."""
-        weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+        weights = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".part"}
         found = (p.relative_to(self.path) for p in sorted(self.path.rglob("*")) if p.is_file())
         ours = {INDEX, NATIVE}
         return [p for p in found if p.suffix not in weights and p.name not in ours and not p.parts[0].startswith(".")]
@@ -98,11 +100,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     Raises AdapterError naming the file: none there, an index that disagrees with the files, a header that is not one.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise AdapterError(f"{path} is {'no directory' if path.exists() else 'not there'}")
     config = _json(path / "config.json", "a checkpoint directory has one")
-    index = _json(path / INDEX) if (path / INDEX).exists() else None
-    files = sorted(set(index["weight_map"].values())) if index else sorted(p.name for p in path.glob("*.safetensors"))
-    if not files:
-        raise AdapterError(f"{path} holds no safetensors files")
+    index = (path / INDEX).read_bytes().decode(errors="replace") if (path / INDEX).exists() else None
+    mapped = _weight_map(path / INDEX) if index is not None else None
+    files = sorted({p.name for p in path.glob("*.safetensors")} if mapped is None else set(mapped.values()))
     specs: dict[str, TensorSpec] = {}
     where: dict[str, str] = {}
     metadata = {}
@@ -114,33 +117,66 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             raise AdapterError([Problem(f"{some(twice)}: in {where[twice[0]]} and in {file}", tuple(twice))])
         specs |= found
         where |= dict.fromkeys(found, file)
-    if index and index["weight_map"] != where:
-        wrong = tuple(n for n in {**index["weight_map"], **where} if index["weight_map"].get(n) != where.get(n))
+    if not specs:
+        raise AdapterError(f"{path} holds no tensors in safetensors files")
+    if mapped is not None and mapped != where:
+        wrong = tuple(n for n in {**mapped, **where} if mapped.get(n) != where.get(n))
         text = f"{path / INDEX} and the files' headers disagree on where these are: {some(wrong)}"
         raise AdapterError([Problem(text, wrong)])
     origin = _json(path / NATIVE) if (path / NATIVE).exists() else None
-    text = (path / INDEX).read_text() if index else None
-    return Checkpoint(path, config, specs, where, text, origin, metadata)
+    if origin is not None and not all(n in origin and isinstance(origin[n], kind) for n, kind in ORIGIN.items()):
+        raise AdapterError(f"{path / NATIVE} does not say what {path} was made from: {', '.join(ORIGIN)}")
+    return Checkpoint(path, config, specs, where, index, origin, metadata)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Every tensor's spec, and the file's metadata. Raises AdapterError where the header is none."""
+    """Every tensor's spec, and the file's metadata. Raises AdapterError where the header is none, or not the file's."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size or length > _MOST:
+            why = "cut short, a Git LFS pointer, or no safetensors"
+            raise AdapterError(f"{path} has {size:,} bytes, and its header would have {length:,}: {why}")
+        text = file.read(length)
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        metadata = header.pop("__metadata__", {})
-        return {n: TensorSpec(tuple(h["shape"]), DTYPES[h["dtype"]]) for n, h in header.items()}, metadata
-    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
-        raise AdapterError(f"{path} is no safetensors file: {type(error).__name__}: {error}") from None
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        specs = {n: TensorSpec(tuple(h["shape"]), DTYPES[h["dtype"]]) for n, h in header.items()}
+        end = _tiled(header, specs)
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError(f"metadata {metadata}, expected texts")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{path} has no safetensors header: {type(error).__name__}: {error}") from None
+    if 8 + length + end != size:
+        raise AdapterError(f"{path} has {size:,} bytes, its header says {8 + length + end:,}")
+    return specs, metadata
+
+
+def _tiled(header: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> int:
+    """Where the data ends. Raises ValueError where the tensors do not lie side by side, each as long as its spec."""
+    at = 0
+    for name in sorted(specs, key=lambda n: header[n]["data_offsets"]):
+        (start, stop), shape = header[name]["data_offsets"], specs[name].shape
+        if start != at or stop != at + specs[name].nbytes or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"{name!r} {list(shape)} lies at {start}:{stop}, expected from {at} and as long as it is")
+        at = stop
+    return at
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    found = _json(path).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise AdapterError(f"{path} has no weight_map of names to files")
+    return found
 
 
 def _json(path: Path, why: str = "") -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise AdapterError(f"{path} is missing{': ' if why else ''}{why}") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is no JSON: {error}") from None
-    if not isinstance(found, Mapping):
+    if not isinstance(found, dict):
         raise AdapterError(f"{path} holds a {type(found).__name__}, expected an object")
-    return dict(found)
+    return found

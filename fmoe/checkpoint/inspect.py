@@ -5,15 +5,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fmoe.adapter import Adapter
 from fmoe.checkpoint.files import Checkpoint, open_checkpoint
-from fmoe.checkpoint.open import adapter_of
+from fmoe.checkpoint.open import adapter_of, hf_names
+from fmoe.claims import some
+from fmoe.families import family
+from fmoe.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
 
 
 def inspect(path: Path | str) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.
 
-    Raises AdapterError where the directory cannot be opened at all; what is wrong inside is listed under "problems".
+    problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
+    cannot be opened at all.
     """
     source = open_checkpoint(path)
     dtypes: Counter[str] = Counter()
@@ -27,15 +32,20 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "files": len(set(source.files.values())),
         "bytes": source.nbytes,
         "dtypes": dict(dtypes.most_common()),
+        "layout": {},
         "experts": None,
+        "moe_config": None,
         "rules": [],
         "lossless": None,
         "problems": [],
+        "notes": [],
     }
     try:
         found |= _experts(source)
     except AdapterError as error:
         found["problems"] = list(error.problems)
+    if unread := sorted({p.name for p in source.path.glob("*.safetensors")} - set(source.files.values())):
+        found["notes"] = [*found["notes"], f"not in the index, so not read: {some(unread)}"]
     return found
 
 
@@ -46,10 +56,21 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
         config = asdict(adapter.moe_config)
         facts["moe_config"] = config | {"dtype": str(config["dtype"]).removeprefix("torch.")}
     except AdapterError as error:
-        facts["problems"] = list(error.problems)
-    native = source.specs if source.native else adapter.plan(source.specs).targets
+        facts["notes"] = list(error.problems)
+    plan = (adapter.inverse if source.native else adapter).plan(source.specs)
+    native = source.specs if source.native else plan.targets
     stacks = {n: spec for n, spec in native.items() if n.rpartition(".")[2] in EXPERT_TENSORS}
     layers = dict.fromkeys(n.rpartition(".")[0] for n in stacks)
-    shapes = {n.rpartition(".")[2]: list(spec.shape) for n, spec in stacks.items()}
-    facts["experts"] = {"layers": len(layers), "shapes": shapes, "bytes": sum(s.nbytes for s in stacks.values())}
-    return facts
+    shapes = {bare: list(spec.shape) for bare in EXPERT_TENSORS for n, spec in stacks.items() if n.endswith("." + bare)}
+    units = (s for s, targets in plan.units() if not stacks.keys().isdisjoint(s if source.native else targets))
+    size = sum(source.specs[n].nbytes for sources in units for n in sources)
+    facts["experts"] = {"layers": len(layers), "shapes": shapes, "bytes": size}
+    return facts | {"layout": _layout(source, adapter)}
+
+
+def _layout(source: Checkpoint, adapter: Adapter) -> dict[str, str]:
+    """What the names settle: the choices that one may give to `fmoe.adapter` to name this layout."""
+    opened, names = family(source.model_type).adapter(source.config), hf_names(source)
+    choices = {n: o for stage in opened.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
+    fits = lambda name, label: opened.choose(**{name: label}).resolve(names) == adapter
+    return {name: label for name, labels in choices.items() for label in labels if fits(name, label)}

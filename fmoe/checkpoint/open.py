@@ -36,7 +36,16 @@ def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = 
 
 
 def adapter_of(checkpoint: Checkpoint, config: Any = None, **choices: Any) -> Adapter:
-    """The adapter of an open checkpoint, its alternatives settled by the names of the HF tensors, now or at its origin."""
-    names = checkpoint.origin["weight_map"] if checkpoint.origin else checkpoint.specs
-    made = family(checkpoint.model_type).adapter(checkpoint.config if config is None else config, **choices)
-    return made.resolve(names)
+    """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's."""
+    try:
+        made = family(checkpoint.model_type).adapter(checkpoint.config if config is None else config, **choices)
+    except AdapterError:
+        raise
+    except ValueError as error:  # a size or a dtype that is none
+        raise AdapterError(f"{checkpoint.path / 'config.json'}: {error}") from None
+    return made.resolve(hf_names(checkpoint))
+
+
+def hf_names(checkpoint: Checkpoint) -> Iterable[str]:
+    """The names of its HF tensors; of a native one, of those that it was made from."""
+    return checkpoint.origin["weight_map"] if checkpoint.origin else checkpoint.specs

@@ -6,10 +6,9 @@ checkpoint written back is the same file, byte for byte.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 from torch import Tensor
 
@@ -25,17 +24,19 @@ _RANK += ["F64", "I64", "U64"]
 def header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The bytes before the data, and where in the file each tensor begins."""
     order = sorted(specs, key=lambda n: (-_RANK.index(_CODES[specs[n].dtype]), n))
-    at, entries = 0, {}
+    at, entries, starts = 0, {}, {}
     for name in order:
-        spec = specs[name]
-        span = [at, at + spec.nbytes]
-        entries[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        spec, starts[name] = specs[name], at
         at += spec.nbytes
+        entries[name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [starts[name], at],
+        }
     said = {"__metadata__": dict(metadata)} if metadata else {}
     text = json.dumps(said | entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {n: start + e["data_offsets"][0] for n, e in entries.items()}
+    return len(text).to_bytes(8, "little") + text, {n: 8 + len(text) + start for n, start in starts.items()}
 
 
 def shard(specs: Mapping[str, TensorSpec], max_shard_size: int) -> dict[str, str]:
@@ -52,54 +53,61 @@ def shard(specs: Mapping[str, TensorSpec], max_shard_size: int) -> dict[str, str
 
 
 class Writer:
-    """Files of a checkpoint, open for writing: `write` puts a tensor at its place, in any order.
+    """The files of a checkpoint being written: `write` puts a tensor at its place, in any order."""
 
-    Files bear a `.part` name until `close` has seen every tensor; an error leaves no file with a final name.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        specs: Mapping[str, TensorSpec],
-        files: Mapping[str, str],
-        metadata: Mapping[str, Mapping[str, str]],
-    ):
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], files: Mapping[str, str]):
         self.path, self.specs, self.files = path, specs, files
-        self.todo = set(specs)
         self.at: dict[str, int] = {}
-        self.open: dict[str, BinaryIO] = {}
-        for file in sorted(set(files.values())):
-            mine = {n: specs[n] for n, f in files.items() if f == file}
-            head, at = header(mine, metadata.get(file, {"format": "pt"}))
+        self.todo = set(specs)
+        self.names: list[str] = []
+
+    def part(self, name: str) -> Path:
+        """Where to write a file that gets this name in the end."""
+        self.names.append(name)
+        part = self.path / f"{name}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return part
+
+    def begin(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
+        """Every safetensors file with its header, and room for its tensors."""
+        held: dict[str, dict[str, TensorSpec]] = {file: {} for file in sorted(set(self.files.values()))}
+        for name, file in self.files.items():
+            held[file][name] = self.specs[name]
+        for file, specs in held.items():
+            head, at = header(specs, metadata.get(file, {"format": "pt"}))
             self.at |= at
-            self.open[file] = open(path / f"{file}.part", "wb")
-            self.open[file].write(head)
-            self.open[file].truncate(len(head) + sum(spec.nbytes for spec in mine.values()))
+            with open(self.part(file), "wb") as out:
+                out.write(head)
+                out.truncate(len(head) + sum(spec.nbytes for spec in specs.values()))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The tensor's bytes, in the order of its shape."""
         spec = self.specs[name]
         assert (tuple(tensor.shape), tensor.dtype) == tuple(spec) and name in self.todo, name
-        file = self.open[self.files[name]]
-        file.seek(self.at[name])
-        file.write(bits(tensor.cpu()).numpy().data)
+        with open(self.path / f"{self.files[name]}.part", "r+b") as out:  # opened anew: shards may be many
+            out.seek(self.at[name])
+            out.write(bits(tensor.cpu()).numpy().data)
         self.todo.remove(name)
 
-    def __enter__(self) -> "Writer":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self.open.values():
-            file.close()
-        for file in self.open:
-            part = self.path / f"{file}.part"
-            if kind is None:
-                assert not self.todo, self.todo
-                os.replace(part, self.path / file)
-            else:
-                part.unlink(missing_ok=True)
+@contextmanager
+def writing(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    files: Mapping[str, str],
+    metadata: Mapping[str, Mapping[str, str]],
+) -> Iterator[Writer]:
+    """A Writer whose files bear a `.part` name until all of them are whole; an error leaves none with its own name."""
+    writer = Writer(path, specs, files)
+    try:
+        writer.begin(metadata)
+        yield writer
+        assert not writer.todo, writer.todo
+        for name in writer.names:
+            os.replace(path / f"{name}.part", path / name)
+    finally:
+        for name in writer.names:
+            (path / f"{name}.part").unlink(missing_ok=True)
 
 
 def index_text(files: Mapping[str, str], specs: Iterable[TensorSpec]) -> str:

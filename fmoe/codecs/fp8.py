@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fmoe.claims import some
-from fmoe.codecs import CodecPlan
+from fmoe.codecs import Change, CodecPlan
 from fmoe.grouping import Specs, Window
 from fmoe.names import Names
 from fmoe.types import AdapterError, Problem, TensorSpec
@@ -46,17 +46,18 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
 def quantize(weight: Tensor, scale: Tensor | None = None, block: int = 128) -> tuple[Tensor, Tensor]:
     """(q, s) with dequantize(q, s) nearest to weight: |q * s - w| <= 2^-4 |w| + 2^-10 s in every block.
 
-    weight [R, C] floating; scale: one to use again in every block where it gives weight back exactly, such as the scale
-    that weight was decoded with. New scales are the least powers of two that fit. Returns e4m3 and scale's dtype (fp32).
+    weight [R, C] floating; scale: one to use again in every block where it gives weight back exactly, such as the one
+    that weight was decoded with. New scales are the least powers of two that fit, in fp32. Returns (q e4m3, s).
 
     >>> q, s = quantize(torch.tensor([[1.0, -3.0]]))
     >>> dequantize(q, s, torch.float32), s
     (tensor([[ 1., -3.]]), tensor([[0.0078]]))
     """
     blocks = _blocks(weight, block)
-    _, exponent = torch.frexp(blocks.abs().amax(dim=(1, 3)) / (_MOST + 16))
-    fresh = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.clamp(min=-126))
-    fresh = torch.where(blocks.abs().amax(dim=(1, 3)) <= (_MOST + 16) * fresh / 2, fresh / 2, fresh)
+    most = blocks.abs().amax(dim=(1, 3))
+    _, exponent = torch.frexp(most / (_MOST + 16))
+    fresh = torch.ldexp(torch.ones_like(most), exponent.clamp(min=-126))
+    fresh = torch.where(most <= (_MOST + 16) * fresh / 2, fresh / 2, fresh)
     if scale is None:
         return _rounded(blocks, fresh, weight.shape), fresh
     again = _scaled(_blocks(_rounded(blocks, scale, weight.shape), block), scale, weight.shape).to(weight.dtype)
@@ -96,7 +97,7 @@ class BlockFP8:
     """The stage that decodes every `X` in e4m3 with its `X_scale_inv`, and encodes it back.
 
     dtype: what weights decode to. pattern: a regex for the names that a fresh export quantises. quantization: None
-    encodes the weights that carry scales, True those and all that match the pattern, False none (and leaves scales out).
+    encodes the weights that carry scales, True those and all that match the pattern, False none (leaving scales out).
     declared: the config or the names say that the checkpoint is in FP8; where they do not, nothing is lost.
     """
 
@@ -153,7 +154,11 @@ class BlockFP8:
             return {weight: dequantize(params[weight], params[scale], self.dtype, self.block), scale: params[scale]}
 
         targets = dict(specs) | {w: TensorSpec(specs[w].shape, self.dtype) for w in scales.values()}
-        return CodecPlan(targets, tuple(([w, s], [w, s], decode) for s, w in scales.items()), str(self))
+        changes: list[tuple[list[str], list[str], Change]] = []
+        for scale, weight in scales.items():
+            pair = [weight, scale]
+            changes.append((pair, pair, decode))
+        return CodecPlan(targets, tuple(changes), str(self))
 
     def _encoding(self, specs: Specs, carried: set[str]) -> CodecPlan:
         if self.quantization is False:
@@ -161,8 +166,8 @@ class BlockFP8:
             return CodecPlan(kept, (), str(self))
 
         def encode(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            weight, *scale = params
-            q, s = quantize(params[weight], *(params[n] for n in scale), block=self.block)
+            weight = next(iter(params))
+            q, s = quantize(params[weight], params.get(weight + SUFFIX), self.block)
             return {weight: q, weight + SUFFIX: s}
 
         fused = tuple(n for n, s in specs.items() if "experts" in n.split(".") and len(s.shape) == 3)

@@ -19,7 +19,12 @@ deepseek_v3 = Family(
         route_scale="routed_scaling_factor",
         norm_topk_prob="norm_topk_prob",
     ),
-    fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True),
+    fixed=dict(
+        score_func="sigmoid",
+        force_e_score_correction_bias=True,
+        norm_topk_prob=True,
+        router_weights_fp32=True,
+    ),
     fp8=r".*\.(self_attn|mlp|experts\.\d+|shared_experts)\.\w+_proj(_with_mqa)?\.weight",
     source="deepseek-ai/DeepSeek-V3",
 )

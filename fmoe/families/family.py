@@ -20,8 +20,8 @@ class Family:
 
     rules: HF names and axes <-> native ones. fields: MoEConfig's fields -> the config's names for them, separated by
     blanks: the first that the config has. fixed: the fields that the architecture settles. activations: the config's
-    name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises; None: there is no FP8 form.
-    unsaid: config fields that MoEConfig cannot express when they are set, and why. source: where the layout is published.
+    name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises; None: no FP8 form.
+    unsaid: config fields that MoEConfig cannot express when they are set, and why. source: where it is published.
     """
 
     model_types: tuple[str, ...]

@@ -21,6 +21,6 @@ mixtral = Family(
         dim="hidden_size",
         moe_inter_dim="intermediate_size",
     ),
-    fixed=dict(softmax_before_topk=True, norm_topk_prob=True),
+    fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_weights_fp32=True),
     source="mistralai/Mixtral-8x7B-v0.1",
 )

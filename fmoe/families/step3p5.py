@@ -12,6 +12,7 @@ step3p5 = Family(
         rule(X + "down_proj.weight [e d i]", X + "experts.down_projs [e i d]"),
     )
     | rule(X + "router_bias", X + "gate.e_score_correction_bias")
+    | keep(X + "gate.weight")
     | keep("{rest}"),
     fields=dict(
         n_routed_experts="moe_num_experts n_routed_experts",
@@ -23,7 +24,12 @@ step3p5 = Family(
         route_scale="moe_router_scaling_factor",
         norm_topk_prob="norm_expert_weight",
     ),
-    fixed=dict(n_shared_experts=1, score_func="sigmoid", force_e_score_correction_bias=True),
+    fixed=dict(
+        n_shared_experts=1,
+        score_func="sigmoid",
+        force_e_score_correction_bias=True,
+        router_weights_fp32=True,
+    ),
     unsaid=dict(swiglu_limits="clamps after silu, layer by layer: no expert_activation does"),
     source="stepfun-ai/Step-3.5-Flash",
 )

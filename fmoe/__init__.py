@@ -1,0 +1,38 @@
+"""Mixture-of-Experts checkpoints and expert layers as values and pure functions: the public names, nothing else."""
+
+from fmoe import families, sharding
+from fmoe.activations import is_gated_activation
+from fmoe.adapter import Adapter
+from fmoe.build import alias, drop, either, keep, rename, rule, together
+from fmoe.checkpoint import adapter, convert, inspect, verify
+from fmoe.experts import experts
+from fmoe.moe import moe
+from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "MoEConfig",
+    "Params",
+    "Routing",
+    "TensorSpec",
+    "adapter",
+    "alias",
+    "convert",
+    "drop",
+    "either",
+    "experts",
+    "families",
+    "inspect",
+    "is_gated_activation",
+    "keep",
+    "moe",
+    "rename",
+    "rule",
+    "sharding",
+    "subtree",
+    "together",
+    "verify",
+]

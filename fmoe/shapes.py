@@ -1,0 +1,42 @@
+"""Names and shapes of a layer's parameters, checked before anything is multiplied."""
+
+from collections.abc import Collection, Mapping
+
+from fmoe.types import Params
+
+
+def check_params(
+    owner: str, params: Params, axes: Mapping[str, str], sizes: Mapping[str, int], *, optional: Collection[str] = ()
+) -> None:
+    """params has every name of `axes` that is not optional, no other name, and each the shape that its letters say.
+
+    axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number.
+    Raises ValueError with one line for each problem: what was found, what was expected.
+
+    >>> import torch
+    >>> check_params("experts", {"down_projs": torch.ones(2, 5, 3)}, {"down_projs": "E I D"}, dict(E=2, I=4, D=3))
+    Traceback (most recent call last):
+    ValueError: experts: parameter 'down_projs' has shape [2, 5, 3], expected [E=2, I=4, D=3]
+    """
+
+    unknown = [f"unknown parameter {name!r}, expected only {', '.join(axes)}" for name in params if name not in axes]
+    missing = [
+        f"parameter {name!r} is missing, expected shape {_say(letters, sizes)}"
+        for name, letters in axes.items()
+        if name not in params and name not in optional
+    ]
+    wrong = [
+        f"parameter {name!r} has shape {list(params[name].shape)}, expected {_say(letters, sizes)}"
+        for name, letters in axes.items()
+        if name in params and list(params[name].shape) != _shape(letters, sizes)
+    ]
+    if problems := unknown + missing + wrong:
+        raise ValueError("\n".join(f"{owner}: {problem}" for problem in problems))
+
+
+def _shape(letters: str, sizes: Mapping[str, int]) -> list[int]:
+    return [int(letter) if letter.isdigit() else sizes[letter] for letter in letters.split()]
+
+
+def _say(letters: str, sizes: Mapping[str, int]) -> str:
+    return "[" + ", ".join(a if a.isdigit() else f"{a}={sizes[a]}" for a in letters.split()) + "]"

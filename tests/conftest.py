@@ -1,0 +1,23 @@
+"""Settings for every test: repeatable hypothesis, NaN in memory that nobody has written, offline Transformers."""
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("fmoe", deadline=None, derandomize=True, max_examples=40, print_blob=True)
+settings.load_profile("fmoe")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that what is read before it is written shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
