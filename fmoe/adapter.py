@@ -10,10 +10,9 @@ An adapter is a value: it remembers no call. Choices left open are settled for e
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from fmoe import sharding
 from fmoe.beside import beside
@@ -21,6 +20,9 @@ from fmoe.grouping import Window
 from fmoe.names import Names
 from fmoe.pipeline import Plan, Stage, Views, plan_stages, resolve_stages
 from fmoe.types import AdapterError, MoEConfig, Params, TensorSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Adapter:
     def from_hf(
         self,
         hf_state_dict: Mapping[str, Any],
-        device_mesh: DeviceMesh | None = None,
+        device_mesh: "DeviceMesh | None" = None,
         *,
         copy: bool = False,
         contiguous: bool = False,
@@ -177,7 +179,7 @@ class Adapter:
         adapter = self.choose(quantization=quantization) if quantization is not None else self
         return adapter.inverse._plan(params, window, local=True)
 
-    def _sharded(self, hf: Mapping[str, Any], mesh: DeviceMesh, **how: bool) -> dict[str, Any]:
+    def _sharded(self, hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool) -> dict[str, Any]:
         whole = self._plan(hf, {}, local=False)
         stacks = whole.stacks("e")
         ranges = {n: sharding.get_expert_range_for_rank_from_mesh(mesh, spec.shape[0]) for n, spec in stacks.items()}
@@ -188,7 +190,7 @@ class Adapter:
         return {n: _distribute(t, mesh, stacks[n].shape) if n in stacks else t for n, t in local.items()}
 
 
-def _distribute(tensor: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
+def _distribute(tensor: Tensor, mesh: "DeviceMesh", shape: tuple[int, ...]) -> Tensor:
     return sharding.create_dtensor_from_local(sharding.ep_shard_slice(tensor, mesh), mesh, shape=shape)
 
 

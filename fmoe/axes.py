@@ -4,7 +4,7 @@ A `Group` is all tensors that one rule relates at one value of its shared captur
 takes one range of every axis, and is one strided copy. Splitting a dimension is always a view; only merging may copy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -92,6 +92,15 @@ class Group:
         pattern, axes = patterns(self.rule)[1], self.rule.unstacked
         return [pattern.render(self.shared | dict(zip(axes, c, strict=True))) for c in self.grid(axes)]
 
+    @cached_property
+    def permutation(self) -> list[int] | None:
+        """The target's dimensions as places in the source, where whole dimensions are all that moves; else None."""
+        source, target = self.dims(self.rule.source), self.dims(self.rule.target)
+        whole = self.local or all(len(self.asked(a)) == n for a, n in self.sizes.items())
+        if self.rule.stacked or self.rule.unstacked or not whole or len(set(source)) < len(source):
+            return None
+        return [source.index(dim) for dim in target] if set(source) == set(target) else None
+
     def taken(self, at: Mapping[str, int]) -> dict[str, range]:
         """The range of every axis that a pair takes, given its captured coordinates."""
         point = {n: self.parts[n][c] if n in self.parts else range(c, c + 1) for n, c in at.items()}
@@ -155,6 +164,8 @@ def convert(group: Group, params: Mapping[str, Tensor], *, views: bool = False) 
 
     views: raise NotAView instead of copying.
     """
+    if group.permutation is not None:
+        return {group.targets[0]: _permuted(params[group.sources[0]], group.permutation)}
     axes = [a for a in flat(group.dims(group.rule.source)) if a not in group.rule.unstacked or a in group.parts]
     spread = [
         _pieces(group, params[name], dict(zip(group.stacked, at, strict=True)))
@@ -194,8 +205,7 @@ def _arrange(group: Group, piece: Tensor, axes: list[str], views: bool) -> Tenso
     """A piece over common axes, as the target's dimensions: permuted, then merged."""
     dims = group.dims(group.rule.target)
     order = [axes.index(a) for i in group.storage for a in dims[i]]
-    if order != sorted(order):
-        piece = piece.permute(order)
+    piece = _permuted(piece, order)
     if any(len(dim) != 1 for dim in dims):
         size = dict(zip([axes[i] for i in order], piece.shape, strict=True))
         shape = [prod(size[a] for a in dims[i]) for i in group.storage]
@@ -203,7 +213,7 @@ def _arrange(group: Group, piece: Tensor, axes: list[str], views: bool) -> Tenso
             piece = piece.view(shape) if views else piece.reshape(shape)
         except RuntimeError:
             raise NotAView from None
-    return _in_order(piece, group.storage)
+    return _permuted(piece, _inverse(group.storage))
 
 
 def _stack(group: Group, pieces: tuple[Tensor, ...], axes: list[str]) -> Tensor:
@@ -222,10 +232,13 @@ def _stack(group: Group, pieces: tuple[Tensor, ...], axes: list[str]) -> Tensor:
                     box = box.narrow(i, taken[axis].start - sizes[axis].start, len(taken[axis]))
             box.copy_(piece.permute([axes.index(a) for a in order if a in axes]).reshape(box.shape))
     sizes = group.held(group.rule.target, {})
-    return _in_order(whole.reshape([prod(len(sizes[a]) for a in dims[i]) for i in group.storage]), group.storage)
+    shape = [prod(len(sizes[a]) for a in dims[i]) for i in group.storage]
+    return _permuted(whole.reshape(shape), _inverse(group.storage))
 
 
-def _in_order(tensor: Tensor, storage: tuple[int, ...]) -> Tensor:
-    if storage == tuple(range(len(storage))):
-        return tensor
-    return tensor.permute([storage.index(i) for i in range(len(storage))])
+def _permuted(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    return tensor if list(order) == sorted(order) else tensor.permute(*order)
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]

@@ -20,6 +20,7 @@ from fmoe.entries import Alias, Entry, Together
 from fmoe.grouping import Claimed, Specs, Window, Wrong
 from fmoe.names import Names, Value, patterns
 from fmoe.rules import Rule
+from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, TensorSpec, human
 
 
@@ -94,6 +95,10 @@ class TablePlan:
         return "\n".join(lines + [f"{len(self.dropped):>8,} dropped"] * bool(self.dropped))
 
     def _convert(self, group: Group, params: Mapping[str, Tensor], views: bool) -> dict[str, Tensor]:
+        sharded = [n for n in group.sources if is_dtensor(params[n])]
+        if sharded and group.permutation is None:
+            text = f"{some(sharded, 3)}: a DTensor, and more than whole dimensions would move (rule {group.rule})"
+            raise AdapterError([Problem(f"{text}: convert plain tensors, with device_mesh=", tuple(sharded))])
         try:
             return convert(group, params, views=views)
         except NotAView:

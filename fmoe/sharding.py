@@ -233,7 +233,7 @@ def _experts_of(tensor: Tensor, n_experts: int, name: str) -> range:
 
 def _unsupported(tensor: DTensor, name: str) -> ValueError:
     found = f"{name} has unsupported DTensor placement {tensor.placements} on {tensor.device_mesh}"
-    return ValueError(f"{found}: expected Shard(0) or Replicate on `ep` (else on one mesh dim), and no other Shard(0)")
+    return ValueError(f"{found}: redistribute it to Shard(0) or Replicate on `ep` (else on one dim), no other Shard(0)")
 
 
 def _rewrap(experts: list[Tensor], weight: DTensor) -> list[Tensor]:

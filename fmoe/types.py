@@ -137,12 +137,15 @@ class MoEConfig:
     shared_expert_activation: str = "swiglu"
     force_e_score_correction_bias: bool = False
     moe_latent_size: int | None = None
+    enable_routing_replay: bool = False
 
     def __post_init__(self) -> None:
         for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
+        if self.enable_routing_replay:
+            raise ValueError("MoEConfig.enable_routing_replay: a routing is a value here: keep it, and pass it again")
         object.__setattr__(self, "dtype", as_dtype(self.dtype))
 
     @property

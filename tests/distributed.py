@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 
-def run(function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run(function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
     """[function(*args) on each rank]. RuntimeError with the child's traceback, TimeoutError after `timeout` seconds."""
     spawn, deadline = multiprocessing.get_context("spawn"), time.time() + timeout
     with tempfile.TemporaryDirectory() as name:

@@ -1,25 +1,231 @@
-"""Directories: HF -> native -> HF gives back every file byte for byte; what is wrong is refused and nothing is left."""
+"""Directories: HF -> native -> HF gives back every file byte for byte, one native tensor in memory at a time."""
 
 import json
 import os
 import resource
-import shutil
 import weakref
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import hf
-import hf_synthetic as synthetic
 import pytest
 import torch
 import transformers
+from directories import INDEX, SOURCES, files, fill, load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fmoe
-from fmoe.checkpoint import convert, inspect, open_checkpoint, verify
-from fmoe.checkpoint import convert as package  # noqa: F401
-from fmoe.checkpoint.files import INDEX, NATIVE
-from fmoe.checkpoint.writer import Writer
+from fmoe.checkpoint import Checkpoint, open_checkpoint
 from fmoe.pipeline import Plan
+from fmoe.testing import same
 
-PER, FUSED = {"layout": "per_expert"}, {"layout": "fused"}
+FUSED = {"synthetic-qwen3_5_moe", "synthetic-qwen3_5_moe_split_mtp", "synthetic-qwen3_5_moe_no_mtp"}
+NO_CHOICE = {"gpt_oss-float32", "gpt_oss-bfloat16", "synthetic-step3p5"}
+SIZES = {
+    "E": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "K": ("num_experts_per_tok", "moe_top_k"),
+}
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory) -> Callable[[str], Path]:
+    """A source's directory, which several tests share: none writes into it."""
+    return cache(lambda name: fill(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_file_comes_back_byte_for_byte(name, written, tmp_path):
+    source, native, back = written(name), tmp_path / "native", tmp_path / "back"
+    before, told = files(source), []
+    made = fmoe.convert(source, native, max_shard_size=60_000, progress=lambda done, of: told.append((done, of)))
+    again = fmoe.convert(native, back, "hf")
+    assert files(back) == before == files(source)
+    assert (made.tensors, made.made) == (again.made, again.tensors) == (len(load(source)), len(load(native)))
+    assert told[0] == (0, made.nbytes) and told[-1] == (made.nbytes, made.nbytes) and told == sorted(told)
+    other = {n for n in before if not n.endswith(".safetensors") and n != INDEX}
+    assert {"config.json", *hf.OTHER_FILES} <= other
+    assert {n: b for n, b in files(native).items() if n in other} == {n: before[n] for n in other}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_both_forms_verify(name, written, tmp_path):
+    fmoe.convert(written(name), tmp_path / "native")
+    for path in (written(name), tmp_path / "native"):
+        before = files(path)
+        found = fmoe.verify(path)
+        assert (found.tensors, found.nbytes) == (len(load(path)), sum(t.nbytes for t in load(path).values()))
+        assert files(path) == before
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_inspect_says_what_is_there(name, written, tmp_path):
+    source, tensors = written(name), load(written(name))
+    fmoe.convert(source, tmp_path / "native")
+    config = json.loads((source / "config.json").read_text())
+    sizes = config.get("text_config", config)
+    E, K = (next(sizes[n] for n in names if n in sizes) for names in SIZES.values())
+    blocks = {n.partition(".moe.")[0] for n in tensors if ".moe." in n}
+    blocks |= {n.partition(".experts.")[0] for n in tensors if ".experts." in n}
+    stacked = [n for n in tensors if ".experts." in n or ".moe.gate_proj" in n or ".moe.up" in n or ".moe.down" in n]
+    found, native = fmoe.inspect(source), fmoe.inspect(tmp_path / "native")
+    for form in (found, native):
+        assert form["model_type"] == config["model_type"] and form["problems"] == []
+        assert form["experts"]["layers"] == len(blocks)
+        assert {shape[0] for shape in form["experts"]["shapes"].values()} == {E}
+        assert form["layout"].get("layout") == (
+            None if name in NO_CHOICE else "fused" if name in FUSED else "per_expert"
+        )
+        assert form["layout"] == found["layout"] and form["rules"] == found["rules"]
+        if name == "synthetic-step3p5":  # its shared experts are clamped after silu: MoEConfig cannot say it
+            assert form["moe_config"] is None and "swiglu_limits" in form["notes"][0]
+        else:
+            assert (form["moe_config"]["n_routed_experts"], form["moe_config"]["n_activated_experts"]) == (E, K)
+            assert form["notes"] == []
+    assert (found["format"], native["format"]) == ("hf", "native")
+    assert found["lossless"] == ("fp8" not in name)
+    assert (found["tensors"], found["files"]) == (len(tensors), len(list(source.glob("*.safetensors"))))
+    assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == sum(found["dtypes"].values())
+    assert found["experts"]["bytes"] == sum(tensors[n].nbytes for n in stacked)
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
+    assert found["dtypes"].keys() == dtypes
+    json.dumps(found), json.dumps(native)
+
+
+@pytest.mark.parametrize("size, count", [(1, None), (40_000, None), (200_000, 2), (10**9, 1)])
+def test_native_files_are_plain_safetensors_within_the_shard_size(size, count, written, tmp_path):
+    source = written("qwen3_moe-float32")
+    fmoe.convert(source, tmp_path, max_shard_size=size)
+    names = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    expected, where = fmoe.adapter(source).from_hf(load(source)), {}
+    for file in names:
+        with safe_open(tmp_path / file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            where |= dict.fromkeys(opened.keys(), file)
+            held = [expected[n].nbytes for n in opened.keys()]
+        assert sum(held) <= size or len(held) == 1
+    same(load(tmp_path), {n: t.contiguous() for n, t in expected.items()})
+    assert len(names) == (count or len(names)) and (size > 1 or len(names) == len(expected))
+    if len(names) == 1:
+        assert names == ["model.safetensors"] and not (tmp_path / INDEX).exists()
+    else:
+        assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert index == {"metadata": {"total_size": sum(t.nbytes for t in expected.values())}, "weight_map": where}
+
+
+def test_transformers_loads_what_came_back(tmp_path):
+    model = hf.write("qwen3_moe", tmp_path / "hf")
+    fmoe.convert(tmp_path / "hf", tmp_path / "native")
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", experts_implementation="eager")
+    tokens = torch.arange(20).reshape(2, 10)
+    assert torch.equal(again.eval()(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-float32", "synthetic-deepseek_v3_fp8", "nemotron_h-bfloat16"])
+@pytest.mark.parametrize("job", ["convert", "verify"])
+def test_one_unit_is_in_memory_at_a_time(job, name, written, tmp_path, monkeypatch):
+    opened = open_checkpoint(written(name))
+    units = {frozenset(s) for s, _ in fmoe.checkpoint.adapter_of(opened).plan(opened.specs).units()}
+    alive: list[weakref.ref] = []
+    asked: list[frozenset] = []
+    read, run = Checkpoint.read, Plan.run
+
+    def reading(self, wanted):
+        wanted = list(wanted)
+        assert sum(r() is not None for r in alive) <= (len(asked[-1]) if asked else 0)
+        asked.append(frozenset(wanted))
+        found = read(self, wanted)
+        alive.extend(map(weakref.ref, found.values()))
+        return found
+
+    def running(self, params, only=None, **how):
+        assert len(params) <= max(map(len, units)) and only is not None
+        return run(self, params, only, **how)
+
+    monkeypatch.setattr(Checkpoint, "read", reading)
+    monkeypatch.setattr(Plan, "run", running)
+    fmoe.convert(written(name), tmp_path / "native") if job == "convert" else fmoe.verify(written(name))
+    assert set(asked) == units and len(asked) == len(units)
+
+
+def test_more_shards_than_files_that_may_be_open(written, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, hard))
+    try:
+        fmoe.convert(written("qwen3_moe-float32"), tmp_path, max_shard_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 30
+
+
+def test_a_cache_of_links_without_index_with_folders_and_odd_files_comes_back(written, tmp_path):
+    blobs, source = tmp_path / "blobs", tmp_path / "snapshot"
+    (blobs / "assets").mkdir(parents=True)
+    shards = sorted(written("mixtral-bfloat16").glob("*.safetensors"))
+    for i, shard in enumerate(shards):  # no index, names of another kind, metadata of its own
+        save_file(load_file(shard), blobs / f"part{i}.safetensors", {"note": "é\n" * i} if i else None)
+    (blobs / "config.json").write_bytes((shards[0].parent / "config.json").read_bytes().replace(b"\n", b"\r\n"))
+    (blobs / "chat_template.jinja").write_bytes(b"\xff\x00\r\n")
+    (blobs / "assets" / "a.txt").write_text("a")
+    (source / "assets").mkdir(parents=True)
+    for file in files(blobs):
+        (source / file).symlink_to(blobs / file)
+    fmoe.convert(source, tmp_path / "native", max_shard_size=50_000)
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
+    assert files(tmp_path / "back") == files(blobs)
+    (source / "pytorch_model.bin").write_bytes(b"weights")  # and these are not taken along
+    (source / ".cache").mkdir()
+    (source / ".cache" / "x").write_text("x")
+    fmoe.convert(source, tmp_path / "clean")
+    assert files(tmp_path / "clean").keys() == {
+        "config.json",
+        "chat_template.jinja",
+        "assets/a.txt",
+        "fmoe.json",
+        "model.safetensors",
+    }
+
+
+def test_an_index_is_as_it_was_to_the_byte_unless_the_sizes_changed(tmp_path):
+    source = fill(tmp_path / "hf", "synthetic-deepseek_v3")
+    index = json.loads((source / INDEX).read_text())
+    (source / INDEX).write_bytes(json.dumps(index | {"metadata": {"total_size": 7, "é": 1}}).encode() + b"\r\n")
+    fmoe.convert(source, tmp_path / "native")
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
+    assert files(tmp_path / "back") == files(source)
+    fmoe.convert(source, tmp_path / "wide", dtype=torch.float32)
+    fmoe.convert(tmp_path / "wide", tmp_path / "wider", "hf")
+    expected = {n: t.float() if ".mlp.experts." in n else t for n, t in load(source).items()}
+    same(load(tmp_path / "wider"), expected)
+    total = sum(t.nbytes for t in expected.values())
+    assert json.loads((tmp_path / "wider" / INDEX).read_text()) == index | {"metadata": {"total_size": total}}
+
+
+def test_verify_compares_bits_and_names_what_differs(tmp_path, monkeypatch):
+    source, norm = fill(tmp_path, "qwen3_moe-float32"), "model.norm.weight"
+    shard = source / json.loads((source / INDEX).read_text())["weight_map"][norm]
+    tensors = load_file(shard)
+    tensors[norm][0], tensors[norm][1] = 0.0, torch.nan
+    save_file(tensors, shard, {"format": "pt"})
+    fmoe.verify(source)
+    run = Plan.run
+
+    def negate(self, params, only=None, **how):
+        found = run(self, params, only, **how)
+        return found | {n: torch.where(t == 0, -0.0, t) for n, t in found.items() if n == norm}
+
+    monkeypatch.setattr(Plan, "run", negate)
+    with pytest.raises(fmoe.AdapterError, match=f"^'{norm}' comes back with other bits$"):
+        fmoe.verify(source)
+
+
+@pytest.mark.parametrize("origin", ["{}", "[]", "{", '{"weight_map": [], "metadata": {}, "index": null, "bytes": 1}'])
+def test_a_native_directory_must_say_what_it_was_made_from(origin, written, tmp_path):
+    fmoe.convert(written("qwen3_moe-float32"), tmp_path / "native")
+    (tmp_path / "native" / "fmoe.json").write_text(origin)
+    with pytest.raises(fmoe.AdapterError, match="fmoe.json"):
+        fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
+    assert not (tmp_path / "back").exists()

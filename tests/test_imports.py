@@ -1,4 +1,4 @@
-"""Imports point one way: kernels <- backends <- experts; types <- rules <- plan <- adapter <- families <- checkpoint."""
+"""Imports point one way: kernels <- backends <- experts, types <- rules <- plan <- adapter <- families <- checkpoint."""
 
 import ast
 import subprocess
@@ -17,11 +17,11 @@ CHECKPOINT = [
     "entries",
     "claims axes",
     "grouping",
+    "sharding",
     "plan",
     "pipeline",
     "table",
     "beside",
-    "sharding",
     "adapter",
     "build",
     "codecs",

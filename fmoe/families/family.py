@@ -90,5 +90,5 @@ def as_dict(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     given = config if isinstance(config, Mapping) else config.to_dict()
-    inner = given.get("text_config")
-    return {**given, **(as_dict(inner) if inner is not None else {})}
+    inner = as_dict(given.get("text_config"))
+    return {**given, **{name: value for name, value in inner.items() if value is not None}}
