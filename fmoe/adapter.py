@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fmoe import sharding
@@ -19,7 +20,7 @@ from fmoe.beside import beside
 from fmoe.grouping import Window
 from fmoe.names import Names
 from fmoe.pipeline import Plan, Stage, Views, plan_stages, resolve_stages
-from fmoe.types import AdapterError, MoEConfig, Params, TensorSpec
+from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -50,9 +51,13 @@ class Adapter:
         return replace(self, stages=tuple(stage.inverse for stage in reversed(self.stages)))
 
     def __rshift__(self, other: "Adapter") -> "Adapter":
+        if not isinstance(other, Adapter):
+            return NotImplemented
         return Adapter(self.stages + other.stages, self._moe(other))
 
     def __or__(self, other: "Adapter") -> "Adapter":
+        if not isinstance(other, Adapter):
+            return NotImplemented
         return Adapter(beside(self.stages, other.stages), self._moe(other))
 
     def _moe(self, other: "Adapter") -> MoEConfig | str:
@@ -76,7 +81,14 @@ class Adapter:
         return replace(self, stages=resolve_stages(self.stages, Names(names)))
 
     def choose(self, **choices: Any) -> "Adapter":
-        """The adapter with alternatives settled by hand, as in `choose(layout="fused")`."""
+        """The adapter with alternatives settled by hand, as in `choose(layout="fused")`.
+
+        quantization: as in `to_hf`, for good. Raises AdapterError for a choice, or an option, that there is not.
+        """
+        known = {n: options for stage in self.stages for n, options in stage.choices().items()}
+        if unknown := choices.keys() - known.keys() - {"quantization"}:
+            told = "; ".join(f"{n}={' | '.join(map(repr, options))}" for n, options in known.items())
+            raise AdapterError(f"no choice {', '.join(sorted(unknown))}: expected {told or 'none, all are made'}")
         return replace(self, stages=tuple(stage.choose(choices) for stage in self.stages))
 
     def plan(self, specs: Mapping[str, Any], **axis_ranges: range) -> Plan:
@@ -90,11 +102,14 @@ class Adapter:
         >>> plan.targets, plan.nbytes
         ({'w': TensorSpec(shape=(4, 3), dtype=torch.float32)}, 48)
         """
-        return self._plan(specs, axis_ranges, local=False)
+        return self._plan(specs, axis_ranges)
 
-    def _plan(self, values: Mapping[str, Any], window: Window, *, local: bool) -> Plan:
-        specs = {name: _spec(name, value) for name, value in values.items()}
-        return plan_stages(self.stages, specs, window, local=local)
+    def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
+        axes = frozenset().union(*(stage.axes() for stage in self.stages))
+        for axis, asked in window.items():
+            if axis not in axes or not isinstance(asked, range) or asked.step != 1:
+                raise AdapterError(f"{axis}={asked!r}: expected a range of one of the axes {', '.join(sorted(axes))}")
+        return plan_stages(self.stages, _specs(values), window, local)
 
     # eager
 
@@ -119,9 +134,10 @@ class Adapter:
                 [1., 1.]])}
         """
         if device_mesh is not None:
+            if axis_ranges:
+                raise AdapterError(f"{', '.join(axis_ranges)}: the device mesh says which experts are this rank's")
             return self._sharded(hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
-        plan = self._plan(hf_state_dict, axis_ranges, local=False)
-        return _run(plan, hf_state_dict, copy=copy, contiguous=contiguous)
+        return _run(self._plan(hf_state_dict, axis_ranges), hf_state_dict, copy=copy, contiguous=contiguous)
 
     def to_hf(
         self,
@@ -139,10 +155,8 @@ class Adapter:
         scales it was read with; True everything that the family quantises, with real scales; False nothing.
         axis_ranges: which experts these tensors hold (`e=range(16, 32)`), to name them. Other arguments as `from_hf`.
         """
-        out = _run(
-            self._to_hf_plan(state_dict, quantization, axis_ranges), state_dict, copy=copy, contiguous=contiguous
-        )
-        return _without(out, exclude_key_regex)
+        plan, params = self._to_hf_plan(state_dict, quantization, axis_ranges)
+        return _without(_run(plan, params, copy=copy, contiguous=contiguous), exclude_key_regex)
 
     def convert_single_tensor_to_hf(
         self,
@@ -154,39 +168,58 @@ class Adapter:
         **axis_ranges: range,
     ) -> list[tuple[str, Any]]:
         """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
-        plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
-        return list(_without(_run(plan, {fqn: tensor}), exclude_key_regex).items())
+        plan, params = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
+        return list(_without(_run(plan, params), exclude_key_regex).items())
 
     def iter_hf(
         self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields what `to_hf` returns, lazily, one native tensor at a time: for weight synchronisation."""
-        plan = self._to_hf_plan(params, quantization, axis_ranges)
-        for sources, targets in plan.units():
-            yield from plan.run({n: params[n] for n in sources}, targets).items()
+        plan, held = self._to_hf_plan(params, quantization, axis_ranges)
+        units = ((plan.run({n: held[n] for n in sources}, targets)) for sources, targets in plan.units())
+        return (item for made in units for item in made.items())
 
     def views(self, native: Params, **axis_ranges: range) -> Views:
         """The native tensors' storage under HF names and shapes: write into these and the native tensors are loaded.
 
         Raises AdapterError naming each HF tensor that is no view (stacked of several, merged across strides, decoded).
         """
-        plan = self._to_hf_plan(native, None, axis_ranges)
-        views = Views(plan.run(native, views=True))
+        plan, held = self._to_hf_plan(native, None, axis_ranges)
+        views = Views(plan.run(held, views=True))
         views.units = tuple((tuple(s), tuple(t)) for s, t in plan.units())
         return views
 
-    def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
-        adapter = self.choose(quantization=quantization) if quantization is not None else self
-        return adapter.inverse._plan(params, window, local=True)
+    def _to_hf_plan(
+        self, params: Mapping[str, Any], quantization: bool | None, window: Window
+    ) -> tuple[Plan, Mapping[str, Any]]:
+        """The way back, and the tensors: DTensors that it takes apart by expert as their local part."""
+        back = (self if quantization is None else self.choose(quantization=quantization)).inverse
+        plan = back._plan(params, window, frozenset(window))
+        if window or not any(sharding.is_dtensor(params[n]) for n in plan.taken_apart("e")):
+            return plan, params
+        held, ranges = dict(params), set()
+        for name in plan.touching("e"):
+            if sharding.is_dtensor(whole := params[name]):
+                held[name], *ends = sharding.get_expert_slice_for_rank(whole, whole.shape[0])
+                ranges.add(range(*ends))
+                if held[name].shape[1:] != whole.shape[1:]:
+                    text = f"{name!r} is cut on more than its experts ({whole.placements}): gather it on that mesh dim"
+                    raise AdapterError([Problem(text, (name,))])
+        if len(ranges) > 1:
+            raise AdapterError(f"expert tensors of several ranges of experts, {ranges}: convert them one by one")
+        window = {"e": ranges.pop()}
+        return back._plan(held, window, frozenset(window)), held
 
     def _sharded(self, hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool) -> dict[str, Any]:
-        whole = self._plan(hf, {}, local=False)
+        whole = self._plan(hf, {})
         stacks = whole.stacks("e")
         ranges = {n: sharding.get_expert_range_for_rank_from_mesh(mesh, spec.shape[0]) for n, spec in stacks.items()}
         if len(set(ranges.values())) > 1:
             raise AdapterError(f"expert tensors of several sizes cannot share one mesh: {ranges}")
+        if any(isinstance(v, TensorSpec) for v in hf.values()):
+            return dict(whole.targets)
         window = {"e": range(*next(iter(ranges.values())))} if ranges else {}
-        local = _run(self._plan(hf, window, local=False), hf, **how)
+        local = _run(self._plan(hf, window), hf, **how)
         return {n: _distribute(t, mesh, stacks[n].shape) if n in stacks else t for n, t in local.items()}
 
 
@@ -194,13 +227,21 @@ def _distribute(tensor: Tensor, mesh: "DeviceMesh", shape: tuple[int, ...]) -> T
     return sharding.create_dtensor_from_local(sharding.ep_shard_slice(tensor, mesh), mesh, shape=shape)
 
 
-def _spec(name: str, value: Any) -> TensorSpec:
-    if isinstance(value, TensorSpec):
-        return value
+def _specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Every value's shape and dtype. Raises AdapterError naming each that is no tensor and no TensorSpec."""
     try:
-        return TensorSpec(tuple(value.shape), value.dtype)
-    except AttributeError:
-        raise AdapterError(f"{name!r}: {type(value).__name__}, expected a tensor or a TensorSpec") from None
+        return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}
+    except (AttributeError, TypeError):
+        problems = [p for name, value in values.items() for p in _no_tensor(name, value)]
+        raise AdapterError(problems) from None
+
+
+def _no_tensor(name: object, value: Any) -> list[Problem]:
+    if not isinstance(name, str):
+        return [Problem(f"{name!r}: a key that is a {type(name).__name__}, expected a name", (str(name),))]
+    if isinstance(getattr(value, "dtype", None), torch.dtype) and hasattr(value, "shape"):
+        return []
+    return [Problem(f"{name!r}: a {type(value).__name__}, expected a tensor or a TensorSpec", (name,))]
 
 
 def _run(plan: Plan, params: Mapping[str, Any], *, copy: bool = False, contiguous: bool = False) -> dict[str, Any]:

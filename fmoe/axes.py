@@ -47,7 +47,8 @@ class Group:
     """One rule at one value of its shared captures.
 
     sizes: each axis, in full. found: the name at each coordinate of `rule.stacked`. parts: where each choice of a
-    ragged axis lies in it. window: the range of an axis that is asked for, if not all; local: the sources hold only it.
+    ragged axis lies in it. window: the range of an axis that is asked for, if not all. local: the axes of which the
+    sources hold that range only.
     """
 
     rule: Rule
@@ -57,7 +58,7 @@ class Group:
     found: Mapping[tuple[Value, ...], str]
     parts: dict[str, tuple[range, ...]] = field(default_factory=dict)
     window: Mapping[str, range] = field(default_factory=dict)
-    local: bool = False
+    local: frozenset[str] = frozenset()
 
     def dims(self, side: Address) -> Dims:
         """The side's dimensions as tuples of axes; an explicit 1 is a dimension of no axis."""
@@ -96,7 +97,7 @@ class Group:
     def permutation(self) -> list[int] | None:
         """The target's dimensions as places in the source, where whole dimensions are all that moves; else None."""
         source, target = self.dims(self.rule.source), self.dims(self.rule.target)
-        whole = self.local or all(len(self.asked(a)) == n for a, n in self.sizes.items())
+        whole = all(a in self.local or len(self.asked(a)) == n for a, n in self.sizes.items())
         if self.rule.stacked or self.rule.unstacked or not whole or len(set(source)) < len(source):
             return None
         return [source.index(dim) for dim in target] if set(source) == set(target) else None
@@ -108,9 +109,8 @@ class Group:
 
     def held(self, side: Address, at: Mapping[str, int]) -> dict[str, range]:
         """The range of every axis that a tensor holds: all, unless it is a window or a part itself."""
-        whole = side is self.rule.source and not self.local
-        axes = flat(self.dims(side))
-        held = {a: range(self.sizes[a]) if whole else self.asked(a) for a in axes}
+        here, axes = side is self.rule.source, flat(self.dims(side))
+        held = {a: range(self.sizes[a]) if here and a not in self.local else self.asked(a) for a in axes}
         return held | {a: self.parts[a][at[a]] for a in axes if a in side.captures}
 
     def shape(self, side: Address, at: Mapping[str, int]) -> tuple[int, ...]:
@@ -164,6 +164,10 @@ def convert(group: Group, params: Mapping[str, Tensor], *, views: bool = False) 
 
     views: raise NotAView instead of copying.
     """
+    if not group.sources:  # an empty window of what names count
+        device = next((t.device for t in params.values()), None)
+        specs = group.target_specs().items()
+        return {n: torch.empty(spec.shape, dtype=spec.dtype, device=device) for n, spec in specs}
     if group.permutation is not None:
         return {group.targets[0]: _permuted(params[group.sources[0]], group.permutation)}
     axes = [a for a in flat(group.dims(group.rule.source)) if a not in group.rule.unstacked or a in group.parts]

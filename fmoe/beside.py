@@ -30,6 +30,10 @@ class BesidePlan:
     plans: tuple[Plan, Plan]
     targets: dict[str, TensorSpec]
 
+    @property
+    def narrowed(self) -> frozenset[str]:
+        return frozenset().union(*(p.narrowed for p in self.plans))
+
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
         return chain(*(p.units() for p in self.plans))
 
@@ -61,6 +65,12 @@ class Beside:
     def lossless(self) -> bool:
         return all(s.lossless for s in self.left + self.right)
 
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return {n: options for stage in self.left + self.right for n, options in stage.choices().items()}
+
+    def axes(self) -> frozenset[str]:
+        return frozenset().union(*(stage.axes() for stage in self.left + self.right))
+
     def choose(self, choices: Mapping[str, Any]) -> "Beside":
         return Beside(*(tuple(s.choose(choices) for s in side) for side in (self.left, self.right)))
 
@@ -76,9 +86,9 @@ class Beside:
             made += mine
         return made
 
-    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> BesidePlan:
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> BesidePlan:
         left, right = (
-            plan_stages(stages, {n: specs[n] for n in mine}, window, local=local)
+            plan_stages(stages, {n: specs[n] for n in mine}, window, local)
             for stages, mine in zip((self.left, self.right), self._split(names), strict=True)
         )
         if twice := [n for n in left.targets if n in right.targets]:

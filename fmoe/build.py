@@ -20,7 +20,10 @@ def rule(hf: str, native: str, **bounds: int | Iterable[int]) -> Adapter:
     >>> print(rule("{pre}experts.{e}.{g=gate|up}.weight [i d]", "{pre}experts.gate_and_up_projs [e d (g i)]", e=8))
     {pre}experts.{e}.{g=gate|up}.weight [i d]  <->  {pre}experts.gate_and_up_projs [e d (g i)]   where e < 8
     """
-    return Adapter((Table((Rule(parse(hf), parse(native)).bind(bounds),)),))
+    found = Rule(parse(hf), parse(native))
+    if unknown := bounds.keys() - found.letters:
+        raise AdapterError(f"rule {found} has no letter {', '.join(sorted(unknown))} to bound")
+    return Adapter((Table((found.bind(bounds),)),))
 
 
 def keep(pattern: str) -> Adapter:

@@ -1,6 +1,7 @@
 """Who claims which name: the first half of planning a table, on names alone, in time linear in their number."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -8,9 +9,13 @@ from functools import lru_cache
 from fmoe.entries import Alias, Drop, Entry, Keep, rules_of, walk
 from fmoe.names import Hit, Names, Numbers, Pattern, Row, Value, hits, patterns
 from fmoe.rules import Address, Capture, Rule
-from fmoe.types import Problem
+from fmoe.types import EXPERT_TENSORS, Problem
 
 Shared = tuple[Value, ...]
+_EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that experts stand under
+_STACKED = re.compile(
+    r"(^|\.)(block_sparse_)?moe\.(gate|up|down)_proj\."
+)  # experts in one tensor, under no such segment
 _QUANTISED = re.compile(
     r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|_blocks|_scales|weight_packed|qscale_\w+)$"
 )
@@ -32,8 +37,10 @@ def claim(entries: tuple[Entry, ...], names: Names) -> Claims:
     """Every name with the one entry that claims it; what is claimed twice, or by nobody, is a problem."""
     found = Claims(rules_of(entries))
     owner: dict[str, object] = {}
+    matched = [(i, template) for i, rule in enumerate(found.rules) for template, _, _ in hits(rule, names)]
+    several = {t for t, n in Counter(template for _, template in matched).items() if n > 1}
     for i, rule in enumerate(found.rules):
-        for hit, rows in hits(rule, names):
+        for _, hit, rows in hits(rule, names, within=several):
             _own(found, owner, [r[0] for r in rows], rule)
             if rule.source.axes is None:
                 _rename(found, rule, hit, rows)
@@ -100,7 +107,8 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[s
         if fits and not why and (taken := next((r for r in back if any(hits(r, mine))), None)):
             why = f"it would be kept, but the way back would claim it for {taken}"
         if why:
-            found.problems.append(Problem(f"{some(left)}: {why}", tuple(left)))
+            rivals = [s for s, t in found.pairs.items() if t in left]
+            found.problems.append(Problem(f"{some([*left, *rivals])}: {why}", (*left, *rivals)))
         else:
             found.pairs.update(zip(left, left, strict=True))
 
@@ -110,9 +118,10 @@ def _suspicious(template: str, regions: list[tuple[str, Pattern]], keeps: list[s
     if _QUANTISED.search(template) and not any(_QUANTISED.search(k) for k in keeps):
         return "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
     spelled = {segment for k in keeps for segment in k.split(".")}
-    near = {"experts"} & set(template.split(".")) | {word for word, region in regions if region.match(template)}
-    if near and not near <= spelled:
-        return f"no rule claims it, and it stands under {near.pop()!r}, among experts"
+    near = {segment for segment in template.split(".") if _EXPERT.fullmatch(segment)}
+    near |= {word for word, region in regions if region.match(template)}
+    if template.rpartition(".")[2] in EXPERT_TENSORS or _STACKED.search(template) or near and not near <= spelled:
+        return "no rule claims it, and it looks like an expert's"
     return None
 
 

@@ -163,11 +163,11 @@ def _evident(either: Either, names: Names) -> str | None:
 
 
 def _claims(entries: Iterable[Entry], names: Names) -> dict[str, str]:
-    """The first name of every template that one of the entries claims: enough to compare options by."""
+    """Every template that one of the entries claims, with a name: enough to compare options by."""
     found: dict[str, str] = {}
     for entry in walk(entries):
         if isinstance(entry, Rule):
-            found |= {rows[0][0]: rows[0][0] for _, rows in hits(entry, names)}
+            found |= {template: rows[0][0] for template, _, rows in hits(entry, names)}
         elif isinstance(entry, Alias) and not entry.flipped and entry.name in names.names:
             found[entry.name] = entry.name
         elif isinstance(entry, Drop) and not entry.flipped:

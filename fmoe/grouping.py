@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
+from itertools import islice, product
 from math import prod
 
 from fmoe.axes import Group
@@ -19,6 +19,7 @@ from fmoe.types import Problem, TensorSpec
 Specs = Mapping[str, TensorSpec]
 Window = Mapping[str, range]
 Found = Mapping[tuple[Value, ...], str]
+_MOST_ABSENT = 1000
 
 
 class Wrong(Exception):
@@ -37,12 +38,12 @@ class Claimed:
     found: Found
     specs: Specs
     window: Window
-    local: bool
+    local: frozenset[str]
 
     @cached_property
     def given(self) -> dict[str, int]:
         """The full sizes known before any shape is read: choices, bounds, and the count of stacked names."""
-        sizes = {a: r.stop for a, r in self.window.items() if self.local}
+        sizes = {a: r.stop for a, r in self.window.items() if a in self.local}
         for i, name in enumerate(self.rule.stacked):
             sizes[name] = max(int(at[i]) for at in self.found) + 1
         sizes |= {a: len(bound) for a, bound in self.rule.bound.items() if a in self._axes}
@@ -57,7 +58,11 @@ class Claimed:
     @cached_property
     def inside(self) -> dict[tuple[Value, ...], str]:
         """What is found in the window, in the order of the grid."""
-        grid = list(product(*(self._span(n) for n in self.rule.stacked)))
+        spans = [self._span(n) for n in self.rule.stacked]
+        if prod(map(len, spans)) > len(self.found) + _MOST_ABSENT:  # do not count up to a number gone wild
+            near = product(*(span[: len(self.found) + 2] for span in spans))
+            self._holes([at for at in islice(near, _MOST_ABSENT) if at not in self.found])
+        grid = list(product(*spans))
         lost = [at for at in grid if at not in self.found]
         if lost or len(self.found) > len(grid) and not all(map(self._fits, self.found)):
             self._holes(lost)
@@ -89,8 +94,8 @@ class Claimed:
 
     def group(self) -> Group:
         """The group. Raises Wrong with the keys that are missing, out of range, or do not fit."""
-        inside = self.inside
-        self._alike()
+        inside = self.inside or dict(self.found)  # an empty window: sizes from what it leaves out
+        self._alike(list(inside.values()))
         full = dict(self.given)
         lengths: dict[str, dict[str, int]] = {p: {} for p in self.rule.ragged.values()}
         reads = inside.items() if lengths else list(inside.items())[:1]
@@ -106,23 +111,31 @@ class Claimed:
         parts = {p: self._lay(p, found, full, first) for p, found in lengths.items()}
         shared = dict(zip(self.rule.shared, self.shared, strict=True))
         window = {a: r for a, r in self.window.items() if a in full}
-        return Group(self.rule, shared, full, self.specs[first].dtype, self.found, parts, window, self.local)
+        dtype = self.specs[first].dtype
+        return Group(self.rule, shared, full, dtype, self.found, parts, window, self.local & full.keys())
 
-    def _alike(self) -> None:
-        specs = {n: self.specs[n] for n in self.inside.values()}
+    def _alike(self, names: list[str]) -> None:
+        """One shape and dtype: those that the axes' sizes say, where they do, else those of most."""
+        specs = {n: self.specs[n] for n in names}
         ragged = not self.rule.ragged.keys().isdisjoint(self.rule.target.atoms)
         seen = Counter((None if ragged else spec.shape, spec.dtype) for spec in specs.values())
         if len(seen) == 1:
             return
-        (shape, dtype), most = seen.most_common(1)[0]
-        odd = [n for n, spec in specs.items() if spec.dtype != dtype or not ragged and spec.shape != shape]
-        odd = odd if most > len(odd) else list(specs)
+        (usual, dtype), _ = seen.most_common(1)[0]
+        shape = None if ragged else self._expected() or usual
+        odd = [n for n, spec in specs.items() if spec.dtype != dtype or shape is not None and spec.shape != shape]
+        odd = odd if len(odd) < len(specs) / 2 or shape != usual else list(specs)
         told = ", ".join(f"{n!r} {list(specs[n].shape)} {specs[n].dtype}" for n in odd[:8])
-        usual = f"{'' if shape is None else list(shape)} {dtype}"
-        raise Wrong(
-            f"one stack, several shapes or dtypes: {told}; of {len(specs)}, {most} are {usual} (rule {self.rule})",
-            tuple(odd),
-        )
+        wanted = f"{'' if shape is None else list(shape)} {dtype}"
+        text = f"one stack, several shapes or dtypes: {told}; of {len(specs)}, {len(specs) - len(odd)} are {wanted}"
+        raise Wrong(f"{text} (rule {self.rule})", tuple(odd))
+
+    def _expected(self) -> tuple[int, ...] | None:
+        """The shape that bounds and choices say, where they say all of it."""
+        dims = self.rule.source.axes or ()
+        if not all(a == "1" or a in self.given and a in self.rule.bound for dim in dims for a in dim):
+            return None
+        return tuple(prod(self._held(a, self.given) for a in dim if a != "1") for dim in dims)
 
     def _solve(
         self, name: str, full: dict[str, int], lengths: dict[str, dict[str, int]], part: Mapping[str, str]
@@ -148,7 +161,7 @@ class Claimed:
                     full[axis] = size // known if known else 0
 
     def _held(self, axis: str, full: Mapping[str, int]) -> int:
-        return len(self.window[axis]) if self.local and axis in self.window else full[axis]
+        return len(self.window[axis]) if axis in self.local else full[axis]
 
     def _misfit(self, name: str, full: Mapping[str, int]) -> Wrong:
         def show(dim: tuple[str, ...]) -> str:
@@ -156,9 +169,9 @@ class Claimed:
             return "?" if None in sizes else str(prod(n for n in sizes if n is not None))
 
         expected = ", ".join(show(dim) for dim in self.rule.source.axes or ())
-        names = list(self.inside.values())
-        text = f"{some(names, 3)}: shape {list(self.specs[name].shape)}, expected [{expected}] (rule {self.rule})"
-        return Wrong(text, tuple(names[:8]))
+        same = [n for n in self.found.values() if self.specs[n].shape == self.specs[name].shape]
+        text = f"{some(same)}: shape {list(self.specs[name].shape)}, expected [{expected}] (rule {self.rule})"
+        return Wrong(text, tuple(same))
 
     def _check_window(self, full: Mapping[str, int]) -> None:
         for axis, asked in self.window.items():

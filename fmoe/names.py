@@ -5,13 +5,13 @@ address is compiled once and matched against the few templates; per name, only t
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
-from fmoe.rules import Address, Bound, Capture, Rule
+from fmoe.rules import Address, Capture, Rule
 from fmoe.types import AdapterError, Problem
 
 BLANK = "\0"
@@ -160,23 +160,27 @@ def patterns(rule: Rule) -> tuple[Pattern, Pattern]:
     return Pattern(rule.source, indexed), Pattern(rule.target, indexed)
 
 
-def hits(rule: Rule, names: Names) -> Iterator[tuple[Hit, list[Row]]]:
-    """The rule's source against every template: how to read its captures, and the names that it claims.
+def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[tuple[str, Hit, list[Row]]]:
+    """The rule's source against every template: the template, how to read its captures, and the names that it claims.
 
-    A shared number outside its bound is not the rule's to claim; one that becomes an axis is, and is wrong later.
+    A shared number outside its bound is not the rule's to claim. One that becomes an axis is, and is wrong later; but
+    in the templates `within`, which rules share out among themselves, each claims only the numbers in its bound.
     """
     pattern = patterns(rule)[0]
     captures = pattern.address.captures
-    limits = [(n, rule.bound.get(n)) for n in rule.shared if n in rule.bound or captures[n].offset]
+    limits = [n for n in captures if rule.indexed(n) and (n in rule.shared and n in rule.bound or captures[n].offset)]
     for template, rows in names.rows.items():
         hit = pattern.match(template)
         if hit is not None:
-            if hit.tests or limits:
-                rows = [r for r in rows if all(t(r[1]) for t in hit.tests) and _inside(hit, limits, r[1])]
+            here = [n for n in captures if rule.indexed(n)] if template in within else limits
+            if hit.tests or here:
+                rows = [r for r in rows if all(t(r[1]) for t in hit.tests) and _inside(hit, rule, here, r[1])]
             if rows:
-                yield hit, rows
+                yield template, hit, rows
 
 
-def _inside(hit: Hit, limits: list[tuple[str, Bound | None]], numbers: Numbers) -> bool:
-    values = hit.values([n for n, _ in limits], numbers)
-    return all(isinstance(v, int) and v >= 0 if b is None else v in b for v, (_, b) in zip(values, limits, strict=True))
+def _inside(hit: Hit, rule: Rule, limits: list[str], numbers: Numbers) -> bool:
+    for name, value in zip(limits, hit.values(limits, numbers), strict=True):
+        if isinstance(value, int) and (value < 0 or name in rule.bound and value not in rule.bound[name]):
+            return False
+    return True

@@ -1,6 +1,6 @@
 """Stages in a row: what a stage is, the plan over all of them (what depends on what), and running it on tensors."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,6 +19,8 @@ class StagePlan(Protocol):
 
     @property
     def targets(self) -> dict[str, TensorSpec]: ...
+    @property
+    def narrowed(self) -> frozenset[str]: ...
     def units(self) -> Iterator[tuple[list[str], list[str]]]: ...
     def run(
         self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
@@ -32,7 +34,7 @@ class Stage(Protocol):
     def inverse(self) -> "Stage": ...
     @property
     def lossless(self) -> bool: ...
-    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> StagePlan:
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> StagePlan:
         """What it does to these names, shapes and dtypes. Raises AdapterError with every problem."""
 
     def resolve(self, names: Names, *, default: bool) -> "Stage":
@@ -43,6 +45,12 @@ class Stage(Protocol):
 
     def choose(self, choices: Mapping[str, Any]) -> "Stage":
         """The stage with choices of these names made; others are not its own."""
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """What is open: the name of each choice, and its options, the published one first."""
+
+    def axes(self) -> frozenset[str]:
+        """The letters of its rules that are axes, those of all options included: what a range can be asked of."""
 
 
 class Views(dict[str, Tensor]):
@@ -69,12 +77,16 @@ class Views(dict[str, Tensor]):
 class Plan:
     """What an adapter will do to given names, shapes and dtypes: proved bijective before any data is touched.
 
-    stages: one plan for each of the adapter's stages. specs: what goes in. narrowed: an axis was restricted.
+    stages: one plan for each of the adapter's stages. specs: what goes in.
     """
 
     stages: tuple[StagePlan, ...]
     specs: Specs
-    narrowed: bool = False
+
+    @property
+    def narrowed(self) -> frozenset[str]:
+        """The axes of which only a range comes out."""
+        return frozenset().union(*(stage.narrowed for stage in self.stages))
 
     @property
     def targets(self) -> dict[str, TensorSpec]:
@@ -136,6 +148,22 @@ class Plan:
                 grouped.setdefault(root(node), ([], []))[node[0] == last].append(node[1])
         yield from grouped.values()
 
+    def taken_apart(self, axis: str) -> set[str]:
+        """The inputs whose parts along an axis are tensors of their own in what comes out."""
+        return self._inputs(lambda group: axis in group.rule.unstacked)
+
+    def touching(self, axis: str) -> set[str]:
+        """The inputs that have this axis."""
+        return self._inputs(lambda group: axis in group.sizes)
+
+    def _inputs(self, choose: Callable[[Group], bool]) -> set[str]:
+        found: set[str] = set()
+        for k, stage in reversed(list(enumerate(self.stages))):
+            found = {s for t in found for s in self._back[k].get(t, [])}
+            if isinstance(stage, TablePlan):
+                found |= {s for group in stage.groups if choose(group) for s in group.sources}
+        return found
+
     def _used(self) -> list[set[str] | None]:
         """For each stage, the targets that later stages need: None for all, as where no axis is restricted."""
         used: list[set[str] | None] = [None] * len(self.stages)
@@ -181,10 +209,11 @@ def _leads(group: Group, axis: str) -> bool:
     return bool(dims) and dims[0] == (axis,)
 
 
-def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, *, local: bool) -> Plan:
+def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: frozenset[str]) -> Plan:
     """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
     plans: list[StagePlan] = []
     settled: list[Stage] = []
+    problems: list[Problem] = []
     at, names = specs, Names(specs)
     for stage in stages:
         if plans:
@@ -192,10 +221,16 @@ def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, *, loca
             names = names if at.keys() == was.keys() else Names(at)  # a codec mostly keeps them
         try:
             settled.append(stage.resolve(names, default=True))
-            plans.append(settled[-1].plan(at, names, window, local=local))
+            plans.append(settled[-1].plan(at, names, window, local))
         except AdapterError as error:
-            raise AdapterError(_traced(problem, settled[: len(plans)]) for problem in error.found) from None
-    return Plan(tuple(plans), specs, narrowed=bool(window))
+            problems += [_traced(problem, settled[: len(plans)]) for problem in error.found]
+            if error.rest is None:
+                break
+            plans.append(error.rest)
+        local |= plans[-1].narrowed
+    if problems:
+        raise AdapterError(problems)
+    return Plan(tuple(plans), specs)
 
 
 def _traced(problem: Problem, stages: list[Stage]) -> Problem:

@@ -6,8 +6,9 @@ dtype; over the whole plan, (3) each name is claimed once and (4) no two targets
 names.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
@@ -21,7 +22,7 @@ from fmoe.grouping import Claimed, Specs, Window, Wrong
 from fmoe.names import Names, Value, patterns
 from fmoe.rules import Rule
 from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Problem, TensorSpec, human
+from fmoe.types import AdapterError, Problem, TensorSpec, bits, human
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class TablePlan:
         """Each target, and what makes it: a group, or the one source that is renamed to it."""
         groups = {t: group for group in self.groups for t in group.targets}
         return groups | {t: s for s, t in self.pairs.items()} | {a.name: a.of for a in self.aliases if a.flipped}
+
+    @property
+    def narrowed(self) -> frozenset[str]:
+        """The axes of which only a range comes out."""
+        return frozenset().union(*(g.window for g in self.groups))
 
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
         """Sources and targets that depend on each other, and on nothing else."""
@@ -107,9 +113,9 @@ class TablePlan:
 
 
 def plan_table(
-    entries: tuple[Entry, ...], specs: Specs, names: Names, window: Window, *, local: bool = False
+    entries: tuple[Entry, ...], specs: Specs, names: Names, window: Window, local: frozenset[str]
 ) -> TablePlan:
-    """The plan of a table with no open choice. window: ranges of axes to read; local: sources hold those alone.
+    """The plan of a table with no open choice. window: ranges to read; local: axes of which sources hold only that.
 
     Raises AdapterError with every problem found.
     """
@@ -120,13 +126,16 @@ def plan_table(
             groups.append(Claimed(claims.rules[i], shared, found, specs, window, local).group())
         except Wrong as wrong:
             problems.append(wrong.problem)
-    problems += _apart(entries, claims) + _collisions(groups, claims.pairs) + _aliases(claims, specs)
+    problems += _apart(entries, claims) + _unequal(entries, groups) + _collisions(groups, claims.pairs)
+    problems += _aliases(claims, specs)
     targets = {t: spec for group in groups for t, spec in group.target_specs().items()}
     targets |= {t: specs[s] for s, t in claims.pairs.items()}
     aliases = tuple(a for a, present in claims.aliases.items() if (a.of in targets if a.flipped else present))
+    given = [a for a in aliases if a.flipped and a.name in targets]
+    problems += [Problem(f"{a.name!r} is there, and is written as an alias of {a.of!r}", (a.name, a.of)) for a in given]
     targets |= {a.name: targets[a.of] for a in aliases if a.flipped}
     if problems:
-        raise AdapterError(problems)
+        raise AdapterError(dict.fromkeys(problems))
     return TablePlan(specs, tuple(groups), claims.pairs, targets, aliases, tuple(claims.dropped))
 
 
@@ -147,6 +156,33 @@ def _apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
     return problems
 
 
+def _unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
+    """Rules that come together, in all layers: a letter has one size throughout."""
+    bundled = {rule for entry in entries if isinstance(entry, Together) for rule in entry.rules}
+    mine = [group for group in groups if group.rule in bundled]
+    problems = []
+    for letter in sorted({a for group in mine for a in group.sizes}):
+        having = [group for group in mine if letter in group.sizes]
+        usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
+        for group in having:
+            if (size := group.sizes[letter]) != usual:
+                near = next(g for g in having if g.sizes[letter] == usual)
+                absent = _absent(group, letter, min(size, usual)) if size < usual else _absent(near, letter, usual)
+                text = f"{some(group.sources, 3)}: {letter} is {size}, but {usual} at {some(near.sources, 1)}"
+                text += f"; missing {some(absent)}" if absent else ""
+                problems.append(Problem(text, (*group.sources, *absent)))
+    return problems
+
+
+def _absent(group: Group, letter: str, size: int) -> list[str]:
+    """The names that a stack would need to be longer by one along a letter that its names count."""
+    if letter not in group.rule.stacked:
+        return []
+    longer = replace(group, sizes=group.sizes | {letter: size + 1}, window={letter: range(size, size + 1)})
+    grid = [dict[str, Value](zip(group.stacked, at, strict=True)) for at in longer.grid(group.stacked)]
+    return [patterns(group.rule)[0].render(group.shared | at) for at in grid]
+
+
 def _open(rule: Rule) -> dict[str, Value]:
     """The first coordinates of what a rule stacks: enough to spell an example."""
     return {n: 0 for n in rule.source.captures}
@@ -156,7 +192,7 @@ def _collisions(groups: list[Group], pairs: Mapping[str, str]) -> list[Problem]:
     made: dict[str, str] = {}
     problems = []
     for target, source in chain(
-        ((t, g.sources[0]) for g in groups for t in g.targets), ((t, s) for s, t in pairs.items())
+        ((t, next(iter(g.found.values()))) for g in groups for t in g.targets), ((t, s) for s, t in pairs.items())
     ):
         if target in made:
             text = f"two sources for one target: {made[target]!r} and {source!r} both give {target!r}"
@@ -178,7 +214,7 @@ def _aliases(claims: Claims, specs: Specs) -> list[Problem]:
 
 def _check_equal(alias: Alias, params: Mapping[str, Tensor]) -> None:
     here, there = params[alias.name], params[alias.of]
-    same = here is there or here.is_meta or there.is_meta or torch.equal(here, there)
+    same = here is there or here.is_meta or there.is_meta or torch.equal(bits(here), bits(there))
     if not same:
         text = f"{alias.name!r} should be the same tensor as {alias.of!r}, and its values differ"
         raise AdapterError([Problem(text, (alias.name, alias.of))])

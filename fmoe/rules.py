@@ -125,10 +125,14 @@ class Rule:
 
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
-        mine = {*self.source.captures, *self.source.atoms, *self.target.captures, *self.target.atoms}
-        mine |= {label for a in mine for label in a.split("|")}
-        new = {k: range(v) if isinstance(v, int) else _bound(v) for k, v in sizes.items() if k in mine}
+        new = {k: range(v) if isinstance(v, int) else _bound(v) for k, v in sizes.items() if k in self.letters}
         return Rule(self.source, self.target, tuple(sorted({**dict(self.bounds), **new}.items())))
+
+    @cached_property
+    def letters(self) -> frozenset[str]:
+        """Everything that can be bounded: captures, axes, and the parts of a ragged one."""
+        names = {*self.source.captures, *self.source.atoms, *self.target.captures, *self.target.atoms}
+        return frozenset(label for a in names for label in a.split("|"))
 
     def __str__(self) -> str:
         return f"{self.source}  <->  {self.target}{_where(self.bounds)}"
@@ -184,6 +188,10 @@ class Rule:
             a, b = self.source.captures[name].choices, self.target.captures[name].choices
             if len(a) != len(b):
                 return f"{{{name}}} has {len(a)} choices in the source and {len(b)} in the target"
+        for name, bound in self.bounds:
+            sized = name not in self.shared
+            if not bound or sized and (not isinstance(bound, range) or bound.start or bound.step != 1):
+                return f"{name} is bounded by {bound}, expected " + ("a size" if sized else "some numbers")
         if lost := self._letters(self.source) ^ self._letters(self.target):
             return f"{', '.join(sorted(lost))} stands on one side only: a letter is a capture or an axis on both"
         return None

@@ -10,6 +10,7 @@ def check_params(
 ) -> None:
     """params has every name of `axes` that is not optional, no other name, and each the shape that its letters say.
 
+    The `_scale_inv` that a decoded FP8 parameter carries along is passed over; an 8-bit one, not decoded, is refused.
     axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number.
     Raises ValueError with one line for each problem: what was found, what was expected.
 
@@ -19,7 +20,13 @@ def check_params(
     ValueError: experts: parameter 'down_projs' has shape [2, 5, 3], expected [E=2, I=4, D=3]
     """
 
-    unknown = [f"unknown parameter {name!r}, expected only {', '.join(axes)}" for name in params if name not in axes]
+    known = {*axes, *(name + "_scale_inv" for name in axes)}
+    unknown = [f"unknown parameter {name!r}, expected only {', '.join(axes)}" for name in params if name not in known]
+    coded = [
+        f"parameter {name!r} is {tensor.dtype}, expected it decoded: `from_hf` does, with its scales"
+        for name, tensor in params.items()
+        if name in axes and (tensor.dtype.itemsize < 2 or not tensor.is_floating_point())
+    ]
     missing = [
         f"parameter {name!r} is missing, expected shape {_say(letters, sizes)}"
         for name, letters in axes.items()
@@ -30,7 +37,7 @@ def check_params(
         for name, letters in axes.items()
         if name in params and list(params[name].shape) != _shape(letters, sizes)
     ]
-    if problems := unknown + missing + wrong:
+    if problems := unknown + missing + wrong + coded:
         raise ValueError("\n".join(f"{owner}: {problem}" for problem in problems))
 
 

@@ -9,6 +9,7 @@ from fmoe.entries import Drop, Either, Entry, Keep, bind, settle, walk
 from fmoe.grouping import Specs, Window
 from fmoe.names import Names, patterns
 from fmoe.plan import TablePlan, plan_table
+from fmoe.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Table:
     def lossless(self) -> bool:
         return not any(isinstance(e, Drop) for e in walk(self.entries))
 
-    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> TablePlan:
-        return plan_table(self.entries, specs, names, window, local=local)
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> TablePlan:
+        return plan_table(self.entries, specs, names, window, local)
 
     def resolve(self, names: Names, *, default: bool) -> "Table":
         return Table(settle(self.entries, names, default=default))
@@ -60,8 +61,11 @@ class Table:
         return Table(tuple(bind(e, sizes) for e in self.entries))
 
     def choices(self) -> dict[str, tuple[str, ...]]:
-        """What is open: the name of each choice, and its options, the published one first."""
         return {e.name: tuple(label for label, _ in e.options) for e in self.entries if isinstance(e, Either)}
+
+    def axes(self) -> frozenset[str]:
+        rules = [e for e in walk(self.entries) if isinstance(e, Rule)]
+        return frozenset(a for r in rules for side in (r.source, r.target) for a in side.atoms if "|" not in a)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.entries))

@@ -12,7 +12,7 @@ lower case, plus `g` for the gate/up pair and `l` for the layer.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,12 +77,13 @@ class Routing(NamedTuple):
 class AdapterError(ValueError):
     """Every problem that was found, each naming its keys, what was found and what was expected.
 
-    `problems` holds one line for each; `keys` every key that they name.
+    `problems` holds one line for each; `keys` every key that they name. rest: the plan of a stage without what is
+    wrong, where later stages can still be checked on it.
     """
 
-    def __init__(self, problems: Iterable["Problem"] | str):
+    def __init__(self, problems: Iterable["Problem"] | str, rest: Any = None):
         found = (Problem(problems),) if isinstance(problems, str) else tuple(problems)
-        self.found = found
+        self.found, self.rest = found, rest
         self.problems = tuple(p.text for p in found)
         self.keys = tuple(dict.fromkeys(k for p in found for k in p.keys))
         lines = "".join(f"\n  - {text}" for text in self.problems)

@@ -226,7 +226,7 @@ def test_only_canonical_numbers_are_indices(name):
 
 
 def test_a_value_that_is_no_tensor_is_named():
-    with pytest.raises(fmoe.AdapterError, match="'w.1': list, expected a tensor"):
+    with pytest.raises(fmoe.AdapterError, match="'w.1': a list, expected a tensor"):
         rule("w.{e} [d]", "v [e d]").from_hf({"w.0": numbered(1), "w.1": [1.0]})
 
 

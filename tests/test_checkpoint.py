@@ -1,7 +1,7 @@
 """Directories: HF -> native -> HF gives back every file byte for byte, one native tensor in memory at a time."""
 
+import importlib
 import json
-import os
 import resource
 import weakref
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from fmoe.pipeline import Plan
 from fmoe.testing import same
 
 FUSED = {"synthetic-qwen3_5_moe", "synthetic-qwen3_5_moe_split_mtp", "synthetic-qwen3_5_moe_no_mtp"}
+NORM = "model.norm.weight"
 NO_CHOICE = {"gpt_oss-float32", "gpt_oss-bfloat16", "synthetic-step3p5"}
 SIZES = {
     "E": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -74,9 +75,8 @@ def test_inspect_says_what_is_there(name, written, tmp_path):
         assert form["model_type"] == config["model_type"] and form["problems"] == []
         assert form["experts"]["layers"] == len(blocks)
         assert {shape[0] for shape in form["experts"]["shapes"].values()} == {E}
-        assert form["layout"].get("layout") == (
-            None if name in NO_CHOICE else "fused" if name in FUSED else "per_expert"
-        )
+        layout = None if name in NO_CHOICE else "fused" if name in FUSED else "per_expert"
+        assert form["layout"].get("layout") == layout
         assert form["layout"] == found["layout"] and form["rules"] == found["rules"]
         if name == "synthetic-step3p5":  # its shared experts are clamped after silu: MoEConfig cannot say it
             assert form["moe_config"] is None and "swiglu_limits" in form["notes"][0]
@@ -88,8 +88,7 @@ def test_inspect_says_what_is_there(name, written, tmp_path):
     assert (found["tensors"], found["files"]) == (len(tensors), len(list(source.glob("*.safetensors"))))
     assert found["bytes"] == sum(t.nbytes for t in tensors.values()) == sum(found["dtypes"].values())
     assert found["experts"]["bytes"] == sum(tensors[n].nbytes for n in stacked)
-    dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
-    assert found["dtypes"].keys() == dtypes
+    assert found["dtypes"].keys() == {str(t.dtype).removeprefix("torch.") for t in tensors.values()}
     json.dumps(found), json.dumps(native)
 
 
@@ -153,7 +152,7 @@ def test_one_unit_is_in_memory_at_a_time(job, name, written, tmp_path, monkeypat
 
 def test_more_shards_than_files_that_may_be_open(written, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 12, hard))
     try:
         fmoe.convert(written("qwen3_moe-float32"), tmp_path, max_shard_size=1)
     finally:
@@ -176,9 +175,9 @@ def test_a_cache_of_links_without_index_with_folders_and_odd_files_comes_back(wr
     fmoe.convert(source, tmp_path / "native", max_shard_size=50_000)
     fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
     assert files(tmp_path / "back") == files(blobs)
-    (source / "pytorch_model.bin").write_bytes(b"weights")  # and these are not taken along
-    (source / ".cache").mkdir()
-    (source / ".cache" / "x").write_text("x")
+    for file in ("pytorch_model.bin", "model.safetensors.part"):  # and these are not taken along
+        (source / file).write_bytes(b"weights")
+    (source / ".gitattributes").write_text("x")
     fmoe.convert(source, tmp_path / "clean")
     assert files(tmp_path / "clean").keys() == {
         "config.json",
@@ -205,27 +204,47 @@ def test_an_index_is_as_it_was_to_the_byte_unless_the_sizes_changed(tmp_path):
 
 
 def test_verify_compares_bits_and_names_what_differs(tmp_path, monkeypatch):
-    source, norm = fill(tmp_path, "qwen3_moe-float32"), "model.norm.weight"
-    shard = source / json.loads((source / INDEX).read_text())["weight_map"][norm]
+    source = fill(tmp_path, "qwen3_moe-float32")
+    shard = source / json.loads((source / INDEX).read_text())["weight_map"][NORM]
     tensors = load_file(shard)
-    tensors[norm][0], tensors[norm][1] = 0.0, torch.nan
+    tensors[NORM][0], tensors[NORM][1] = 0.0, torch.nan
     save_file(tensors, shard, {"format": "pt"})
     fmoe.verify(source)
     run = Plan.run
 
     def negate(self, params, only=None, **how):
         found = run(self, params, only, **how)
-        return found | {n: torch.where(t == 0, -0.0, t) for n, t in found.items() if n == norm}
+        return found | {n: torch.where(t == 0, -0.0, t) for n, t in found.items() if n == NORM}
 
     monkeypatch.setattr(Plan, "run", negate)
-    with pytest.raises(fmoe.AdapterError, match=f"^'{norm}' comes back with other bits$"):
+    with pytest.raises(fmoe.AdapterError, match=f"^'{NORM}' comes back with other bits$"):
         fmoe.verify(source)
 
 
-@pytest.mark.parametrize("origin", ["{}", "[]", "{", '{"weight_map": [], "metadata": {}, "index": null, "bytes": 1}'])
-def test_a_native_directory_must_say_what_it_was_made_from(origin, written, tmp_path):
+OTHER = fmoe.alias("other.weight", of=NORM).choose(**{"other.weight": "present"})
+LOSSY = {
+    "does not come back": fmoe.drop(NORM, because="a test") | fmoe.keep("{rest}"),
+    "comes back, and was not there": OTHER | fmoe.keep("{rest}"),
+}
+
+
+@pytest.mark.parametrize("problem", LOSSY)
+def test_verify_names_what_is_lost_or_made_up(problem, written, monkeypatch):
+    module = importlib.import_module("fmoe.checkpoint.convert")
+    monkeypatch.setattr(module, "adapter_of", lambda source: LOSSY[problem])
+    with pytest.raises(fmoe.AdapterError, match=f"^'({NORM}|other.weight)' {problem}$"):
+        fmoe.verify(written("qwen3_moe-float32"))
+
+
+WRONG_ORIGIN = [{"weight_map": names} for names in ([], {"a": 1}, {"a": "../x.safetensors"}, {"a": "config.json"})]
+WRONG_ORIGIN += [{"metadata": 1}, {"index": 1}, {"bytes": "1"}, {"bytes": None}]
+
+
+@pytest.mark.parametrize("wrong", WRONG_ORIGIN, ids=str)
+def test_a_native_directory_must_say_what_it_was_made_from(wrong, written, tmp_path):
     fmoe.convert(written("qwen3_moe-float32"), tmp_path / "native")
-    (tmp_path / "native" / "fmoe.json").write_text(origin)
+    origin = tmp_path / "native" / "fmoe.json"
+    origin.write_text(json.dumps(json.loads(origin.read_text()) | wrong))
     with pytest.raises(fmoe.AdapterError, match="fmoe.json"):
         fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
     assert not (tmp_path / "back").exists()

@@ -1,4 +1,4 @@
-"""Imports point one way: kernels <- backends <- experts, types <- rules <- plan <- adapter <- families <- checkpoint."""
+"""Imports point one way: kernels <- backends <- experts, and types <- rules <- plan <- adapter <- families."""
 
 import ast
 import subprocess

@@ -286,6 +286,12 @@ def test_create_refuses(mesh: str, local: torch.Tensor, shape: tuple[int, ...] |
     assert create_dtensor_from_local(local, None, 0) is local
 
 
+def test_only_the_experts_follow_our_rule() -> None:
+    # ten columns on four ranks: 3 3 3 1, as DTensor cuts them; ten experts would be refused
+    with seen_by(3, "ep_shard*4=1") as (mesh, _):
+        assert create_dtensor_from_local(flat(2, 1), mesh, shape=(2, 10)).shape == (2, 10)
+
+
 def test_a_rank_moves_to_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))

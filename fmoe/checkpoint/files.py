@@ -104,14 +104,14 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         raise AdapterError(f"{path} is {'no directory' if path.exists() else 'not there'}")
     config = _json(path / "config.json", "a checkpoint directory has one")
     index = (path / INDEX).read_bytes().decode(errors="replace") if (path / INDEX).exists() else None
-    mapped = _weight_map(path / INDEX) if index is not None else None
+    mapped = _weight_map(path / INDEX, _json(path / INDEX)) if index is not None else None
     files = sorted({p.name for p in path.glob("*.safetensors")} if mapped is None else set(mapped.values()))
     specs: dict[str, TensorSpec] = {}
     where: dict[str, str] = {}
     metadata = {}
     for file in files:
-        if Path(file).name != file or not (path / file).is_file():
-            raise AdapterError(f"{path / INDEX} names the file {file!r}, which is not in {path}")
+        if not (path / file).is_file():
+            raise AdapterError(f"{path / file} is not there{f', and {INDEX} names it' if mapped is not None else ''}")
         found, metadata[file] = read_header(path / file)
         if twice := [n for n in found if n in where]:
             raise AdapterError([Problem(f"{some(twice)}: in {where[twice[0]]} and in {file}", tuple(twice))])
@@ -124,8 +124,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         text = f"{path / INDEX} and the files' headers disagree on where these are: {some(wrong)}"
         raise AdapterError([Problem(text, wrong)])
     origin = _json(path / NATIVE) if (path / NATIVE).exists() else None
-    if origin is not None and not all(n in origin and isinstance(origin[n], kind) for n, kind in ORIGIN.items()):
-        raise AdapterError(f"{path / NATIVE} does not say what {path} was made from: {', '.join(ORIGIN)}")
+    if origin is not None:
+        _weight_map(path / NATIVE, origin)
+        if not all(n in origin and isinstance(origin[n], kind) for n, kind in ORIGIN.items()):
+            raise AdapterError(f"{path / NATIVE} does not say what {path} was made from: {', '.join(ORIGIN)}")
     return Checkpoint(path, config, specs, where, index, origin, metadata)
 
 
@@ -163,10 +165,14 @@ def _tiled(header: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> int:
     return at
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    found = _json(path).get("weight_map")
+def _weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The weight_map of an index, which is at path: names to safetensors files in the same directory."""
+    found = index.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise AdapterError(f"{path} has no weight_map of names to files")
+    for file in set(found.values()):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise AdapterError(f"{path} names the file {file!r}: expected safetensors in {path.parent}")
     return found
 
 

@@ -30,6 +30,8 @@ def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = 
             known = ", ".join(sorted(FAMILIES))
             raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a model type ({known})")
         return adapter_of(open_checkpoint(path_or_model_type), config, **choices)
+    if isinstance(path_or_model_type, Adapter):
+        path_or_model_type = [path_or_model_type]
     if choices or config is not None:
         raise AdapterError("rules of your own take no config and no choices: bind their letters in `rule`")
     return table(path_or_model_type)

@@ -63,9 +63,9 @@ class Writer:
 
     def part(self, name: str) -> Path:
         """Where to write a file that gets this name in the end."""
-        self.names.append(name)
         part = self.path / f"{name}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
+        self.names.append(name)
         return part
 
     def begin(self, metadata: Mapping[str, Mapping[str, str]]) -> None:

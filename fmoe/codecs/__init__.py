@@ -21,6 +21,7 @@ class CodecPlan:
     targets: dict[str, TensorSpec]
     changes: tuple[tuple[list[str], list[str], Change], ...]
     what: str
+    narrowed: frozenset[str] = frozenset()
 
     @cached_property
     def _maker(self) -> dict[str, int]:

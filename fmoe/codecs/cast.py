@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from fmoe.claims import some
 from fmoe.codecs import CodecPlan
 from fmoe.grouping import Specs, Window
 from fmoe.names import Names
-from fmoe.types import EXPERT_TENSORS, TensorSpec
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,22 @@ class CastExperts:
     def inverse(self) -> "CastExperts":
         return replace(self, flipped=not self.flipped)
 
-    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> CodecPlan:
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
         mine = [] if self.flipped else [n for n in specs if n.rpartition(".")[2] in EXPERT_TENSORS]
         mine = [n for n in mine if specs[n].dtype != self.dtype]
+        odd = tuple(n for n in mine if specs[n].dtype.itemsize < 2 or not specs[n].dtype.is_floating_point)
+        if odd:
+            text = f"{some(odd)}: {specs[odd[0]].dtype} is not a value to cast, but part of a quantised one"
+            raise AdapterError([Problem(text, odd)])
         targets = dict(specs) | {n: TensorSpec(specs[n].shape, self.dtype) for n in mine}
         cast = lambda params: {n: t.to(self.dtype) for n, t in params.items()}
         return CodecPlan(targets, tuple(([n], [n], cast) for n in mine), str(self))
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def axes(self) -> frozenset[str]:
+        return frozenset()
 
     def resolve(self, names: Names, *, default: bool) -> "CastExperts":
         return self

@@ -66,6 +66,10 @@ def quantize(weight: Tensor, scale: Tensor | None = None, block: int = 128) -> t
     return _rounded(blocks, used, weight.shape), used
 
 
+def _eight_bits(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1 and dtype != torch.float8_e8m0fnu
+
+
 def grid(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     """How many blocks cover each dimension."""
     return tuple(-(-n // block) for n in shape)
@@ -102,7 +106,7 @@ class BlockFP8:
     """
 
     dtype: torch.dtype
-    pattern: str
+    pattern: str | None
     block: int = 128
     quantization: bool | None = None
     declared: bool = False
@@ -119,23 +123,36 @@ class BlockFP8:
     def choose(self, choices: Mapping[str, Any]) -> "BlockFP8":
         return replace(self, quantization=choices.get("quantization", self.quantization))
 
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def axes(self) -> frozenset[str]:
+        return frozenset()
+
     def resolve(self, names: Names, *, default: bool) -> "BlockFP8":
         return replace(self, declared=any(template.endswith(SUFFIX) for template in names.rows))
 
     def rename(self, names: Names) -> list[str]:
         return names.names
 
-    def plan(self, specs: Specs, names: Names, window: Window, *, local: bool) -> CodecPlan:
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
         scales = {n: n.removesuffix(SUFFIX) for n in specs if n.endswith(SUFFIX)}
-        problems = [p for s, w in scales.items() for p in self._unfit(s, w, specs)]
+        unfit = {s: p for s, w in scales.items() for p in self._unfit(s, w, specs)}
+        problems = list(unfit.values())
         if not self.flipped:
-            bare = [n for n, spec in specs.items() if spec.dtype == E4M3 and n + SUFFIX not in specs]
-            problems += [
-                Problem(f"{n!r} is {E4M3} and its scale {n + SUFFIX!r} is missing", (n, n + SUFFIX)) for n in bare
-            ]
+            bare = [n for n, spec in specs.items() if _eight_bits(spec.dtype) and n + SUFFIX not in specs]
+            problems += [self._bare(n, specs[n]) for n in bare]
+        if scales and (others := window.keys() - {"e"}):
+            problems.append(Problem(f"{', '.join(others)}: FP8 blocks can only be cut by expert", tuple(scales)[:8]))
+        scales = {s: w for s, w in scales.items() if s not in unfit}
+        encoding = self._encoding(specs, set(scales.values())) if self.flipped else None
+        plan = encoding or self._decoding(specs, scales)
         if problems:
-            raise AdapterError(problems)
-        return self._encoding(specs, set(scales.values())) if self.flipped else self._decoding(specs, scales)
+            raise AdapterError(problems, rest=plan)
+        return plan
+
+    def _bare(self, name: str, spec: TensorSpec) -> Problem:
+        return Problem(f"{name!r} is {spec.dtype} and its scale {name + SUFFIX!r} is missing", (name, name + SUFFIX))
 
     def _unfit(self, scale: str, weight: str, specs: Specs) -> list[Problem]:
         if weight not in specs:
@@ -170,6 +187,8 @@ class BlockFP8:
             q, s = quantize(params[weight], params.get(weight + SUFFIX), self.block)
             return {weight: q, weight + SUFFIX: s}
 
+        if self.quantization and self.pattern is None:
+            raise AdapterError("quantization=True: the family has no FP8 form; pass quantization=None")
         fused = tuple(n for n, s in specs.items() if "experts" in n.split(".") and len(s.shape) == 3)
         if self.quantization and fused:
             text = f"{some(fused)}: fused experts have no FP8 form: choose layout='per_expert' to quantise"
@@ -184,7 +203,8 @@ class BlockFP8:
         return CodecPlan(targets, tuple((both(w) if w in carried else [w], both(w), encode) for w in chosen), str(self))
 
     def _mine(self, name: str, spec: TensorSpec) -> bool:
-        return len(spec.shape) == 2 and spec.dtype.is_floating_point and bool(re.fullmatch(self.pattern, name))
+        matches = self.pattern is not None and re.fullmatch(self.pattern, name)
+        return len(spec.shape) == 2 and spec.dtype.is_floating_point and bool(matches)
 
     def __str__(self) -> str:
         what = f"e4m3 with {SUFFIX} per {self.block}x{self.block} block"

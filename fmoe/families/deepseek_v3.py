@@ -1,12 +1,11 @@
 """DeepSeek-V3 in bf16 and FP8: experts one by one in every sparse layer, the MTP layer (the last) among them."""
 
-from fmoe.build import keep
 from fmoe.families.family import Family
-from fmoe.families.layouts import experts
+from fmoe.families.layouts import KEPT, experts
 
 deepseek_v3 = Family(
     model_types=("deepseek_v3",),
-    rules=experts() | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    rules=experts() | KEPT,
     fields=dict(
         n_routed_experts="n_routed_experts num_local_experts",
         n_activated_experts="num_experts_per_tok",

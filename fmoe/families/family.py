@@ -51,17 +51,21 @@ class Family:
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
         bounds = {a: n for a, n in sizes.items() if isinstance(n, int)}
         stages = tuple(s.bind(bounds) if isinstance(s, Table) else s for s in self.rules.stages)
-        if self.fp8:
-            decoded = as_dtype(dtype or given.get("dtype") or given.get("torch_dtype"))
-            stages = (BlockFP8(decoded, self.fp8, declared=bool(given.get("quantization_config"))), *stages)
+        codec = BlockFP8(
+            as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
+            self.fp8,
+            block=_block(given.get("quantization_config")),
+            declared=bool(given.get("quantization_config")),
+        )
+        stages = (codec, *stages)
         if dtype:
             stages = (*stages, CastExperts(as_dtype(dtype)))
         return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values))
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them."""
-        found = {f: next((config[n] for n in names.split() if n in config), None) for f, names in self.fields.items()}
-        return dict(self.fixed) | {f: value for f, value in found.items() if value is not None}
+        said = {f: [config[n] for n in names.split() if config.get(n) is not None] for f, names in self.fields.items()}
+        return dict(self.fixed) | {f: values[0] for f, values in said.items() if values}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
         missing = [
@@ -89,6 +93,16 @@ def as_dict(config: Any) -> dict[str, Any]:
     """The config's fields, those of its text model (`text_config`, at any depth) first."""
     if config is None:
         return {}
+    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+        raise AdapterError(f"config is a {type(config).__name__}, expected a dict or a Transformers config")
     given = config if isinstance(config, Mapping) else config.to_dict()
     inner = as_dict(given.get("text_config"))
     return {**given, **{name: value for name, value in inner.items() if value is not None}}
+
+
+def _block(quantization: Any) -> int:
+    """The side of the square blocks that a quantization_config declares; 128 if it says none."""
+    sides = (as_dict(quantization).get("weight_block_size") if quantization else None) or [128, 128]
+    if len(set(sides)) != 1:
+        raise AdapterError(f"quantization_config.weight_block_size is {sides}, expected square blocks")
+    return int(sides[0])

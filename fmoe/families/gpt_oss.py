@@ -1,7 +1,8 @@
 """GPT-OSS in bf16: fused experts stored [in, out], gate and up columns interleaved, with biases; natively the same."""
 
-from fmoe.build import keep, rule, together
+from fmoe.build import rule, together
 from fmoe.families.family import Family
+from fmoe.families.layouts import KEPT
 
 X = "{pre}layers.{l}.mlp.experts."
 
@@ -14,7 +15,7 @@ gpt_oss = Family(
         rule(X + "down_proj_bias [e d]", X + "down_proj_bias [e d]"),
     )
     | rule("{pre}layers.{l}.mlp.router.{p=weight|bias}", "{pre}layers.{l}.mlp.gate.{p=weight|bias}")
-    | keep("{rest}"),
+    | KEPT,
     fields=dict(
         n_routed_experts="num_local_experts num_experts",
         n_activated_experts="num_experts_per_tok experts_per_token",

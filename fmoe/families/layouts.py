@@ -4,7 +4,10 @@ Each is an adapter of rules and nothing else. hf and native say where the expert
 """
 
 from fmoe.adapter import Adapter
-from fmoe.build import either, rule, table, together
+from fmoe.build import either, keep, rule, table, together
+
+KEPT = keep("{rest}") | keep("{rest}.weight_scale_inv")
+"""Every other tensor, and the FP8 scales of those that are quantised."""
 
 EXPERTS = "{pre}layers.{l}.mlp.experts."
 

@@ -1,8 +1,8 @@
 """Mixtral: w1 is gate, w3 is up, w2 is down, under `block_sparse_moe`; natively, and fused, under `mlp`."""
 
-from fmoe.build import either, keep, rule
+from fmoe.build import either, rule
 from fmoe.families.family import Family
-from fmoe.families.layouts import EXPERTS, fused, per_expert
+from fmoe.families.layouts import EXPERTS, KEPT, fused, per_expert
 
 DISK = "{pre}layers.{l}.block_sparse_moe."
 GATE = "{pre}layers.{l}.mlp.gate.{rest}"
@@ -14,7 +14,7 @@ mixtral = Family(
         per_expert=per_expert(DISK + "experts.", EXPERTS, "w1|w3", "w2") | rule(DISK + "gate.{rest}", GATE),
         fused=fused() | rule(GATE, GATE),
     )
-    | keep("{rest}"),
+    | KEPT,
     fields=dict(
         n_routed_experts="num_local_experts num_experts",
         n_activated_experts="num_experts_per_tok",

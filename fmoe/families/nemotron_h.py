@@ -2,7 +2,7 @@
 
 from fmoe.build import either, keep, rule
 from fmoe.families.family import Family
-from fmoe.families.layouts import fused, per_expert
+from fmoe.families.layouts import KEPT, fused, per_expert
 
 MIXER = "{pre}layers.{l}.mixer."
 
@@ -26,7 +26,7 @@ nemotron_h = Family(
             fused=fused(MIXER + "experts.", gated=False),
         )
         | rule(MIXER + "{p=A_log|dt_bias|D}", MIXER + "_fp32_params.{p=A_log|dt_bias|D}")
-        | keep("{rest}")
+        | KEPT
     ),
     fields=dict(
         n_routed_experts="n_routed_experts",

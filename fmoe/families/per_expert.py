@@ -5,13 +5,13 @@ Names cannot tell a non-gated layer from one that has lost its gates, so there a
 
 from dataclasses import replace
 
-from fmoe.build import keep
 from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.layouts import KEPT
 from fmoe.families.layouts import per_expert as one_by_one
 
 per_expert = Family(
     model_types=("per_expert",),
-    rules=one_by_one("{pre}experts.") | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    rules=one_by_one("{pre}experts.") | KEPT,
     fields=dict(
         n_routed_experts="num_experts n_routed_experts num_local_experts",
         n_activated_experts="num_experts_per_tok",
@@ -26,6 +26,6 @@ per_expert = Family(
 per_expert_non_gated = replace(
     per_expert,
     model_types=("per_expert_non_gated",),
-    rules=one_by_one("{pre}experts.", gate_up="up_proj") | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    rules=one_by_one("{pre}experts.", gate_up="up_proj") | KEPT,
     fixed=dict(expert_activation="relu2"),
 )

@@ -1,8 +1,8 @@
 """Qwen3.5-MoE: experts fused [E, out, in] in the decoder; in MTP fused or one by one; both one by one in FP8."""
 
-from fmoe.build import either, keep, rule
+from fmoe.build import either, rule
 from fmoe.families.family import EXPERTS_ONLY, Family
-from fmoe.families.layouts import fused, per_expert
+from fmoe.families.layouts import KEPT, fused, per_expert
 
 DECODER = "{pre=model.language_model.|model.|language_model.|}layers.{l}.mlp.experts."
 MTP = "mtp.layers.{l}.mlp.experts."
@@ -23,8 +23,7 @@ qwen3_5_moe = Family(
         outside=rule("lm_head.{rest}", "lm_head.{rest}"),
         inside=rule("model.lm_head.{rest}", "lm_head.{rest}"),
     )
-    | keep("{rest}")
-    | keep("{rest}.weight_scale_inv"),
+    | KEPT,
     fields=dict(
         n_routed_experts="num_experts num_local_experts",
         n_activated_experts="num_experts_per_tok",

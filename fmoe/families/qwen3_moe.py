@@ -1,12 +1,11 @@
 """Qwen3-MoE: gate, up and down matrices of every expert, one by one; no shared expert."""
 
-from fmoe.build import keep
 from fmoe.families.family import EXPERTS_ONLY, Family
-from fmoe.families.layouts import experts
+from fmoe.families.layouts import KEPT, experts
 
 qwen3_moe = Family(
     model_types=("qwen3_moe",),
-    rules=experts() | keep("{rest}") | keep("{rest}.weight_scale_inv"),
+    rules=experts() | KEPT,
     fields=dict(
         n_routed_experts="num_experts num_local_experts",
         n_activated_experts="num_experts_per_tok",

@@ -1,7 +1,8 @@
 """Step-3.5: gate, up and down of all experts, each one tensor [experts, out, in], under `moe`."""
 
-from fmoe.build import keep, rule, together
+from fmoe.build import either, keep, rule, together
 from fmoe.families.family import Family
+from fmoe.families.layouts import KEPT
 
 X = "{pre}layers.{l}.moe."
 
@@ -11,9 +12,15 @@ step3p5 = Family(
         rule(X + "{g=gate|up}_proj.weight [e i d]", X + "experts.gate_and_up_projs [e d (g i)]"),
         rule(X + "down_proj.weight [e d i]", X + "experts.down_projs [e i d]"),
     )
-    | rule(X + "router_bias", X + "gate.e_score_correction_bias")
+    | either(
+        "router_bias",
+        published=rule(X + "router_bias", X + "gate.e_score_correction_bias"),
+        native=rule(X + "gate.e_score_correction_bias", X + "gate.e_score_correction_bias"),
+        legacy=rule(X + "router_bias", X + "gate.bias"),  # native checkpoints of before the correction bias
+        legacy_native=rule(X + "gate.bias", X + "gate.bias"),
+    )
     | keep(X + "gate.weight")
-    | keep("{rest}"),
+    | KEPT,
     fields=dict(
         n_routed_experts="moe_num_experts n_routed_experts",
         n_activated_experts="moe_top_k num_experts_per_tok",
