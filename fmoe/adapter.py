@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmoe import sharding
 from fmoe.beside import beside
 from fmoe.grouping import Window
+from fmoe.mesh import distributed, experts_of_rank, local_experts
 from fmoe.names import Names
-from fmoe.pipeline import Plan, Stage, Views, plan_stages, resolve_stages
+from fmoe.pipeline import Plan, Stage, plan_stages, resolve_stages
+from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec
+from fmoe.views import Views
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -195,36 +197,18 @@ class Adapter:
         """The way back, and the tensors: DTensors that it takes apart by expert as their local part."""
         back = (self if quantization is None else self.choose(quantization=quantization)).inverse
         plan = back._plan(params, window, frozenset(window))
-        if window or not any(sharding.is_dtensor(params[n]) for n in plan.taken_apart("e")):
+        if window or not any(is_dtensor(params[n]) for n in plan.taken_apart("e")):
             return plan, params
-        held, ranges = dict(params), set()
-        for name in plan.touching("e"):
-            if sharding.is_dtensor(whole := params[name]):
-                held[name], *ends = sharding.get_expert_slice_for_rank(whole, whole.shape[0])
-                ranges.add(range(*ends))
-                if held[name].shape[1:] != whole.shape[1:]:
-                    text = f"{name!r} is cut on more than its experts ({whole.placements}): gather it on that mesh dim"
-                    raise AdapterError([Problem(text, (name,))])
-        if len(ranges) > 1:
-            raise AdapterError(f"expert tensors of several ranges of experts, {ranges}: convert them one by one")
-        window = {"e": ranges.pop()}
-        return back._plan(held, window, frozenset(window)), held
+        held, mine = local_experts(plan, params)
+        return back._plan(held, {"e": mine}, frozenset("e")), held
 
     def _sharded(self, hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool) -> dict[str, Any]:
         whole = self._plan(hf, {})
-        stacks = whole.stacks("e")
-        ranges = {n: sharding.get_expert_range_for_rank_from_mesh(mesh, spec.shape[0]) for n, spec in stacks.items()}
-        if len(set(ranges.values())) > 1:
-            raise AdapterError(f"expert tensors of several sizes cannot share one mesh: {ranges}")
         if any(isinstance(v, TensorSpec) for v in hf.values()):
             return dict(whole.targets)
-        window = {"e": range(*next(iter(ranges.values())))} if ranges else {}
-        local = _run(self._plan(hf, window), hf, **how)
-        return {n: _distribute(t, mesh, stacks[n].shape) if n in stacks else t for n, t in local.items()}
-
-
-def _distribute(tensor: Tensor, mesh: "DeviceMesh", shape: tuple[int, ...]) -> Tensor:
-    return sharding.create_dtensor_from_local(sharding.ep_shard_slice(tensor, mesh), mesh, shape=shape)
+        stacks, mine = experts_of_rank(whole, mesh)
+        local = _run(self._plan(hf, {"e": mine} if stacks else {}), hf, **how)
+        return {n: distributed(t, mesh, stacks[n].shape) if n in stacks else t for n, t in local.items()}
 
 
 def _specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:

@@ -53,26 +53,6 @@ class Stage(Protocol):
         """The letters of its rules that are axes, those of all options included: what a range can be asked of."""
 
 
-class Views(dict[str, Tensor]):
-    """HF name -> strided view into native storage: whoever writes into it has loaded the model.
-
-    >>> import fmoe, torch
-    >>> adapter = fmoe.rule("w.{e} [d]", "w [e d]")
-    >>> native = {"w": torch.zeros(2, 3)}
-    >>> views = adapter.views(native)
-    >>> _ = views["w.1"].fill_(7)
-    >>> native["w"][1].tolist(), views.written(["w.1"]), views.written(["w.0", "w.1"])
-    ([7.0, 7.0, 7.0], (), ('w',))
-    """
-
-    units: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
-
-    def written(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
-        """The native names that are wholly written once these HF names (default: all) are."""
-        done = set(self if names is None else names)
-        return tuple(n for natives, hf in self.units if done.issuperset(hf) for n in natives)
-
-
 @dataclass(frozen=True)
 class Plan:
     """What an adapter will do to given names, shapes and dtypes: proved bijective before any data is touched.

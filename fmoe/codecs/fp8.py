@@ -54,15 +54,18 @@ def quantize(weight: Tensor, scale: Tensor | None = None, block: int = 128) -> t
     (tensor([[ 1., -3.]]), tensor([[0.0078]]))
     """
     blocks = _blocks(weight, block)
+    if scale is not None:
+        q = _rounded(blocks, scale, weight.shape)
+        again = _scaled(_blocks(q, block), scale, weight.shape).to(weight.dtype)
+        same = (again == weight) | (again.isnan() & weight.isnan())
+        if bool(same.all()):
+            return q, scale
     most = blocks.abs().amax(dim=(1, 3))
     _, exponent = torch.frexp(most / (_MOST + 16))
-    fresh = torch.ldexp(torch.ones_like(most), exponent.clamp(min=-126))
-    fresh = torch.where(most <= (_MOST + 16) * fresh / 2, fresh / 2, fresh)
-    if scale is None:
-        return _rounded(blocks, fresh, weight.shape), fresh
-    again = _scaled(_blocks(_rounded(blocks, scale, weight.shape), block), scale, weight.shape).to(weight.dtype)
-    same = _blocks((again == weight) | (again.isnan() & weight.isnan()), block, fill=1.0).amin(dim=(1, 3)) == 1
-    used = torch.where(same, scale.float(), fresh).to(scale.dtype)
+    used = torch.ldexp(torch.ones_like(most), exponent.clamp(min=-126))
+    used = torch.where(most <= (_MOST + 16) * used / 2, used / 2, used)
+    if scale is not None:
+        used = torch.where(_blocks(same, block, fill=1.0).amin(dim=(1, 3)) == 1, scale.float(), used).to(scale.dtype)
     return _rounded(blocks, used, weight.shape), used
 
 
