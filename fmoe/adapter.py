@@ -197,7 +197,8 @@ class Adapter:
         """The way back, and the tensors: DTensors that it takes apart by expert as their local part."""
         back = (self if quantization is None else self.choose(quantization=quantization)).inverse
         plan = back._plan(params, window, frozenset(window))
-        if window or not any(is_dtensor(params[n]) for n in plan.taken_apart("e")):
+        sharded = [n for n, tensor in params.items() if is_dtensor(tensor)]
+        if window or not sharded or plan.taken_apart("e").isdisjoint(sharded):
             return plan, params
         held, mine = local_experts(plan, params)
         return back._plan(held, {"e": mine}, frozenset("e")), held

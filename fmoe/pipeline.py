@@ -114,7 +114,7 @@ class Plan:
                 x = up
             return x
 
-        used = self._used()
+        used = self._used
         for k, stage in enumerate(self.stages):
             for sources, targets in stage.units():
                 if used[k] is None or not used[k].isdisjoint(targets):  # type: ignore[union-attr]
@@ -144,6 +144,7 @@ class Plan:
                 found |= {s for group in stage.groups if choose(group) for s in group.sources}
         return found
 
+    @cached_property
     def _used(self) -> list[set[str] | None]:
         """For each stage, the targets that later stages need: None for all, as where no axis is restricted."""
         used: list[set[str] | None] = [None] * len(self.stages)
@@ -160,7 +161,7 @@ class Plan:
         """The targets (or only those of some units), from tensors of the planned names; writes to no argument."""
         if not self.stages:
             return {n: params[n] for n in (self.targets if only is None else only)}
-        wanted = self._used()
+        wanted = list(self._used)
         if only is not None:
             wanted[-1] = set(only)
             for k in range(len(self.stages) - 1, 0, -1):
@@ -203,7 +204,7 @@ def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: 
             settled.append(stage.resolve(names, default=True))
             plans.append(settled[-1].plan(at, names, window, local))
         except AdapterError as error:
-            problems += [_traced(problem, settled[: len(plans)]) for problem in error.found]
+            problems += _traced(error.found, settled[: len(plans)], plans)
             if error.rest is None:
                 break
             plans.append(error.rest)
@@ -213,16 +214,24 @@ def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: 
     return Plan(tuple(plans), specs)
 
 
-def _traced(problem: Problem, stages: list[Stage]) -> Problem:
-    """The problem told in the names that went into the first stage, where a name goes back to just one."""
-    text, keys = problem
-    for stage in reversed(stages):
-        back = [stage.inverse.rename(Names([key])) for key in keys]
-        was = [found[0] if len(found) == 1 else key for key, found in zip(keys, back, strict=True)]
-        for key, origin in sorted(zip(keys, was, strict=True), key=lambda pair: -len(pair[0])):
-            text = text.replace(repr(key), repr(origin))
-        keys = tuple(was)
-    return Problem(text, keys)
+def _traced(problems: Iterable[Problem], stages: list[Stage], plans: list[StagePlan]) -> list[Problem]:
+    """The problems told in the names that went into the first stage, where a name goes back to just one."""
+    told = list(problems)
+    for stage, plan in zip(reversed(stages), reversed(plans), strict=True):
+        origins = {t: s[0] for s, targets in plan.units() if len(s) == 1 for t in targets}
+        told = [_renamed(problem, stage.inverse, origins) for problem in told]
+    return told
+
+
+def _renamed(problem: Problem, back: Stage, origins: Mapping[str, str]) -> Problem:
+    text, keys, place = problem.text, [], {key: i for i, key in enumerate(problem.keys)}
+    for key in sorted(problem.keys, key=len, reverse=True):
+        if (origin := origins.get(key)) is None:  # a name that is not there: what would it be called?
+            found = back.rename(Names([key]))
+            origin = found[0] if len(found) == 1 else key
+        text = text.replace(repr(key), repr(origin)) if origin != key else text
+        keys.append((place[key], origin))
+    return Problem(text, tuple(origin for _, origin in sorted(keys)))
 
 
 def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:

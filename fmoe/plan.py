@@ -40,7 +40,12 @@ class TablePlan:
     def makers(self) -> dict[str, Group | str]:
         """Each target, and what makes it: a group, or the one source that is renamed to it."""
         groups = {t: group for group in self.groups for t in group.targets}
-        return groups | {t: s for s, t in self.pairs.items()} | {a.name: a.of for a in self.aliases if a.flipped}
+        return groups | {t: s for s, t in self.pairs.items()}
+
+    @cached_property
+    def _originals(self) -> dict[str, str]:
+        """The aliases that come out, and the target that each is another name of."""
+        return {a.name: a.of for a in self.aliases if a.flipped}
 
     @property
     def narrowed(self) -> frozenset[str]:
@@ -49,13 +54,12 @@ class TablePlan:
 
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
         """Sources and targets that depend on each other, and on nothing else."""
-        beside = {a.of: [a.name] for a in self.aliases}
+        merged = {a.of: [a.name] for a in self.aliases if not a.flipped}
+        again = {a.of: [a.name] for a in self.aliases if a.flipped}
         for group in self.groups:
             yield group.sources, group.targets
         for source, target in self.pairs.items():
-            extra = beside.get(target if target in beside else source, [])
-            forward = not any(a.flipped for a in self.aliases)
-            yield ([source, *extra], [target]) if forward else ([source], [target, *extra])
+            yield [source, *merged.get(source, [])], [target, *again.get(target, [])]
 
     def copies(self) -> Iterator[Copy]:
         for group in self.groups:
@@ -69,12 +73,14 @@ class TablePlan:
     ) -> dict[str, Tensor]:
         """The targets (or only some), from tensors of the planned names; views: raise rather than copy."""
         made: dict[str, Tensor] = {}
-        for target in self.targets if only is None else only:
+        wanted = self.targets if only is None else only
+        for target in dict.fromkeys(self._originals.get(t, t) for t in wanted):
             maker = self.makers[target]
             if isinstance(maker, str):
-                made[target] = params[maker] if maker in params else made[maker]
+                made[target] = params[maker]
             elif target not in made:
                 made |= self._convert(maker, params, views)
+        made |= {t: made[self._originals[t]] for t in wanted if t in self._originals}
         for alias in self.aliases:
             if not alias.flipped and alias.name in params:
                 _check_equal(alias, params)

@@ -89,6 +89,9 @@ class AdapterError(ValueError):
         lines = "".join(f"\n  - {text}" for text in self.problems)
         super().__init__(self.problems[0] if len(found) == 1 else f"{len(found)} problems:{lines}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.found,)
+
 
 class Problem(NamedTuple):
     """One thing that is wrong: a sentence, and the keys that it is about."""

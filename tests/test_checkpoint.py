@@ -110,8 +110,8 @@ def test_native_files_are_plain_safetensors_within_the_shard_size(size, count, w
         assert names == ["model.safetensors"] and not (tmp_path / INDEX).exists()
     else:
         assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
-        index = json.loads((tmp_path / INDEX).read_text())
-        assert index == {"metadata": {"total_size": sum(t.nbytes for t in expected.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in expected.values())}, "weight_map": where}
+        assert (tmp_path / INDEX).read_text() == json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def test_transformers_loads_what_came_back(tmp_path):

@@ -39,6 +39,8 @@ def test_inspect_tells_a_person_what_it_is_and_wraps_nothing(run, kept):
     assert rows["routing"] == "E 8, K 2, swiglu, softmax"
     rules = str(fmoe.adapter(kept / "hf")).split("\n")
     assert [line[9:] for line in out.splitlines()[-len(rules) :]] == rules
+    labels = ["family", "size", "experts", "routing", "rules"]
+    assert [line[:9].rstrip() for line in out.splitlines()] == labels + [""] * (len(rules) - 1)
     assert all(line == line.rstrip() for line in out.splitlines())
     code, out, err = run("inspect", kept / "native")
     assert (code, err) == (0, "")
@@ -181,6 +183,8 @@ def test_the_program_itself_converts_into_a_pipe_and_draws_its_bar_on_a_terminal
     out, drawn = program("convert", kept / "hf", tmp_path / "x")
     assert out.decode() == f"52 tensors -> 8 in {tmp_path / 'x'} (594.4 kB)\n"
     assert b"converting" in drawn and b"594.4/594.4 kB" in drawn
+    out, drawn = program("convert", tmp_path / "x", tmp_path / "y", "--to", "hf", "--json")
+    assert json.loads(out)["made"] == 52 and drawn == b""
     assert program("verify", tmp_path / "x", "--quiet") == (
         b"qwen3_moe, 8 tensors, 594.4 kB: everything comes back bit for bit\n",
         b"",

@@ -61,7 +61,7 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
     native = source.specs if source.native else plan.targets
     stacks = {n: spec for n, spec in native.items() if n.rpartition(".")[2] in EXPERT_TENSORS}
     layers = dict.fromkeys(n.rpartition(".")[0] for n in stacks)
-    shapes = {bare: list(spec.shape) for bare in EXPERT_TENSORS for n, spec in stacks.items() if n.endswith("." + bare)}
+    shapes = {bare: list(spec.shape) for bare in EXPERT_TENSORS for n, spec in stacks.items() if n.endswith(bare)}
     units = (s for s, targets in plan.units() if not stacks.keys().isdisjoint(s if source.native else targets))
     size = sum(source.specs[n].nbytes for sources in units for n in sources)
     facts["experts"] = {"layers": len(layers), "shapes": shapes, "bytes": size}
