@@ -58,6 +58,7 @@ class Claimed:
     @cached_property
     def inside(self) -> dict[tuple[Value, ...], str]:
         """What is found in the window, in the order of the grid."""
+        self._check_window({a: self.given[a] for a in self.rule.stacked if a in self.given})
         spans = [self._span(n) for n in self.rule.stacked]
         if prod(map(len, spans)) > len(self.found) + _MOST_ABSENT:  # do not count up to a number gone wild
             near = product(*(span[: len(self.found) + 2] for span in spans))
@@ -176,7 +177,7 @@ class Claimed:
     def _check_window(self, full: Mapping[str, int]) -> None:
         for axis, asked in self.window.items():
             if axis in full and not (0 <= asked.start <= asked.stop <= full[axis] and asked.step == 1):
-                names = tuple(self.inside.values())[:8]
+                names = tuple(self.found.values())[:8]
                 raise Wrong(f"{axis}={asked}: expected a range within 0..{full[axis]} (rule {self.rule})", names)
 
     def _lay(self, axis: str, lengths: dict[str, int], full: dict[str, int], name: str) -> tuple[range, ...]:

@@ -181,8 +181,9 @@ class Plan:
 
     def __str__(self) -> str:
         read = len(self.sources) if self.narrowed else len(self.specs)
-        head = f"{read:,} tensors -> {len(self.targets):,} tensors, {human(self.nbytes)}, proved bijective"
-        return "\n".join([head, *map(str, self.stages)])
+        there, back = (f"{n:,} tensor{'s' * (n != 1)}" for n in (read, len(self.targets)))
+        head = f"{there} -> {back}, {human(self.nbytes)}, proved bijective"
+        return "\n".join([head, *filter(None, map(str, self.stages))])
 
 
 def _leads(group: Group, axis: str) -> bool:

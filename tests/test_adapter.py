@@ -175,7 +175,7 @@ def test_a_plan_tells_copies_bytes_and_targets_before_any_data():
     assert len(plan.copies) == 8 and sum(copy.nbytes for copy in plan.copies) == plan.nbytes == 8 * 6 * 2
     up = next(c for c in plan.copies if c.source == "layers.0.mlp.experts.1.up_proj.weight")
     assert (up.shape, up.source_strides, up.target_offset, up.target_strides) == ((2, 3), (3, 1), 12 + 2, (1, 4))
-    assert "8 tensors -> 1 tensors, 96 B, proved bijective" in str(plan)
+    assert "8 tensors -> 1 tensor, 96 B, proved bijective" in str(plan)
     half = rule(*GATE_UP).plan(specs, e=range(2, 4))
     assert set(half.sources) == {n for n in specs if ".2." in n or ".3." in n} and half.nbytes == plan.nbytes // 2
     with pytest.raises(fmoe.AdapterError, match="expected a range within 0..4"):

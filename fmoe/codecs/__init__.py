@@ -52,4 +52,4 @@ class CodecPlan:
         return made
 
     def __str__(self) -> str:
-        return f"{len(self.changes):>8,} tensors: {self.what}"
+        return f"{len(self.changes):>8,} tensors: {self.what}" if self.changes else ""
