@@ -1,5 +1,8 @@
 """Mixture-of-Experts checkpoints and expert layers as values and pure functions: the public names, nothing else."""
 
+from importlib import import_module
+from types import ModuleType
+
 from fmoe import families, sharding
 from fmoe.activations import is_gated_activation
 from fmoe.adapter import Adapter
@@ -10,6 +13,13 @@ from fmoe.moe import moe
 from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "testing":  # on first use, since it needs hypothesis
+        return import_module("fmoe.testing")
+    raise AttributeError(f"module 'fmoe' has no attribute {name!r}")
+
 
 __all__ = [
     "Adapter",
