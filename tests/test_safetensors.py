@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from fmoe.checkpoint.files import DTYPES, read_header
 from fmoe.checkpoint.writer import writing
 from fmoe.testing import same
-from fmoe.types import AdapterError, TensorSpec
+from fmoe.types import AdapterError, TensorSpec, bits
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda n: n != "__metadata__")
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -47,7 +47,12 @@ def test_files_are_the_librarys_byte_for_byte(specs, data):
             for name in order:  # transposed storage too: what counts is the order of the shape
                 writer.write(name, tensors[name].mT.contiguous().mT if tensors[name].ndim > 1 else tensors[name])
         assert ours.read_bytes() == theirs.read_bytes()
-        assert read_header(ours) == (every, metadata)
+        header = read_header(ours)
+        assert header[:2] == (every, metadata)
+        data = ours.read_bytes()
+        for name, tensor in tensors.items():
+            at = header.offsets[name]
+            assert data[at : at + tensor.nbytes] == bits(tensor).numpy().tobytes()
         with safe_open(ours, framework="pt") as opened:
             same({n: opened.get_tensor(n) for n in opened.keys()}, tensors)
 

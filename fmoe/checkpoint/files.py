@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -46,14 +46,17 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a directory holds. index: the text of its index file. origin: of a native one, what it was made from:
-    the HF `weight_map`, the files' metadata, the index and the size; None for a HF one.
+    """What a directory holds.
+
+    offsets: where in its file each tensor's bytes begin. index: the text of its index file. origin: of a native one,
+    what it was made from: the HF `weight_map`, the files' metadata, the index and the size; None for a HF one.
     """
 
     path: Path
     config: dict[str, Any]
     specs: dict[str, TensorSpec]
     files: dict[str, str]
+    offsets: dict[str, int]
     index: str | None = None
     origin: dict[str, Any] | None = None
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -108,15 +111,17 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     files = sorted({p.name for p in path.glob("*.safetensors")} if mapped is None else set(mapped.values()))
     specs: dict[str, TensorSpec] = {}
     where: dict[str, str] = {}
+    offsets: dict[str, int] = {}
     metadata = {}
     for file in files:
         if not (path / file).is_file():
             raise AdapterError(f"{path / file} is not there{f', and {INDEX} names it' if mapped is not None else ''}")
-        found, metadata[file] = read_header(path / file)
+        found, metadata[file], begins = read_header(path / file)
         if twice := [n for n in found if n in where]:
             raise AdapterError([Problem(f"{some(twice)}: in {where[twice[0]]} and in {file}", tuple(twice))])
         specs |= found
         where |= dict.fromkeys(found, file)
+        offsets |= begins
     if not specs:
         raise AdapterError(f"{path} holds no tensors in safetensors files")
     if mapped is not None and mapped != where:
@@ -128,11 +133,19 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         _weight_map(path / NATIVE, origin)
         if not all(n in origin and isinstance(origin[n], kind) for n, kind in ORIGIN.items()):
             raise AdapterError(f"{path / NATIVE} does not say what {path} was made from: {', '.join(ORIGIN)}")
-    return Checkpoint(path, config, specs, where, index, origin, metadata)
+    return Checkpoint(path, config, specs, where, offsets, index, origin, metadata)
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Every tensor's spec, and the file's metadata. Raises AdapterError where the header is none, or not the file's."""
+class Header(NamedTuple):
+    """What a safetensors file says of itself. offsets: where in the file each tensor's bytes begin."""
+
+    specs: dict[str, TensorSpec]
+    metadata: dict[str, str]
+    offsets: dict[str, int]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file. Raises AdapterError where the header is none, or not the file's."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -151,7 +164,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
         raise AdapterError(f"{path} has no safetensors header: {type(error).__name__}: {error}") from None
     if 8 + length + end != size:
         raise AdapterError(f"{path} has {size:,} bytes, its header says {8 + length + end:,}")
-    return specs, metadata
+    return Header(specs, metadata, {n: 8 + length + h["data_offsets"][0] for n, h in header.items()})
 
 
 def _tiled(header: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> int:
