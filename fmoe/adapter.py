@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 class Adapter:
     """from_hf . to_hf == id and to_hf . from_hf == id, on dicts of tensors (a pair of pure functions).
 
-    stages: applied left to right by `from_hf`. moe: what `moe_config` returns, or why nobody can say.
+    stages: applied left to right by `from_hf`. moe: what `moe_config` returns, or why nobody can say. config: Hugging
+    Face's, as far as it was given.
     """
 
     stages: tuple[Stage, ...] = ()
     moe: MoEConfig | str = field(default="no family and config were given", compare=False, repr=False)
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def moe_config(self) -> MoEConfig:
@@ -55,12 +57,12 @@ class Adapter:
     def __rshift__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
-        return Adapter(self.stages + other.stages, self._moe(other))
+        return Adapter(self.stages + other.stages, self._moe(other), self.config or other.config)
 
     def __or__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
-        return Adapter(beside(self.stages, other.stages), self._moe(other))
+        return Adapter(beside(self.stages, other.stages), self._moe(other), self.config or other.config)
 
     def _moe(self, other: "Adapter") -> MoEConfig | str:
         return other.moe if isinstance(self.moe, str) else self.moe

@@ -1,4 +1,4 @@
-"""Two adapters side by side: each takes the names that its own rules claim, and no name is taken by both."""
+"""Two adapters side by side: each takes the names that its own entries claim or spell, and no name is taken by both."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from fmoe.claims import some
-from fmoe.entries import Keep
 from fmoe.grouping import Specs, Window
 from fmoe.names import Names
 from fmoe.pipeline import Plan, Stage, plan_stages, resolve_stages
@@ -22,7 +21,13 @@ def beside(left: Stages, right: Stages) -> Stages:
     """left | right: one table where both are a single table, else a stage that runs both."""
     if len(left) == len(right) == 1 and isinstance(left[0], Table) and isinstance(right[0], Table):
         return (Table(tuple(dict.fromkeys(left[0].entries + right[0].entries))),)
+    if len(left) == 1 and isinstance(left[0], Beside) and _is_table(left[0].right) and _is_table(right):
+        return (Beside(left[0].left, beside(left[0].right, right)),)
     return (Beside(left, right),)
+
+
+def _is_table(stages: Stages) -> bool:
+    return len(stages) == 1 and isinstance(stages[0], Table)
 
 
 @dataclass(frozen=True)
@@ -92,25 +97,43 @@ class Beside:
             for stages, mine in zip((self.left, self.right), self._split(names), strict=True)
         )
         if twice := [n for n in left.targets if n in right.targets]:
-            text = f"two sources for one target, one on each side of |: {some(twice)}"
-            raise AdapterError([Problem(text, tuple(twice))])
+            made = _sources((left, right), twice)
+            text = f"two sources for one target, one on each side of |: {some(made)} give {some(twice)}"
+            raise AdapterError([Problem(text, (*made, *(n for n in twice if n not in made)))])
+        back = self.inverse._split(Names(chain(left.targets, right.targets)))
+        for mine, theirs in zip((left, right), reversed(back), strict=True):
+            if astray := [n for n in theirs if n in mine.targets]:
+                made = _sources((mine,), astray)
+                text = f"{some(made)} would become {some(astray)}, which on the way back the other side of | would take"
+                raise AdapterError([Problem(text, (*made, *(n for n in astray if n not in made)))])
         return BesidePlan((left, right), left.targets | right.targets)
 
     def _split(self, names: Names) -> tuple[list[str], list[str]]:
-        """Each side's names: those that its rules claim; what neither claims goes to the side that keeps."""
+        """Each side's names: those that its rules claim, then those that its keeps spell, the right one's first.
+
+        What neither says goes to the side that keeps `{rest}`.
+        """
         claims = [_claimed(side, names) for side in (self.left, self.right)]
         if both := [n for n in claims[0] if n in claims[1]]:
             raise AdapterError([Problem(f"{some(both)}: claimed on both sides of |", tuple(both))])
-        rest = 0 if _keeps(self.left) or not _keeps(self.right) else 1
-        taken = {n: side for side in (0, 1) for n in claims[side]}
+        taken = {n: bool(side) for side in (0, 1) for n in claims[side]}
+        free = Names([n for n in names.names if n not in taken])
+        left, right = _kept(self.left, free), _kept(self.right, free)
         sides: tuple[list[str], list[str]] = ([], [])
         for name in names.names:
-            sides[taken.get(name, rest)].append(name)
+            spelled = right.get(name) or name in right and name not in left
+            sides[taken.get(name, bool(spelled))].append(name)
         return sides
 
 
+def _sources(plans: tuple[Plan, ...], targets: list[str]) -> list[str]:
+    """What these targets are made of."""
+    wanted = set(targets)
+    return [s for plan in plans for sources, made in plan.units() if not wanted.isdisjoint(made) for s in sources]
+
+
 def _claimed(stages: Stages, names: Names) -> dict[str, None]:
-    """The names that the first of the stages to have rules claims."""
+    """The names that the first of the stages to have entries claims with them, what it merely keeps left out."""
     for stage in stages:
         if isinstance(stage, Table):
             return dict.fromkeys(stage.claimed(names))
@@ -119,5 +142,12 @@ def _claimed(stages: Stages, names: Names) -> dict[str, None]:
     return {}
 
 
-def _keeps(stages: Stages) -> bool:
-    return any(isinstance(e, Keep) for stage in stages if isinstance(stage, Table) for e in stage.entries)
+def _kept(stages: Stages, names: Names) -> dict[str, bool]:
+    """The names that the same stage keeps, and whether a keep spells them: `{rest}` spells none."""
+    for stage in stages:
+        if isinstance(stage, Table):
+            return stage.kept(names)
+        if isinstance(stage, Beside):
+            left, right = _kept(stage.left, names), _kept(stage.right, names)
+            return left | {n: spelled or left.get(n, False) for n, spelled in right.items()}
+    return {}

@@ -89,7 +89,10 @@ def together(*adapters: Adapter) -> Adapter:
     Traceback (most recent call last):
     fmoe.types.AdapterError: missing '0.down', which must stand beside '0.up'
     """
-    return Adapter((Table((Together(tuple(r for a in adapters for r in rules_of(_entries(a)))),)),))
+    entries = [e for a in adapters for e in _entries(a)]
+    if other := [e for e in entries if not isinstance(e, Rule | Together)]:
+        raise AdapterError(f"only rules can come together, not: {'; '.join(map(str, other))}")
+    return Adapter((Table((Together(tuple(rules_of(entries))),)),))
 
 
 def table(adapters: Iterable[Adapter]) -> Adapter:

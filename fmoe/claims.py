@@ -2,9 +2,8 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from fmoe.entries import Alias, Drop, Entry, Keep, rules_of, walk
 from fmoe.names import Hit, Names, Numbers, Pattern, Row, Value, hits, patterns
@@ -17,8 +16,9 @@ _STACKED = re.compile(
     r"(^|\.)(block_sparse_)?moe\.(gate|up|down)_proj\."
 )  # experts in one tensor, under no such segment
 _QUANTISED = re.compile(
-    r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|_blocks|_scales|weight_packed|qscale_\w+)$"
+    r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|weight_packed|qscale_\w+|\.(qweight|qzeros|absmax))$"
 )
+_PAIRED = {"_blocks": "_scales", "_scales": "_blocks"}  # MXFP4 in two tensors; one alone has an ordinary name
 
 
 @dataclass
@@ -41,6 +41,7 @@ def claim(entries: tuple[Entry, ...], names: Names) -> Claims:
     several = {t for t, n in Counter(template for _, template in matched).items() if n > 1}
     for i, rule in enumerate(found.rules):
         for _, hit, rows in hits(rule, names, within=several):
+            _return(found, rule, hit, rows[0])
             _own(found, owner, [r[0] for r in rows], rule)
             if rule.source.axes is None:
                 _rename(found, rule, hit, rows)
@@ -52,9 +53,9 @@ def claim(entries: tuple[Entry, ...], names: Names) -> Claims:
             found.aliases[entry] = entry.name in present
             _own(found, owner, [entry.name] if entry.name in present and not entry.flipped else [], entry)
         elif isinstance(entry, Drop) and not entry.flipped:
-            rows = [r for t, rows in names.rows.items() if _simple(entry.pattern).match(t) for r in rows]
-            _own(found, owner, [r[0] for r in rows], entry)
-            found.dropped += [r[0] for r in rows]
+            dropped = [r[0] for _, _, rows in hits(entry.rule, names) for r in rows]
+            _own(found, owner, dropped, entry)
+            found.dropped += dropped
     _keep(found, entries, names, owner)
     return found
 
@@ -64,6 +65,21 @@ def _own(found: Claims, owner: dict[str, object], names: list[str], entry: objec
     for name in twice:
         found.problems.append(Problem(f"{name!r} is claimed twice: by {owner[name]} and by {entry}", (name,)))
     owner.update(dict.fromkeys(names, entry))
+
+
+def _return(found: Claims, rule: Rule, hit: Hit, row: Row) -> None:
+    """What a row becomes must be this rule's alone on the way back, and mean the same: so for all of its template."""
+    there, shared = patterns(rule)[1], hit.values(rule.shared, row[1])
+    first: dict[str, Value] = {n: 0 for n in rule.unstacked}
+    target = there.render(first | dict(zip(rule.shared, shared, strict=True)))
+    back = Names([target])
+    rivals = [r for r in found.rules if r != rule and any(hits(r.inverse, back, within=back.rows))]
+    if [h.values(rule.shared, rows[0][1]) for _, h, rows in hits(rule.inverse, back)] != [shared]:
+        rivals = [rule]
+    for rival in rivals:
+        why = "does not claim" if rival is rule else "would claim too"
+        text = f"{row[0]!r} would become {target!r}, which on the way back {rival} {why}"
+        found.problems.append(Problem(text + f" (rule {rule})" * (rival is not rule), (row[0],)))
 
 
 def _rename(found: Claims, rule: Rule, hit: Hit, rows: list[Row]) -> None:
@@ -91,33 +107,42 @@ def _reader(hit: Hit, names: tuple[str, ...]) -> Callable[[Numbers], tuple[Value
 
 def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[str, object]) -> None:
     """Pass on what is left, if a keep says so and it does not look like something that a rule should have claimed."""
-    keeps = [e for e in entries if isinstance(e, Keep)]
+    left = Names([name for name in names.names if name not in owner])
+    fits: dict[str, tuple[Keep, ...]] = {}
+    for entry in entries:
+        if isinstance(entry, Keep):
+            fits |= {n: (*fits.get(n, ()), entry) for _, _, rows in hits(entry.rule, left) for n, _ in rows}
     layouts = [e for e in walk(entries) if isinstance(e, Rule) and e.source.axes]
     regions = [region for rule in layouts for region in _region(rule)]
-    back = rules_of([e.inverse for e in entries])
-    for template, rows in names.rows.items():
-        left = [name for name, _ in rows if name not in owner]
-        if not left:
-            continue
-        fits = [k.pattern.name for k in keeps if _simple(k.pattern).match(template)]
-        why = "no rule claims it" if not fits else None
-        if fits and layouts:
-            why = _suspicious(template, regions, fits)
-        mine = Names(left)
-        if fits and not why and (taken := next((r for r in back if any(hits(r, mine))), None)):
-            why = f"it would be kept, but the way back would claim it for {taken}"
-        if why:
-            rivals = [s for s, t in found.pairs.items() if t in left]
-            found.problems.append(Problem(f"{some([*left, *rivals])}: {why}", (*left, *rivals)))
-        else:
-            found.pairs.update(zip(left, left, strict=True))
+    back: list[tuple[Rule, object]] = [(r, r) for r in rules_of([e.inverse for e in entries])]
+    back += [(e.rule, e) for e in entries if isinstance(e, Drop) and e.flipped]
+    for template, rows in left.rows.items():
+        alike: dict[tuple[Keep, ...], list[str]] = {}
+        for name, _ in rows:
+            alike.setdefault(fits.get(name, ()), []).append(name)
+        for keeps, same in alike.items():
+            why = "no rule claims it" if not keeps else None
+            if keeps and layouts:
+                why = _suspicious(template, regions, keeps, names.rows)
+            mine = Names(same)
+            if keeps and not why and (taken := next((e for r, e in back if any(hits(r, mine))), None)):
+                why = f"it would be kept, but the way back would claim it for {taken}"
+            if why:
+                rivals = [s for s, t in found.pairs.items() if t in same]
+                found.problems.append(Problem(f"{some([*same, *rivals])}: {why}", (*same, *rivals)))
+            else:
+                found.pairs.update(zip(same, same, strict=True))
 
 
-def _suspicious(template: str, regions: list[tuple[str, Pattern]], keeps: list[str]) -> str | None:
-    """Why a keep that does not spell it out may not pass this name on."""
-    if _QUANTISED.search(template) and not any(_QUANTISED.search(k) for k in keeps):
+def _suspicious(
+    template: str, regions: list[tuple[str, Pattern]], keeps: tuple[Keep, ...], there: Container[str]
+) -> str | None:
+    """Why a keep that does not spell it out may not pass this name on. there: the templates of all names."""
+    end = next((end for end in _PAIRED if template.endswith(end)), None)
+    packed = _QUANTISED.search(template) or end and template.removesuffix(end) + _PAIRED[end] in there
+    if packed and not any(_QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
         return "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
-    spelled = {segment for k in keeps for segment in k.split(".")}
+    spelled = {segment for k in keeps for segment in k.spelled.split(".")}
     near = {segment for segment in template.split(".") if _EXPERT.fullmatch(segment)}
     near |= {word for word, region in regions if region.match(template)}
     if template.rpartition(".")[2] in EXPERT_TENSORS or _STACKED.search(template) or near and not near <= spelled:
@@ -148,12 +173,6 @@ def _region(rule: Rule) -> list[tuple[str, Pattern]]:
         if word
         else []
     )
-
-
-@lru_cache(maxsize=4096)
-def _simple(address: Address) -> Pattern:
-    """A keep's or drop's pattern: single letters are numbers, words are text."""
-    return Pattern(address, frozenset(n for n in address.captures if len(n) == 1))
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

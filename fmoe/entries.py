@@ -5,8 +5,9 @@ Each entry is frozen and has an inverse. Entries side by side are a table: one s
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from fmoe.names import Names, Pattern, hits
+from fmoe.names import Names, hits
 from fmoe.rules import Address, Rule
 from fmoe.types import AdapterError, Problem
 
@@ -20,6 +21,16 @@ class Keep:
     @property
     def inverse(self) -> "Keep":
         return self
+
+    @cached_property
+    def rule(self) -> Rule:
+        """x <-> x: whose names these are."""
+        return Rule(self.pattern, self.pattern)
+
+    @property
+    def spelled(self) -> str:
+        """The text that the pattern spells out, its choices included; every capture is a dot."""
+        return "".join(p if isinstance(p, str) else ".".join(["", *p.choices, ""]) for p in self.pattern.parts)
 
     def __str__(self) -> str:
         return f"keep {self.pattern}"
@@ -37,6 +48,11 @@ class Drop:
     def inverse(self) -> "Drop":
         return replace(self, flipped=not self.flipped)
 
+    @cached_property
+    def rule(self) -> Rule:
+        """x <-> x: whose names these are."""
+        return Rule(self.pattern, self.pattern)
+
     def __str__(self) -> str:
         return f"drop {self.pattern}   because {self.because}"
 
@@ -48,6 +64,10 @@ class Alias:
     name: str
     of: str
     flipped: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name == self.of:
+            raise AdapterError(f"alias {self.name!r} of itself: expected the name of another tensor")
 
     @property
     def inverse(self) -> "Alias":
@@ -82,6 +102,12 @@ class Either:
     name: str
     options: tuple[tuple[str, tuple["Entry", ...]], ...]
     quantized: str | None = None
+
+    def __post_init__(self) -> None:
+        labels = [label for label, _ in self.options]
+        if not labels or self.quantized not in (None, *labels):
+            quantized = f", quantized={self.quantized!r}" * bool(labels)
+            raise AdapterError(f"either {self.name!r}: options {labels}{quantized}, expected one of some options")
 
     @property
     def inverse(self) -> "Either":
@@ -171,5 +197,5 @@ def _claims(entries: Iterable[Entry], names: Names) -> dict[str, str]:
         elif isinstance(entry, Alias) and not entry.flipped and entry.name in names.names:
             found[entry.name] = entry.name
         elif isinstance(entry, Drop) and not entry.flipped:
-            found |= {t: rows[0][0] for t, rows in names.rows.items() if Pattern(entry.pattern, frozenset()).match(t)}
+            found |= {template: rows[0][0] for template, _, rows in hits(entry.rule, names)}
     return found

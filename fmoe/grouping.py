@@ -178,7 +178,7 @@ class Claimed:
         for axis, asked in self.window.items():
             if axis in full and not (0 <= asked.start <= asked.stop <= full[axis] and asked.step == 1):
                 names = tuple(self.found.values())[:8]
-                raise Wrong(f"{axis}={asked}: expected a range within 0..{full[axis]} (rule {self.rule})", names)
+                raise Wrong(f"{axis}={asked}: expected a range within 0..{full[axis]}", names)
 
     def _lay(self, axis: str, lengths: dict[str, int], full: dict[str, int], name: str) -> tuple[range, ...]:
         """Where each part of a ragged axis lies, in the order in which the composite lists the parts."""

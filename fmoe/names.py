@@ -168,7 +168,8 @@ def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[t
     """
     pattern = patterns(rule)[0]
     captures = pattern.address.captures
-    limits = [n for n in captures if rule.indexed(n) and (n in rule.shared and n in rule.bound or captures[n].offset)]
+    shifted = {n for side in (rule.source, rule.target) for n, c in side.captures.items() if c.offset}
+    limits = [n for n in captures if rule.indexed(n) and (n in rule.shared and n in rule.bound or n in shifted)]
     for template, rows in names.rows.items():
         hit = pattern.match(template)
         if hit is not None:
@@ -181,6 +182,9 @@ def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[t
 
 def _inside(hit: Hit, rule: Rule, limits: list[str], numbers: Numbers) -> bool:
     for name, value in zip(limits, hit.values(limits, numbers), strict=True):
-        if isinstance(value, int) and (value < 0 or name in rule.bound and value not in rule.bound[name]):
-            return False
+        if isinstance(value, int):
+            there = rule.target.captures.get(name)
+            least = -min(there.offset, 0) if there else 0
+            if value < least or name in rule.bound and value not in rule.bound[name]:
+                return False
     return True

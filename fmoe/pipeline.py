@@ -86,7 +86,8 @@ class Plan:
     @cached_property
     def copies(self) -> tuple[Copy, ...]:
         """Every strided copy, of the stages that are tables. Offsets and strides count elements."""
-        return tuple(copy for stage in self.stages if isinstance(stage, TablePlan) for copy in stage.copies())
+        tables = [t for stage in self.stages for t in _tables(stage)]
+        return tuple(copy for table in tables for copy in table.copies())
 
     def stacks(self, axis: str) -> dict[str, TensorSpec]:
         """The targets of layout rules whose first dimension is this axis, under the names that come out."""
@@ -95,7 +96,8 @@ class Plan:
             moved = {s: t for sources, targets in stage.units() for s in sources for t in targets if s in found}
             found = set(moved.values())
             if isinstance(stage, TablePlan):
-                found |= {t for g in stage.groups if _leads(g, axis) for t in g.targets}
+                found |= {t for g in stage.groups if g.dims(g.rule.target)[:1] == ((axis,),) for t in g.targets}
+            found |= {t for side in _sides(stage) for t in side.stacks(axis)}
         return {n: self.targets[n] for n in self.targets if n in found}
 
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
@@ -142,6 +144,7 @@ class Plan:
             found = {s for t in found for s in self._back[k].get(t, [])}
             if isinstance(stage, TablePlan):
                 found |= {s for group in stage.groups if choose(group) for s in group.sources}
+            found |= {s for side in _sides(stage) for s in side._inputs(choose)}
         return found
 
     @cached_property
@@ -186,9 +189,13 @@ class Plan:
         return "\n".join([head, *filter(None, map(str, self.stages))])
 
 
-def _leads(group: Group, axis: str) -> bool:
-    dims = group.dims(group.rule.target)
-    return bool(dims) and dims[0] == (axis,)
+def _sides(stage: StagePlan) -> tuple[Plan, ...]:
+    """The plans that a stage of several adapters side by side is made of."""
+    return getattr(stage, "plans", ())
+
+
+def _tables(stage: StagePlan) -> list[TablePlan]:
+    return [stage] if isinstance(stage, TablePlan) else [t for p in _sides(stage) for s in p.stages for t in _tables(s)]
 
 
 def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: frozenset[str]) -> Plan:

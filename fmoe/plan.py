@@ -54,12 +54,12 @@ class TablePlan:
 
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
         """Sources and targets that depend on each other, and on nothing else."""
-        merged = {a.of: [a.name] for a in self.aliases if not a.flipped}
-        again = {a.of: [a.name] for a in self.aliases if a.flipped}
-        for group in self.groups:
-            yield group.sources, group.targets
-        for source, target in self.pairs.items():
-            yield [source, *merged.get(source, [])], [target, *again.get(target, [])]
+        made = ((group.sources, group.targets) for group in self.groups)
+        for sources, targets in chain(made, (([s], [t]) for s, t in self.pairs.items())):
+            yield sources + self._aliased(sources, False), targets + self._aliased(targets, True)
+
+    def _aliased(self, names: list[str], flipped: bool) -> list[str]:
+        return [a.name for a in self.aliases if a.flipped == flipped and a.of in names]
 
     def copies(self) -> Iterator[Copy]:
         for group in self.groups:
@@ -83,7 +83,7 @@ class TablePlan:
         made |= {t: made[self._originals[t]] for t in wanted if t in self._originals}
         for alias in self.aliases:
             if not alias.flipped and alias.name in params:
-                _check_equal(alias, params)
+                _check_equal(alias, params, views)
         return made
 
     def __str__(self) -> str:
@@ -163,12 +163,15 @@ def _apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
 
 
 def _unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
-    """Rules that come together, in all layers: a letter has one size throughout."""
+    """Rules that come together, in all layers of one tower: a letter has one size throughout."""
     bundled = {rule for entry in entries if isinstance(entry, Together) for rule in entry.rules}
-    mine = [group for group in groups if group.rule in bundled]
+    towers: dict[tuple[str, Value], list[Group]] = {}
+    for group in groups:
+        if group.rule in bundled:
+            for letter in group.sizes:
+                towers.setdefault((letter, _tower(group)), []).append(group)
     problems = []
-    for letter in sorted({a for group in mine for a in group.sizes}):
-        having = [group for group in mine if letter in group.sizes]
+    for (letter, _), having in sorted(towers.items()):
         usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
         for group in having:
             if (size := group.sizes[letter]) != usual:
@@ -178,6 +181,14 @@ def _unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
                 text += f"; missing {some(absent)}" if absent else ""
                 problems.append(Problem(text, (*group.sources, *absent)))
     return problems
+
+
+def _tower(group: Group) -> str:
+    """The text that indexes a group, such as its prefix, with blanks for numbers: `thinker.` and `talker.` differ."""
+    captures = group.rule.source.captures
+    text = {n: v for n, v in group.shared.items() if not group.rule.indexed(n)}
+    said = (captures[n].choices[int(v)] if captures[n].choices else str(v) for n, v in text.items())
+    return next(iter(Names([" ".join(said)]).rows))
 
 
 def _absent(group: Group, letter: str, size: int) -> list[str]:
@@ -210,16 +221,23 @@ def _collisions(groups: list[Group], pairs: Mapping[str, str]) -> list[Problem]:
 def _aliases(claims: Claims, specs: Specs) -> list[Problem]:
     """An alias that is there must stand beside what it is an alias of, and look the same."""
     problems = []
+    names = {alias.name: alias for alias in claims.aliases}
     for alias, present in claims.aliases.items():
+        if (other := names.get(alias.of)) is not None:
+            text = f"{alias.name!r} is an alias of {alias.of!r}, itself an alias: expected of={other.of!r}"
+            problems.append(Problem(text, (alias.name, alias.of)))
         if present and not alias.flipped and specs.get(alias.of) != specs[alias.name]:
-            original = specs.get(alias.of, "which is missing")
+            original = specs.get(alias.of, "which is missing beside it")
             text = f"{alias.name!r} {specs[alias.name]} is an alias of {alias.of!r} {original}"
             problems.append(Problem(text, (alias.name, alias.of)))
     return problems
 
 
-def _check_equal(alias: Alias, params: Mapping[str, Tensor]) -> None:
+def _check_equal(alias: Alias, params: Mapping[str, Tensor], views: bool) -> None:
     here, there = params[alias.name], params[alias.of]
+    if views and here is not there:
+        text = f"{alias.of!r}: no view of native storage, {alias.name!r} should be the same tensor and is another"
+        raise AdapterError([Problem(text, (alias.of, alias.name))])
     same = here is there or here.is_meta or there.is_meta or torch.equal(bits(here), bits(there))
     if not same:
         text = f"{alias.name!r} should be the same tensor as {alias.of!r}, and its values differ"

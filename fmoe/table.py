@@ -7,7 +7,7 @@ from typing import Any
 from fmoe.claims import claim
 from fmoe.entries import Drop, Either, Entry, Keep, bind, settle, walk
 from fmoe.grouping import Specs, Window
-from fmoe.names import Names, patterns
+from fmoe.names import Names, hits, patterns
 from fmoe.plan import TablePlan, plan_table
 from fmoe.rules import Rule
 
@@ -46,6 +46,12 @@ class Table:
         claims = claim(tuple(e for e in settle(self.entries, names, default=True) if not isinstance(e, Keep)), names)
         stacked = [name for found in claims.groups.values() for name in found.values()]
         return stacked + list(claims.pairs) + claims.dropped + [a.name for a, there in claims.aliases.items() if there]
+
+    def kept(self, names: Names) -> dict[str, bool]:
+        """The names that its keeps fit, and whether one of them spells any of the name: `{rest}` alone does not."""
+        keeps = [e for e in settle(self.entries, names, default=True) if isinstance(e, Keep)]
+        keeps.sort(key=lambda keep: keep.spelled.strip(".") != "")
+        return {n: k.spelled.strip(".") != "" for k in keeps for _, _, rows in hits(k.rule, names) for n, _ in rows}
 
     def choose(self, choices: Mapping[str, Any]) -> "Table":
         made: list[Entry] = []

@@ -22,6 +22,9 @@ Params = Mapping[str, Tensor]
 EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
 """The bare native names of one layer's expert tensors: [E, D, U], [E, I, D], [E, U], [E, D]."""
 
+EXPERT_ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")
+"""What a config may call an expert activation; `activations.py` says what each computes."""
+
 
 def subtree(params: Params, prefix: str) -> dict[str, Tensor]:
     """The parameters below a dotted prefix, under their bare names: what `experts` and `moe` take.
@@ -77,17 +80,24 @@ class Routing(NamedTuple):
 class AdapterError(ValueError):
     """Every problem that was found, each naming its keys, what was found and what was expected.
 
-    `problems` holds one line for each; `keys` every key that they name. rest: the plan of a stage without what is
-    wrong, where later stages can still be checked on it.
+    `problems` holds one line for each, said once for all its keys; `keys` every key that they name. rest: the plan of
+    a stage without what is wrong, where later stages can still be checked on it.
+
+    >>> error = AdapterError([Problem("too wide", ("a",)), Problem("too wide", ("b",)), "and that is not all"])
+    >>> error.problems, error.keys
+    (('too wide', 'and that is not all'), ('a', 'b'))
     """
 
-    def __init__(self, problems: Iterable["Problem"] | str, rest: Any = None):
-        found = (Problem(problems),) if isinstance(problems, str) else tuple(problems)
-        self.found, self.rest = found, rest
-        self.problems = tuple(p.text for p in found)
-        self.keys = tuple(dict.fromkeys(k for p in found for k in p.keys))
+    def __init__(self, problems: "Iterable[Problem | str] | str", rest: Any = None):
+        keys: dict[str, dict[str, None]] = {}
+        for problem in (problems,) if isinstance(problems, str) else problems:
+            text, named = (problem, ()) if isinstance(problem, str) else problem
+            keys.setdefault(text, {}).update(dict.fromkeys(named))
+        self.found, self.rest = tuple(Problem(text, tuple(named)) for text, named in keys.items()), rest
+        self.problems = tuple(keys)
+        self.keys = tuple(dict.fromkeys(k for p in self.found for k in p.keys))
         lines = "".join(f"\n  - {text}" for text in self.problems)
-        super().__init__(self.problems[0] if len(found) == 1 else f"{len(found)} problems:{lines}")
+        super().__init__(self.problems[0] if len(keys) == 1 else f"{len(keys)} problems:{lines}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.found,)
@@ -146,8 +156,14 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
+        if self.n_activated_experts > self.n_routed_experts:
+            told = f"n_routed_experts={self.n_routed_experts}, expected E >= K={self.n_activated_experts}"
+            raise ValueError(f"MoEConfig.n_activated_experts is {self.n_activated_experts} with {told}")
+        for name in ("expert_activation", "shared_expert_activation"):
+            if (value := getattr(self, name)) not in EXPERT_ACTIVATIONS:
+                raise ValueError(f"MoEConfig.{name} is {value!r}, expected one of {', '.join(EXPERT_ACTIVATIONS)}")
         if self.enable_routing_replay:
             raise ValueError("MoEConfig.enable_routing_replay: a routing is a value here: keep it, and pass it again")
         object.__setattr__(self, "dtype", as_dtype(self.dtype))

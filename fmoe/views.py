@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from fmoe.claims import some
+from fmoe.types import AdapterError, Problem
+
 
 class Views(dict[str, Tensor]):
     """HF name -> strided view into native storage: whoever writes into it has loaded the model.
@@ -20,6 +23,11 @@ class Views(dict[str, Tensor]):
     units: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
 
     def written(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
-        """The native names that are wholly written once these HF names (default: all) are."""
+        """The native names that are wholly written once these HF names (default: all) are.
+
+        Raises AdapterError for a name that there is no view of.
+        """
         done = set(self if names is None else names)
+        if unknown := tuple(sorted(done - self.keys())):
+            raise AdapterError([Problem(f"{some(unknown)}: no view has this name, expected a HF name", unknown)])
         return tuple(n for natives, hf in self.units if done.issuperset(hf) for n in natives)

@@ -179,7 +179,8 @@ def test_errors_name_the_parameter_what_was_found_and_what_was_expected() -> Non
     wrong(r"'gate_up_proj_bias' is missing, expected shape \[E=5, U=8\]", config=BIASED)
     wrong(r"'down_proj_bias' has shape \[6\], expected \[E=5, D=6\]", good | {"down_proj_bias": torch.ones(6)})
     wrong(r"\[E=7, D=6, U=8\]", config=replace(CONFIG, n_routed_experts=7))
-    wrong(r"expert activation is 'silu'", config=replace(CONFIG, expert_activation="silu"))
+    with pytest.raises(ValueError, match="expert_activation is 'silu', expected one of swiglu"):
+        replace(CONFIG, expert_activation="silu")
     wrong(r"x is float32 \[9, 5\], expected floating \[T, D=6\]", x=torch.ones(9, 5))
     wrong(r"x is float32 \[1, 9, 6\]", x=torch.ones(1, 9, 6))
     wrong(r"x is int64 \[9, 6\]", x=torch.ones(9, 6, dtype=torch.int64))

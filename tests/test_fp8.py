@@ -74,6 +74,32 @@ def test_zeros_infinities_and_nan_do_not_spread():
     assert back[0, 200].isnan() and scale.isfinite()[0, [0, 2]].all()
 
 
+def test_nan_counts_for_no_scale_and_an_infinity_is_refused_by_name():
+    weight = torch.full((2, 2), 3000.0)
+    weight[0, 0] = float("nan")
+    back = dequantize(*quantize(weight), torch.float32)
+    assert back[0, 0].isnan() and (back.flatten()[1:] - 3000).abs().max() <= 3000 * 2**-4
+    config, tensors = synthetic.deepseek_v3_fp8()
+    adapter = fmoe.adapter("deepseek_v3", config).resolve(tensors)
+    native = adapter.from_hf(tensors)
+    name = "model.layers.1.mlp.experts.down_projs"
+    native[name] = native[name].clone()
+    native[name][1, 2, 3] = float("-inf")
+    with pytest.raises(fmoe.AdapterError, match=r"-inf at \[3, 2\], expected finite") as error:
+        adapter.to_hf(native)
+    assert error.value.keys == ("model.layers.1.mlp.experts.1.down_proj.weight",)
+    tensors[KEY + "_scale_inv"] = torch.full_like(tensors[KEY + "_scale_inv"], float("nan"))
+    with pytest.raises(fmoe.AdapterError, match="expected finite scales") as error:
+        adapter.from_hf(tensors)
+    assert error.value.keys == (KEY + "_scale_inv",)
+
+
+def test_meta_tensors_go_both_ways():
+    config, tensors = synthetic.deepseek_v3_fp8()
+    adapter = fmoe.adapter("deepseek_v3", config).resolve(tensors)
+    same(adapter.to_hf(adapter.from_hf({n: t.to("meta") for n, t in tensors.items()})), tensors)
+
+
 def test_families_decode_as_the_formula_says():
     config, tensors = synthetic.qwen3_5_moe_fp8(scale=torch.bfloat16)
     native = fmoe.adapter("qwen3_5_moe", config).from_hf(tensors)

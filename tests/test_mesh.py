@@ -75,6 +75,10 @@ def more_ranks_than_experts() -> None:
     mine = adapter.from_hf(hf, mesh)
     assert mine["mlp.experts.down_projs"].to_local().shape[0] == (1 if mesh.get_rank() < 2 else 0)
     same({n: t.full_tensor() for n, t in mine.items()}, adapter.from_hf(hf))
+    beside = adapter | fmoe.keep("visual.{rest}")  # a family with more beside it is cut all the same
+    assert len(beside.plan(hf).copies) == len(adapter.plan(hf).copies) == 6
+    again = beside.from_hf(hf | {"visual.w": torch.ones(3)}, mesh)
+    same({n: t.to_local() for n, t in again.items() if n in mine}, {n: t.to_local() for n, t in mine.items()})
 
 
 @pytest.mark.parametrize(

@@ -48,19 +48,23 @@ def quantize(weight: Tensor, scale: Tensor | None = None, block: int = 128) -> t
 
     weight [R, C] floating; scale: one to use again in every block where it gives weight back exactly, such as the one
     that weight was decoded with. New scales are the least powers of two that fit, in fp32. Returns (q e4m3, s).
+    NaN stays NaN and counts for no scale. Raises ValueError for an infinity: e4m3 has none.
 
     >>> q, s = quantize(torch.tensor([[1.0, -3.0]]))
     >>> dequantize(q, s, torch.float32), s
     (tensor([[ 1., -3.]]), tensor([[0.0078]]))
     """
+    if not weight.is_meta and bool((infinite := weight.isinf()).any()):
+        at = infinite.nonzero()[0].tolist()
+        raise ValueError(f"{weight[tuple(at)].item()} at {at}, expected finite values: e4m3 has no infinity")
     blocks = _blocks(weight, block)
     if scale is not None:
         q = _rounded(blocks, scale, weight.shape)
         again = _scaled(_blocks(q, block), scale, weight.shape).to(weight.dtype)
         same = (again == weight) | (again.isnan() & weight.isnan())
-        if bool(same.all()):
+        if weight.is_meta or bool(same.all()):
             return q, scale
-    most = blocks.abs().amax(dim=(1, 3))
+    most = blocks.nan_to_num(nan=0.0).abs().amax(dim=(1, 3))
     _, exponent = torch.frexp(most / (_MOST + 16))
     used = torch.ldexp(torch.ones_like(most), exponent.clamp(min=-126))
     used = torch.where(most <= (_MOST + 16) * used / 2, used / 2, used)
@@ -171,6 +175,8 @@ class BlockFP8:
     def _decoding(self, specs: Specs, scales: Mapping[str, str]) -> CodecPlan:
         def decode(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             weight, scale = params
+            if not params[scale].is_meta and not bool(params[scale].float().isfinite().all()):
+                raise AdapterError([Problem(f"{scale!r} holds NaN or an infinity, expected finite scales", (scale,))])
             return {weight: dequantize(params[weight], params[scale], self.dtype, self.block), scale: params[scale]}
 
         targets = dict(specs) | {w: TensorSpec(specs[w].shape, self.dtype) for w in scales.values()}
@@ -187,7 +193,10 @@ class BlockFP8:
 
         def encode(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
             weight = next(iter(params))
-            q, s = quantize(params[weight], params.get(weight + SUFFIX), self.block)
+            try:
+                q, s = quantize(params[weight], params.get(weight + SUFFIX), self.block)
+            except ValueError as error:
+                raise AdapterError([Problem(f"{weight!r}: {error}", (weight,))]) from None
             return {weight: q, weight + SUFFIX: s}
 
         if self.quantization and self.pattern is None:

@@ -50,6 +50,8 @@ class Family:
         sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
         bounds = {a: n for a, n in sizes.items() if isinstance(n, int)}
+        if large := [a for a, n in bounds.items() if n >= 2**63]:
+            raise ValueError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
         stages = tuple(s.bind(bounds) if isinstance(s, Table) else s for s in self.rules.stages)
         codec = BlockFP8(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
@@ -60,7 +62,8 @@ class Family:
         stages = (codec, *stages)
         if dtype:
             stages = (*stages, CastExperts(as_dtype(dtype)))
-        return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values))
+        whole = config if config is None or isinstance(config, Mapping) else config.to_dict()
+        return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values), config=whole)
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them."""
@@ -83,10 +86,13 @@ class Family:
         extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in known}
         if "expert_activation" not in extra:
             act = config.get(self.activation_field, next(iter(self.activations)))
-            if act not in self.activations:
+            if not isinstance(act, str) or act not in self.activations:
                 return f"{self.activation_field}={act!r}: expected one of {', '.join(self.activations)}"
             extra["expert_activation"] = self.activations[act]
-        return MoEConfig(**extra)
+        try:
+            return MoEConfig(**extra)
+        except ValueError as error:
+            raise AdapterError(f"{self.model_types[0]}: the config says what no layer can be: {error}") from None
 
 
 def as_dict(config: Any) -> dict[str, Any]:

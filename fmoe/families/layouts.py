@@ -6,8 +6,8 @@ Each is an adapter of rules and nothing else. hf and native say where the expert
 from fmoe.adapter import Adapter
 from fmoe.build import either, keep, rule, table, together
 
-KEPT = keep("{rest}") | keep("{rest}.weight_scale_inv")
-"""Every other tensor, and the FP8 scales of those that are quantised."""
+KEPT = keep("{rest}") | keep("{rest}.weight_scale_inv") | keep("{rest}.expert_bias")
+"""Every other tensor, the FP8 scales of those that are quantised, and the router's bias as AFMoE and LFM2 name it."""
 
 EXPERTS = "{pre}layers.{l}.mlp.experts."
 

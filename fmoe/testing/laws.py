@@ -1,6 +1,7 @@
 """The laws of an adapter, asserted on random tensors: inverse, abstract, tiling, views, restriction, purity."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmoe.adapter import Adapter
+from fmoe.beside import BesidePlan
 from fmoe.pipeline import Plan
 from fmoe.plan import TablePlan
 from fmoe.types import AdapterError, TensorSpec, bits
@@ -41,7 +43,9 @@ def assert_laws(adapter: Adapter, specs: Mapping[str, TensorSpec], seed: int = 0
     >>> assert_laws(fmoe.rule("w.{e} [d]", "w [e d]"), specs)
     """
     adapter = adapter.resolve(specs)
-    hf: Mapping[str, Tensor] = MappingProxyType(tensors(specs, seed))
+    drawn = tensors(specs, seed)
+    drawn |= {name: drawn[of].clone() for name, of in _aliases(adapter.plan(specs))}
+    hf: Mapping[str, Tensor] = MappingProxyType(drawn)
     if not adapter.lossless:
         hf = MappingProxyType(adapter.to_hf(adapter.from_hf(hf), copy=True))
     before = {n: t.clone() for n, t in hf.items()}
@@ -52,6 +56,20 @@ def assert_laws(adapter: Adapter, specs: Mapping[str, TensorSpec], seed: int = 0
     assert_views(adapter, hf, native)
     assert_restricts(adapter, hf, native)
     same(hf, before)
+
+
+def _aliases(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Each alias that goes into some stage, and what it is an alias of, under the names that go into the first."""
+    origin = {n: n for n in plan.specs}
+    for stage in plan.stages:
+        pairs: Iterable[tuple[str, str]] = ()
+        if isinstance(stage, TablePlan):
+            pairs = [(a.name, a.of) for a in stage.aliases if not a.flipped]
+        elif isinstance(stage, BesidePlan):
+            pairs = chain(*map(_aliases, stage.plans))
+        yield from ((origin[name], origin[of]) for name, of in pairs)
+        made = ((s, t) for s, targets in stage.units() for t in targets)
+        origin = {t: origin[s[0]] for s, t in made if s and s[0] in origin}
 
 
 def assert_inverse(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
@@ -111,11 +129,14 @@ def assert_views(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str
 
 def assert_restricts(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
     """from_hf(x, e=range(a, b)) is from_hf(x)[a:b] along e, reads nothing else of what is named by e, and goes back."""
-    stacks = adapter.plan(hf).stacks("e")
-    sizes = {spec.shape[0] for spec in stacks.values()}
-    if len(sizes) != 1:
-        return
-    (n,) = sizes
+    plan = adapter.plan(hf)
+    tables = [stage for stage in plan.stages if isinstance(stage, TablePlan)]
+    having = [group for table in tables for group in table.groups if "e" in group.sizes]
+    beside = any(isinstance(stage, BesidePlan) for stage in plan.stages)
+    leading = all(group.dims(group.rule.target)[:1] == (("e",),) for group in having)
+    if len({group.sizes["e"] for group in having}) != 1 or not leading or beside:
+        return  # no e, or several, or one that is not simply sliced
+    stacks, n = plan.stacks("e"), having[0].sizes["e"]
     for part in {range(0, n), range(n // 2, n), range(n - 1, n)}:
         if len(part):
             local = adapter.from_hf(hf, e=part)

@@ -1,6 +1,6 @@
 """Hypothesis strategies: random rules, and the HF specs of random checkpoints that a family or any adapter takes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -8,34 +8,42 @@ import torch
 from hypothesis import strategies as st
 
 from fmoe.adapter import Adapter
+from fmoe.beside import Beside
 from fmoe.build import rule
-from fmoe.entries import Either, Entry, Keep, Together, walk
+from fmoe.claims import claim
+from fmoe.codecs.fp8 import SUFFIX
+from fmoe.entries import Alias, Drop, Entry, Keep, Together, walk
 from fmoe.families import family
-from fmoe.names import Names, Value, patterns
-from fmoe.rules import Rule
+from fmoe.names import Names, Value, hits, patterns
+from fmoe.pipeline import Stage, plan_stages
+from fmoe.rules import Address, Capture, Rule
 from fmoe.table import Table
 from fmoe.types import AdapterError, TensorSpec
 
 Specs = dict[str, TensorSpec]
+Stages = tuple[Stage, ...]
 
 KEPT = ("model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "a", "visual.0.1.bias")
 PREFIXES = ("", "model.", "model.language_model.", "mtp.", "base_model.model.model.")
+TEXTS = ("x", "weight", "0.bias")
 
 
 @st.composite
 def checkpoints(draw: Callable[..., Any], adapter: Adapter, dtypes: Iterable[torch.dtype] = ()) -> Specs:
     """HF specs that the adapter takes: its alternatives, layers, prefixes and axis sizes drawn, size 1 and squares too.
 
-    dtypes: one is drawn for all tensors (default: those that hold any normal value).
+    dtypes: one is drawn for all tensors (default: those that hold any normal value). Raises AdapterError for an adapter
+    with no rules, and for a ragged axis with two or more parts of unknown length, which cannot be inverted.
     """
     dtype = draw(st.sampled_from([*dtypes] or [torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    tables = [(i, stage) for i, stage in enumerate(adapter.stages) if isinstance(stage, Table)]
-    if not tables:
+    settled = adapter
+    while choices := {n: options for stage in settled.stages for n, options in stage.choices().items()}:
+        settled = settled.choose(**{n: draw(st.sampled_from(options)) for n, options in choices.items()})
+    if not any(isinstance(stage, Table | Beside) for stage in adapter.stages):
         raise AdapterError(f"no table of rules to draw names from in:\n{adapter}")
-    last, table = tables[-1]
-    specs = draw(_table(table.entries, dtype))
-    for stage in reversed(adapter.stages[:last]):
-        specs = Adapter((stage,)).inverse.plan(specs).targets
+    specs = _staged(draw, adapter.stages, settled.stages, dtype)
+    if any(isinstance(e, Alias) for e in _entries(adapter.stages)):  # its name may be kept without what it is tied to
+        specs, _ = _fitting(adapter.stages, specs)
     return specs
 
 
@@ -77,45 +85,113 @@ def rules(draw: Callable[..., Any], max_axes: int = 5) -> Adapter:
     return rule(side("x", "hf name"), side("y", "native name"), **sizes)
 
 
-@st.composite
-def _table(draw: Callable[..., Any], entries: Iterable[Entry], dtype: torch.dtype) -> Specs:
-    sizes: dict[str, int] = {}
-    size = lambda axis: sizes.setdefault(axis, draw(st.integers(1, 4)))
+def _staged(draw: Callable[..., Any], open_: Stages, stages: Stages, dtype: torch.dtype) -> Specs:
+    """What goes into stages in a row: drawn for each, the last first, and taken back through those before it."""
     specs: Specs = {}
-    sides = [pattern for e in walk(entries) if isinstance(e, Rule) for pattern in patterns(e)]
-    free = [name for name in KEPT for template in Names([name]).rows if not any(s.match(template) for s in sides)]
-    for entry in _chosen(draw, entries):
-        if isinstance(entry, Keep):
-            names = draw(st.sets(st.sampled_from(free))) if str(entry.pattern) == "{rest}" else set()
-            specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
-        else:
-            bundle = entry.rules if isinstance(entry, Together) else (entry,)
-            optional = any("scale" in str(r.source.name) or ".bias" in str(r.source.name) for r in bundle)
-            for _ in range(0 if optional else draw(st.integers(0, 2))):
-                shared = {n: draw(_shared(r, n)) for r in bundle for n in r.shared}
-                for each in bundle:
-                    specs |= _claimed(each, shared, size, dtype)
+    for k in reversed(range(len(stages))):
+        new, stage, was = dict[str, TensorSpec](), stages[k], open_[k]
+        if isinstance(stage, Table) and isinstance(was, Table):
+            new = _table(draw, was.entries, stage.entries, dtype)
+        elif isinstance(stage, Beside) and isinstance(was, Beside):
+            sides = [_staged(draw, *side, dtype) for side in ((was.left, stage.left), (was.right, stage.right))]
+            new, _ = _fitting((stage,), sides[0] | sides[1])
+        for before in reversed(stages[:k]):
+            _, new = _fitting((before.inverse,), new)
+        specs = _fitting(stages, specs | new)[0] if specs and new else specs or new
     return specs
 
 
-def _chosen(draw: Callable[..., Any], entries: Iterable[Entry]) -> Iterable[Rule | Keep | Together]:
+def _entries(stages: Stages) -> Iterator[Entry]:
+    for stage in stages:
+        if isinstance(stage, Table):
+            yield from walk(stage.entries)
+        elif isinstance(stage, Beside):
+            yield from _entries(stage.left + stage.right)
+
+
+def _fitting(stages: Stages, specs: Specs) -> tuple[Specs, Specs]:
+    """As many of the specs as the stages take in a row, and what they make of them."""
+    while True:
+        try:
+            return specs, plan_stages(stages, specs, {}, frozenset()).targets
+        except AdapterError as error:
+            if not (wrong := specs.keys() & set(error.keys)):
+                raise
+            specs = {n: spec for n, spec in specs.items() if n not in wrong}
+
+
+def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[Entry, ...], dtype: torch.dtype) -> Specs:
+    """What goes into a table: of every entry some names, none that an entry of another option would claim."""
+    sizes: dict[str, int] = {}
+    size = lambda axis: sizes.setdefault(axis, draw(st.integers(1, 4)))
+    sides = [side for e in walk(open_) if isinstance(e, Rule) for side in (e, e.inverse)]
+    specs: Specs = {}
     for entry in entries:
-        if isinstance(entry, Either):
-            label = draw(st.sampled_from([name for name, _ in entry.options]))
-            yield from _chosen(draw, entry.choose(label))
-        elif isinstance(entry, Rule | Keep | Together):
-            yield entry
+        if isinstance(entry, Rule | Together):
+            bundle = entry.rules if isinstance(entry, Together) else (entry,)
+            for each in bundle:
+                _check_ragged(each)
+            optional = any(r.source.name.endswith(SUFFIX) for r in bundle)  # scales have no meaning alone
+            for _ in range(0 if optional else draw(st.integers(0, 2))):
+                shared = {n: draw(_shared(r, n)) for r in bundle for n in r.shared}
+                new = {n: spec for each in bundle for n, spec in _claimed(each, shared, size, dtype).items()}
+                if not claim(entries, Names(new)).problems:
+                    specs |= new
+        elif isinstance(entry, Keep) or isinstance(entry, Drop) and not entry.flipped:
+            free = [n for n in _names(draw, entry.rule) if not _hit(sides, n)]
+            free = [n for n in free if not n.endswith(SUFFIX) and not claim(entries, Names([n])).problems]
+            names = draw(st.sets(st.sampled_from(free))) if free else set()
+            specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
+    for alias in entries:
+        if isinstance(alias, Alias) and not alias.flipped and draw(st.booleans()):
+            if not claim(entries, Names([alias.of])).problems and not _hit(sides, alias.of):
+                specs.setdefault(alias.of, TensorSpec((size("kept"), 2), dtype))
+            specs |= {alias.name: specs[alias.of]} if alias.of in specs else {}
+    return specs
+
+
+def _check_ragged(rule: Rule) -> None:
+    for atom in rule.ragged:
+        if len(unknown := [label for label in atom.split("|") if label not in rule.bound]) > 1:
+            told = f"bind {', '.join(unknown)}, or all but one of them"
+            raise AdapterError(f"rule {rule}: the way back cannot know how long {', '.join(unknown)} are: {told}")
+
+
+def _hit(rules: Iterable[Rule], name: str) -> bool:
+    return any(any(hits(r, Names([name]))) for r in rules)
+
+
+def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:
+    """Names that a keep or a drop fits: some that checkpoints have, and some spelled after its pattern."""
+    spelled = [{n: draw(_shared(rule, n)) for n in rule.shared} for _ in range(2)]
+    names = dict.fromkeys([*KEPT, *(patterns(rule)[0].render(values) for values in spelled)])
+    return [n for n in names if _hit([rule], n)]
 
 
 def _shared(rule: Rule, name: str) -> st.SearchStrategy[Value]:
+    """A value of a shared capture: one that both sides' names can hold."""
+    sides = (rule.source, rule.target)
     capture = rule.source.captures[name]
     if capture.choices:
         return st.integers(0, len(capture.choices) - 1)
     if name in rule.bound:
         return st.sampled_from(list(rule.bound[name]))
     if rule.indexed(name):
-        return st.integers(0, 3)
-    return st.sampled_from(PREFIXES if rule.source.parts[0] == capture else ("x", "weight", "0.bias"))
+        least = max(0, *(-side.captures[name].offset for side in sides))
+        return st.integers(least, least + 3)
+    texts = [text for text in (*PREFIXES, *TEXTS) if all(_holds(side, side.captures[name], text) for side in sides)]
+    if not texts:
+        raise AdapterError(f"rule {rule}: no text fits {{{name}}} on both sides")
+    return st.sampled_from(texts)
+
+
+def _holds(side: Address, capture: Capture, text: str) -> bool:
+    """Whether a text capture can be this text, where it stands: a free prefix, one segment between two, or a tail."""
+    at = side.parts.index(capture)
+    after = side.parts[at + 1] if at + 1 < len(side.parts) else "."
+    if not at and not (isinstance(after, str) and after.startswith(".")):
+        return not text or text.endswith(".")
+    return bool(text) and not text.endswith(".") and (at in (0, len(side.parts) - 1) or "." not in text)
 
 
 def _claimed(rule: Rule, shared: Mapping[str, Value], size: Callable[[str], int], dtype: torch.dtype) -> Specs:
