@@ -7,7 +7,7 @@ from fmoe import families, sharding
 from fmoe.activations import is_gated_activation
 from fmoe.adapter import Adapter
 from fmoe.build import alias, drop, either, keep, rename, rule, together
-from fmoe.checkpoint import adapter, convert, inspect, verify
+from fmoe.checkpoint import adapter, convert, inspect, load, save, verify
 from fmoe.experts import experts
 from fmoe.moe import moe
 from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
@@ -38,9 +38,11 @@ __all__ = [
     "inspect",
     "is_gated_activation",
     "keep",
+    "load",
     "moe",
     "rename",
     "rule",
+    "save",
     "sharding",
     "subtree",
     "together",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fmoe import checkpoint
+from fmoe.checkpoint.journal import JOURNAL
 from fmoe.types import AdapterError, human
 
 HELP = """Mixture-of-Experts checkpoints: look into them, convert them, prove that nothing is lost.
@@ -26,7 +27,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 SHARD = "the most that a file may hold, as 5GB or 200MB; back to hf, the files are as they were"
 DIRECTORY = "a checkpoint directory, Hugging Face's or native: safetensors files and a config.json"
-Source = Annotated[Path, typer.Argument(metavar="DIR", help=DIRECTORY)]
+WRITTEN = "the directory to write: a new or an empty one"
+Source = Annotated[Path, typer.Argument(metavar="DIR", help=DIRECTORY, readable=False)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 
@@ -58,7 +60,7 @@ def plan(
     """What a conversion would copy where, proved bijective; no tensor is read."""
     source = checkpoint.open_checkpoint(path)
     adapter = checkpoint.adapter_of(source)
-    made = (adapter.inverse if source.native else adapter).plan(source.specs, **_experts(experts))
+    made = checkpoint.plan_from(source, adapter.inverse if source.native else adapter, **_experts(experts))
     if as_json:
         targets = {
             n: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for n, s in made.targets.items()
@@ -70,22 +72,41 @@ def plan(
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help=DIRECTORY)],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="the directory to write: a new or an empty one")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help=DIRECTORY, readable=False)],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help=WRITTEN, readable=False)],
     to: Annotated[To, typer.Option(help="the layout to write")] = To.native,
+    layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
+    experts: Annotated[str | None, typer.Option(help="only these experts, as 0:16")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
+    checksums: Annotated[bool, typer.Option("--checksums", help="sha256 of every file of both sides")] = False,
     max_shard_size: Annotated[str, typer.Option(help=SHARD)] = "5GB",
+    fsync: Annotated[bool, typer.Option(help="wait until the disk has everything")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="as many as there are cores, at most 8")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write SRC in another layout to DST: one native tensor at a time, with config, tokenizer and index.
+    """Write SRC in another layout to DST: in bounded memory, with config, tokenizer and index.
 
-    A native directory converts back to the very files that it was made from.
+    A native directory converts back to the very files that it was made from. Interrupted or killed, the same command
+    goes on where it stopped; until all is written no file in DST bears its own name.
     """
-    size = _size(max_shard_size)
-    with _bar("converting", quiet or as_json) as progress:
-        report = checkpoint.convert(src, dst, to.value, max_shard_size=size, force=force, progress=progress)
-    _say(report, f"{_count(report.tensors, 'tensor')} -> {report.made:,} in {dst} ({human(report.nbytes)})", as_json)
+    how: dict[str, Any] = {
+        "force": force,
+        "dry_run": dry_run,
+        "checksums": checksums,
+        "fsync": fsync,
+        "threads": threads,
+    }
+    how |= _experts(experts) | ({"layout": layout} if layout else {}) | {"max_shard_size": _size(max_shard_size)}
+    with _bar("converting", quiet or as_json, dst) as progress:
+        report = checkpoint.convert(src, dst, to.value, progress=progress, **how)
+    what = f"{_count(report.tensors, 'tensor')} -> {report.made:,} in {_count(report.files, 'file')}"
+    would = "would be written to" if dry_run else "in"
+    went_on = f", {human(report.resumed)} of it by an earlier run" if report.resumed else ""
+    _say(report, f"{what} {would} {dst} ({human(report.nbytes)}{went_on})", as_json)
+    for path, digest in () if as_json else report.checksums.items():
+        print(f"{digest}  {path}")
 
 
 @app.command()
@@ -99,7 +120,9 @@ def verify(path: Source, quiet: Quiet = False, as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    keep: Annotated[Path | None, typer.Option(help="write the checkpoints here, and leave them")] = None,
+    keep: Annotated[
+        Path | None, typer.Option(help="write the checkpoints here, and leave them", readable=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a small checkpoint, convert it, run its experts on every backend here, convert back, compare."""
@@ -130,7 +153,9 @@ def _show(found: dict[str, Any]) -> None:
 
 def _say(report: checkpoint.Report, text: str, as_json: bool) -> None:
     facts = {"path": report.path, "model_type": report.family, "tensors": report.tensors, "bytes": report.nbytes}
-    facts |= {"made": report.made, "rules": str(report.adapter).split("\n")}
+    facts |= {"made": report.made, "files": report.files, "read": report.read, "written": report.written}
+    facts |= {"resumed": report.resumed, "checksums": dict(report.checksums)}
+    facts |= {"rules": str(report.adapter).split("\n")}
     print(json.dumps(facts) if as_json else text)
 
 
@@ -139,8 +164,11 @@ def _count(n: int, noun: str) -> str:
 
 
 @contextmanager
-def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with rate and remaining time on standard error, if that is a terminal."""
+def _bar(title: str, quiet: bool, dst: Path | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and remaining time on standard error, if that is a terminal.
+
+    Interrupted inside (Ctrl-C), it says whether what is in dst can be gone on with.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -158,6 +186,11 @@ def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
     try:
         yield progress
+    except KeyboardInterrupt:
+        bar.stop()
+        kept = dst is not None and (dst / JOURNAL).exists()
+        print(f"fmoe: interrupted{'; run the same command again to go on' * kept}", file=sys.stderr)
+        raise typer.Exit(130) from None
     finally:
         bar.stop()
 
@@ -180,12 +213,13 @@ def _size(text: str) -> int:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 it cannot be done (said on standard error), 2 wrong usage."""
+    """Exit codes: 0 done, 1 it cannot be done (said on standard error), 2 wrong usage, 130 interrupted."""
     try:
         app()
     except AdapterError as error:
         why = str(error)
     except OSError as error:
-        why = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        name = error.filename2 or error.filename
+        why = f"{name}: {error.strerror}" if name else str(error)
     print(f"fmoe: {why}", file=sys.stderr)
     raise SystemExit(1)

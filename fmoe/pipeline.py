@@ -78,7 +78,7 @@ class Plan:
         """The names that are read."""
         return tuple(name for sources, _ in self.units() for name in sources)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of everything that comes out."""
         return sum(spec.nbytes for spec in self.targets.values())

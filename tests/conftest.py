@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 settings.register_profile("fmoe", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 settings.load_profile("fmoe")
 

@@ -161,7 +161,7 @@ def test_more_shards_than_files_that_may_be_open(written, tmp_path):
 
 
 def test_a_cache_of_links_without_index_with_folders_and_odd_files_comes_back(written, tmp_path):
-    blobs, source = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs, source = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"  # as a Hugging Face cache
     (blobs / "assets").mkdir(parents=True)
     shards = sorted(written("mixtral-bfloat16").glob("*.safetensors"))
     for i, shard in enumerate(shards):  # no index, names of another kind, metadata of its own
@@ -230,7 +230,7 @@ LOSSY = {
 
 @pytest.mark.parametrize("problem", LOSSY)
 def test_verify_names_what_is_lost_or_made_up(problem, written, monkeypatch):
-    module = importlib.import_module("fmoe.checkpoint.convert")
+    module = importlib.import_module("fmoe.checkpoint.verify")
     monkeypatch.setattr(module, "adapter_of", lambda source: LOSSY[problem])
     with pytest.raises(fmoe.AdapterError, match=f"^'({NORM}|other.weight)' {problem}$"):
         fmoe.verify(written("qwen3_moe-float32"))

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import fmoe
 from fmoe import AdapterError
-from fmoe.checkpoint.writer import Writer
+from fmoe.checkpoint.engine import Engine
+from fmoe.checkpoint.staging import Staging
 
 ONE, TWO = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
+JOURNAL = "fmoe.journal"
 EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 Change = Callable[[Path], object]
 
@@ -221,21 +223,39 @@ def failing(function: Callable, after: int, error: type[BaseException]) -> Calla
     return call
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError])
-@pytest.mark.parametrize(
-    "where, name, after",
-    [(Writer, "write", 0), (Writer, "write", 5), (shutil, "copyfile", 1), (Writer, "part", 2), (os, "replace", 0)],
-)
+MIDWAY = [(Engine, "run", 0), (Engine, "run", 25), (Staging, "begin", 0), (Staging, "part", 2), (Staging, "mark", 9)]
+MIDWAY += [(shutil, "copyfile", 1), (Staging, "publish", 0), (os, "replace", 0), (os, "replace", 3)]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError, AdapterError])
+@pytest.mark.parametrize("where, name, after", MIDWAY)
 @pytest.mark.parametrize("force", [False, True])
-def test_an_error_midway_leaves_all_as_it_was(where, name, after, error, force, source, tmp_path, monkeypatch):
+def test_an_error_midway_is_gone_on_from_and_bad_input_leaves_nothing(
+    where, name, after, error, force, source, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
+    new = fmoe.convert(source, tmp_path / "new", max_shard_size=60_000)
     if force:
         fmoe.convert(source, out, max_shard_size=1)
     before = files(tmp_path)
-    monkeypatch.setattr(where, name, failing(getattr(where, name), after, error))
-    with pytest.raises(error, match="midway"):
-        fmoe.convert(source, out, force=force, max_shard_size=60_000)
-    assert files(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failing(getattr(where, name), after, error))
+        with pytest.raises(error, match="midway"):
+            fmoe.convert(source, out, force=force, max_shard_size=60_000)
+    begun, renaming = name != "begin", where is os
+    if error is AdapterError and not renaming or not begun:
+        assert files(tmp_path) == before and out.exists() == force
+    else:
+        assert JOURNAL in files(out) and any(n.endswith(".part") for n in files(out))
+        if not renaming:
+            old = {n: data for n, data in before.items() if n.startswith("out/")}
+            assert old.items() <= files(tmp_path).items()
+        for look in (fmoe.inspect, fmoe.load, fmoe.verify):
+            with pytest.raises(AdapterError, match=f"{out} is unfinished: {JOURNAL} "):
+                look(out)
+        force = False
+    again = fmoe.convert(source, out, force=force, max_shard_size=60_000)
+    assert files(out) == files(tmp_path / "new") and again.written + again.resumed == new.written
 
 
 def test_the_source_may_be_a_path_in_any_form(source, tmp_path, monkeypatch):

@@ -94,19 +94,25 @@ def test_plan_of_some_experts_is_smaller(name, run, kept):
 def test_convert_there_and_back(flags, run, kept, tmp_path):
     native, back = tmp_path / "native", tmp_path / "back"
     told = run("convert", kept / "hf", native, *flags)
-    assert told == (0, f"52 tensors -> 8 in {native} (594.4 kB)\n", "")
-    assert run("convert", native, back, "--to", "hf", *flags) == (0, f"8 tensors -> 52 in {back} (594.4 kB)\n", "")
+    assert told == (0, f"52 tensors -> 8 in 1 file in {native} (594.4 kB)\n", "")
+    told = run("convert", native, back, "--to", "hf", *flags)
+    assert told == (0, f"8 tensors -> 52 in 2 files in {back} (594.4 kB)\n", "")
     assert files(back) == files(kept / "hf")
 
 
 def test_convert_and_verify_tell_a_machine_one_object(run, kept, tmp_path):
     rules = str(fmoe.adapter(kept / "hf")).split("\n")
     facts = {"model_type": "qwen3_moe", "tensors": 52, "bytes": 594432, "made": 8, "rules": rules}
+    passed = {"files": 5, "read": 594432, "written": 594432, "resumed": 0, "checksums": {}}
     code, out, err = run("convert", kept / "hf", tmp_path / "x", "--json", "--max-shard-size", "100KB")
-    assert (code, json.loads(out), err) == (0, {"path": str(tmp_path / "x")} | facts, "")
+    assert (code, json.loads(out), err) == (0, {"path": str(tmp_path / "x")} | facts | passed, "")
     assert len(list((tmp_path / "x").glob("*.safetensors"))) == 5
     code, out, err = run("verify", kept / "hf", "--json")
-    assert (code, json.loads(out), err) == (0, {"path": str(kept / "hf")} | facts, "")
+    assert (code, json.loads(out), err) == (
+        0,
+        {"path": str(kept / "hf")} | facts | dict.fromkeys(passed, 0) | {"checksums": {}},
+        "",
+    )
 
 
 def test_verify_says_what_was_proved(run, kept):
@@ -181,7 +187,7 @@ def test_the_program_itself_converts_into_a_pipe_and_draws_its_bar_on_a_terminal
             os.close(mine)
 
     out, drawn = program("convert", kept / "hf", tmp_path / "x")
-    assert out.decode() == f"52 tensors -> 8 in {tmp_path / 'x'} (594.4 kB)\n"
+    assert out.decode() == f"52 tensors -> 8 in 1 file in {tmp_path / 'x'} (594.4 kB)\n"
     assert b"converting" in drawn and b"594.4/594.4 kB" in drawn
     out, drawn = program("convert", tmp_path / "x", tmp_path / "y", "--to", "hf", "--json")
     assert json.loads(out)["made"] == 52 and drawn == b""

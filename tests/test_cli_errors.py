@@ -8,6 +8,8 @@ import pytest
 from command import PROGRAM, Run, change, demo, runner
 from directories import files
 
+from fmoe.checkpoint.journal import JOURNAL
+
 
 @pytest.fixture
 def run(monkeypatch, capsys) -> Run:
@@ -62,14 +64,22 @@ def test_a_refused_permission_names_the_file(run, hf, tmp_path, monkeypatch):
     assert told == (1, "", f"fmoe: {tmp_path / 'x'}: Permission denied\n")
 
 
-def test_an_interrupt_leaves_no_file_and_no_traceback(run, hf, tmp_path, monkeypatch):
-    def interrupt(self, name, tensor):
+def test_an_interrupt_says_what_to_do_and_is_exit_code_130(run, hf, tmp_path, monkeypatch):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fmoe.checkpoint.writer.Writer.write", interrupt)
-    code, out, err = run("convert", hf, tmp_path / "x")
-    assert code not in (0, 1, 2) and out == "" and "Traceback" not in err
-    assert not (tmp_path / "x").exists() or files(tmp_path / "x") == {}
+    with monkeypatch.context() as patch:
+        patch.setattr("fmoe.checkpoint.engine.Engine.run", interrupt)
+        told = run("convert", hf, tmp_path / "x")
+    assert told == (130, "", "fmoe: interrupted; run the same command again to go on\n")
+    assert run("inspect", tmp_path / "x")[::2] == (
+        1,
+        f"fmoe: {tmp_path / 'x'} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again\n",
+    )
+    assert run("convert", hf, tmp_path / "x")[0] == 0 and files(tmp_path / "x") == files(demo() / "native")
+    monkeypatch.setattr("fmoe.checkpoint.open_checkpoint", interrupt)
+    monkeypatch.setattr("fmoe.checkpoint.verify", interrupt)
+    assert run("verify", hf) == (130, "", "fmoe: interrupted\n")
 
 
 USAGE = (

@@ -29,7 +29,7 @@ CHECKPOINT = [
     "families",
     "checkpoint",
 ]
-COMPUTE = ["types", "activations shapes", "dispatch", "backends", "experts routing", "moe"]
+COMPUTE = ["types", "activations shapes recompute", "dispatch", "backends", "experts routing", "moe"]
 TOP = ["demo testing", "cli"]  # these may see both columns
 
 

@@ -1,8 +1,23 @@
-"""Checkpoints on disk: directories opened as values, converted tensor by tensor, verified, and described."""
+"""Checkpoints on disk: directories opened as values, converted, loaded, saved, verified, and described."""
 
-from fmoe.checkpoint.convert import Report, convert, verify
+from fmoe.checkpoint.convert import Report, convert
 from fmoe.checkpoint.files import Checkpoint, open_checkpoint
 from fmoe.checkpoint.inspect import inspect
-from fmoe.checkpoint.open import adapter, adapter_of
+from fmoe.checkpoint.load import load
+from fmoe.checkpoint.open import adapter, adapter_of, plan_from
+from fmoe.checkpoint.save import save
+from fmoe.checkpoint.verify import verify
 
-__all__ = ["Checkpoint", "Report", "adapter", "adapter_of", "convert", "inspect", "open_checkpoint", "verify"]
+__all__ = [
+    "Checkpoint",
+    "Report",
+    "adapter",
+    "adapter_of",
+    "convert",
+    "inspect",
+    "load",
+    "open_checkpoint",
+    "plan_from",
+    "save",
+    "verify",
+]

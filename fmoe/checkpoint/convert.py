@@ -1,35 +1,49 @@
-"""Directory to directory, one native tensor at a time: memory is bounded by the largest of them, whatever the size."""
+"""Directory to directory: one pass over the source's bytes, in bounded memory, that can be killed and goes on."""
 
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any, Literal
 
 from fmoe.adapter import Adapter
+from fmoe.checkpoint.carry import in_order, pool
+from fmoe.checkpoint.engine import Engine
 from fmoe.checkpoint.files import INDEX, NATIVE, Checkpoint, open_checkpoint
-from fmoe.checkpoint.open import adapter_of
-from fmoe.checkpoint.writer import index_text, shard, writing
-from fmoe.claims import some
+from fmoe.checkpoint.open import adapter_between, plan_from
+from fmoe.checkpoint.origin import FORMAT
+from fmoe.checkpoint.room import check_space, replaced, size_of
+from fmoe.checkpoint.staging import Staging, staging
+from fmoe.checkpoint.writer import Layout, shard
 from fmoe.pipeline import Plan
-from fmoe.types import AdapterError, Problem, bits
 
 Progress = Callable[[int, int], None]
-"""Called with how many bytes of the source are done, and how many there are: (0, all) once it is known to convert."""
+"""Called with how many bytes are done, and how many there are: (0, all) once it is known to convert."""
+
+SYNC = 2**30  # bytes from one wait for the disk to the next
 
 
-class Report(NamedTuple):
-    """What a conversion or a verification did. tensors and nbytes: of the source; made: how many came out."""
+@dataclass(frozen=True)
+class Report:
+    """What a conversion or a verification did. tensors and nbytes: of the source; made: how many came out.
+
+    files: how many hold what came out. read, written: bytes of tensors that passed. resumed: bytes that an earlier,
+    interrupted run had written. checksums: path -> sha256 of all files of both sides, where asked for.
+    """
 
     path: str
     family: str
     tensors: int
     nbytes: int
     made: int
-    adapter: Adapter
+    adapter: Adapter = field(repr=False)
+    files: int = 0
+    read: int = 0
+    written: int = 0
+    resumed: int = 0
+    checksums: Mapping[str, str] = field(default_factory=dict)
 
 
 def convert(
@@ -37,99 +51,136 @@ def convert(
     dst: Path | str,
     to: Literal["native", "hf"] = "native",
     *,
-    max_shard_size: int = 5_000_000_000,
+    max_shard_size: int | str = "5GB",
     force: bool = False,
+    dry_run: bool = False,
+    checksums: bool = False,
+    fsync: bool = True,
+    threads: int | None = None,
     progress: Progress = lambda done, of: None,
     **choices: Any,
 ) -> Report:
-    """dst = from_hf(src), or to_hf(src), tensor by tensor, with src's config, tokenizer and other files.
+    """dst = from_hf(src), or to_hf(src), with src's config, tokenizer and other files; memory does not grow with src.
 
-    to: "native" from a HF directory, or "hf" from a native one, which gives back the names, dtypes, bytes and files
-    that it was made from (and then max_shard_size has no say). force: replace the checkpoint that dst holds, once the
-    new one is whole. Raises AdapterError before anything is written when the source does not convert; OSError where a
-    file cannot be read or written.
+    to: "native" from a HF directory; "hf" from a native one, which gives back the names, dtypes, bytes and files that
+    it was made from (and then max_shard_size has no say), or from a HF one with a choice, such as `layout="fused"`.
+    choices: as in `fmoe.adapter`; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read.
+
+    Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
+    call goes on where it stopped. force: replace the checkpoint that dst holds. dry_run: check everything, write
+    nothing. checksums: of all files of both sides, read once more. fsync=False: do not wait for the disk.
+
+    Raises AdapterError before anything is written when the source does not convert or dst has no room for it; OSError
+    where a file cannot be read or written.
     """
     source, dst = open_checkpoint(src), Path(dst)
-    if to not in ("native", "hf"):
-        raise AdapterError(f"to={to!r}: expected 'native' or 'hf'")
-    if source.native == (to == "native"):
-        raise AdapterError(f"{src} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
-    stale = _room(dst, source.path, force)
-    adapter = adapter_of(source, **choices)
-    plan = (adapter.inverse if to == "hf" else adapter).plan(source.specs)
+    ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
+    adapter, there = adapter_between(source, to, **{n: v for n, v in choices.items() if n not in ranges})
+    plan = plan_from(source, there, **ranges)
+    layout, small = _layout(source, plan, to, size_of(max_shard_size), ranges)
+    others = list(map(str, source.others()))
+    engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
+    work = _digest(source, to, adapter, ranges, layout, engine)
+    claim = lambda: replaced(dst, source.path, force, work=work)
+    claim()
+    check_space(dst, sum(size for _, size in layout.heads.values()))
+    report = Report(
+        str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
+    )
+    if dry_run:
+        return report
+    size, of = source.nbytes, source.nbytes * (3 if checksums else 1)
+    carried = lambda done: progress(done * size // max(1, plan.nbytes), of)
+    sums: dict[str, str] = {}
+    with staging(dst, work, claim, fsync=fsync) as stage:
+        stage.begin(layout.heads, [*others, *small])
+        if stage.stale is None:
+            resumed = sum(item.nbytes for item in engine.items[: stage.done])
+            _carry_out(stage, engine, threads, resumed, carried)
+            for name, given in {**{n: source.path / n for n in others}, **small}.items():
+                stage.fill(name, given)
+        else:
+            resumed = plan.nbytes
+            carried(resumed)
+        if checksums:
+            theirs = [*sorted(source.stamps), *others, *(n for n in (INDEX, NATIVE) if (source.path / n).exists())]
+            paths = {str(source.path / n): source.path / n for n in theirs}
+            paths |= {str(dst / n): stage.where(n) for n in stage.names}
+            sums = _checksums(paths, threads, lambda done, all_: progress(size + 2 * size * done // all_, of))
+        source.unchanged()
+        stage.publish()
+    return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
+
+
+def _layout(
+    source: Checkpoint, plan: Plan, to: str, most: int, ranges: Mapping[str, range]
+) -> tuple[Layout, dict[str, bytes | Path]]:
+    """Where every tensor goes, and the small files that belong to it; a native directory's way back is its origin."""
     origin = source.origin if source.origin and source.origin["weight_map"].keys() == plan.targets.keys() else None
-    files = origin["weight_map"] if origin else shard(plan.targets, max_shard_size)
-    index = index_text(files, plan.targets.values()) if len(set(files.values())) > 1 else None
-    if origin and origin["bytes"] == plan.nbytes:
-        index = origin["index"]
-    with writing(dst, plan.targets, files, origin["metadata"] if origin else {}) as writer:
-        for sources, targets in _units(plan, source, progress):
-            for name, tensor in plan.run(source.read(sources), targets).items():
-                writer.write(name, tensor)
-        for other in source.others():
-            shutil.copyfile(source.path / other, writer.part(str(other)))
-        if to == "native":
-            writer.part(NATIVE).write_text(_origin(source), encoding="utf-8")
-        if index is not None:
-            writer.part(INDEX).write_bytes(index.encode())
-    for name in stale - set(writer.names):
-        (dst / name).unlink(missing_ok=True)
-    return Report(str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
+    files = origin["weight_map"] if origin else shard(plan.targets, most)
+    layout = Layout.of(plan.targets, files, origin["metadata"] if origin else {})
+    index = origin["index"] if origin and origin["bytes"] == plan.nbytes else layout.index
+    small: dict[str, bytes | Path] = {INDEX: index.encode()} if index is not None else {}
+    return layout, small | ({NATIVE: _origin(source, plan, ranges)} if to == "native" else {})
 
 
-def verify(path: Path | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
-    """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
-
-    Nothing is written. Raises AdapterError naming each tensor that comes back different.
-    """
-    source = open_checkpoint(path)
-    adapter = adapter_of(source, **choices)
-    there = adapter.inverse if source.native else adapter
-    plan = there.plan(source.specs)
-    back = there.inverse.plan(plan.targets)
-    wrong = [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
-    wrong += [Problem(f"{n!r} comes back, and was not there", (n,)) for n in back.targets if n not in source.specs]
-    for sources, targets in _units(plan, source, progress):
-        given = source.read(sources)
-        found = back.run(plan.run(given, targets), [n for n in sources if n in back.targets])
-        changed = [n for n in found if n in given and not _same(given[n], found[n])]
-        wrong += [Problem(f"{n!r} comes back with other bits", (n,)) for n in changed]
-    if wrong:
-        raise AdapterError(wrong)
-    return Report(str(path), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(bits(a), bits(b))
-
-
-def _room(dst: Path, source: Path, force: bool) -> set[str]:
-    """The files in dst that the new checkpoint replaces. Raises AdapterError where dst may not be written to."""
-    if source.resolve() in (dst.resolve(), *dst.resolve().parents):
-        raise AdapterError(f"{dst} is the source itself, or lies inside it: name another directory")
-    if dst.exists() and not dst.is_dir():
-        raise AdapterError(f"{dst} is a file: name a directory")
-    there = sorted(p.name for p in dst.iterdir()) if dst.exists() else []
-    if there and not force:
-        raise AdapterError(f"{dst} is not empty: name another directory, or --force to replace the checkpoint in it")
-    stale = {n for n in there if n.endswith((".safetensors", ".safetensors.part")) or n in (INDEX, NATIVE)}
-    if there and not stale:
-        raise AdapterError(f"{dst} holds no checkpoint, but {some(there)}: refusing to replace that")
-    return stale
-
-
-def _units(plan: Plan, source: Checkpoint, progress: Progress) -> Iterator[tuple[list[str], list[str]]]:
-    done, size = 0, source.nbytes
-    progress(done, size)
-    for sources, targets in plan.units():
-        yield sources, targets
-        done += sum(source.specs[n].nbytes for n in sources)
-        progress(done, size)
-
-
-def _origin(source: Checkpoint) -> str:
+def _origin(source: Checkpoint, plan: Plan, ranges: Mapping[str, range]) -> bytes:
     """What a native directory was made from: enough to give back the same files."""
-    facts = {"weight_map": source.files, "metadata": source.metadata, "index": source.index, "bytes": source.nbytes}
-    return json.dumps({"format": "fmoe native", "version": 1} | facts) + "\n"
+    index, where, size = source.index, source.files, source.nbytes
+    if ranges:
+        index, where = None, {n: source.files[n] for n in plan.sources}
+        size = sum(source.specs[n].nbytes for n in where)
+    facts: dict[str, Any] = FORMAT | {"weight_map": where, "metadata": source.metadata, "index": index, "bytes": size}
+    if ranges:
+        facts["ranges"] = {n: [r.start, r.stop] for n, r in ranges.items()}
+    return json.dumps(facts).encode() + b"\n"
+
+
+def _digest(
+    source: Checkpoint, to: str, adapter: Adapter, ranges: Mapping[str, range], layout: Layout, engine: Engine
+) -> str:
+    """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
+    stamps = {file: [stamp.size, stamp.written] for file, stamp in source.stamps.items()}
+    facts = [str(source.path.resolve()), stamps, to, str(adapter), sorted(map(repr, ranges.items()))]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for item in (*sorted(layout.heads.items()), *engine.items):
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def _carry_out(stage: Staging, engine: Engine, threads: int | None, done: int, progress: Callable[[int], None]) -> None:
+    """Every item that is not done yet; now and then the disk is waited for, while others go on."""
+    synced, waiting = done, None
+    progress(done)
+    with pool(threads) as executor, pool(1) as aside:
+        results = in_order(executor, engine.run, engine.items[stage.done :])
+        for number, (item, _) in enumerate(results, stage.done + 1):
+            stage.mark(number)
+            done += item.nbytes
+            progress(done)
+            if done - synced > SYNC and (waiting is None or waiting.done()):
+                waiting, synced = _next(waiting, aside.submit(stage.sync, number)), done
+        _next(waiting, None)
+
+
+def _next(before: "Future[None] | None", after: "Future[None] | None") -> "Future[None] | None":
+    if before is not None:
+        before.result()
+    return after
+
+
+def _checksums(paths: Mapping[str, Path], threads: int | None, progress: Progress) -> dict[str, str]:
+    """sha256 of every file, by the same keys."""
+
+    def digest(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    sizes = [path.stat().st_size for path in paths.values()]
+    found, done = {}, 0
+    with pool(threads) as executor:
+        for name, size, (_, digested) in zip(paths, sizes, in_order(executor, digest, paths.values()), strict=True):
+            found[name] = digested
+            done += size
+            progress(done, sum(sizes))
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from fmoe.adapter import Adapter
 from fmoe.checkpoint.files import Checkpoint, open_checkpoint
-from fmoe.checkpoint.open import adapter_of, hf_names
+from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
 from fmoe.claims import some
 from fmoe.families import family
 from fmoe.table import Table
@@ -57,7 +57,7 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
         facts["moe_config"] = config | {"dtype": str(config["dtype"]).removeprefix("torch.")}
     except AdapterError as error:
         facts["notes"] = list(error.problems)
-    plan = (adapter.inverse if source.native else adapter).plan(source.specs)
+    plan = plan_from(source, adapter.inverse if source.native else adapter)
     native = source.specs if source.native else plan.targets
     stacks = {n: spec for n, spec in native.items() if n.rpartition(".")[2] in EXPERT_TENSORS}
     layers = dict.fromkeys(n.rpartition(".")[0] for n in stacks)

@@ -7,7 +7,9 @@ from typing import Any
 from fmoe.adapter import Adapter
 from fmoe.build import table
 from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.fit import layers_fit
 from fmoe.families import FAMILIES, family
+from fmoe.pipeline import Plan
 from fmoe.types import AdapterError
 
 
@@ -39,15 +41,48 @@ def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = 
 
 def adapter_of(checkpoint: Checkpoint, config: Any = None, **choices: Any) -> Adapter:
     """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's."""
+    if config is None:
+        layers_fit(checkpoint.path / "config.json", checkpoint.config, checkpoint.specs)
+    kind = family(checkpoint.model_type)
     try:
-        made = family(checkpoint.model_type).adapter(checkpoint.config if config is None else config, **choices)
-    except AdapterError:
-        raise
-    except ValueError as error:  # a size or a dtype that is none
-        raise AdapterError(f"{checkpoint.path / 'config.json'}: {error}") from None
+        made = kind.adapter(checkpoint.config if config is None else config, **choices)
+    except ValueError as error:  # a size or a dtype that is none, or a choice that there is not
+        where = "" if config is not None or choices else f"{checkpoint.path / 'config.json'}: "
+        raise AdapterError(f"{where}{error}") from None
     return made.resolve(hf_names(checkpoint))
 
 
 def hf_names(checkpoint: Checkpoint) -> Iterable[str]:
     """The names of its HF tensors; of a native one, of those that it was made from."""
     return checkpoint.origin["weight_map"] if checkpoint.origin else checkpoint.specs
+
+
+def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapter, Adapter]:
+    """The adapter of a checkpoint, and what makes the other layout from it: the adapter, its inverse, or both in a row.
+
+    Raises AdapterError where the checkpoint is in that layout already.
+    """
+    if to not in ("native", "hf"):
+        raise AdapterError(f"to={to!r}: expected 'native' or 'hf'")
+    dtype = {n: v for n, v in choices.items() if n == "dtype"}
+    layout = {n: v for n, v in choices.items() if n != "dtype"}
+    if source.native and to == "hf":
+        made = family(source.model_type).adapter(source.config, **choices) if layout else adapter_of(source, **choices)
+        return made, made.inverse
+    if source.native:
+        raise AdapterError(f"{source.path} is native already")
+    if to == "native":
+        made = adapter_of(source, **choices)
+        return made, made
+    if not choices:
+        raise AdapterError(f"{source.path} is a Hugging Face checkpoint already: name a choice, as layout='fused'")
+    made = adapter_of(source, **dtype)
+    return made, made >> family(source.model_type).adapter(source.config, **layout).inverse
+
+
+def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
+    """What an adapter makes of a checkpoint; of a native one that holds a range of an axis, with that range's names."""
+    held = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
+    if held and axis_ranges:
+        raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
+    return there._plan(source.specs, held, frozenset(held)) if held else there.plan(source.specs, **axis_ranges)

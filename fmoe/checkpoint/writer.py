@@ -1,19 +1,15 @@
-"""Safetensors files written tensor by tensor: the header needs only specs, so no shard is ever held in memory.
+"""Safetensors files before their data: the header needs only specs, so no shard is ever held in memory.
 
 Tensors lie in the order in which the safetensors library lays them (widest dtype first, then by name), so that a
 checkpoint written back is the same file, byte for byte.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-
-from torch import Tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from fmoe.checkpoint.files import DTYPES
-from fmoe.types import TensorSpec, bits
+from fmoe.types import TensorSpec
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # how the safetensors library ranks dtypes; it lays them from the end of this list to its start
@@ -52,65 +48,39 @@ def shard(specs: Mapping[str, TensorSpec], max_shard_size: int) -> dict[str, str
     return {n: f"model-{i + 1:05d}-of-{number + 1:05d}.safetensors" for n, i in numbers.items()}
 
 
-class Writer:
-    """The files of a checkpoint being written: `write` puts a tensor at its place, in any order."""
+@dataclass(frozen=True)
+class Layout:
+    """files: where each tensor goes. heads: file -> its bytes before the data, and its whole size. starts: where in
+    its file each tensor begins.
+    """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], files: Mapping[str, str]):
-        self.path, self.specs, self.files = path, specs, files
-        self.at: dict[str, int] = {}
-        self.todo = set(specs)
-        self.names: list[str] = []
+    files: dict[str, str]
+    heads: dict[str, tuple[bytes, int]]
+    starts: dict[str, int]
 
-    def part(self, name: str) -> Path:
-        """Where to write a file that gets this name in the end."""
-        part = self.path / f"{name}.part"
-        part.parent.mkdir(parents=True, exist_ok=True)
-        self.names.append(name)
-        return part
+    @classmethod
+    def of(
+        cls, specs: Mapping[str, TensorSpec], files: Mapping[str, str], metadata: Mapping[str, Mapping[str, str]]
+    ) -> "Layout":
+        """Tensors in these files, which hold these texts (by default `{"format": "pt"}`, as Transformers has it)."""
+        held: dict[str, dict[str, TensorSpec]] = {file: {} for file in sorted(set(files.values()))}
+        for name, file in files.items():
+            held[file][name] = specs[name]
+        made, starts = {}, dict[str, int]()
+        for file, inside in held.items():
+            head, at = header(inside, metadata.get(file, {"format": "pt"}))
+            made[file] = (head, len(head) + sum(spec.nbytes for spec in inside.values()))
+            starts |= at
+        return cls(dict(files), made, starts)
 
-    def begin(self, metadata: Mapping[str, Mapping[str, str]]) -> None:
-        """Every safetensors file with its header, and room for its tensors."""
-        held: dict[str, dict[str, TensorSpec]] = {file: {} for file in sorted(set(self.files.values()))}
-        for name, file in self.files.items():
-            held[file][name] = self.specs[name]
-        for file, specs in held.items():
-            head, at = header(specs, metadata.get(file, {"format": "pt"}))
-            self.at |= at
-            with open(self.part(file), "wb") as out:
-                out.write(head)
-                out.truncate(len(head) + sum(spec.nbytes for spec in specs.values()))
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """The tensor's bytes, in the order of its shape."""
-        spec = self.specs[name]
-        assert (tuple(tensor.shape), tensor.dtype) == tuple(spec) and name in self.todo, name
-        with open(self.path / f"{self.files[name]}.part", "r+b") as out:  # opened anew: shards may be many
-            out.seek(self.at[name])
-            out.write(bits(tensor.cpu()).numpy().data)
-        self.todo.remove(name)
+    @property
+    def index(self) -> str | None:
+        """The text of their index; one file needs none."""
+        total = sum(size - len(head) for head, size in self.heads.values())
+        return index_text(self.files, total) if len(self.heads) > 1 else None
 
 
-@contextmanager
-def writing(
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    files: Mapping[str, str],
-    metadata: Mapping[str, Mapping[str, str]],
-) -> Iterator[Writer]:
-    """A Writer whose files bear a `.part` name until all of them are whole; an error leaves none with its own name."""
-    writer = Writer(path, specs, files)
-    try:
-        writer.begin(metadata)
-        yield writer
-        assert not writer.todo, writer.todo
-        for name in writer.names:
-            os.replace(path / f"{name}.part", path / name)
-    finally:
-        for name in writer.names:
-            (path / f"{name}.part").unlink(missing_ok=True)
-
-
-def index_text(files: Mapping[str, str], specs: Iterable[TensorSpec]) -> str:
-    """model.safetensors.index.json, as Transformers writes it."""
-    index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": dict(files)}
+def index_text(files: Mapping[str, str], total: int) -> str:
+    """model.safetensors.index.json, as Transformers writes it. total: bytes of all tensors."""
+    index = {"metadata": {"total_size": total}, "weight_map": dict(files)}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"

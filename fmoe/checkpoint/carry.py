@@ -1,0 +1,40 @@
+"""Work carried out on a few threads, and accounted for in order: what is done is done up to a point."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from os import cpu_count
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def default_threads() -> int:
+    return min(8, cpu_count() or 1)
+
+
+@contextmanager
+def pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads. What an error or an interruption leaves over is not begun."""
+    executor = ThreadPoolExecutor(threads or default_threads())
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def in_order(
+    executor: ThreadPoolExecutor, run: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int = 16
+) -> Iterator[tuple[_Item, _Result]]:
+    """(item, run(item)) in the order of the items, with at most `ahead` of them begun or waiting."""
+    waiting: deque[tuple[_Item, Future[_Result]]] = deque()
+    for item in items:
+        waiting.append((item, executor.submit(run, item)))
+        if len(waiting) >= ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()

@@ -1,0 +1,37 @@
+"""Do config and tensors speak of one model? Sizes and experts are the plan's to check, layers are counted here."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fmoe.families.family import as_dict
+from fmoe.types import AdapterError
+
+_LAYER = re.compile(r"(.*?\.|)layers\.(\d{1,9})\.", re.ASCII)
+BEYOND = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+"""The config's names for layers that some families number on after the last one."""
+
+
+def layers_fit(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises AdapterError where a layer of the config has no tensor, or a tensor a layer beyond them.
+
+    A config that does not say num_hidden_layers, and names that number no layers, are left alone; so are the layers
+    of `mtp` and of anything else that has fewer of them than the decoder, as a vision tower may.
+    """
+    said = as_dict(config)
+    count, beyond = said.get("num_hidden_layers"), [said.get(n) for n in BEYOND]
+    found: dict[str, set[int]] = defaultdict(set)
+    for prefix, number in {hit.groups() for hit in map(_LAYER.match, names) if hit}:
+        if "mtp" not in prefix.split("."):
+            found[prefix].add(int(number))
+    if type(count) is not int or not found:
+        return
+    prefix, numbers = max(found.items(), key=lambda item: (len(item[1]), item[0]))
+    most = count + sum(n for n in beyond if type(n) is int and n > 0)
+    missing = next((l for l in range(count) if l not in numbers), None)
+    if missing is not None or max(numbers) >= most:
+        what = f"{prefix}layers.{missing}." if missing is not None else f"{prefix}layers.{max(numbers)}."
+        why = f"no tensor is {what}*" if missing is not None else f"there is {what}*"
+        raise AdapterError(f"{path} says num_hidden_layers {count}, and {why}: config and tensors are of two models")

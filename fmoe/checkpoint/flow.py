@@ -1,0 +1,189 @@
+"""A plan of several stages as what moves: strided copies from source tensors to targets, and the values that change.
+
+Two tables in a row are one: a copy A -> N after a copy N -> B is a copy A -> B, wherever both cut N along the same
+digits of its index. So renaming after stacking, or one layout to another through the native one, costs one pass.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fmoe.axes import Copy
+from fmoe.beside import BesidePlan
+from fmoe.codecs import Change, CodecPlan
+from fmoe.grouping import Specs
+from fmoe.pipeline import Plan
+from fmoe.plan import TablePlan
+from fmoe.types import TensorSpec
+
+
+class Step(NamedTuple):
+    """made = change(inputs); each input is gathered by its copies."""
+
+    specs: dict[str, TensorSpec]
+    gather: dict[str, tuple[Copy, ...]]
+    change: Change
+
+
+class Moved(NamedTuple):
+    """A copy into a target, from a source tensor, or from what a step made (its number)."""
+
+    copy: Copy
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """moves: in the order of the targets. units: (sources, targets) that only `Plan.run` can make."""
+
+    moves: tuple[Moved, ...]
+    steps: tuple[Step, ...]
+    units: tuple[tuple[list[str], list[str]], ...]
+
+
+class _Whole(NamedTuple):
+    """A name that is, as it is, a source tensor or something made."""
+
+    name: str
+    step: int | None
+    spec: TensorSpec
+
+
+_Origin = _Whole | tuple[Moved, ...] | None  # None: not to be told as copies
+
+
+def flow(plan: Plan) -> Flow:
+    """What moves where. Everything comes out of it once: as moves, or in a unit."""
+    steps: list[Step] = []
+    live: dict[str, _Origin] = {n: _Whole(n, None, spec) for n, spec in plan.specs.items()}
+    live = _through(plan, live, steps)
+    moves = [m for n in plan.targets if (origin := live[n]) is not None for m in _moves(origin, n)]
+    opaque = {n for n in plan.targets if live[n] is None}
+    units = ((s, [n for n in t if n in opaque]) for s, t in plan.units()) if opaque else ()
+    used = {m.step for m in moves}
+    kept = [step if i in used else Step({}, {}, step.change) for i, step in enumerate(steps)]
+    return Flow(tuple(moves), tuple(kept), tuple((s, t) for s, t in units if t))
+
+
+def _through(plan: Plan, live: dict[str, _Origin], steps: list[Step]) -> dict[str, _Origin]:
+    specs = plan.specs
+    for stage in plan.stages:
+        if isinstance(stage, TablePlan):
+            live = _moved(stage, live)
+        elif isinstance(stage, CodecPlan):
+            live = _changed(stage, specs, live, steps)
+        elif isinstance(stage, BesidePlan):
+            sides = (_through(p, {n: live[n] for n in p.specs}, steps) for p in stage.plans)
+            live = {name: origin for side in sides for name, origin in side.items()}
+        else:
+            live = dict.fromkeys(stage.targets)
+        specs = stage.targets
+    return live
+
+
+def _moved(stage: TablePlan, live: Mapping[str, _Origin]) -> dict[str, _Origin]:
+    out: dict[str, _Origin] = {}
+    for group in stage.groups:
+        found: dict[str, list[Moved] | None] = {t: [] for t in group.targets}
+        for copy in group.copies():
+            made = found[copy.target]
+            more = _after(live.get(copy.source), copy)
+            found[copy.target] = None if made is None or more is None else made + more
+        out |= {t: None if moves is None else tuple(moves) for t, moves in found.items()}
+    out |= {t: live.get(s) for s, t in stage.pairs.items()}
+    aliased = {n for alias in stage.aliases for n in (alias.of, alias.name)}  # compared, or made from another tensor
+    for sources, targets in stage.units() if aliased else ():
+        if not aliased.isdisjoint((*sources, *targets)):
+            out |= dict.fromkeys(targets)
+    return out
+
+
+def _changed(stage: CodecPlan, specs: Specs, live: Mapping[str, _Origin], steps: list[Step]) -> dict[str, _Origin]:
+    out = {n: live.get(n) for n in stage.targets}
+    for sources, targets, change in stage.changes:
+        origins = {n: live.get(n) for n in sources}
+        moves = {n: () if o is None else tuple(_moves(o, n)) for n, o in origins.items()}
+        plain = all(o is not None for o in origins.values()) and all(
+            m.step is None for ms in moves.values() for m in ms
+        )
+        out |= {t: _Whole(t, len(steps), stage.targets[t]) if plain else None for t in targets}
+        if plain:
+            steps.append(
+                Step({n: specs[n] for n in sources}, {n: tuple(m.copy for m in ms) for n, ms in moves.items()}, change)
+            )
+    return out
+
+
+def _moves(origin: "_Whole | tuple[Moved, ...]", target: str) -> Iterator[Moved]:
+    if isinstance(origin, _Whole):
+        size = (origin.spec.numel,)
+        yield Moved(Copy(origin.name, target, size, 0, (1,), 0, (1,), origin.spec.dtype), origin.step)
+    else:
+        yield from (Moved(m.copy._replace(target=target), m.step) for m in origin)
+
+
+def _after(origin: _Origin, copy: Copy) -> list[Moved] | None:
+    """The moves of one target, made by a copy from something that has moved already."""
+    if origin is None:
+        return None
+    if isinstance(origin, _Whole):
+        return [Moved(copy._replace(source=origin.name), origin.step)]
+    try:
+        pairs = ((compose(m.copy, copy), m.step) for m in origin)
+        return [Moved(made, step) for made, step in pairs if made is not None]
+    except _Crossed:
+        return None
+
+
+class _Crossed(Exception):
+    """Two copies that cut the tensor between them along different digits."""
+
+
+def compose(a: Copy, b: Copy) -> Copy | None:
+    """The part of A -> N -> B that goes through both copies, as a copy A -> B; None where they do not meet.
+
+    An index into N is written in digits whose places are all strides that either copy takes in N; each copy is then a
+    box of digits, and so is what they share.
+    """
+    if 0 in a.shape or 0 in b.shape:
+        return None
+    places = {s for copy, strides in ((a, a.target_strides), (b, b.source_strides))
+              for s, n in zip(strides, copy.shape, strict=True) if n > 1}  # fmt: skip
+    order = sorted(places | {1}, reverse=True)
+    left = _digits(a.target_offset, a.shape, a.target_strides, a.source_strides, order)
+    right = _digits(b.source_offset, b.shape, b.source_strides, b.target_strides, order)
+    start, end, shape, near, far = a.source_offset, b.target_offset, [], [], []
+    for (i, n, step), (j, m, leap) in zip(left, right, strict=True):
+        first, last = max(i, j), min(i + n, j + m)
+        if first >= last:
+            return None
+        start += (first - i) * step
+        end += (first - j) * leap
+        if last - first > 1:
+            shape.append(last - first)
+            near.append(step)
+            far.append(leap)
+    return Copy(a.source, b.target, tuple(shape), start, tuple(near), end, tuple(far), a.dtype)
+
+
+def _digits(
+    offset: int, shape: tuple[int, ...], here: tuple[int, ...], there: tuple[int, ...], order: list[int]
+) -> list[tuple[int, int, int]]:
+    """(first, how many, stride on the other side) of a box at every place; the places are strides, largest first."""
+    boxes: dict[int, tuple[int, int]] = {}
+    for n, stride, other in zip(shape, here, there, strict=True):
+        if n == 1:
+            continue
+        inner = [p for p in order if stride <= p < stride * n][::-1]  # smallest first
+        for p, above in zip(inner, [*inner[1:], stride * n], strict=True):
+            if above % p or p % stride:
+                raise _Crossed
+            boxes[p] = (above // p, other * (p // stride))
+    digits = []
+    for k, place in enumerate(order):
+        first, offset = divmod(offset, place)
+        n, other = boxes.get(place, (1, 0))
+        if k and first + n > order[k - 1] // place:
+            raise _Crossed
+        digits.append((first, n, other))
+    return digits

@@ -1,0 +1,73 @@
+"""What unfinished work in a directory has come to: lines of JSON in a file beside it.
+
+The first says what the work is, the others how far it is. It holds after a power failure too: of what an earlier boot
+of the machine did, and of what the disk failed to take, only what was known to have reached it counts.
+"""
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+JOURNAL = "fmoe.journal"
+ONCE = "once"  # work that begins anew when it is interrupted
+_HEAD = {"work", "boot", "files", "replaces", "fresh"}
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Told(NamedTuple):
+    """done: how many jobs count as done; None before the first. stale: once the files are being published, those that
+    they replace.
+    """
+
+    done: int | None
+    stale: list[str] | None
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Of the journal in this directory, from its last beginning on; without what an interruption cut short."""
+    try:
+        text = (path / JOURNAL).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    found: list[dict[str, Any]] = []
+    for line in text.split("\n"):
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and said.keys() >= _HEAD:
+            found = [said]
+        elif isinstance(said, dict) and found:
+            found.append(said)
+    return found
+
+
+def told(found: list[dict[str, Any]]) -> Told:
+    """How far the work of these lines is."""
+    done = synced = stale = last = None
+    safe = False
+    for line in found:
+        if "boot" in line:
+            done, last = done if _same(line["boot"], last) else synced, line["boot"]
+        done, synced = line.get("done", done), line.get("synced", synced)
+        stale, safe = line.get("publishing", stale), line.get("safe", safe)
+    here = _same(boot(), last)
+    return Told(done if here else synced, stale if here or safe else None)
+
+
+def _same(boot: str, other: str | None) -> bool:
+    return bool(boot) and boot == other
+
+
+def boot() -> str:
+    """Which start of the machine this is; empty where that cannot be told, and then it is never the same one."""
+    return _BOOT.read_text().strip() if _BOOT.exists() else ""
+
+
+def note(journal: int, **line: Any) -> None:
+    """One line more, in one call, so that two threads do not mix theirs. Raises OSError where it was cut short."""
+    text = (json.dumps(line) + "\n").encode()
+    if os.write(journal, text) < len(text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,127 @@
+"""A directory as native parameters: mapped where strides allow, made in memory where experts are stacked."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmoe.adapter import Adapter
+from fmoe.checkpoint.carry import in_order, pool
+from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.mapped import Maps, fetch, mapped
+from fmoe.checkpoint.open import adapter_of, plan_from
+from fmoe.checkpoint.slices import narrowing
+from fmoe.mesh import distributed, experts_of_rank
+from fmoe.pipeline import Plan
+from fmoe.types import AdapterError, Params, Problem, TensorSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def load(
+    path: Path | str,
+    device: "torch.device | str | None" = None,
+    device_mesh: "DeviceMesh | None" = None,
+    *,
+    out: Params | None = None,
+    threads: int | None = None,
+    **choices: Any,
+) -> dict[str, Any]:
+    """The native parameters of a directory, Hugging Face's or native: `from_hf` of its tensors.
+
+    Tensors that are views of the files stay so: mapped into memory, read when they are looked at, never written back
+    (the files must stay as they are for as long as the tensors live). Stacks of experts are made in memory.
+
+    device: where they go ("meta": shapes and dtypes only). device_mesh: this rank's experts, as DTensors. out: native
+    tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`, such as `dtype=`; a range
+    is one of an axis, as `e=range(0, 16)`, and only its bytes are read. Raises AdapterError with every problem found.
+    """
+    source = open_checkpoint(path)
+    ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
+    adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
+    specs = plan_from(source, adapter.inverse).targets if source.native else source.specs
+    stacks: dict[str, TensorSpec] = {}
+    if device_mesh is not None:
+        if ranges or out is not None:
+            raise AdapterError(f"{', '.join(ranges) or 'out'}: the device mesh says what is this rank's")
+        stacks, mine = experts_of_rank(adapter.plan(specs), device_mesh)
+        ranges = {"e": mine} if stacks else {}
+    held = (source.origin or {}).get("ranges")
+    if held and ranges:
+        raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
+    plan = Plan((), source.specs) if held else adapter.plan(specs, **ranges)
+    if out is not None:
+        return _fill(source, adapter, plan, out, ranges)
+    if device is not None and torch.device(device).type == "meta" and device_mesh is None:
+        return {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in plan.targets.items()}
+    finish: Callable[[str, Tensor], Any] = lambda n, t: t if device is None else t.to(device)
+    if device_mesh is not None:
+        place = torch.device(device or device_mesh.device_type)
+        finish = lambda n, t: distributed(t.to(place), device_mesh, stacks[n].shape) if n in stacks else t.to(place)
+    if source.native:
+        return {n: finish(n, t) for n, t in _native(source, plan).items()}
+    made: dict[str, Any] = {}
+    maps: Maps = {}
+    run = lambda unit: plan.run(_given(source, plan, unit[0], maps), unit[1])
+    with pool(threads) as executor:
+        for _, tensors in in_order(executor, run, plan.units(), ahead=4):
+            made |= {n: finish(n, t) for n, t in tensors.items()}
+    return {n: made[n] for n in plan.targets}
+
+
+def _given(source: Checkpoint, plan: Plan, names: list[str], maps: Maps) -> dict[str, Tensor]:
+    """The tensors of these names; of a range, what will be looked at is on its way, and nothing beside it."""
+    given = mapped(source, names, maps)
+    if plan.narrowed:
+        cut = narrowing(plan, "sources")
+        for name, tensor in given.items():
+            fetch(source, name, cut[name](tensor) if name in cut else tensor)
+    return given
+
+
+def _native(source: Checkpoint, plan: Plan) -> dict[str, Tensor]:
+    """What a native directory holds, less what the plan's ranges leave out, in the plan's dtypes."""
+    cut, given = narrowing(plan, "targets"), mapped(source, plan.targets)
+    parts = {n: cut[n](t) if n in cut else t for n, t in given.items()}
+    for name, part in parts.items() if cut else ():
+        fetch(source, name, part)
+    return {n: part.to(plan.targets[n].dtype) for n, part in parts.items()}
+
+
+@torch.no_grad()
+def _fill(
+    source: Checkpoint, adapter: Adapter, plan: Plan, out: Params, ranges: Mapping[str, range]
+) -> dict[str, Tensor]:
+    """out, with the plan's tensors in it: through views of it under HF names, or tensor by tensor where it has none."""
+    problems = [
+        Problem(f"out has no {n!r} {list(spec.shape)}", (n,)) for n, spec in plan.targets.items() if n not in out
+    ]
+    problems += [Problem(f"out has {n!r}, which the checkpoint has not", (n,)) for n in out if n not in plan.targets]
+    for name in out.keys() & plan.targets.keys():
+        found, spec = TensorSpec(tuple(out[name].shape), out[name].dtype), plan.targets[name]
+        if found != spec:
+            text = f"out has {name!r} as {list(found.shape)} {found.dtype}, expected {list(spec.shape)} {spec.dtype}"
+            problems.append(Problem(text, (name,)))
+    if problems:
+        raise AdapterError(problems)
+    if source.native:
+        for name, tensor in _native(source, plan).items():
+            out[name].copy_(tensor)
+        return dict(out)
+    try:
+        views = adapter.views(out, **ranges)
+    except AdapterError:  # decoded, or cast: no view of what is stored
+        views = None
+    cut, maps = narrowing(plan, "sources"), Maps()
+    for sources, targets in plan.units():
+        given = _given(source, plan, sources, maps)
+        if views is not None and views.keys() >= given.keys():
+            for name, tensor in given.items():
+                views[name].copy_(cut[name](tensor) if name in cut else tensor)
+        else:
+            for name, tensor in plan.run(given, targets).items():
+                out[name].copy_(tensor)
+    return dict(out)

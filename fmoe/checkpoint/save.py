@@ -1,0 +1,115 @@
+"""Native parameters as a directory: shards and an index that Transformers and fmoe read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fmoe.adapter import Adapter
+from fmoe.checkpoint.carry import in_order, pool
+from fmoe.checkpoint.convert import Progress, Report
+from fmoe.checkpoint.engine import write_at
+from fmoe.checkpoint.files import DTYPES, INDEX, NATIVE
+from fmoe.checkpoint.journal import ONCE
+from fmoe.checkpoint.open import adapter as adapter_at
+from fmoe.checkpoint.origin import FORMAT
+from fmoe.checkpoint.room import check_space, replaced, size_of
+from fmoe.checkpoint.staging import staging
+from fmoe.checkpoint.writer import Layout, shard
+from fmoe.pipeline import Plan
+from fmoe.sharding import is_dtensor
+from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
+
+CONFIG = "config.json"
+
+
+def save(
+    params: Params,
+    path: Path | str,
+    adapter: Adapter | None = None,
+    layout: Literal["hf", "native"] = "hf",
+    max_shard_size: int | str = "5GB",
+    *,
+    force: bool = False,
+    fsync: bool = True,
+    threads: int | None = None,
+    progress: Progress = lambda done, of: None,
+) -> Report:
+    """path = to_hf(params) as safetensors files of at most max_shard_size, with their index; atomic and deterministic.
+
+    layout: "native" writes params as they are; `fmoe.convert` and `fmoe.load` read both. adapter: as `fmoe.adapter`
+    gave it, whose config is written as config.json where path has none; without one, that of path's config.json.
+    force: replace the checkpoint that path holds; other files in it stay in any case.
+
+    Raises AdapterError before anything is written where the parameters do not convert, or path may not be written to.
+    """
+    path = Path(path)
+    if layout not in ("hf", "native"):
+        raise AdapterError(f"layout={layout!r}: expected 'hf' or 'native'")
+    if problems := [problem for n, t in params.items() for problem in _unfit(n, t)]:
+        raise AdapterError(problems)
+    adapter = _adapter(path, adapter)
+    claim = lambda: replaced(path, None, force, bystanders=True)
+    claim()
+    hf, held = adapter._to_hf_plan(params, None, {})
+    adapter.plan(hf.targets)  # and what is written can be read
+    specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in params.items()}
+    plan = hf if layout == "hf" else Plan((), specs)
+    files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
+    small = {INDEX: files.index} if files.index else {}
+    if layout == "native":
+        small[NATIVE] = _origin(hf, size_of(max_shard_size))
+    if adapter.config is not None and not (path / CONFIG).exists():
+        small[CONFIG] = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
+    check_space(path, sum(size for _, size in files.heads.values()))
+    done, of = 0, plan.nbytes
+    progress(0, of)
+    with staging(path, ONCE, claim, fsync=fsync, resumable=False) as stage:
+        stage.begin(files.heads, small)
+        parts = {n: stage.part(file) for n, file in files.files.items()}
+
+        def write(unit: tuple[list[str], list[str]]) -> int:
+            made = plan.run({n: held[n] for n in unit[0]}, unit[1])
+            for name, tensor in made.items():
+                with open(parts[name], "r+b", buffering=0) as out:
+                    write_at(parts[name], out.fileno(), bits(tensor.cpu()), files.starts[name])
+            return sum(t.nbytes for t in made.values())
+
+        with pool(threads) as executor:
+            for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
+                done += nbytes
+                progress(done, of)
+        for name, text in small.items():
+            stage.fill(name, text.encode())
+        stage.publish()
+    kind = str((adapter.config or {}).get("model_type", ""))
+    nbytes = sum(spec.nbytes for spec in specs.values())
+    return Report(str(path), kind, len(params), nbytes, len(plan.targets), adapter, len(files.heads), 0, done)
+
+
+def _unfit(name: str, tensor: Any) -> Iterator[Problem]:
+    """What keeps a parameter from being written."""
+    if is_dtensor(tensor):
+        yield Problem(f"{name!r} is a DTensor: save what `full_tensor()` gives", (name,))
+    elif isinstance(tensor, Tensor) and tensor.is_meta:
+        yield Problem(f"{name!r} is on the device meta: expected a tensor with values", (name,))
+    elif isinstance(tensor, Tensor) and tensor.dtype not in DTYPES.values():
+        yield Problem(f"{name!r} is {tensor.dtype}, which safetensors has no code for: cast it", (name,))
+
+
+def _adapter(path: Path, adapter: Adapter | None) -> Adapter:
+    if adapter is not None:
+        return adapter
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"which family? pass adapter=fmoe.adapter(...), or put a {CONFIG} into {path}")
+    config = json.loads((path / CONFIG).read_bytes())
+    return adapter_at(str(config.get("model_type")), config)
+
+
+def _origin(hf: Plan, most: int) -> str:
+    """What the native directory would have been made from."""
+    files = Layout.of(hf.targets, shard(hf.targets, most), {})
+    facts: dict[str, Any] = {"weight_map": files.files, "metadata": dict.fromkeys(files.heads, {"format": "pt"})}
+    return json.dumps(FORMAT | facts | {"index": files.index, "bytes": hf.nbytes}) + "\n"

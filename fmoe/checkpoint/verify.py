@@ -1,0 +1,88 @@
+"""Proof by doing: everything goes to the other layout and back in memory, a few experts at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmoe.adapter import Adapter
+from fmoe.checkpoint.convert import Progress, Report
+from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.mapped import mapped
+from fmoe.checkpoint.open import adapter_of, plan_from
+from fmoe.checkpoint.slices import groups, narrowing
+from fmoe.pipeline import Plan
+from fmoe.types import AdapterError, Problem, bits
+
+MOST = 32 * 2**20  # bytes of a stack of experts that go there and back at once
+
+
+def verify(path: Path | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
+    """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
+
+    Nothing is written, and memory does not grow with the directory. Raises AdapterError naming each tensor that comes
+    back different.
+    """
+    source = open_checkpoint(path)
+    adapter = adapter_of(source, **choices)
+    there = adapter.inverse if source.native else adapter
+    plan = plan_from(source, there)
+    back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
+    wrong = [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
+    wrong += [Problem(f"{n!r} comes back, and was not there", (n,)) for n in back.targets if n not in source.specs]
+    done, size = 0, source.nbytes
+    progress(done, size)
+    for part, names in _parts(source, there, plan):
+        found, checked = _changed(source, there, part, names)
+        wrong += [Problem(f"{n!r} comes back with other bits", (n,)) for n in found]
+        done += checked
+        progress(min(done, size), size)
+    if wrong:
+        raise AdapterError(dict.fromkeys(wrong))
+    progress(size, size)
+    return Report(str(path), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
+
+
+def _held(plan: Plan) -> dict[str, range]:
+    """The ranges that a plan is of."""
+    return {axis: asked for group in groups(plan) for axis, asked in group.window.items()}
+
+
+def _parts(source: Checkpoint, there: Adapter, plan: Plan) -> Iterator[tuple[Plan, set[str] | None]]:
+    """Plans that together make everything, each in bounded memory, and the sources to look at (None: all)."""
+    experts = max((group.sizes["e"] for group in groups(plan) if "e" in group.sizes), default=1)
+    largest = max((sum(source.specs[n].nbytes for n in sources) for sources, _ in plan.units()), default=0)
+    some = max(1, experts * MOST // max(1, largest))
+    if some >= experts or _held(plan) or any(group.sizes.get("e", experts) != experts for group in groups(plan)):
+        yield plan, None
+        return
+    touching = plan.touching("e")
+    yield from ((there.plan(source.specs, e=range(i, min(i + some, experts))), touching)
+                for i in range(0, experts, some))  # fmt: skip
+    yield plan, source.specs.keys() - touching
+
+
+def _changed(source: Checkpoint, there: Adapter, plan: Plan, names: set[str] | None) -> tuple[list[str], int]:
+    """The sources that come back other than they were, and how many bytes were looked at."""
+    window = _held(plan)
+    back = there.inverse._plan(plan.targets, window, frozenset(window))
+    cut = narrowing(plan, "sources")
+    changed, checked = [], 0
+    for sources, targets in plan.units():
+        if names is not None and names.isdisjoint(sources):
+            continue
+        source.unchanged()
+        given = mapped(source, sources)
+        found = back.run(plan.run(given, targets), [n for n in sources if n in back.targets])
+        for name, tensor in found.items():
+            was = cut[name](given[name]) if name in cut else given[name]
+            checked += was.nbytes
+            if not _same(was, tensor):
+                changed.append(name)
+    return changed, checked
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
