@@ -1,4 +1,24 @@
 """Kernels on tensors and offsets, for Mixture-of-Experts layers; they have never heard of a model.
 
-`reference` holds the eager twin of each: it imports torch only, and is the specification.
+    experts      a whole expert layer, differentiable
+    activations  swiglu and the others, act(u, p)
+    tune         measures tiles on this GPU and writes a table
+    products     gmm and tgmm on sorted rows, raw
+    reference    the eager twin of each: imports torch only, and is the specification
+
+Triton is imported on first use.
 """
+
+from typing import Any
+
+_WHERE = {"experts": "layer", "tune": "tuning"}
+__all__ = ["activations", "experts", "products", "reference", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module 'fmoe_kernels' has no attribute {name!r}")
+    module = import_module(f"fmoe_kernels.{_WHERE.get(name, name)}")
+    return getattr(module, name) if name in _WHERE else module

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Routed(NamedTuple):
@@ -52,3 +53,67 @@ def route(indices: Tensor, weights: Tensor, mask: Tensor | None, n_experts: int,
     # every slot is read at most once, so the transpose of this gather adds nothing twice
     rows = wide.flatten().index_select(0, slot_ids)
     return Routed(slot_ids // max(indices.shape[1], 1), slot_ids, rows, counts, offsets)
+
+
+def activate(z: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
+    """act(z) [.., I] in z's dtype for z [.., U]: the seed's formulas, without a weight, computed in fp32 (fp64 stays).
+
+    >>> activate(torch.tensor([-1, 0.5, 10, 2, -9, 0.25]), "swiglu_clamped", limit=1.0)
+    tensor([-0.2689, -0.3112,  0.1828])
+    """
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    if activation == "relu2":
+        return wide.relu().square().to(z.dtype)
+    g, v = (wide[..., ::2], wide[..., 1::2]) if activation == "quick_geglu" else wide.chunk(2, -1)
+    if activation in ("swiglu_clamped", "quick_geglu") or (activation == "swiglu_oai" and limit > 0):
+        g, v = g.clamp(max=limit), v.clamp(-limit, limit)
+    if activation in ("swiglu", "swiglu_clamped"):
+        a = F.silu(g) * v
+    elif activation == "geglu":
+        a = F.gelu(g, approximate="tanh") * v
+    else:
+        a = g * torch.sigmoid(alpha * g) * (v + 1)
+    return a.to(z.dtype)
+
+
+def gmm(a: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out[n] = a[n] @ w[e] + bias[e] for the rows n of expert e: a [N, K], w [E, K, M], bias [E, M] -> [N, M].
+
+    offsets [E]: where the rows of each expert end. Waits for the device.
+    """
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    none = (None,) * len(ends)
+    parts = [
+        a[i:j] @ m if b is None else a[i:j] @ m + b
+        for i, j, m, b in zip(starts, ends, w.unbind(), none if bias is None else bias.unbind(), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def combine(rows: Tensor, slot_ids: Tensor, n_tokens: int, k: int) -> Tensor:
+    """y[t] = the sum of the rows of t's slots, k ascending, in fp32 (fp64 stays): rows [N, D] -> [n_tokens, D]."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    slots = wide.new_zeros(n_tokens * k, rows.shape[1]).index_copy(0, slot_ids, wide)
+    return slots.unflatten(0, (n_tokens, k)).sum(1)
+
+
+def experts(
+    x: Tensor, indices: Tensor, weights: Tensor, mask: Tensor | None, w_up: Tensor, w_down: Tensor,
+    b_up: Tensor | None = None, b_down: Tensor | None = None,
+    activation: str = "swiglu", alpha: float = 1.702, limit: float = 7.0, weight_after_down: bool = False,
+    start: int = 0,
+) -> Tensor:  # fmt: skip
+    """What `fmoe_kernels.experts` computes, in plain torch: y [T, D] in x's dtype, any order of derivatives."""
+    r = route(indices, weights.to(torch.promote_types(x.dtype, torch.float32)), mask, len(w_up), start)
+    w = r.weights[:, None]
+    copies = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1).index_select(0, r.slot_ids)
+    a = activate(gmm(copies, w_up, r.offsets, b_up), activation, alpha, limit)
+    if weight_after_down:
+        rows = w * gmm(a, w_down, r.offsets, b_down).to(w.dtype)
+    else:
+        rows = gmm((a * w).to(x.dtype), w_down, r.offsets).to(w.dtype)
+        if b_down is not None:
+            expert = torch.arange(len(w_up), device=x.device).repeat_interleave(r.counts)
+            rows = rows + w * b_down.index_select(0, expert)
+    return combine(rows, r.slot_ids, len(x), indices.shape[1]).to(x.dtype)

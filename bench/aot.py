@@ -1,0 +1,216 @@
+"""Compile every kernel with every shipped tile for GPUs that are not here, and read what the compiler made of it.
+
+    python bench/aot.py [--arch sm_90] [--hot] [--json [FILE]]
+
+A launch on `meta` tensors is caught before it reaches a device, so what is compiled is what would run, specialisations
+included. Columns: registers of a thread, bytes spilled, bytes of shared memory, and how often the code has: a matrix
+instruction (mma), of which asynchronous on Hopper (wgmma); a bulk tensor copy in and out (tma_load, tma_store); a wait
+that leaves work in flight (async_wait). hot: tiles of large shapes, where time goes.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fmoe_kernels import activations, configs, dact, dw, gmm, route, sums, up
+from fmoe_kernels.configs import Config
+from fmoe_kernels.launch import Act, Tiling
+from fmoe_kernels.scalars import GATED, SCALARS
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # sm_80's table also serves sm_86, sm_89
+VARIANTS = {
+    "up": [*SCALARS, "swiglu bias", "quick_geglu bias"],
+    "gmm": ["swiglu", "swiglu bias"],
+    "dact": [*SCALARS],
+}
+HOT = {"large", "narrow"}
+FIELDS = "kernel arch config hot variant registers spills shared mma wgmma tma_load tma_store async_wait".split()
+T, D, I, E, K = 8192, 2048, 768, 128, 8  # Qwen3-30B-A3B
+
+
+def launches(kernel: str, variant: str, dtype: torch.dtype, config: Config) -> Callable[[], object]:
+    """A call that launches this kernel, and others that are ignored. variant: an activation, perhaps with ` bias`."""
+    act = variant.split()[0]
+    U = 2 * I if GATED[act] else I
+    new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
+    integers = (new(n, dtype=torch.int32) for n in (T * K, T * K, E + 1))
+    r, only, scalar = route.Route(*integers, K), Tiling(only=config), Act(act, 1.702, 7.0)
+    x, weights, w_up, w_down = new(T, D), new(T * K, dtype=torch.float32), new(E, U, D).mT, new(E, D, I).mT
+    a, z = new(T * K, I), new(T * K, U)
+    b_up, b_down = (new(E, U), new(E, D)) if "bias" in variant else (None, None)
+    return {
+        "up": lambda: up.up(x, w_up, b_up, weights, r, scalar, only, True),
+        "gmm": lambda: gmm.gmm(a, w_down, b_down, weights, r, only),
+        "dact": lambda: dact.dact(x, w_down, z, weights, r, scalar, only),
+        "dw": lambda: dw.dw(a, x, r, new(E, I, D), only),
+    }[kernel]
+
+
+def small(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], object]]:
+    """The kernels that have no tiles to choose."""
+    new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
+    r = route.Route(*(new(n, dtype=torch.int32) for n in (T * K, T * K, E + 1)), K)
+    rows, u, p, ids = new(T * K, D), new(T * K, 2 * I), new(T * K, dtype=torch.float32), new(T, K, dtype=torch.int64)
+    partial = new(T * K, 6, dtype=torch.float32)
+    return {
+        "route": lambda: route.make_route(ids, new(T, dtype=torch.bool), E),
+        "tiles": lambda: r.tiles(128),
+        "combine": lambda: sums.combine(rows, p, r, T, dtype),
+        "bias": lambda: sums.bias_gradient(u, None, r, dtype),
+        "dweight": lambda: sums.dweight(partial, rows[:T], new(E, D), r),
+        "act_forward": lambda: activations.act_forward._init_fn(u, p, "swiglu", 1.0, 0.0),
+        "act_backward": lambda: activations.act_backward._init_fn(u[:, :I], u, p, "swiglu", 1.0, 0.0),
+    }
+
+
+def rows(archs: list[str], hot_only: bool = False) -> Iterator[tuple[str, str, Config | None, bool, str, torch.dtype]]:
+    """(arch, kernel, config, hot, variant, dtype): each shipped tile once; hot ones with every activation and bias."""
+    for arch in archs:
+        for kernel, buckets in configs.load()[arch].items():
+            for config in dict.fromkeys(buckets.values()):
+                names = {b for b, c in buckets.items() if c == config}
+                hot, dtype = bool(names & HOT), torch.float32 if names == {"fp32"} else torch.bfloat16
+                if hot or not hot_only:
+                    variants = VARIANTS.get(kernel, ["swiglu"]) if hot else ["swiglu"]
+                    yield from ((arch, kernel, config, hot, variant, dtype) for variant in variants)
+        for kernel in [] if hot_only else small():
+            yield arch, kernel, None, False, "swiglu", torch.bfloat16
+
+
+def record(
+    arch: str, kernel: str, config: Config | None, hot: bool, variant: str, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """The record of a row: one for each kernel launched that has not been seen in another row."""
+    with caught() as found:
+        (launches(kernel, variant, dtype, config) if config else small()[kernel])()
+    for fn, args, options in found:
+        if config is None or fn.__name__ == f"{kernel}_kernel":
+            name = kernel if config else fn.__name__.removesuffix("_kernel")
+            measured = measure(compiled(fn, args, options, arch), arch)
+            yield dict(
+                kernel=name,
+                arch=arch,
+                config=str(config or ""),
+                hot=hot,
+                variant=variant + (" fp32" if dtype == torch.float32 else ""),
+                **measured,
+            )
+
+
+@contextmanager
+def caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches inside are noted, not made."""
+    found: list[Any] = []
+    run = triton.JITFunction.run
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append((self, args, options))
+
+    triton.JITFunction.run = note
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run = run
+
+
+def compiled(fn: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
+    """The kernel as it would be compiled for these arguments."""
+    values = dict(zip(fn.arg_names, args, strict=False)) | {n: options[n] for n in fn.arg_names if n in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(fn.arg_names):
+        value = values[name]
+        signature[name] = kind = "constexpr" if fn.params[i].is_constexpr else type_of(value)
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    flags = {k: v for k, v in options.items() if k not in values}
+    return triton.compile(ASTSource(fn, signature, constants, attributes), target=TARGETS[arch], options=flags)
+
+
+def type_of(value: Any) -> str:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+    names |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+    if value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return "*" + names[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{names[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def measure(kernel: Any, arch: str) -> dict[str, int]:
+    """What the machine code needs and has."""
+    asm = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+    count = lambda pattern: len(re.findall(pattern, asm))
+    registers, spills = _nvidia(kernel.asm["cubin"]) if "ptx" in kernel.asm else _amd(asm)
+    return dict(
+        registers=registers,
+        spills=spills,
+        shared=kernel.metadata.shared,
+        mma=count(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma"),
+        wgmma=count(r"wgmma\.mma_async"),
+        tma_load=count(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global"),
+        tma_store=count(r"cp\.async\.bulk\.tensor\S*\.global\.shared::"),
+        async_wait=count(r"(?:wgmma|cp\.async)\.wait_group\S*\s+[1-9]"),
+    )
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        found = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack = (re.search(rf"{key}:(\d+)", found.stdout) for key in ("REG", "STACK"))
+    assert registers and stack, found.stdout
+    return int(registers[1]), int(stack[1])  # these kernels have no arrays: a stack frame is spilled registers
+
+
+def _amd(asm: str) -> tuple[int, int]:
+    numbers = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", asm)}
+    return numbers["vgpr_count"], 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
+    parser.add_argument("--hot", action="store_true", help="only tiles of large shapes")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="records instead of a table")
+    options = parser.parse_args()
+    found = [r for row in rows(options.arch or list(TARGETS), options.hot) for r in record(*row)]
+    if options.json:
+        text = json.dumps(found, indent=1)
+        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
+        return
+    lines = [FIELDS] + [[str(r[f]) for f in FIELDS] for r in found]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
+    if bad := [r for r in found if r["shared"] > SHARED[r["arch"]]]:
+        sys.exit(f"more shared memory than the device has: {bad}")
+
+
+if __name__ == "__main__":
+    main()

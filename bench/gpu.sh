@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call: tests, errors against fp64, every kernel, whole layers, memory, graphs.
+#   bench/gpu.sh [FOLDER]        writes FOLDER/*.json, *.png and report.txt (bench/results)
+# A step that fails is said at the end, and does not stop the others.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-bench/results}
+mkdir -p "$folder"
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
+failed=()
+
+step() {
+    local name=$1
+    shift
+    echo "== $name"
+    "$@" || failed+=("$name")
+}
+
+step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_layer.py tests/test_kernels_ops.py tests/test_kernels_transforms.py
+step correct python bench/gpu_correct.py --json "$folder/correct.json"
+step kernels python bench/gpu_kernels.py --json "$folder/kernels.json"
+step layers python bench/gpu_layers.py --json "$folder/layers.json"
+step report bash -c "python bench/report.py '$folder' > '$folder/report.txt' && cat '$folder/report.txt'"
+
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}"
+    exit 1
+fi

@@ -1,0 +1,80 @@
+"""Every kernel by itself at the shapes of published models: time, TFLOP/s or bandwidth.
+
+    python bench/gpu_kernels.py [--json FILE] [--shape "qwen3-30b 32k"] [--sweep]
+
+`grouped_mm` is torch's product of the same sizes on rows that are already sorted. --sweep times the candidates of
+`fmoe_kernels.tune` too, instead of the shipped tiles alone.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fmoe_kernels
+import torch
+from fmoe_kernels import sums
+from fmoe_kernels.dact import dact
+from fmoe_kernels.dw import dw
+from fmoe_kernels.gmm import gmm
+from fmoe_kernels.launch import Act, Tiling
+from fmoe_kernels.route import make_route
+from fmoe_kernels.up import up
+from gpu_common import DECODE, SHAPES, Shape, layer, main, seconds, tried
+from torch.nn import functional as F
+
+
+def calls(s: Shape) -> dict[str, tuple[Callable[[], object], float, float]]:
+    """Name -> (launch, FLOPs, bytes that must move)."""
+    x, indices, weights, w_up, w_down = layer(s)
+    flat, act, tiling, N = weights.flatten(), Act("swiglu", 1.0, 0.0), Tiling(), s.T * s.K
+    r = make_route(indices, None, s.E)
+    a, z = up(x, w_up, None, flat, r, act, tiling, True)
+    assert z is not None
+    rows, dy = gmm(a, w_down, None, None, r, tiling), torch.randn_like(x)
+    dz, _, partial = dact(dy, w_down, z, flat, r, act, tiling)
+    product, ends = 2.0 * N * s.D * s.I, r.offsets[1:]
+    out_up, out_down = torch.empty_like(w_up.mT), torch.empty_like(w_down)
+    moved = 2.0 * (N + s.T) * s.D
+    return {
+        "route": (lambda: make_route(indices, None, s.E), 0, 8.0 * N),
+        "up": (lambda: up(x, w_up, None, flat, r, act, tiling, True), 2 * product, 0),
+        "down": (lambda: gmm(a, w_down, None, None, r, tiling), product, 0),
+        "combine": (lambda: sums.combine(rows, None, r, s.T, x.dtype), 0, moved),
+        "dact": (lambda: dact(dy, w_down, z, flat, r, act, tiling), product, 0),
+        "dw_down": (lambda: dw(a, dy, r, out_down, tiling), product, 0),
+        "dx": (lambda: gmm(dz, w_up.mT, None, None, r, tiling), 2 * product, 0),
+        "dw_up": (lambda: dw(dz, x, r, out_up, tiling), 2 * product, 0),
+        "dweight": (lambda: sums.dweight(partial, dy, None, r), 0, 4.0 * partial.numel()),
+        "bias": (lambda: sums.bias_gradient(dz, None, r, x.dtype), 0, 4.0 * N * s.I),
+        "grouped_mm up": (lambda: F.grouped_mm(rows, w_up, offs=ends), 2 * product, 0),
+        "grouped_mm down": (lambda: F.grouped_mm(a, w_down, offs=ends), product, 0),
+        "copy": (lambda: rows.clone(), 0, 4.0 * N * s.D),
+    }
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    records = []
+    for name, s in (SHAPES | DECODE).items():
+        if options.shape not in (None, name):
+            continue
+        for kernel, (call, flops, moved) in calls(s).items():
+
+            def one(call=call, flops=flops, moved=moved) -> dict[str, Any]:
+                t = seconds(call)
+                return dict(ms=1e3 * t, tflops=flops / t / 1e12, gbps=moved / t / 1e9)
+
+            records.append(tried(dict(shape=name, kernel=kernel), one))
+        if options.sweep:
+            sizes = dict(n_tokens=s.T, dim=s.D, width=s.I, n_experts=s.E, top_k=s.K)
+            with tempfile.TemporaryDirectory() as folder:
+                timings = fmoe_kernels.tune(Path(folder) / "tiles.json", **sizes)
+            for kernel, found in timings.items():
+                records += [dict(shape=name, kernel=kernel, tiles=c, ms=1e3 * t) for c, t in found.items()]
+        torch.cuda.empty_cache()
+    return records
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, shape={}, sweep=dict(action="store_true"))
