@@ -5,24 +5,31 @@
 Who multiplies (`backend`) and who moves tokens (`dispatcher`) are plain arguments.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fmoe.activations import is_gated_activation
-from fmoe.backends import BACKENDS, Backend
+from fmoe.backends import Backend, Fused, find
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
+from fmoe.recompute import recompute as again
 from fmoe.shapes import check_params
 from fmoe.types import MoEConfig, Params, Routing
-
-DEFAULT_BACKEND = "loop"
 
 AXES = {
     "gate_and_up_projs": "E D U",
     "down_projs": "E I D",
     "gate_up_proj_bias": "E U",
     "down_proj_bias": "E D",
+    "lora_gate_and_up_A": "E D r",
+    "lora_gate_and_up_B": "E r U",
+    "lora_down_A": "E I r",
+    "lora_down_B": "E r D",
 }
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PAIRS = {f"lora_{part}_{a}": f"lora_{part}_{b}" for part in ("gate_and_up", "down") for a, b in ("AB", "BA")}
 
 
 def experts(
@@ -31,8 +38,10 @@ def experts(
     routing: Routing,
     config: MoEConfig,
     *,
-    backend: str | Backend | None = DEFAULT_BACKEND,
+    backend: str | Backend | None = None,
     dispatcher: Dispatcher = local,
+    recompute: bool = False,
+    lora_alpha: float = 32.0,
 ) -> Tensor:
     """y[t] = sum_k (act(x[t] @ Wup[e] + bup[e]) * w[t, k]) @ Wdown[e] + w[t, k] * bdown[e], with e = indices[t, k].
 
@@ -41,9 +50,20 @@ def experts(
     matrix products. Weights and sums over k are fp32 (fp64 if x is), rounded once. With
     `config.apply_router_weight_after_down` the weight multiplies the rounded output of the expert, not its activation.
 
-    Slots with an index outside [0, E), and tokens whose mask is False, contribute nothing: not even a NaN. Parameters
-    of unused experts get zero gradients. backend: a name in `BACKENDS`, a function, or None for the default.
-    Raises ValueError for an unknown backend, and for parameters or tensors that do not fit the config.
+    LoRA: with `lora_gate_and_up_A` [E, D, r], `_B` [E, r, U], `lora_down_A` [E, I, r], `_B` [E, r, D] (either pair or
+    both) each h @ W is h @ W + lora_alpha / r * (h @ A) @ B.
+
+    routing: a Routing, or a tuple (indices, weights) or (indices, weights, mask). Slots with an index outside [0, E),
+    and tokens whose mask is False, contribute nothing: not even a NaN. Parameters of unused experts get zero
+    gradients, and no gradient is computed for a parameter that needs none. Every order of derivatives exists (with
+    triton the first; the next raises NotImplementedError), and runs repeat bit for bit.
+
+    Autocast: products are taken in autocast's dtype, as those of `torch.nn.functional.linear` are (fp64 stays);
+    everything else, the dtype of y included, is as without. backend: a name in `fmoe.backends.NAMES`, a function, or
+    None: triton on a GPU, otherwise torch_mm. recompute: keep the arguments alone for backward, no row of them.
+
+    Raises ValueError for an unknown backend, and for parameters or tensors that do not fit the config; ImportError for
+    a backend whose library is not installed.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
@@ -51,21 +71,46 @@ def experts(
     >>> experts(params, torch.tensor([[3.0], [2.0], [9.0]]), routing, config).flatten().tolist()
     [45.0, 4.0, 0.0]
     """
-    multiply = _backend(backend)
+    routing = _as_routing(routing)
     _check_tokens(x, routing, config)
-    plan = dispatcher.plan(routing, config)
-    rows = dispatcher.dispatch(x, routing.weights, plan)
-    _check_params(params, config, n_experts=rows.counts.shape[0])
-    return dispatcher.combine(multiply(params, rows, config), plan).to(x.dtype)
+    multiply = find(backend, x.device)
+    h = x.to(_product_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(multiply, Fused) and dispatcher is local and not any(name in PAIRS for name in params):
+            _check_params(params, config, n_experts=config.n_routed_experts)
+            return multiply.layer(params, h, routing, config, recompute=recompute).to(x.dtype)
+
+        def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
+            rows = dispatcher.dispatch(h, weights, plan)
+            _check_params(params, config, n_experts=rows.counts.shape[0])
+            return dispatcher.combine(multiply(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
+
+        args = dict(params), h, routing.weights, dispatcher.plan(routing, config)
+        return again(layer, *args) if recompute else layer(*args)
 
 
-def _backend(backend: str | Backend | None) -> Backend:
-    if callable(backend):
-        return backend
-    name = DEFAULT_BACKEND if backend is None else backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}, or a function")
-    return BACKENDS[name]
+def _as_routing(routing: Routing) -> Routing:
+    if not isinstance(routing, tuple) or len(routing) not in (2, 3):
+        found = f"{type(routing).__name__} of {len(routing)}" if isinstance(routing, tuple) else type(routing).__name__
+        raise ValueError(f"experts: routing is a {found}, expected Routing(indices, weights, mask) or such a tuple")
+    for name, t in Routing(*routing)._asdict().items():
+        if not isinstance(t, Tensor) and (name, t) != ("mask", None):
+            raise ValueError(f"experts: routing.{name} is a {type(t).__name__}, expected a tensor")
+    return Routing(*routing)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _scaled(params: Params, alpha: float) -> Params:
+    """params with lora_alpha / r in the B matrices: backends multiply them as they are."""
+    wide = lambda p: p.to(torch.promote_types(p.dtype, torch.float32))
+    r = {name: p.shape[-1] for name, p in params.items() if name in PAIRS and name.endswith("_A")}
+    return {name: wide(p) * (alpha / r[PAIRS[name]]) if PAIRS.get(name) in r else p for name, p in params.items()}
 
 
 def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
@@ -73,18 +118,19 @@ def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
     T, D = x.shape[0] if x.ndim else 0, config.expert_dim
     fits = {
         "x": x.ndim == 2 and x.shape[1] == D and x.is_floating_point(),
-        "routing.indices": indices.ndim == 2 and indices.shape[0] == T and not indices.is_floating_point(),
+        "routing.indices": indices.ndim == 2 and indices.shape[0] == T and indices.dtype in INTEGERS,
         "routing.weights": weights.shape == indices.shape and weights.is_floating_point(),
-        "routing.mask": mask is None or (list(mask.shape) == [T] and mask.dtype == torch.bool),
+        "routing.mask": mask is None or (mask.ndim == 1 and mask.shape[0] == T and mask.dtype == torch.bool),
     }
-    found = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
-    expected = {
-        "x": f"floating [T, D={D}]",
-        "routing.indices": f"integer [T={T}, K]",
-        "routing.weights": f"floating {list(indices.shape)}, the shape of routing.indices",
-        "routing.mask": f"bool [T={T}]",
-    }
+    # a size that is told is a size that torch.compile holds fixed: so only what is wrong is told
     if wrong := [name for name, ok in fits.items() if not ok]:
+        found = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
+        expected = {
+            "x": f"floating [T, D={D}]",
+            "routing.indices": f"integer [T={T}, K]",
+            "routing.weights": f"floating {list(indices.shape)}, the shape of routing.indices",
+            "routing.mask": f"bool [T={T}]",
+        }
         raise ValueError(
             "\n".join(f"experts: {name} is {_say(found[name])}, expected {expected[name]}" for name in wrong)
         )
@@ -93,8 +139,12 @@ def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
 def _check_params(params: Params, config: MoEConfig, *, n_experts: int) -> None:
     I = config.moe_inter_dim
     sizes = dict(E=n_experts, D=config.expert_dim, I=I, U=2 * I if is_gated_activation(config.expert_activation) else I)
-    optional = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    check_params("experts", params, AXES, sizes, optional=optional)
+    for name, other in PAIRS.items():
+        if name in params and other not in params:
+            raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
+    sizes["r"] = next((p.shape[-1] for name, p in params.items() if name in PAIRS and name.endswith("_A")), 0)
+    biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
+    check_params("experts", params, AXES, sizes, optional=(*biases, *PAIRS))
 
 
 def _say(t: Tensor | None) -> str:

@@ -10,7 +10,7 @@ from fmoe.activations import activation, is_gated_activation
 from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
-from fmoe.experts import DEFAULT_BACKEND, experts
+from fmoe.experts import experts
 from fmoe.routing import route
 from fmoe.shapes import check_params
 from fmoe.types import MoEConfig, Params
@@ -23,9 +23,11 @@ def moe(
     x: Tensor,
     config: MoEConfig,
     *,
-    backend: str | Backend | None = DEFAULT_BACKEND,
+    backend: str | Backend | None = None,
     dispatcher: Dispatcher = local,
     mask: Tensor | None = None,
+    recompute: bool = False,
+    lora_alpha: float = 32.0,
 ) -> Tensor:
     """y = fc2(experts(fc1(x), route(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x).
 
@@ -34,6 +36,7 @@ def moe(
     `gate.*` as in `route`; `experts.*` as in `experts`; `shared_experts.gate_proj`, `.up_proj` [S, D] and `.down_proj`
     [D, S] (no gate_proj for relu2); `shared_expert_gate` [1, D]; `fc1_latent_proj` [L, D] and `fc2_latent_proj`
     [D, L] if `config.moe_latent_size` is L. Each of these projections is a `.weight` and where present a `.bias`.
+    backend, dispatcher, recompute and lora_alpha are those of `experts`.
     Raises ValueError for unknown, missing and misshapen parameters, and as `route` and `experts`.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
@@ -52,7 +55,16 @@ def moe(
     seen = tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
     routing = route(params, seen, config)._replace(mask=mask)
     latent = _linear(params, "fc1_latent_proj", seen) if config.moe_latent_size else seen
-    y = experts(_below(params, "experts."), latent, routing, config, backend=backend, dispatcher=dispatcher)
+    y = experts(
+        _below(params, "experts."),
+        latent,
+        routing,
+        config,
+        backend=backend,
+        dispatcher=dispatcher,
+        recompute=recompute,
+        lora_alpha=lora_alpha,
+    )
     y = _linear(params, "fc2_latent_proj", y) if config.moe_latent_size else y
     if "shared_experts.up_proj.weight" in params:
         y = y + _shared(params, tokens, config)

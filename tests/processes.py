@@ -17,11 +17,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import cache
+from itertools import chain, repeat
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 CHANGES = (
@@ -37,6 +38,7 @@ CHANGES = (
     "rmdir",
 )
 LIMIT, SYNC = 100_000, 200_000  # bytes of a job, and from one wait for the disk to the next: many of both
+STARTED: list[ForkServerProcess] = []
 
 
 class Ended(NamedTuple):
@@ -76,7 +78,14 @@ def start(arguments: Iterable[object], folder: Path, **how: Any) -> Started:
         (folder / name).write_text("")
     process = _context().Process(target=_run, args=([*map(str, arguments)], folder), kwargs=how)
     process.start()
+    STARTED.append(process)
     return Started(process, folder)
+
+
+def end_all() -> None:
+    """Nothing that a failed test started outlives it, stopped or not."""
+    while STARTED:
+        STARTED.pop().kill()
 
 
 def calls(folder: Path) -> list[str]:
@@ -98,7 +107,7 @@ def _run(
     job takes more. boot: which start of the machine it is. fails: (calls of `os`, from which of them on, the errno that
     they give). powers: root's, over files that others may not touch.
 
-    With `--threads 1` the order of the changes is the same in every run.
+    With `--threads=1` the order of the changes is the same in every run.
     """
     os.setsid()
     for number, name in ((1, "out"), (2, "err")):
@@ -117,8 +126,9 @@ def _run(
     module = sys.modules["fmoe.checkpoint.convert"]
     engine = module.Engine  # type: ignore[attr-defined]
     module.Engine, module.SYNC = partial(engine, limit=limit), SYNC  # type: ignore[attr-defined]
-    pool = module.pool  # type: ignore[attr-defined]
-    module.pool = lambda threads: nullcontext(Inline()) if threads == 1 else pool(threads)  # type: ignore[attr-defined]
+    if "--threads=1" in arguments:
+        pools = chain([Later()], repeat(AtOnce()))  # the jobs, and the waiting for the disk beside them
+        module.pool = lambda threads: nullcontext(next(pools))  # type: ignore[attr-defined]
     (folder / "boot").write_text(boot)
     journal._BOOT = folder / "boot"
     if slow:
@@ -135,16 +145,17 @@ def _run(
         os._exit(left.code if isinstance(left.code, int) else 1)
 
 
-class Inline:
-    """One thread that is this one, so that what is done has an order, the same in every run."""
+class Later:
+    """One thread that is this one: a job is carried out when it is asked for, so that every run has the same order."""
 
-    def submit(self, run: Callable[..., Any], *args: Any) -> "Future[Any]":
-        future: Future[Any] = Future()
-        try:
-            future.set_result(run(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def submit(self, run: Callable[..., Any], *args: Any) -> Any:
+        return SimpleNamespace(result=lambda: run(*args))
+
+
+class AtOnce(Later):
+    def submit(self, run: Callable[..., Any], *args: Any) -> Any:
+        done = run(*args)
+        return SimpleNamespace(result=lambda: done, done=lambda: True)
 
 
 def _plain() -> None:

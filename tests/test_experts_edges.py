@@ -163,8 +163,8 @@ def wrong(match: str, params: dict[str, Tensor] | None = None, config: MoEConfig
 def test_errors_name_the_parameter_what_was_found_and_what_was_expected() -> None:
     good = draw(CONFIG)
     wrong(
-        r"unknown parameter 'lora_down_A', expected only gate_and_up_projs, down_projs",
-        good | {"lora_down_A": torch.ones(5, 4, 2)},
+        r"unknown parameter 'lora_down', expected only gate_and_up_projs, down_projs",
+        good | {"lora_down": torch.ones(5, 4, 2)},
     )
     wrong(
         r"'down_projs' is missing, expected shape \[E=5, I=4, D=6\]", {"gate_and_up_projs": good["gate_and_up_projs"]}

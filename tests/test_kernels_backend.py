@@ -42,3 +42,22 @@ def test_rows_and_fused_are_the_loop(config: MoEConfig) -> None:
         near(found[0], y, 1e-6)
         for name in grads:
             near(found[1][name], grads[name], 2e-6)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_lora_goes_through_the_kernels_too(after: bool) -> None:
+    config = replace(CONFIG, apply_router_weight_after_down=after)
+    (E, D, U), I, r = (4, 12, 18), 9, 3
+    shapes = {"lora_gate_and_up_A": (E, D, r), "lora_gate_and_up_B": (E, r, U)}
+    shapes |= {"lora_down_A": (E, I, r), "lora_down_B": (E, r, D)}
+    params = {name: device(p) for name, p in draw(config, torch.float32).items()}
+    torch.manual_seed(0)
+    params |= {name: device(0.3 * torch.randn(shape)) for name, shape in shapes.items()}
+    x, routing = tokens(config, dtype=torch.float32)
+    parts = (routing.indices, routing.weights.float(), routing.mask)
+    x, routing = device(x), Routing(*(t if t is None else device(t) for t in parts))
+    y, grads = grads_of(experts, params, x, routing, config=config, backend=loop)
+    found, theirs = grads_of(experts, params, x, routing, config=config, backend="triton")
+    near(found, y, 1e-6)
+    for name in grads:
+        near(theirs[name], grads[name], 2e-6)

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -16,13 +16,19 @@ from pathlib import Path
 import pytest
 from command import demo
 from directories import INDEX, files
-from processes import Started, calls, power_failure, start
+from processes import Started, calls, end_all, power_failure, start
 
 import fmoe
 
 JOURNAL = "fmoe.journal"
 GOES_ON = "fmoe: interrupted; run the same command again to go on\n"
 Files = dict[str, bytes]
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +78,15 @@ def lay(found: Files, path: Path) -> Path:
     return path
 
 
-def command(source: Path, dst: Path, *more: object) -> list[object]:
-    return ["convert", source, dst, "--max-shard-size", "100KB", "--threads", "1", *more]
+def command(source: Path, dst: Path, *more: object, threads: object = 1) -> list[object]:
+    return [
+        "convert",
+        source,
+        dst,
+        "--max-shard-size",
+        "100KB",
+        *(more if "--threads=3" in more else ("--threads=1", *more)),
+    ]
 
 
 def moments(made: list[str], every: int = 1) -> list[int]:
@@ -214,7 +227,7 @@ def test_an_interrupt_says_that_it_can_be_gone_on_with(source, new, tmp_path):
     for by, expected in [(signal.SIGINT, (130, "", GOES_ON)), (signal.SIGTERM, (-signal.SIGTERM, "", ""))]:
         for k, threads in zip(sorted(points), cycle("13"), strict=False):
             shutil.rmtree(dst)
-            assert start(command(source, dst, "--threads", threads), notes, at=k, by=by).end() == expected, made[k]
+            assert start(command(source, dst, threads=threads), notes, at=k, by=by).end() == expected, made[k]
             whole(dst, new, {})
             assert start(command(source, dst), notes).end().code == 0
             assert files(dst) == new

@@ -51,7 +51,7 @@ def test_files_are_the_librarys_byte_for_byte(specs, data):
             for name in order:  # transposed storage too: what counts is the order of the shape
                 tensor = tensors[name].mT.contiguous().mT if tensors[name].ndim > 1 else tensors[name]
                 file.flush()
-                write_at(file.fileno(), bits(tensor), layout.starts[name])
+                write_at(ours, file.fileno(), bits(tensor), layout.starts[name])
         assert ours.stat().st_size == size
         assert ours.read_bytes() == theirs.read_bytes()
         header = read_header(ours)

@@ -15,12 +15,18 @@ from types import SimpleNamespace
 import pytest
 from command import PROGRAM, Run, demo, runner
 from directories import INDEX, files
-from processes import calls, start
+from processes import calls, end_all, start
 
 import fmoe
 from fmoe import AdapterError
 
 JOURNAL = "fmoe.journal"
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    yield
+    end_all()
 
 
 @pytest.fixture

@@ -38,6 +38,14 @@ def load(
     device: where they go ("meta": shapes and dtypes only). device_mesh: this rank's experts, as DTensors. out: native
     tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`, such as `dtype=`; a range
     is one of an axis, as `e=range(0, 16)`, and only its bytes are read. Raises AdapterError with every problem found.
+
+    >>> import fmoe, tempfile
+    >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
+    >>> params = {f"{block}.gate_and_up_projs": torch.ones(4, 2, 6), f"{block}.down_projs": torch.ones(4, 3, 2)}
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     _ = fmoe.save(params, path, made)
+    ...     {name: tuple(tensor.shape) for name, tensor in fmoe.load(path, e=range(0, 2)).items()}
+    {'model.layers.0.mlp.experts.gate_and_up_projs': (2, 2, 6), 'model.layers.0.mlp.experts.down_projs': (2, 3, 2)}
     """
     source = open_checkpoint(path)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}

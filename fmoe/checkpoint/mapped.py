@@ -40,12 +40,12 @@ def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -
 
 
 def fetch(source: Checkpoint, name: str, part: Tensor) -> None:
-    """Begins to read what a part of a mapped tensor covers, if it is one run, and not what the system would around it."""
+    """Begins to read what a part of a mapped tensor covers, if that is one run; by itself the system reads more."""
     item, file = part.element_size(), source.files[name]
     size = part.untyped_storage().nbytes() if part.numel() else 0
     span = sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True)) + 1
     if span == part.numel() and size == source.stamps[file].size and hasattr(os, "posix_fadvise"):
+        start, end = int(part.storage_offset()) * item, (int(part.storage_offset()) + span) * item
         with disk.reading(source.path / file, source.stamps[file]) as descriptor:
-            for at in range(part.storage_offset() * item, (part.storage_offset() + span) * item, _STEP):
-                size = min(_STEP, (part.storage_offset() + span) * item - at)
-                os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
+            for at in range(start, end, _STEP):
+                os.posix_fadvise(descriptor, at, min(_STEP, end - at), os.POSIX_FADV_WILLNEED)

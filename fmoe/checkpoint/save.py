@@ -44,6 +44,13 @@ def save(
     force: replace the checkpoint that path holds; other files in it stay in any case.
 
     Raises AdapterError before anything is written where the parameters do not convert, or path may not be written to.
+
+    >>> import fmoe, tempfile, torch
+    >>> adapter = fmoe.rule("layers.{l}.w.{e} [i d]", "layers.{l}.w [e d i]") | fmoe.keep("{rest}")
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     report = fmoe.save({"layers.0.w": torch.ones(2, 3, 4), "norm": torch.ones(3)}, path, adapter)
+    ...     sorted(file.name for file in Path(path).iterdir()), report.made, report.written
+    (['model.safetensors'], 3, 108)
     """
     path = Path(path)
     if layout not in ("hf", "native"):

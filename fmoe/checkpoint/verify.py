@@ -16,7 +16,7 @@ from fmoe.checkpoint.slices import groups, narrowing
 from fmoe.pipeline import Plan
 from fmoe.types import AdapterError, Problem, bits
 
-MOST = 32 * 2**20  # bytes of a stack of experts that go there and back at once
+MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once
 
 
 def verify(path: Path | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
@@ -24,6 +24,14 @@ def verify(path: Path | str, progress: Progress = lambda done, of: None, **choic
 
     Nothing is written, and memory does not grow with the directory. Raises AdapterError naming each tensor that comes
     back different.
+
+    >>> import fmoe, tempfile
+    >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
+    >>> params = {f"{block}.gate_and_up_projs": torch.ones(4, 2, 6), f"{block}.down_projs": torch.ones(4, 3, 2)}
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     _ = fmoe.save(params, path, made)
+    ...     fmoe.verify(path).tensors
+    12
     """
     source = open_checkpoint(path)
     adapter = adapter_of(source, **choices)

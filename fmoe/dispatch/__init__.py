@@ -20,7 +20,8 @@ from fmoe.types import MoEConfig, Routing
 class Rows(NamedTuple):
     """What one device multiplies: counts[e] rows for each of its experts e in turn.
 
-    x [N, D]. weights [N] fp32, or fp64 if x or the routing weights are. counts [E] int64, summing to N.
+    x [N, D]. weights [N] fp32, or fp64 if x or the routing weights are. counts [E] int64, summing to N; or, where the
+    host cannot read a routing, to less: rows after the sum are zero, and what a backend makes of them is dropped.
     """
 
     x: Tensor

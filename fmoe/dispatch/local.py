@@ -2,12 +2,14 @@
 
 Both directions go through the T * K slots of the routing. A slot holds one row or none, so no two rows are ever added
 by a scatter: sums run over the K slots of a token, in one order, in fp32, forward and backward.
+
+Where the host can read the routing, there is a row for each slot that goes somewhere. Where it cannot (under
+torch.compile, export, and a vmap over routings), there is a row for every slot, and those that go nowhere come last.
 """
 
 from typing import NamedTuple
 
 import torch
-from fmoe_kernels import reference
 from torch import Tensor
 
 from fmoe.dispatch import Dispatcher, Rows
@@ -15,12 +17,16 @@ from fmoe.types import MoEConfig, Routing
 
 
 class Plan(NamedTuple):
-    """Row n is slot slot_ids[n] = t * K + k; counts[e] rows for expert e. slot_ids [N], counts [E] int64."""
+    """Row n is slot slot_ids[n] = t * K + k; counts[e] rows for expert e. slot_ids [N], counts [E] int64.
+
+    routed [N, 1] bool: which rows go anywhere; None: all do, and N is the sum of counts.
+    """
 
     slot_ids: Tensor
     counts: Tensor
     n_tokens: int
     k: int
+    routed: Tensor | None = None
 
 
 def plan(routing: Routing, config: MoEConfig) -> Plan:
@@ -28,11 +34,19 @@ def plan(routing: Routing, config: MoEConfig) -> Plan:
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=2, dim=1, moe_inter_dim=1)
     >>> plan(Routing(torch.tensor([[1, 0], [1, -1]]), torch.ones(2, 2)), config)
-    Plan(slot_ids=tensor([1, 0, 2]), counts=tensor([1, 2]), n_tokens=2, k=2)
+    Plan(slot_ids=tensor([1, 0, 2]), counts=tensor([1, 2]), n_tokens=2, k=2, routed=None)
     """
-    n_tokens, k = routing.indices.shape
-    routed = reference.route(routing.indices, routing.weights.detach(), routing.mask, config.n_routed_experts)
-    return Plan(routed.slot_ids, routed.counts, n_tokens, k)
+    indices, _, mask = routing
+    (T, K), E = indices.shape, config.n_routed_experts
+    goes = (indices >= 0) & (indices < E)
+    goes = goes if mask is None else goes & mask[:, None]
+    ids, slot_ids = indices.long().masked_fill(~goes, E).flatten().sort(stable=True)
+    # integers: whatever the order they are added in, the sum is the same
+    counts = ids.new_zeros(E + 1).scatter_add(0, ids, torch.ones_like(ids))
+    n_routed = _on_host(counts[:E].sum())
+    if n_routed is None:
+        return Plan(slot_ids, counts[:E], T, K, routed=(ids < E)[:, None])
+    return Plan(slot_ids[:n_routed], counts[:E], T, K)
 
 
 def dispatch(x: Tensor, weights: Tensor, plan: Plan) -> Rows:
@@ -45,9 +59,11 @@ def dispatch(x: Tensor, weights: Tensor, plan: Plan) -> Rows:
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
     # the transpose of `expand` is one sum over k, rounded once; that of x[token_ids] is a scatter, in any order
-    copies = x[:, None].expand(-1, plan.k, -1).flatten(0, 1)
-    sent = weights.flatten().index_select(0, plan.slot_ids).to(wide)
-    return Rows(copies.index_select(0, plan.slot_ids), sent, plan.counts)
+    copies = x[:, None].expand(-1, plan.k, -1).flatten(0, 1)[plan.slot_ids]
+    sent = weights.flatten()[plan.slot_ids].to(wide)
+    if plan.routed is not None:
+        copies, sent = _only(copies, plan.routed), _only(sent, plan.routed[:, 0])
+    return Rows(copies, sent, plan.counts)
 
 
 def combine(rows: Tensor, plan: Plan) -> Tensor:
@@ -57,9 +73,32 @@ def combine(rows: Tensor, plan: Plan) -> Tensor:
     >>> combine(torch.tensor([[1.0], [1.0], [2.0]]), plan).flatten().tolist()
     [2.0, 2.0]
     """
+    rows = rows if plan.routed is None else _only(rows, plan.routed)
     slots = rows.new_zeros(plan.n_tokens * plan.k, rows.shape[1]).index_copy(0, plan.slot_ids, rows)
     wide = torch.promote_types(rows.dtype, torch.float32)
     return slots.unflatten(0, (plan.n_tokens, plan.k)).sum(1, dtype=wide)
+
+
+def _only(rows: Tensor, routed: Tensor) -> Tensor:
+    """rows where routed and 0 elsewhere, in both directions: neither value nor gradient of another row gets through."""
+    return rows.masked_fill(~routed, 0)
+
+
+def _on_host(n: Tensor) -> int | None:
+    """n as an int, or None where no host can know it."""
+    if torch.compiler.is_compiling() or _batched(n):
+        return None
+    return int(n)
+
+
+def _batched(t: Tensor) -> bool:
+    """Is t one tensor for each member of a vmap, below any other transforms of torch.func?"""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
 
 
 local = Dispatcher(plan, dispatch, combine)

@@ -1,0 +1,48 @@
+"""The MLP of every expert over sorted rows: two products, an activation, biases and LoRA, whoever multiplies."""
+
+from torch import Tensor
+
+from fmoe.activations import activation
+from fmoe.backends.products import gmm
+from fmoe.backends.raw.loop import few, in_one_order
+from fmoe.dispatch import Rows
+from fmoe.types import MoEConfig, Params
+
+
+def mlp(params: Params, rows: Rows, config: MoEConfig, by: str) -> Tensor:
+    """out[n] = (act(x[n] @ Wup[e] + bup[e]) * w[n]) @ Wdown[e] + w[n] * bdown[e], e the expert of row n.
+
+    With `config.apply_router_weight_after_down`: out[n] = w[n] * (act(x[n] @ Wup[e] + bup[e]) @ Wdown[e] + bdown[e]).
+    Where LoRA matrices A and B stand beside W, each h @ W is h @ W + (h @ A) @ B. Matrices multiply in x's dtype,
+    whatever the dtype of the parameters; [N, D] comes back in the dtype of the weights, fp32 or fp64. Parameters are
+    those of `fmoe.experts`, here [E, ..] with E = len(rows.counts). by: who multiplies, a name in `RAW`.
+
+    >>> import torch
+    >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
+    >>> rows = Rows(torch.tensor([[2.0], [3.0]]), torch.tensor([1.0, 0.5]), torch.tensor([1, 1]))
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
+    >>> mlp(params, rows, config, by="loop").flatten().tolist()
+    [4.0, 45.0]
+    """
+    x, w, act = rows.x, rows.weights[:, None], activation(config)
+    ones, offsets = x.new_ones(x.shape[0], 1), rows.counts.cumsum(0).int()
+
+    def product(h: Tensor, name: str) -> Tensor:
+        w = params[name].to(x.dtype)
+        return gmm(h, in_one_order(w) if w.device.type == "cpu" and not few(h, w) else w, offsets, by)
+
+    def project(h: Tensor, weight: str, lora: str) -> Tensor:
+        out = product(h, weight)
+        return out + product(product(h, f"{lora}_A"), f"{lora}_B") if f"{lora}_A" in params else out
+
+    def biased(out: Tensor, name: str, weights: Tensor) -> Tensor:
+        if name not in params:
+            return out
+        # a bias is a product too: of one column, the weights, and one row for each expert
+        return out + gmm(weights, params[name].to(x.dtype).to(weights.dtype)[:, None], offsets, by)
+
+    u = biased(project(x, "gate_and_up_projs", "lora_gate_and_up"), "gate_up_proj_bias", ones)
+    if config.apply_router_weight_after_down:
+        out = biased(project(act(u, None), "down_projs", "lora_down"), "down_proj_bias", ones)
+        return w * out.to(w.dtype)
+    return biased(project(act(u, w), "down_projs", "lora_down").to(w.dtype), "down_proj_bias", w)
