@@ -385,3 +385,21 @@ def test_saving_interrupted_among_the_new_names_can_be_done_again(source, tmp_pa
     fmoe.save(params, dst, adapter, max_shard_size="100KB")
     fmoe.save(params, tmp_path / "new", adapter, max_shard_size="100KB")
     assert files(dst) == files(tmp_path / "new")
+
+
+def test_a_source_that_cannot_be_read_just_now_can_be_gone_on_from(source, tmp_path, monkeypatch):
+    dst, calls, preadv = tmp_path / "out", [], os.preadv
+
+    def fails(*args):
+        calls.append(args)
+        if dst.exists() and len(calls) % 10 == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fails)
+        with pytest.raises(AdapterError, match="cannot be read at byte .*: Input/output error"):
+            convert(source, dst, threads=1)
+    assert (dst / JOURNAL).exists() and INDEX not in files(dst)
+    assert convert(source, dst).resumed > 0
+    assert files(dst) == expected(source)

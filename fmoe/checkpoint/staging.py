@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fmoe.checkpoint.disk import Unreadable
 from fmoe.checkpoint.files import INDEX, NATIVE
 from fmoe.checkpoint.journal import JOURNAL, ONCE, boot, lines, note, told
 from fmoe.types import AdapterError
@@ -158,8 +159,9 @@ def staging(
     """The directory, made if need be and locked, to be filled. Interrupted, it keeps what is needed to go on.
 
     claim: what may be replaced in it, asked once nobody else writes to it (see `room.replaced`). Raises AdapterError
-    where another process is at it. Bad input, which is an AdapterError inside, leaves nothing behind, and nor does any
-    end but a good one of what is not resumable, unless files have their names already.
+    where another process is at it. Bad input, which is an AdapterError inside, leaves nothing behind (but a source that
+    cannot be read just now is not bad), and nor does any end but a good one of what is not resumable, unless files have
+    their names already.
     """
     fresh = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
@@ -171,7 +173,8 @@ def staging(
             stage.old = claim()
             yield stage
         except BaseException as error:
-            bad = isinstance(error, AdapterError) or not resumable
+            wrong = isinstance(error, AdapterError) and not isinstance(error, Unreadable)
+            bad = wrong or not resumable
             if stage.stale is None and (bad or not stage.begun):
                 stage.abandon()
             raise
