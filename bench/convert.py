@@ -116,6 +116,18 @@ def load_save(src: Path, dst: Path) -> None:
     fmoe.save(fmoe.load(src), dst, fmoe.adapter(src), fsync=False)
 
 
+@method("safetensors: load_file, from_hf, save_file")
+def safetensors(src: Path, dst: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    import fmoe
+
+    tensors = {n: t for path in sorted(src.glob("*.safetensors")) for n, t in load_file(path).items()}
+    dst.mkdir()
+    native = fmoe.adapter(src).from_hf(tensors)
+    save_file({n: t.contiguous() for n, t in native.items()}, dst / "model.safetensors")
+
+
 def _transformers(src: Path, dst: Path, original: bool) -> None:
     import transformers
 

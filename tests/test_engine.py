@@ -20,6 +20,7 @@ from test_flow import LAYOUTS, drawn
 
 import fmoe
 from fmoe.checkpoint import open_checkpoint, plan_from
+from fmoe.checkpoint.arrange import ranges
 from fmoe.checkpoint.boxes import LARGE, Place, box, jobs
 from fmoe.checkpoint.engine import LIMIT, Engine
 from fmoe.families import FAMILIES
@@ -156,6 +157,40 @@ def test_runs_that_lie_side_by_side_on_both_ends_are_one():
     assert job.boxes == (box(a, b, (sum(sizes),), 0, (1,), 50, (1,), 1),)
     cut = [b for job in jobs(runs, 100) for b in job.boxes]
     assert [(b.at, b.nbytes) for b in cut] == [(0, 100), (100, 100), (200, 100), (300, 100), (400, 14)]
+
+
+def test_boxes_that_lie_among_each_other_are_one_job_and_one_write():
+    a, b = Place("a"), Place("b")
+    rows = lambda n, to_at: box(a, b, (n, 2), 100 * to_at, (2, 1), to_at, (4, 1), 1)
+    nested = [rows(50, 0), rows(2, 2), rows(5, 150), box(a, b, (4, 2), 9000, (2, 1), 1000, (3, 1), 1)]
+    first, last = sorted(jobs(nested, 10**6), key=lambda job: len(job.boxes))[::-1]
+    assert {*first.boxes} == {*nested[:3]} and last.boxes == (nested[3],)
+    found = list(ranges(nested, lambda b: (b.to, *b.to_span)))
+    assert [(low, high, len(inside)) for low, high, inside in found] == [(0, 198, 3), (1000, 1011, 1)]
+
+
+def test_an_interleaved_stack_is_read_once_and_written_with_few_calls(monkeypatch):
+    module, calls = importlib.import_module("fmoe.checkpoint.engine"), []
+    write, read_ = module.write_at, module.disk.read_at
+    monkeypatch.setattr(module, "write_at", lambda *args: (calls.append("write"), write(*args)))
+    monkeypatch.setattr(module.disk, "read_at", lambda *args: (calls.append("read"), read_(*args)))
+    adapter = fmoe.adapter("per_expert")
+    shapes = {"gate": (30, 20), "up": (30, 20), "down": (20, 30)}
+    held = {f"l.0.mlp.experts.{e}.{p}_proj.weight": torch.randn(s) for e in range(4) for p, s in shapes.items()}
+    native = adapter.from_hf(held)
+    engine = agree(adapter.plan(held), held, 10_000)  # which runs it twice, as it says
+    assert calls.count("write") == 2 * 2 * 4 and engine.read == engine.written
+    calls.clear()
+    engine = agree(adapter.inverse.plan(native), native, 10_000)
+    assert calls.count("read") <= 2 * 2 * 4 and engine.read == engine.written
+
+
+def test_what_lies_among_what_is_left_out_is_taken_alone():
+    adapter = fmoe.rule("w [d (i g)]", "{g=a|b|c} [i d]")
+    held = {"w": torch.randn(20, 90)}
+    for limit in (64, 4000, LIMIT):
+        for window in ({"g": range(0, 2)}, {"g": range(1, 3)}, {"i": range(3, 11)}, {"d": range(4, 6)}):
+            agree(adapter.plan(held, **window), held, limit)
 
 
 # directories

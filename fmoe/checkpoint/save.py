@@ -1,7 +1,7 @@
 """Native parameters as a directory: shards and an index that Transformers and fmoe read."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,14 @@ def save(
     fsync: bool = True,
     threads: int | None = None,
     progress: Progress = lambda done, of: None,
+    **axis_ranges: range,
 ) -> Report:
     """path = to_hf(params) as safetensors files of at most max_shard_size, with their index; atomic and deterministic.
 
     layout: "native" writes params as they are; `fmoe.convert` and `fmoe.load` read both. adapter: as `fmoe.adapter`
     gave it, whose config is written as config.json where path has none; without one, that of path's config.json.
-    force: replace the checkpoint that path holds; other files in it stay in any case.
+    force: replace the checkpoint that path holds; other files in it stay in any case. axis_ranges: which experts these
+    parameters hold, as `e=range(16, 32)`, if not all: only their tensors are written, under their own numbers.
 
     Raises AdapterError before anything is written where the parameters do not convert, or path may not be written to.
 
@@ -60,14 +62,14 @@ def save(
     adapter = _adapter(path, adapter)
     claim = lambda: replaced(path, None, force, bystanders=True)
     claim()
-    hf, held = adapter._to_hf_plan(params, None, {})
-    adapter.plan(hf.targets)  # and what is written can be read
+    hf, held = adapter._to_hf_plan(params, None, axis_ranges)
+    adapter._plan(hf.targets, axis_ranges, frozenset(axis_ranges))  # and what is written can be read
     specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in params.items()}
     plan = hf if layout == "hf" else Plan((), specs)
     files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
     small = {INDEX: files.index} if files.index else {}
     if layout == "native":
-        small[NATIVE] = _origin(hf, size_of(max_shard_size))
+        small[NATIVE] = _origin(hf, size_of(max_shard_size), axis_ranges)
     if adapter.config is not None and not (path / CONFIG).exists():
         small[CONFIG] = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
     check_space(path, sum(size for _, size in files.heads.values()))
@@ -115,8 +117,9 @@ def _adapter(path: Path, adapter: Adapter | None) -> Adapter:
     return adapter_at(str(config.get("model_type")), config)
 
 
-def _origin(hf: Plan, most: int) -> str:
+def _origin(hf: Plan, most: int, ranges: Mapping[str, range]) -> str:
     """What the native directory would have been made from."""
     files = Layout.of(hf.targets, shard(hf.targets, most), {})
     facts: dict[str, Any] = {"weight_map": files.files, "metadata": dict.fromkeys(files.heads, {"format": "pt"})}
+    facts |= {"ranges": {n: [r.start, r.stop] for n, r in ranges.items()}} if ranges else {}
     return json.dumps(FORMAT | facts | {"index": files.index, "bytes": hf.nbytes}) + "\n"
