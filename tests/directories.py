@@ -28,6 +28,7 @@ SOURCES: dict[str, Callable[[Path], None]] = {
     for name in hf.MODELS
     for dtype in (torch.float32, torch.bfloat16)
 } | {f"synthetic-{name}": partial(_save, make) for name, make in synthetic.CHECKPOINTS.items()}
+ONE_DTYPE = [name for name in SOURCES if not name.endswith("float32")]  # where the size of a number changes nothing
 
 
 def fill(path: Path, name: str) -> Path:

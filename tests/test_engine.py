@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from copies import by_engine
-from directories import INDEX, SOURCES, files, fill, load
+from directories import INDEX, ONE_DTYPE, files, fill, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_any_adapter import adapters
@@ -208,7 +208,7 @@ def limit(monkeypatch, request):
     return request.param
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ONE_DTYPE)
 @pytest.mark.parametrize("limit", [3000], indirect=True)
 def test_every_directory_in_small_jobs_on_four_threads(name, limit, hf_dir, tmp_path):
     source, tensors_ = hf_dir(name), load(hf_dir(name))
@@ -250,7 +250,7 @@ def test_one_layout_to_another_and_back_is_what_the_composed_adapter_gives(name,
     same(load(tmp_path / "third"), expected)
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES if "float32" not in n])
+@pytest.mark.parametrize("name", ONE_DTYPE)
 def test_a_range_of_experts_is_that_slice_and_ranks_put_together_are_the_whole(name, hf_dir, tmp_path):
     source, whole = hf_dir(name), fmoe.adapter(hf_dir(name)).from_hf(load(hf_dir(name)))
     opened = open_checkpoint(source)

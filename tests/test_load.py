@@ -8,7 +8,7 @@ from pathlib import Path
 import distributed
 import pytest
 import torch
-from directories import SOURCES, files, fill
+from directories import ONE_DTYPE, files, fill
 from directories import load as read
 from pages import forget, held
 from safetensors.torch import save_file
@@ -34,7 +34,7 @@ def forms(tmp_path_factory):
     return cache(made)
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ONE_DTYPE)
 def test_both_forms_of_every_directory_are_from_hf_of_its_tensors(name, forms):
     *paths, expected = forms(name)
     for path in paths:
@@ -49,7 +49,7 @@ def test_both_forms_of_every_directory_are_from_hf_of_its_tensors(name, forms):
         assert files(path) == before
 
 
-@pytest.mark.parametrize("name", [n for n in SOURCES if "bfloat16" in n or "synthetic" in n])
+@pytest.mark.parametrize("name", ONE_DTYPE)
 def test_a_range_is_that_slice_in_both_forms(name, forms):
     *paths, whole = forms(name)
     stacks = fmoe.adapter(paths[0]).plan(read(paths[0])).stacks("e")
@@ -112,7 +112,7 @@ def blank(tensors):
     return {n: torch.full_like(t, 7) for n, t in tensors.items()}
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ONE_DTYPE)
 def test_storage_that_exists_is_filled_in_place(name, forms):
     *paths, expected = forms(name)
     for path in paths:
