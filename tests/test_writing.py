@@ -210,10 +210,11 @@ def old_ones(path: Path) -> dict[str, int]:
     return {n: (path / n).stat().st_ino for n in files(path)}
 
 
+CHANGED = "(has changed since it was opened|ends before byte)"  # as a thread opens it next, or is reading it just now
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deleted": (lambda path: path.unlink(), "is not there"),
-    "cut short": (lambda path: os.truncate(path, 1000), "has changed since it was opened"),
-    "written to": (lambda path: path.write_bytes(path.read_bytes()), "has changed since it was opened"),
+    "cut short": (lambda path: os.truncate(path, 1000), CHANGED),
+    "written to": (lambda path: path.write_bytes(path.read_bytes()), CHANGED),
     "replaced": (lambda path: shutil.copy(path, f"{path}2") and os.replace(f"{path}2", path), "has changed since"),
 }
 
