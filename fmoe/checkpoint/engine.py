@@ -92,7 +92,7 @@ class Engine:
         buffer, at = self._buffer("whole", job.nbytes), 0
         for low, high, inside in ranges([b for b in job.boxes if b.source.step is None], lambda b: (b.source, *b.span)):
             if len(inside) > 1 and sum(b.nbytes for b in inside) == high - low:
-                place = Place(inside[0].source.name, -1 - at)
+                place = Place(inside[0].source.name, -1 - at)  # negative, so that it is no step's
                 made[place] = buffer[at : at + high - low]
                 self._read(inside[0].source, made[place], low)
                 inside, at = [b._replace(source=place, at=b.at - low) for b in inside], at + high - low
