@@ -86,16 +86,17 @@ def _given(source: Checkpoint, plan: Plan, names: list[str], maps: Maps) -> dict
     if plan.narrowed:
         cut = narrowing(plan, "sources")
         for name, tensor in given.items():
-            fetch(source, name, cut[name](tensor) if name in cut else tensor)
+            fetch(source, name, cut[name](tensor) if name in cut else tensor, maps)
     return given
 
 
 def _native(source: Checkpoint, plan: Plan) -> dict[str, Tensor]:
     """What a native directory holds, less what the plan's ranges leave out, in the plan's dtypes."""
-    cut, given = narrowing(plan, "targets"), mapped(source, plan.targets)
+    cut, maps = narrowing(plan, "targets"), Maps()
+    given = mapped(source, plan.targets, maps)
     parts = {n: cut[n](t) if n in cut else t for n, t in given.items()}
     for name, part in parts.items() if cut else ():
-        fetch(source, name, part)
+        fetch(source, name, part, maps)
     return {n: part.to(plan.targets[n].dtype) for n, part in parts.items()}
 
 

@@ -3,6 +3,7 @@
 Writing into one changes memory and never the file. The file must stay as it is for as long as they live.
 """
 
+import mmap
 import os
 from collections.abc import Iterable
 
@@ -15,7 +16,7 @@ from fmoe.checkpoint.files import Checkpoint
 _STEP = 2**17  # bytes that Linux reads ahead at the least; of what it is asked for at once it may leave out the rest
 
 
-Maps = dict[str, torch.UntypedStorage]
+Maps = dict[str, tuple[mmap.mmap, torch.UntypedStorage]]
 
 
 def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -> dict[str, Tensor]:
@@ -32,20 +33,25 @@ def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -
             continue
         if file not in storages:
             stamp = source.stamps[file]
-            with disk.reading(source.path / file, stamp):
-                storages[file] = torch.UntypedStorage.from_file(str(source.path / file), False, stamp.size)  # type: ignore
+            with disk.reading(source.path / file, stamp) as descriptor:
+                pages = mmap.mmap(descriptor, stamp.size, access=mmap.ACCESS_COPY)
+            storages[file] = pages, torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
         strides = torch.empty(shape, device="meta").stride()
-        out[name] = torch.empty(0, dtype=dtype).set_(storages[file], at // dtype.itemsize, shape, strides)
+        out[name] = torch.empty(0, dtype=dtype).set_(storages[file][1], at // dtype.itemsize, shape, strides)
     return out
 
 
-def fetch(source: Checkpoint, name: str, part: Tensor) -> None:
-    """Begins to read what a part of a mapped tensor covers, if that is one run; by itself the system reads more."""
+def fetch(source: Checkpoint, name: str, part: Tensor, maps: Maps) -> None:
+    """Begins to read what a part of a mapped tensor covers, if that is one run, and has the system read no more."""
     item, file = part.element_size(), source.files[name]
-    size = part.untyped_storage().nbytes() if part.numel() else 0
+    pages, storage = maps.get(file, (None, None))
     span = sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True)) + 1
-    if span == part.numel() and size == source.stamps[file].size and hasattr(os, "posix_fadvise"):
-        start, end = int(part.storage_offset()) * item, (int(part.storage_offset()) + span) * item
-        with disk.reading(source.path / file, source.stamps[file]) as descriptor:
-            for at in range(start, end, _STEP):
-                os.posix_fadvise(descriptor, at, min(_STEP, end - at), os.POSIX_FADV_WILLNEED)
+    here = storage is not None and part.untyped_storage().data_ptr() == storage.data_ptr()
+    if pages is None or not here or span != part.numel() or not hasattr(mmap, "MADV_RANDOM"):
+        return
+    start, end = int(part.storage_offset()) * item, (int(part.storage_offset()) + span) * item
+    first = start - start % mmap.PAGESIZE
+    pages.madvise(mmap.MADV_RANDOM, first, end - first)  # a page looked at brings no others with it
+    with disk.reading(source.path / file, source.stamps[file]) as descriptor:
+        for at in range(start, end, _STEP):
+            os.posix_fadvise(descriptor, at, min(_STEP, end - at), os.POSIX_FADV_WILLNEED)
