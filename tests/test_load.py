@@ -1,7 +1,6 @@
 """fmoe.load is from_hf of what a directory holds, whichever form it has: mapped, in a range, in place, on a mesh."""
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 

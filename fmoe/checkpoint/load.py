@@ -72,7 +72,7 @@ def load(
     if source.native:
         return {n: finish(n, t) for n, t in _native(source, plan).items()}
     made: dict[str, Any] = {}
-    maps: Maps = {}
+    maps = Maps()
     run = lambda unit: plan.run(_given(source, plan, unit[0], maps), unit[1])
     with pool(threads) as executor:
         for _, tensors in in_order(executor, run, plan.units(), ahead=4):
