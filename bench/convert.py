@@ -3,8 +3,9 @@
     python bench/convert.py --gb 4 --rounds 5 --json bench/results/convert.json --plot bench/results/convert.png
 
 Rounds are interleaved, times are medians of what a process measures of itself after its imports, sources lie in the
-page cache. memory: the peak of anonymous memory over what the imports took. A row marked "durable" waits until the
-disk has everything, as fmoe does unless it is told not to; the others, like plain cp, leave that to the system.
+page cache, and the disk is idle when a method begins. memory: the peak of anonymous memory over what the imports took.
+A row marked "durable" waits until the disk has everything, as fmoe does unless it is told not to; the others, like
+plain cp, leave that to the system.
 """
 
 import argparse
@@ -223,6 +224,7 @@ def source(family: str, gigabytes: float, src: Path) -> int:
 
 def measure(name: str, src: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=src.parent) as folder:
+        os.sync()  # what the method before has left to write is not this one's
         command = [sys.executable, __file__, "--child", name, str(src), str(Path(folder) / "out")]
         run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if run.returncode:

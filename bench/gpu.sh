@@ -16,7 +16,7 @@ step() {
     "$@" || failed+=("$name")
 }
 
-step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_layer.py tests/test_kernels_ops.py tests/test_kernels_transforms.py
+step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_{backend,layer,ops,transforms,twins}.py
 step correct python bench/gpu_correct.py --json "$folder/correct.json"
 step kernels python bench/gpu_kernels.py --json "$folder/kernels.json"
 step layers python bench/gpu_layers.py --json "$folder/layers.json"

@@ -73,7 +73,7 @@ def liger(s: Shape) -> Layer:
     from liger_kernel.ops import LigerFusedMoEFunction
 
     return lambda x, indices, weights, w_up, w_down: LigerFusedMoEFunction.apply(
-        x, w_up.mT, w_down.mT, indices, weights.to(x.dtype)
+        x, w_up.mT, w_down.mT, indices.int(), weights.to(x.dtype)
     )
 
 

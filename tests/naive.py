@@ -98,7 +98,7 @@ def grads_of(
     x, weights = x.detach().clone().requires_grad_(), routing.weights.detach().clone().requires_grad_()
     y = f(leaves, x, routing._replace(weights=weights), **kwargs)
     r = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).bfloat16()
-    (y * r.to(y.dtype)).sum().backward()
+    (y * r.to(y)).sum().backward()
     grads = {name: t.grad for name, t in {**leaves, "x": x, "weights": weights}.items() if t.grad is not None}
     assert len(grads) == len(params) + 2, f"no gradient in {set(params) - set(grads)}"
     return y.detach(), grads

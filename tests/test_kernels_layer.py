@@ -7,7 +7,7 @@ import fmoe_kernels
 import kernel_cases
 import pytest
 import torch
-from fmoe_kernels import dact, dw, gmm, up
+from fmoe_kernels import dact, dw, gmm, reference, up
 from fmoe_kernels.scalars import SCALARS
 from kernel_cases import DEVICE, Case, no_worse, run
 
@@ -36,6 +36,21 @@ CASES = {name: Case(activation=name) for name in SCALARS} | {
 @pytest.mark.parametrize("name", CASES)
 def test_against_fp64(name: str, dtype: torch.dtype) -> None:
     no_worse(run(fmoe_kernels.experts, CASES[name], dtype), CASES[name], dtype)
+
+
+@DTYPES
+def test_on_average_errors_are_no_larger_than_the_twins(dtype: torch.dtype) -> None:
+    """Without a factor: over draws of several layers, the mean square error of every tensor."""
+    ours, theirs = ({name: 0.0 for name in kernel_cases.NAMES} for _ in range(2))
+    for name in ("biases", "biases, interleaved, after down", "biases, not gated", "in out"):
+        for seed in (1, 2):
+            case = replace(CASES[name], seed=seed)
+            exact, twin = (run(reference.experts, case, d) for d in (torch.float64, dtype))
+            found = run(fmoe_kernels.experts, case, dtype)
+            for n in exact:
+                ours[n] += kernel_cases.error(found[n], exact[n]) ** 2
+                theirs[n] += kernel_cases.error(twin[n], exact[n]) ** 2
+    assert all(ours[n] <= theirs[n] for n in ours), {n: (ours[n] / theirs[n]) ** 0.5 for n in ours}
 
 
 TILES = {

@@ -91,6 +91,47 @@ def gmm(a: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Te
     return torch.cat(parts)
 
 
+def up(
+    x: Tensor, w: Tensor, bias: Tensor | None, r: Routed, k: int, activation: str, alpha: float = 1.702,
+    limit: float = 7.0, weighted: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(a, z): z[n] = x[token of n] @ w[e] + bias[e], a[n] = weight[n] * act(z[n]), act alone if not weighted.
+
+    x [T, D] with k slots a token, w [E, D, U], bias [E, U] -> a [N, I], z [N, U] in x's dtype.
+    """
+    # by slot, not by token: the gradient of x is then one sum over k, rounded once
+    copies = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, r.slot_ids)
+    z = gmm(copies, w, r.offsets, bias)
+    a = activate(z, activation, alpha, limit)
+    return ((a * r.weights[:, None]).to(x.dtype) if weighted else a), z
+
+
+def dact(
+    dy: Tensor, w: Tensor, z: Tensor, r: Routed, activation: str, alpha: float = 1.702, limit: float = 7.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, a, dweight), with g[n] = dy[token of n] @ w[e]^T: what goes back through down projection and activation.
+
+    dz[n] = weight[n] * g[n] * act'(z[n]), a[n] = weight[n] * act(z[n]), dweight[n] = g[n] . act(z[n]). dy [T, D],
+    w [E, I, D], z [N, U] -> dz [N, U], a [N, I] in z's dtype, dweight [N] fp32 (fp64 stays).
+    """
+    g = gmm(dy.index_select(0, r.token_ids), w.mT, r.offsets).to(r.weights.dtype)
+    weight = r.weights[:, None]
+    act, back = torch.func.vjp(lambda z: activate(z, activation, alpha, limit), z.to(r.weights.dtype))
+    (dz,) = back(weight * g)
+    return dz.to(z.dtype), (weight * act).to(z.dtype), (g * act).sum(1)
+
+
+def dw(left: Tensor, right: Tensor, r: Routed) -> Tensor:
+    """out[e] = sum over the rows n of e of left[n]^T right[token of n]: left [N, P], right [T, Q] -> [E, P, Q]."""
+    rows = zip(left.split(r.counts.tolist()), r.token_ids.split(r.counts.tolist()), strict=True)
+    return torch.stack([part.mT @ right.index_select(0, tokens) for part, tokens in rows])
+
+
+def bias_gradient(rows: Tensor, r: Routed) -> Tensor:
+    """out[e] = the sum of the rows of e, in fp64: rows [N, W] -> [E, W]."""
+    return torch.stack([part.double().sum(0) for part in rows.split(r.counts.tolist())]).to(rows.dtype)
+
+
 def combine(rows: Tensor, slot_ids: Tensor, n_tokens: int, k: int) -> Tensor:
     """y[t] = the sum of the rows of t's slots, k ascending, in fp32 (fp64 stays): rows [N, D] -> [n_tokens, D]."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -107,12 +148,11 @@ def experts(
     """What `fmoe_kernels.experts` computes, in plain torch: y [T, D] in x's dtype, any order of derivatives."""
     r = route(indices, weights.to(torch.promote_types(x.dtype, torch.float32)), mask, len(w_up), start)
     w = r.weights[:, None]
-    copies = x[:, None].expand(-1, indices.shape[1], -1).flatten(0, 1).index_select(0, r.slot_ids)
-    a = activate(gmm(copies, w_up, r.offsets, b_up), activation, alpha, limit)
+    a, _ = up(x, w_up, b_up, r, indices.shape[1], activation, alpha, limit, weighted=not weight_after_down)
     if weight_after_down:
         rows = w * gmm(a, w_down, r.offsets, b_down).to(w.dtype)
     else:
-        rows = gmm((a * w).to(x.dtype), w_down, r.offsets).to(w.dtype)
+        rows = gmm(a, w_down, r.offsets).to(w.dtype)
         if b_down is not None:
             expert = torch.arange(len(w_up), device=x.device).repeat_interleave(r.counts)
             rows = rows + w * b_down.index_select(0, expert)
