@@ -19,6 +19,7 @@ from processes import calls, end_all, start
 
 import fmoe
 from fmoe import AdapterError
+from fmoe.types import human
 
 JOURNAL = "fmoe.journal"
 
@@ -110,7 +111,7 @@ def little(tmp_path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_full_is_told_before_and_midway(source, little, tmp_path, monkeypatch):
-    match = r"little/out needs 595.\d kB, and .*little has \d+.\d kB free: make room"
+    match = r"little/out needs 605.1 kB, and .*little has \d+.\d kB free: make room"
     with pytest.raises(AdapterError, match=match):
         fmoe.convert(source, little / "out")
     assert files(little) == {} and list(little.iterdir()) == []
@@ -124,12 +125,13 @@ def test_a_disk_that_is_full_is_told_before_and_midway(source, little, tmp_path,
     report = fmoe.convert(source, little / "out")  # on another disk than the source, too
     fmoe.convert(source, tmp_path / "expected")
     assert files(little / "out") == files(tmp_path / "expected") and report.resumed > 100_000
+    assert human(sum(path.stat().st_size for path in (little / "out").rglob("*") if path.is_file())) == "605.1 kB"
 
 
 def test_room_is_asked_for_before_the_first_byte(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=590_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=600_000))
     for how in ({}, {"dry_run": True}):
-        with pytest.raises(AdapterError, match="out needs 595.. kB, and .* has 590.0 kB free: make room"):
+        with pytest.raises(AdapterError, match="out needs 605.1 kB, and .* has 600.0 kB free: make room"):
             fmoe.convert(source, tmp_path / "a" / "out", **how)
     assert not (tmp_path / "a").exists()
 

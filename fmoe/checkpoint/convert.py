@@ -72,18 +72,29 @@ def convert(
 
     Raises AdapterError before anything is written when the source does not convert or dst has no room for it; OSError
     where a file cannot be read or written.
+
+    >>> import fmoe, tempfile, torch
+    >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
+    >>> params = {f"{block}.gate_and_up_projs": torch.ones(4, 2, 6), f"{block}.down_projs": torch.ones(4, 3, 2)}
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     _ = fmoe.save(params, f"{path}/hf", made)
+    ...     there, back = convert(f"{path}/hf", f"{path}/native"), convert(f"{path}/native", f"{path}/again", "hf")
+    ...     one, two = (Path(path, d, "model.safetensors").read_bytes() for d in ("hf", "again"))
+    ...     (there.tensors, there.made), (back.tensors, back.made), one == two
+    ((12, 2), (2, 12), True)
     """
     source, dst = open_checkpoint(src), Path(dst)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter, there = adapter_between(source, to, **{n: v for n, v in choices.items() if n not in ranges})
     plan = plan_from(source, there, **ranges)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), ranges)
-    others = list(map(str, source.others()))
+    others: dict[str, bytes | Path] = {str(n): source.path / n for n in source.others()}
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
     work = _digest(source, to, adapter, ranges, layout, engine)
     claim = lambda: replaced(dst, source.path, force, work=work)
     claim()
-    check_space(dst, sum(size for _, size in layout.heads.values()))
+    beside = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in (*others.values(), *small.values()))
+    check_space(dst, sum(size for _, size in layout.heads.values()) + beside)
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
     )
@@ -97,7 +108,7 @@ def convert(
         if stage.stale is None:
             resumed = sum(item.nbytes for item in engine.items[: stage.done])
             _carry_out(stage, engine, threads, resumed, carried)
-            for name, given in {**{n: source.path / n for n in others}, **small}.items():
+            for name, given in {**others, **small}.items():
                 stage.fill(name, given)
         else:
             resumed = plan.nbytes
