@@ -116,7 +116,7 @@ def dact(
     """
     g = gmm(dy.index_select(0, r.token_ids), w.mT, r.offsets).to(r.weights.dtype)
     weight = r.weights[:, None]
-    act, back = torch.func.vjp(lambda z: activate(z, activation, alpha, limit), z.to(r.weights.dtype))
+    act, back, *_ = torch.func.vjp(lambda z: activate(z, activation, alpha, limit), z.to(r.weights.dtype))
     (dz,) = back(weight * g)
     return dz.to(z.dtype), (weight * act).to(z.dtype), (g * act).sum(1)
 

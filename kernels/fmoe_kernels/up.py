@@ -90,11 +90,12 @@ def up(
     c = config("up", x, len(r.slots), r.n_experts, D, tiling)
     w4 = halves(w, gated and not interleaved)
     b3 = halves(bias[:, None], gated and not interleaved)[:, :, 0] if bias is not None else None
-    cut = c.columns // c.parts
+    parts = min(2 * c.parts, 4) if interleaved else c.parts  # of as many columns of z, in whatever order
+    cut = c.columns // parts
     width = 2 * c.columns if interleaved else c.columns
     z3 = z.view(len(a), -1, w4.shape[3]) if z is not None else None
     w_arg, tma_w, k_major = weight_descriptor(w4, c, c.depth, width)
-    stored = {"a": (a[:, None], c.rows, cut)} | ({"z": (z3, c.rows, width // c.parts)} if z3 is not None else {})
+    stored = {"a": (a[:, None], c.rows, cut)} | ({"z": (z3, c.rows, width // parts)} if z3 is not None else {})
     out, tma = row_descriptors(stored, c)
     tiles, n_tiles = r.tiles(c.rows)
     grid = grid_of(x, c, len(tiles) * triton.cdiv(I, c.columns))
@@ -104,7 +105,7 @@ def up(
         ACT=SCALARS[act.name], GATED=gated, INTERLEAVED=interleaved, BIAS=bias is not None,
         WEIGHTED=weights is not None, SAVE=save, TMA=tma, TMA_W=tma_w, K_MAJOR=k_major, EVEN_K=D % c.depth == 0,
         EVEN=D % c.depth == 0 and w4.shape[3] % width == 0, SWAP=c.swap,
-        BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
+        BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=parts, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return a, z
 
