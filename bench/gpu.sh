@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: tests, errors against fp64, every kernel, whole layers, memory, graphs.
 #   bench/gpu.sh [FOLDER]        writes FOLDER/*.json, *.png and report.txt (bench/results)
+#   FMOE_DRY=1 bench/gpu.sh F    the same on a CPU, tiny, without the tests: do the scripts work?
 # A step that fails is said at the end, and does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,9 +17,9 @@ step() {
     "$@" || failed+=("$name")
 }
 
-step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_{backend,layer,ops,transforms,twins}.py
+[[ ${FMOE_DRY:-} ]] && export TRITON_INTERPRET=1 || step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_{backend,layer,ops,transforms,twins}.py
 step correct python bench/gpu_correct.py --json "$folder/correct.json"
-step kernels python bench/gpu_kernels.py --json "$folder/kernels.json"
+step kernels python bench/gpu_kernels.py --json "$folder/kernels.json" --sweep "$folder/tiles.json"
 step layers python bench/gpu_layers.py --json "$folder/layers.json"
 step report bash -c "python bench/report.py '$folder' > '$folder/report.txt' && cat '$folder/report.txt'"
 

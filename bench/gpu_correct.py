@@ -13,21 +13,24 @@ import fmoe_kernels
 import torch
 from fmoe_kernels import reference
 from fmoe_kernels.scalars import GATED, SCALARS
-from gpu_common import main, tried
+from gpu_common import DEVICE, DRY, main, tried
 
 NAMES = ("y", "x", "weights", "w_up", "w_down", "b_up", "b_down")
 WIDTHS = {"qwen3": (2048, 768, 16, 4, 1500), "gpt-oss": (2880, 2880, 4, 2, 600), "decode": (2048, 768, 32, 8, 4)}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+if DRY:
+    WIDTHS, DTYPES = {"tiny": (32, 16, 4, 2, 24)}, DTYPES[1:]
 
 
 def run(f: Any, dtype: torch.dtype, act: str, sizes: tuple[int, ...], after: bool) -> list[torch.Tensor]:
     D, I, E, K, T = sizes
     torch.manual_seed(0)
-    new = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.float64)
+    new = lambda *shape: torch.randn(shape, device=DEVICE, dtype=torch.float64)
     U = 2 * I if GATED[act] else I
-    parts = [new(T, D), torch.rand(T, K, device="cuda").double(), new(E, U, D).mT / D**0.5, new(E, D, I).mT / I**0.5]
+    parts = [new(T, D), torch.rand(T, K, device=DEVICE).double(), new(E, U, D).mT / D**0.5, new(E, D, I).mT / I**0.5]
     parts += [new(E, U), new(E, D)]
-    indices = torch.randint(-1, E, (T, K), device="cuda")  # the last expert may be without tokens
-    mask = torch.rand(T, device="cuda") > 0.1
+    indices = torch.randint(-1, E, (T, K), device=DEVICE)  # the last expert may be without tokens
+    mask = torch.rand(T, device=DEVICE) > 0.1
     dy = new(T, D)
     parts[0][~mask], dy[~mask] = float("nan"), float("nan")
     wide = torch.promote_types(dtype, torch.float32)
@@ -50,7 +53,7 @@ def measure(_: argparse.Namespace) -> list[dict[str, Any]]:
         for act in SCALARS:
             for after in (False, True):
                 exact = run(reference.experts, torch.float64, act, sizes, after)
-                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for dtype in DTYPES:
                     record = dict(widths=name, activation=act, after_down=after, dtype=str(dtype).split(".")[1])
 
                     def one(act=act, sizes=sizes, after=after, dtype=dtype, exact=exact) -> dict[str, Any]:

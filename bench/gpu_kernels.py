@@ -1,13 +1,12 @@
 """Every kernel by itself at the shapes of published models: time, TFLOP/s or bandwidth.
 
-    python bench/gpu_kernels.py [--json FILE] [--shape "qwen3-30b 32k"] [--sweep]
+    python bench/gpu_kernels.py [--json FILE] [--shape "qwen3-30b 32k"] [--sweep TABLE]
 
-`grouped_mm` is torch's product of the same sizes on rows that are already sorted. --sweep times the candidates of
-`fmoe_kernels.tune` too, instead of the shipped tiles alone.
+`grouped_mm` is torch's product of the same sizes on rows that are already sorted. --sweep also times the tiles below
+for one shape of each class, and writes the table of the fastest: what `fmoe_kernels.tune` does with all its candidates.
 """
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,24 @@ from typing import Any
 import fmoe_kernels
 import torch
 from fmoe_kernels import sums
+from fmoe_kernels.configs import Config
 from fmoe_kernels.dact import dact
 from fmoe_kernels.dw import dw
 from fmoe_kernels.gmm import gmm
 from fmoe_kernels.launch import Act, Tiling
 from fmoe_kernels.route import make_route
 from fmoe_kernels.up import up
-from gpu_common import DECODE, SHAPES, Shape, layer, main, seconds, tried
+from gpu_common import DECODE, DEVICE, DRY, DTYPE, SHAPES, SWEPT, Shape, layer, main, seconds, tried
 from torch.nn import functional as F
+
+SIZES = [(128, 128, 8, 4), (128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 3), (64, 64, 4, 4)]
+SIZES += [(128, 256, 8, 4), (128, 256, 8, 3), (256, 128, 8, 3), (64, 256, 4, 4)]
+TILES = [Config(*size[:2], 64, *size[2:], parts, 8, 1, tma=True) for size in SIZES for parts in (2, 4)]
+TILES += [Config(128, 128, 64, 4, 3, 2, 8, 2, tma=True), Config(64, 128, 64, 4, 3, 4, 8, 2, tma=True)]
+TILES += [Config(*size, 64, 4, 4, 1, 8, 2, swap=True, tma=True) for size in ((16, 64), (16, 128), (32, 64))]
+TILES += [Config(128, 128, 64, 8, 4, 2, group, 1, tma=True) for group in (4, 16)]
+if DRY:
+    TILES = [Config(16, 32, 16, 4, 1), Config(16, 32, 16, 4, 1, tma=True)]
 
 
 def calls(s: Shape) -> dict[str, tuple[Callable[[], object], float, float]]:
@@ -66,10 +75,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 return dict(ms=1e3 * t, tflops=flops / t / 1e12, gbps=moved / t / 1e9)
 
             records.append(tried(dict(shape=name, kernel=kernel), one))
-        if options.sweep:
+        if options.sweep and name in SWEPT:
             sizes = dict(n_tokens=s.T, dim=s.D, width=s.I, n_experts=s.E, top_k=s.K)
-            with tempfile.TemporaryDirectory() as folder:
-                timings = fmoe_kernels.tune(Path(folder) / "tiles.json", **sizes)
+            timings = fmoe_kernels.tune(options.sweep, **sizes, dtype=DTYPE, device=DEVICE, among=TILES)
             for kernel, found in timings.items():
                 records += [dict(shape=name, kernel=kernel, tiles=c, ms=1e3 * t) for c, t in found.items()]
         torch.cuda.empty_cache()
@@ -77,4 +85,4 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(__doc__, measure, shape={}, sweep=dict(action="store_true"))
+    main(__doc__, measure, shape={}, sweep=dict(type=Path, metavar="TABLE"))
