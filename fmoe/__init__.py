@@ -16,8 +16,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "testing":  # on first use, since it needs hypothesis
-        return import_module("fmoe.testing")
+    if name in ("dcp", "nn", "parallel", "testing"):  # on first use: testing needs hypothesis, others few need
+        return import_module(f"fmoe.{name}")
     raise AttributeError(f"module 'fmoe' has no attribute {name!r}")
 
 

@@ -5,6 +5,7 @@
 Who multiplies (`backend`) and who moves tokens (`dispatcher`) are plain arguments.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.recompute import recompute as again
 from fmoe.shapes import check_params
+from fmoe.sharding import is_dtensor
 from fmoe.types import MoEConfig, Params, Routing
 
 AXES = {
@@ -85,7 +87,9 @@ def experts(
             _check_params(params, config, n_experts=rows.counts.shape[0])
             return dispatcher.combine(multiply(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
 
-        args = dict(params), h, routing.weights, dispatcher.plan(routing, config)
+        # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
+        told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)
+        args = dict(params), h, routing.weights, dispatcher.plan(routing, told)
         return again(layer, *args) if recompute else layer(*args)
 
 
@@ -137,6 +141,9 @@ def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
 
 
 def _check_params(params: Params, config: MoEConfig, *, n_experts: int) -> None:
+    if named := [name for name, p in params.items() if is_dtensor(p)]:
+        told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
+        raise ValueError(f"experts: {named[0]!r} is a DTensor, {told}")
     I = config.moe_inter_dim
     sizes = dict(E=n_experts, D=config.expert_dim, I=I, U=2 * I if is_gated_activation(config.expert_activation) else I)
     for name, other in PAIRS.items():

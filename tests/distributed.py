@@ -6,11 +6,13 @@ raised here with that rank's traceback; past the timeout the ranks still alive a
 
 import faulthandler
 import multiprocessing
+import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -21,21 +23,28 @@ import torch
 import torch.distributed as dist
 
 
-def run(function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """[function(*args) on each rank]. RuntimeError with the child's traceback, TimeoutError after `timeout` seconds."""
+def run(
+    function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float = 120, dies: Sequence[int] = ()
+) -> list[Any]:
+    """[function(*args) on each rank]. RuntimeError with the child's traceback, TimeoutError after `timeout` seconds.
+
+    dies: ranks that kill themselves on the way, whose result is None; nobody waits for them at the end.
+    """
     spawn, deadline = multiprocessing.get_context("spawn"), time.time() + timeout
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # spawned children get this process's environment and sys.path, so they find what it finds
         ranks = [
-            spawn.Process(target=_child, args=(folder, rank, n_ranks, deadline, function, args), daemon=True)
+            spawn.Process(target=_child, args=(folder, rank, n_ranks, deadline, not dies, function, args), daemon=True)
             for rank in range(n_ranks)
         ]
         try:
             for process in ranks:
                 process.start()
-            alive = _watch(ranks, deadline)
-            return _results(folder, ranks, alive, f"{function.__name__} on {n_ranks} ranks")
+            waited = {rank: p for rank, p in enumerate(ranks) if rank not in dies}
+            alive = _watch(waited, deadline)
+            found = _results(folder, waited, alive, f"{function.__name__} on {n_ranks} ranks")
+            return [found.get(rank) for rank in range(n_ranks)]
         finally:
             for process in ranks:
                 if process.pid is not None:
@@ -43,33 +52,34 @@ def run(function: Callable[..., Any], n_ranks: int, *args: Any, timeout: float =
                     process.join()
 
 
-def _watch(ranks: Sequence[BaseProcess], deadline: float) -> list[int]:
+def _watch(ranks: Mapping[int, BaseProcess], deadline: float) -> list[int]:
     """Waits until all are done, one has failed, or the deadline; returns the ranks that run on."""
-    alive = dict(enumerate(ranks))
-    while alive and time.time() < deadline and not any(p.exitcode for p in ranks):
+    alive = dict(ranks)
+    while alive and time.time() < deadline and not any(p.exitcode for p in ranks.values()):
         wait([p.sentinel for p in alive.values()], timeout=deadline - time.time())
         alive = {rank: p for rank, p in alive.items() if p.is_alive()}
     return list(alive)
 
 
-def _results(folder: Path, ranks: Sequence[BaseProcess], alive: list[int], what: str) -> list[Any]:
-    outcomes = {
-        rank: pickle.loads(f.read_bytes()) for rank in range(len(ranks)) if (f := folder / f"{rank}.out").exists()
-    }
+def _results(folder: Path, ranks: Mapping[int, BaseProcess], alive: list[int], what: str) -> dict[int, Any]:
+    outcomes = {rank: pickle.loads(f.read_bytes()) for rank in ranks if (f := folder / f"{rank}.out").exists()}
     # one rank's failure breaks its peers' connections: the earliest is the cause
     failures = sorted((when, rank, text) for rank, (when, text, _) in outcomes.items() if text)
     if failures:
         raise RuntimeError(f"{what}: rank {failures[0][1]} failed\n{failures[0][2]}")
-    dead = {rank: p.exitcode for rank, p in enumerate(ranks) if p.exitcode}
+    # gloo's threads abort now and then while a process ends, its result long written
+    dead = {rank: p.exitcode for rank, p in ranks.items() if p.exitcode and rank not in outcomes}
     if dead:
         raise RuntimeError(f"{what}: died without a traceback, exit codes by rank {dead}")
     if alive:
         stacks = "".join(f"rank {r}:\n{f.read_text()}" for r in alive if (f := folder / f"{r}.stack").exists())
         raise TimeoutError(f"{what}: ranks {alive} still ran at the time limit and were killed\n{stacks}")
-    return [outcomes[rank][2] for rank in range(len(ranks))]
+    return {rank: outcomes[rank][2] for rank in ranks}
 
 
-def _child(folder: Path, rank: int, n_ranks: int, deadline: float, function: Callable[..., Any], args: Any) -> None:
+def _child(
+    folder: Path, rank: int, n_ranks: int, deadline: float, waits: bool, function: Callable[..., Any], args: Any
+) -> None:
     left = max(deadline - time.time(), 1)
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.dump_traceback_later(max(left - 0.5, 0.1), file=stack)
@@ -79,13 +89,14 @@ def _child(folder: Path, rank: int, n_ranks: int, deadline: float, function: Cal
                 "gloo", f"file://{folder}/store", timeout=timedelta(seconds=left), rank=rank, world_size=n_ranks
             )
             outcome, failed = pickle.dumps((0.0, "", function(*args))), False
-            # nobody leaves while another may still talk to it
-            dist.barrier()
-            dist.destroy_process_group()
+            if waits:  # nobody leaves while another may still talk to it
+                dist.barrier()
+                dist.destroy_process_group()
         except BaseException:
             outcome, failed = pickle.dumps((time.time(), traceback.format_exc(), None)), True
         faulthandler.cancel_dump_traceback_later()
     # written aside, then moved: the parent never sees half a file
     (folder / f"{rank}.part").write_bytes(outcome)
     (folder / f"{rank}.part").rename(folder / f"{rank}.out")
-    raise SystemExit(int(failed))
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(int(failed))

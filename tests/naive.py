@@ -86,7 +86,7 @@ def tokens(config: MoEConfig, T: int = 9, dtype: torch.dtype = torch.float64, se
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    off, size = float((found.double() - expected.double()).norm()), float(expected.double().norm())
+    off, size = float((found.double() - expected.double()).detach().norm()), float(expected.detach().double().norm())
     assert off <= tolerance * size  # a NaN fails
 
 

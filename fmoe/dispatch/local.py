@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmoe.dispatch import Dispatcher, Rows
+from fmoe.dispatch.rows import Dispatcher, Rows
 from fmoe.types import MoEConfig, Routing
 
 
@@ -36,8 +36,12 @@ def plan(routing: Routing, config: MoEConfig) -> Plan:
     >>> plan(Routing(torch.tensor([[1, 0], [1, -1]]), torch.ones(2, 2)), config)
     Plan(slot_ids=tensor([1, 0, 2]), counts=tensor([1, 2]), n_tokens=2, k=2, routed=None)
     """
-    indices, _, mask = routing
-    (T, K), E = indices.shape, config.n_routed_experts
+    return by_expert(routing.indices, routing.mask, config.n_routed_experts)
+
+
+def by_expert(indices: Tensor, mask: Tensor | None, E: int) -> Plan:
+    """The plan of indices [T, K] and a mask [T], for experts [0, E)."""
+    T, K = indices.shape
     goes = (indices >= 0) & (indices < E)
     goes = goes if mask is None else goes & mask[:, None]
     ids, slot_ids = indices.long().masked_fill(~goes, E).flatten().sort(stable=True)
