@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmoe.beside import beside
 from fmoe.grouping import Window
-from fmoe.mesh import distributed, experts_of_rank, local_experts
+from fmoe.mesh import distributed, experts_of_rank, placed
 from fmoe.names import Names
 from fmoe.pipeline import Plan, Stage, plan_stages, resolve_stages
 from fmoe.sharding import is_dtensor
@@ -129,6 +129,7 @@ class Adapter:
         """HF tensors -> native tensors. Pure; views of the inputs wherever strides allow, in HF's storage order.
 
         device_mesh: keep this rank's experts (and `ep_shard` slice) of plain tensors, as DTensors on the mesh.
+        DTensors convert without communication, with or without a mesh: placements follow the axes that they cut.
         copy: always fresh storage. contiguous: native storage order. axis_ranges: only those indices of an axis.
         A dict of TensorSpecs gives TensorSpecs. Raises AdapterError with every problem found, before any data moves.
 
@@ -158,9 +159,10 @@ class Adapter:
         exclude_key_regex: leave out HF names that `re.match` it. quantization: None writes quantised what carries the
         scales it was read with; True everything that the family quantises, with real scales; False nothing.
         axis_ranges: which experts these tensors hold (`e=range(16, 32)`), to name them. Other arguments as `from_hf`.
+        Of DTensors, placements follow the axes; what lives wholly on one rank is plain there, and absent elsewhere.
         """
-        plan, params = self._to_hf_plan(state_dict, quantization, axis_ranges)
-        return _without(_run(plan, params, copy=copy, contiguous=contiguous), exclude_key_regex)
+        plan = self._to_hf_plan(state_dict, quantization, axis_ranges)
+        return _without(_run(plan, state_dict, copy=copy, contiguous=contiguous), exclude_key_regex)
 
     def convert_single_tensor_to_hf(
         self,
@@ -172,15 +174,15 @@ class Adapter:
         **axis_ranges: range,
     ) -> list[tuple[str, Any]]:
         """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
-        plan, params = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
-        return list(_without(_run(plan, params), exclude_key_regex).items())
+        plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
+        return list(_without(_run(plan, {fqn: tensor}), exclude_key_regex).items())
 
     def iter_hf(
         self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields what `to_hf` returns, lazily, one native tensor at a time: for weight synchronisation."""
-        plan, held = self._to_hf_plan(params, quantization, axis_ranges)
-        units = ((plan.run({n: held[n] for n in sources}, targets)) for sources, targets in plan.units())
+        plan = self._to_hf_plan(params, quantization, axis_ranges)
+        units = (plan.run({n: params[n] for n in sources}, targets) for sources, targets in plan.units())
         return (item for made in units for item in made.items())
 
     def views(self, native: Params, **axis_ranges: range) -> Views:
@@ -188,30 +190,25 @@ class Adapter:
 
         Raises AdapterError naming each HF tensor that is no view (stacked of several, merged across strides, decoded).
         """
-        plan, held = self._to_hf_plan(native, None, axis_ranges)
-        views = Views(plan.run(held, views=True))
-        views.units = tuple((tuple(s), tuple(t)) for s, t in plan.units())
+        plan = self._to_hf_plan(native, None, axis_ranges)
+        views = Views(plan.run(native, views=True))
+        views.units = tuple((tuple(s), tuple(n for n in t if n in views)) for s, t in plan.units())
         return views
 
-    def _to_hf_plan(
-        self, params: Mapping[str, Any], quantization: bool | None, window: Window
-    ) -> tuple[Plan, Mapping[str, Any]]:
-        """The way back, and the tensors: DTensors that it takes apart by expert as their local part."""
+    def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
         back = (self if quantization is None else self.choose(quantization=quantization)).inverse
-        plan = back._plan(params, window, frozenset(window))
-        sharded = [n for n, tensor in params.items() if is_dtensor(tensor)]
-        if window or not sharded or plan.taken_apart("e").isdisjoint(sharded):
-            return plan, params
-        held, mine = local_experts(plan, params)
-        return back._plan(held, {"e": mine}, frozenset("e")), held
+        return back._plan(params, window, frozenset(window))
 
     def _sharded(self, hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool) -> dict[str, Any]:
         whole = self._plan(hf, {})
         if any(isinstance(v, TensorSpec) for v in hf.values()):
             return dict(whole.targets)
         stacks, mine = experts_of_rank(whole, mesh)
-        local = _run(self._plan(hf, {"e": mine} if stacks else {}), hf, **how)
-        return {n: distributed(t, mesh, stacks[n].shape) if n in stacks else t for n, t in local.items()}
+        cut = stacks.keys() - placed(whole, hf, stacks)
+        made = _run(whole, hf, [n for n in whole.targets if n not in cut], **how)
+        local = _run(self._plan(hf, {"e": mine}), hf, cut, **how) if cut else {}
+        made |= {n: distributed(t, mesh, stacks[n].shape) for n, t in local.items()}
+        return {n: made[n] for n in whole.targets if n in made}
 
 
 def _specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -231,13 +228,21 @@ def _no_tensor(name: object, value: Any) -> list[Problem]:
     return [Problem(f"{name!r}: a {type(value).__name__}, expected a tensor or a TensorSpec", (name,))]
 
 
-def _run(plan: Plan, params: Mapping[str, Any], *, copy: bool = False, contiguous: bool = False) -> dict[str, Any]:
+def _run(
+    plan: Plan,
+    params: Mapping[str, Any],
+    only: Iterable[str] | None = None,
+    *,
+    copy: bool = False,
+    contiguous: bool = False,
+) -> dict[str, Any]:
     if any(isinstance(v, TensorSpec) for v in params.values()):
         return dict(plan.targets)
-    out = plan.run(params)
+    out = plan.run(params, only)
     if copy:
-        given = {t.untyped_storage()._cdata for t in params.values()}
-        out = {n: t.clone() if t.untyped_storage()._cdata in given else t for n, t in out.items()}
+        storage = lambda t: (t.to_local() if is_dtensor(t) else t).untyped_storage()._cdata
+        given = set(map(storage, params.values()))
+        out = {n: t.clone() if storage(t) in given else t for n, t in out.items()}
     return {n: t.contiguous() for n, t in out.items()} if contiguous else out
 
 

@@ -130,9 +130,9 @@ class Plan:
                 grouped.setdefault(root(node), ([], []))[node[0] == last].append(node[1])
         yield from grouped.values()
 
-    def taken_apart(self, axis: str) -> set[str]:
-        """The inputs whose parts along an axis are tensors of their own in what comes out."""
-        return self._inputs(lambda group: axis in group.rule.unstacked)
+    def gathered(self, axis: str) -> set[str]:
+        """The inputs that are each a part along an axis of one tensor that comes out."""
+        return self._inputs(lambda group: axis in group.rule.stacked)
 
     def touching(self, axis: str) -> set[str]:
         """The inputs that have this axis."""
@@ -164,18 +164,18 @@ class Plan:
         """The targets (or only those of some units), from tensors of the planned names; writes to no argument."""
         if not self.stages:
             return {n: params[n] for n in (self.targets if only is None else only)}
-        wanted = list(self._used)
+        wanted: list[Iterable[str] | None] = [*self._used]
         if only is not None:
             wanted[-1] = set(only)
             for k in range(len(self.stages) - 1, 0, -1):
-                wanted[k - 1] = set(self._sources(k, wanted[k] or set()))
-        for stage, names in zip(self.stages, wanted, strict=True):
+                wanted[k - 1] = {source for target in wanted[k] or () for source in self._back[k][target]}
+        for k, stage in enumerate(self.stages):
+            names, made = wanted[k], wanted[k - 1] if k else ()
+            gone = set(self.stages[k - 1].targets if made is None else made) - params.keys()
+            if gone:  # what only other ranks have of DTensors, and all that depends on it
+                names = [t for t in (stage.targets if names is None else names) if gone.isdisjoint(self._back[k][t])]
             params = stage.run(params, names, views=views)
         return dict(params)
-
-    def _sources(self, k: int, targets: Iterable[str]) -> Iterator[str]:
-        for target in targets:
-            yield from self._back[k][target]
 
     @cached_property
     def _back(self) -> list[dict[str, list[str]]]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from fmoe.axes import Copy, Group, NotAView, convert
@@ -22,7 +21,8 @@ from fmoe.grouping import Claimed, Specs, Window, Wrong
 from fmoe.names import Names, Value, patterns
 from fmoe.rules import Rule
 from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Problem, TensorSpec, bits, human
+from fmoe.shards import convert_sharded, same_parts
+from fmoe.types import AdapterError, Problem, TensorSpec, human
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,21 @@ class TablePlan:
     def run(
         self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
     ) -> dict[str, Tensor]:
-        """The targets (or only some), from tensors of the planned names; views: raise rather than copy."""
+        """The targets (or only some), from tensors of the planned names; views: raise rather than copy.
+
+        Of DTensors, what lives wholly on other ranks is left out.
+        """
         made: dict[str, Tensor] = {}
+        done: set[int] = set()
         wanted = self.targets if only is None else only
         for target in dict.fromkeys(self._originals.get(t, t) for t in wanted):
             maker = self.makers[target]
             if isinstance(maker, str):
                 made[target] = params[maker]
-            elif target not in made:
+            elif id(maker) not in done:  # of DTensors, it may make this rank's targets only
+                done.add(id(maker))
                 made |= self._convert(maker, params, views)
-        made |= {t: made[self._originals[t]] for t in wanted if t in self._originals}
+        made |= {t: made[self._originals[t]] for t in wanted if self._originals.get(t) in made}
         for alias in self.aliases:
             if not alias.flipped and alias.name in params:
                 _check_equal(alias, params, views)
@@ -107,12 +112,9 @@ class TablePlan:
         return "\n".join(lines + [f"{len(self.dropped):>8,} dropped"] * bool(self.dropped))
 
     def _convert(self, group: Group, params: Mapping[str, Tensor], views: bool) -> dict[str, Tensor]:
-        sharded = [n for n in group.sources if is_dtensor(params[n])]
-        if sharded and group.permutation is None:
-            text = f"{some(sharded, 3)}: a DTensor, and more than whole dimensions would move (rule {group.rule})"
-            raise AdapterError([Problem(f"{text}: convert plain tensors, with device_mesh=", tuple(sharded))])
+        sharded = any(is_dtensor(params[n]) for n in group.sources)
         try:
-            return convert(group, params, views=views)
+            return (convert_sharded if sharded else convert)(group, params, views=views)
         except NotAView:
             text = f"{some(group.targets)}: only a copy can make it from {some(group.sources, 3)} (rule {group.rule})"
             raise AdapterError([Problem(text, tuple(group.targets))]) from None
@@ -238,7 +240,7 @@ def _check_equal(alias: Alias, params: Mapping[str, Tensor], views: bool) -> Non
     if views and here is not there:
         text = f"{alias.of!r}: no view of native storage, {alias.name!r} should be the same tensor and is another"
         raise AdapterError([Problem(text, (alias.of, alias.name))])
-    same = here is there or here.is_meta or there.is_meta or torch.equal(bits(here), bits(there))
+    same = here is there or here.is_meta or there.is_meta or same_parts(here, there)
     if not same:
         text = f"{alias.name!r} should be the same tensor as {alias.of!r}, and its values differ"
         raise AdapterError([Problem(text, (alias.name, alias.of))])

@@ -164,7 +164,7 @@ def create_dtensor_from_local(
         raise ValueError(f"a tensor of shape {tuple(whole)} has too few dims for {placements} on {mesh}")
     if shape is None:
         return DTensor.from_local(local_tensor, mesh, placements)
-    sizes = {d: len(_part(whole[d], mesh, i, experts=d == 0)) for i, d in enumerate(cuts) if d is not None}
+    sizes = {d: len(part_of_rank(whole[d], mesh, i, experts=d == 0)) for i, d in enumerate(cuts) if d is not None}
     part = tuple(sizes.get(d, size) for d, size in enumerate(whole))
     if local_tensor.shape != part:
         found = f"{tuple(local_tensor.shape)}, expected {part}, this rank's of {tuple(whole)} on {mesh}"
@@ -204,7 +204,7 @@ def _place(mesh: DeviceMesh, *dim: int) -> int:
         raise ValueError(f"no one place for this process in {mesh} ({error}): it must be 1-D or have `ep`") from error
 
 
-def _part(n: int, mesh: DeviceMesh, dim: int, *, experts: bool) -> range:
+def part_of_rank(n: int, mesh: DeviceMesh, dim: int, *, experts: bool) -> range:
     """What DTensor's Shard gives this process of range(n) along a mesh dim; of experts, only if our rule agrees."""
     n_ranks = mesh.size(dim)
     size = -(-n // n_ranks)
@@ -228,7 +228,7 @@ def _experts_of(tensor: Tensor, n_experts: int, name: str) -> range:
     # Partial is a sum still to be made; a strided shard (neither) holds rows from all over
     if len(cuts) > 1 or not all(p.is_shard() or p.is_replicate() for p in active.values()):
         raise _unsupported(tensor, name)
-    return _part(n_experts, tensor.device_mesh, cuts[0], experts=True) if cuts else range(n_experts)
+    return part_of_rank(n_experts, tensor.device_mesh, cuts[0], experts=True) if cuts else range(n_experts)
 
 
 def _unsupported(tensor: DTensor, name: str) -> ValueError:

@@ -18,6 +18,8 @@ CHECKPOINT = [
     "claims axes",
     "grouping",
     "sharding",
+    "placements",
+    "shards",
     "plan",
     "pipeline views",
     "mesh",
@@ -28,8 +30,17 @@ CHECKPOINT = [
     "codecs",
     "families",
     "checkpoint",
+    "dcp",
 ]
-COMPUTE = ["types", "activations shapes recompute", "dispatch", "backends", "experts routing", "moe"]
+COMPUTE = [
+    "types",
+    "sharding",
+    "activations shapes recompute parallel",
+    "dispatch",
+    "backends",
+    "experts routing",
+    "moe nn",
+]
 TOP = ["demo testing", "cli"]  # these may see both columns
 
 

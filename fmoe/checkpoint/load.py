@@ -73,14 +73,14 @@ def load(
         return {n: finish(n, t) for n, t in _native(source, plan).items()}
     made: dict[str, Any] = {}
     maps = Maps()
-    run = lambda unit: plan.run(_given(source, plan, unit[0], maps), unit[1])
+    run = lambda unit: plan.run(inputs(source, plan, unit[0], maps), unit[1])
     with pool(threads) as executor:
         for _, tensors in in_order(executor, run, plan.units(), ahead=4):
             made |= {n: finish(n, t) for n, t in tensors.items()}
     return {n: made[n] for n in plan.targets}
 
 
-def _given(source: Checkpoint, plan: Plan, names: list[str], maps: Maps) -> dict[str, Tensor]:
+def inputs(source: Checkpoint, plan: Plan, names: list[str], maps: Maps) -> dict[str, Tensor]:
     """The tensors of these names; of a range, what will be looked at is on its way, and nothing beside it."""
     given = mapped(source, names, maps)
     if plan.narrowed:
@@ -100,21 +100,26 @@ def _native(source: Checkpoint, plan: Plan) -> dict[str, Tensor]:
     return {n: part.to(plan.targets[n].dtype) for n, part in parts.items()}
 
 
+def unfilled(plan: Plan, out: Params, what: str) -> list[Problem]:
+    """Why a plan's targets do not fill tensors: those that are missing, too many, or of another shape or dtype."""
+    problems = [
+        Problem(f"{what} has no {n!r} {list(spec.shape)}", (n,)) for n, spec in plan.targets.items() if n not in out
+    ]
+    problems += [Problem(f"{what} has {n!r}, which the checkpoint has not", (n,)) for n in out if n not in plan.targets]
+    for name in (n for n in out if n in plan.targets):
+        found, spec = TensorSpec(tuple(out[name].shape), out[name].dtype), plan.targets[name]
+        if found != spec:
+            text = f"{what} has {name!r} as {list(found.shape)} {found.dtype}, expected {list(spec.shape)} {spec.dtype}"
+            problems.append(Problem(text, (name,)))
+    return problems
+
+
 @torch.no_grad()
 def _fill(
     source: Checkpoint, adapter: Adapter, plan: Plan, out: Params, ranges: Mapping[str, range]
 ) -> dict[str, Tensor]:
     """out, with the plan's tensors in it: through views of it under HF names, or tensor by tensor where it has none."""
-    problems = [
-        Problem(f"out has no {n!r} {list(spec.shape)}", (n,)) for n, spec in plan.targets.items() if n not in out
-    ]
-    problems += [Problem(f"out has {n!r}, which the checkpoint has not", (n,)) for n in out if n not in plan.targets]
-    for name in out.keys() & plan.targets.keys():
-        found, spec = TensorSpec(tuple(out[name].shape), out[name].dtype), plan.targets[name]
-        if found != spec:
-            text = f"out has {name!r} as {list(found.shape)} {found.dtype}, expected {list(spec.shape)} {spec.dtype}"
-            problems.append(Problem(text, (name,)))
-    if problems:
+    if problems := unfilled(plan, out, "out"):
         raise AdapterError(problems)
     if source.native:
         for name, tensor in _native(source, plan).items():
@@ -126,7 +131,7 @@ def _fill(
         views = None
     cut, maps = narrowing(plan, "sources"), Maps()
     for sources, targets in plan.units():
-        given = _given(source, plan, sources, maps)
+        given = inputs(source, plan, sources, maps)
         if views is not None and views.keys() >= given.keys():
             for name, tensor in given.items():
                 views[name].copy_(cut[name](tensor) if name in cut else tensor)

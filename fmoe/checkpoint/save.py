@@ -1,9 +1,9 @@
 """Native parameters as a directory: shards and an index that Transformers and fmoe read."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -55,23 +55,8 @@ def save(
     (['model.safetensors'], 3, 108)
     """
     path = Path(path)
-    if layout not in ("hf", "native"):
-        raise AdapterError(f"layout={layout!r}: expected 'hf' or 'native'")
-    if problems := [problem for n, t in params.items() for problem in _unfit(n, t)]:
-        raise AdapterError(problems)
-    adapter = _adapter(path, adapter)
     claim = lambda: replaced(path, None, force, bystanders=True)
-    claim()
-    hf, held = adapter._to_hf_plan(params, None, axis_ranges)
-    adapter._plan(hf.targets, axis_ranges, frozenset(axis_ranges))  # and what is written can be read
-    specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in params.items()}
-    plan = hf if layout == "hf" else Plan((), specs)
-    files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
-    small = {INDEX: files.index} if files.index else {}
-    if layout == "native":
-        small[NATIVE] = _origin(hf, size_of(max_shard_size), axis_ranges)
-    if adapter.config is not None and not (path / CONFIG).exists():
-        small[CONFIG] = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
+    adapter, plan, files, small = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, claim=claim)
     check_space(path, sum(size for _, size in files.heads.values()))
     done, of = 0, plan.nbytes
     progress(0, of)
@@ -80,7 +65,7 @@ def save(
         parts = {n: stage.part(file) for n, file in files.files.items()}
 
         def write(unit: tuple[list[str], list[str]]) -> int:
-            made = plan.run({n: held[n] for n in unit[0]}, unit[1])
+            made = plan.run({n: params[n] for n in unit[0]}, unit[1])
             for name, tensor in made.items():
                 with open(parts[name], "r+b", buffering=0) as out:
                     write_at(parts[name], out.fileno(), bits(tensor.cpu()), files.starts[name])
@@ -94,14 +79,55 @@ def save(
             stage.fill(name, text.encode())
         stage.publish()
     kind = str((adapter.config or {}).get("model_type", ""))
-    nbytes = sum(spec.nbytes for spec in specs.values())
+    nbytes = sum(tensor.nbytes for tensor in params.values())
     return Report(str(path), kind, len(params), nbytes, len(plan.targets), adapter, len(files.heads), 0, done)
 
 
-def _unfit(name: str, tensor: Any) -> Iterator[Problem]:
+class Job(NamedTuple):
+    """What is to be written: the plan's targets, laid out in files, and small files beside them."""
+
+    adapter: Adapter
+    plan: Plan
+    files: Layout
+    small: dict[str, str]
+
+
+def prepare(
+    params: Params,
+    path: Path,
+    adapter: Adapter | None,
+    layout: str,
+    max_shard_size: int | str,
+    axis_ranges: Mapping[str, range] | None = None,
+    *,
+    claim: Callable[[], object] = lambda: None,
+    sharded: bool = False,
+) -> Job:
+    """All that `save` does before it writes. Raises AdapterError; claim, once parameters may be fit, may do so too."""
+    if layout not in ("hf", "native"):
+        raise AdapterError(f"layout={layout!r}: expected 'hf' or 'native'")
+    if problems := [problem for n, t in params.items() for problem in _unfit(n, t, sharded)]:
+        raise AdapterError(problems)
+    adapter, ranges = _adapter(path, adapter), axis_ranges or {}
+    claim()
+    hf = adapter._to_hf_plan(params, None, ranges)
+    adapter._plan(hf.targets, ranges, frozenset(ranges))  # and what is written can be read
+    plan = hf if layout == "hf" else Plan((), {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in params.items()})
+    files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
+    small = {INDEX: files.index} if files.index else {}
+    if layout == "native":
+        small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges)
+    if adapter.config is not None and not (path / CONFIG).exists():
+        small[CONFIG] = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
+    return Job(adapter, plan, files, small)
+
+
+def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
     """What keeps a parameter from being written."""
-    if is_dtensor(tensor):
-        yield Problem(f"{name!r} is a DTensor: save what `full_tensor()` gives", (name,))
+    if is_dtensor(tensor) and not sharded:
+        yield Problem(f"{name!r} is a DTensor: save what `full_tensor()` gives, or call fmoe.dcp.save", (name,))
+    elif is_dtensor(tensor) and any(p.is_partial() for p in tensor.placements):
+        yield Problem(f"{name!r} is {tensor.placements}: expected no sum still to be made", (name,))
     elif isinstance(tensor, Tensor) and tensor.is_meta:
         yield Problem(f"{name!r} is on the device meta: expected a tensor with values", (name,))
     elif isinstance(tensor, Tensor) and tensor.dtype not in DTYPES.values():

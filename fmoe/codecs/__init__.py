@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from fmoe.shards import blockwise
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -16,16 +17,24 @@ Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class CodecPlan:
-    """`changes`: (sources, targets, function) for the tensors that change; all others pass through."""
+    """`changes`: (sources, targets, function) for the tensors that change; all others pass through.
+
+    block: of a DTensor, the changes take whole blocks of that many; None: single numbers.
+    """
 
     targets: dict[str, TensorSpec]
     changes: tuple[tuple[list[str], list[str], Change], ...]
     what: str
     narrowed: frozenset[str] = frozenset()
+    block: int | None = None
 
     @cached_property
     def _maker(self) -> dict[str, int]:
         return {t: i for i, (_, targets, _) in enumerate(self.changes) for t in targets}
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {n: spec.shape for n, spec in self.targets.items()}
 
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
         for sources, targets, _ in self.changes:
@@ -48,7 +57,7 @@ class CodecPlan:
                         [Problem(f"{name!r}: no view of native storage, {self.what} computes it", (name,))]
                     )
                 sources, _, change = self.changes[at]
-                made |= change({n: params[n] for n in sources})
+                made |= blockwise(change, {n: params[n] for n in sources}, self._shapes, self.block)
         return made
 
     def __str__(self) -> str:

@@ -184,7 +184,7 @@ class BlockFP8:
         for scale, weight in scales.items():
             pair = [weight, scale]
             changes.append((pair, pair, decode))
-        return CodecPlan(targets, tuple(changes), str(self))
+        return CodecPlan(targets, tuple(changes), str(self), block=self.block)
 
     def _encoding(self, specs: Specs, carried: set[str]) -> CodecPlan:
         if self.quantization is False:
@@ -212,7 +212,8 @@ class BlockFP8:
             targets[weight] = TensorSpec(specs[weight].shape, E4M3)
             targets[weight + SUFFIX] = TensorSpec(grid(specs[weight].shape, self.block), dtype)
         both = lambda w: [w, w + SUFFIX]
-        return CodecPlan(targets, tuple((both(w) if w in carried else [w], both(w), encode) for w in chosen), str(self))
+        changes = tuple((both(w) if w in carried else [w], both(w), encode) for w in chosen)
+        return CodecPlan(targets, changes, str(self), block=self.block)
 
     def _mine(self, name: str, spec: TensorSpec) -> bool:
         matches = self.pattern is not None and re.fullmatch(self.pattern, name)

@@ -1,0 +1,80 @@
+"""Which boxes of a whole tensor a rank holds, and what went wrong on any of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+
+from fmoe.placements import indices_of
+from fmoe.sharding import is_dtensor
+from fmoe.types import AdapterError, Problem
+
+
+class Piece(NamedTuple):
+    """part is the whole tensor's box [offsets, offsets + its shape), and shares its storage; at: where part begins."""
+
+    offsets: tuple[int, ...]
+    at: tuple[int, ...]
+    part: Tensor
+
+
+def pieces(tensor: Any) -> Iterator[Piece]:
+    """This rank's part of a DTensor, or all of a plain tensor, as boxes of the whole."""
+    if not is_dtensor(tensor):
+        yield Piece((0,) * tensor.ndim, (0,) * tensor.ndim, tensor)
+        return
+    local = tensor.to_local()
+    for box in product(*map(_runs, indices_of(tensor))):
+        part = local
+        for dim, (_, at, n) in enumerate(box):
+            part = part.narrow(dim, at, n)
+        yield Piece(tuple(start for start, _, _ in box), tuple(at for _, at, _ in box), part)
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first index, its place among them, length) of every run of consecutive indices."""
+    if isinstance(indices, range):
+        return [(indices.start, 0, len(indices))] if indices else []
+    starts = [i for i, x in enumerate(indices) if not i or x != indices[i - 1] + 1]
+    return [(indices[a], a, b - a) for a, b in zip(starts, [*starts[1:], len(indices)], strict=True)]
+
+
+def first_of_copies(tensor: Any) -> bool:
+    """Whether no rank before this one on the DTensor's mesh holds the same part of it."""
+    here = tensor.device_mesh.get_coordinate()
+    return not any(i for i, p in zip(here, tensor.placements, strict=True) if p.is_replicate())
+
+
+def run_starts(whole: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -> tuple[list[int], int]:
+    """Where a box lies in a contiguous tensor: the first element of each run, and how long all runs are.
+
+    >>> run_starts((3, 4), (1, 2), (2, 2)), run_starts((3, 4), (1, 0), (2, 4))
+    (([6, 10], 2), ([4], 8))
+    """
+    outer = max((d + 1 for d, n in enumerate(shape) if n < whole[d]), default=1) - 1
+    stride = [prod(whole[d + 1 :]) for d in range(len(whole))]
+    first = sum(o * s for o, s in zip(offsets, stride, strict=True))
+    grid = product(*(range(n) for n in shape[:outer]))
+    return [first + sum(i * s for i, s in zip(at, stride, strict=False)) for at in grid], prod(shape[outer:])
+
+
+@contextmanager
+def surfacing() -> Iterator[None]:
+    """What DCP gathers of all ranks and raises, which is no Exception, as one AdapterError with the keys of all."""
+    try:
+        yield
+    except CheckpointException as error:
+        failures = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
+        for failure in failures.values():
+            if not isinstance(failure, Exception):  # an interruption stays one
+                raise failure from error
+        problems: list[Problem] = []
+        for rank, failure in failures.items():
+            told = f"rank {rank}: {type(failure).__name__}: {failure}" if dist.is_initialized() else str(failure)
+            problems += failure.found if isinstance(failure, AdapterError) else [Problem(told)]
+        raise AdapterError(problems) from error

@@ -1,0 +1,148 @@
+"""Native parameters of many ranks as one checkpoint: every rank writes the boxes it holds into files made for all."""
+
+import hashlib
+import os
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from fmoe.adapter import Adapter
+from fmoe.checkpoint.engine import write_at
+from fmoe.checkpoint.journal import ONCE
+from fmoe.checkpoint.room import check_space, replaced
+from fmoe.checkpoint.save import Job, prepare
+from fmoe.checkpoint.staging import staging
+from fmoe.dcp.boxes import first_of_copies, pieces, run_starts, surfacing
+from fmoe.sharding import is_dtensor
+from fmoe.types import AdapterError, Params, bits
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def save(
+    params: Params,
+    path: Path | str,
+    adapter: Adapter | None = None,
+    layout: Literal["hf", "native"] = "hf",
+    max_shard_size: int | str = "5GB",
+    *,
+    force: bool = False,
+    fsync: bool = True,
+    process_group: "ProcessGroup | None" = None,
+) -> int:
+    """path = to_hf(params), as `fmoe.save`, of DTensors too: one checkpoint, with its index, whatever the mesh.
+
+    Returns the bytes that this rank wrote. The first rank makes the files and gives them their names in the end, every
+    rank writes into them the boxes that it holds, and of what several ranks hold the first of them: path is the same
+    directory for all ranks, and no tensor is gathered. All ranks of the process group call this, with the same names
+    and shapes.
+
+    Raises AdapterError, on all ranks, where the parameters do not convert, path may not be written to, or any rank
+    cannot write; path is then as it was.
+    """
+    with ExitStack() as stack, surfacing(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is ")
+        planner = _Planner(params, Path(path), adapter, layout, max_shard_size)
+        writer = _Writer(planner, stack, force, fsync)
+        dcp.save({}, storage_writer=writer, planner=planner, process_group=process_group)
+    return writer.written
+
+
+class _Planner(SavePlanner):
+    """What every rank would write. DCP's own plan stays empty: boxes are found as they are written."""
+
+    job: Job
+    first = False
+
+    def __init__(self, params: Params, path: Path, *how: Any):
+        self.params, self.path, self.how = params, path, how
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        self.first = is_coordinator
+
+    def create_local_plan(self) -> SavePlan:
+        self.job = prepare(self.params, self.path, *self.how, sharded=True)
+        told = f"{sorted(self.job.plan.targets.items())}{self.job.files.files}"
+        return SavePlan([], planner_data=hashlib.sha256(told.encode()).hexdigest())
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        odd = [rank for rank, plan in enumerate(all_plans) if plan.planner_data != all_plans[0].planner_data]
+        if odd:
+            raise AdapterError(f"ranks {odd} hold other names, shapes or dtypes than rank 0: expected the same on all")
+        return all_plans, Metadata({})
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        raise NotImplementedError("the writer takes tensors from the job")
+
+
+class _Writer(dcp.StorageWriter):
+    """written: the bytes that this rank wrote."""
+
+    def __init__(self, planner: _Planner, stack: ExitStack, force: bool, fsync: bool):
+        self.planner, self.stack, self.force, self.fsync = planner, stack, force, fsync
+        self.written = 0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        pass
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        job, path = self.planner.job, self.planner.path
+        claim = lambda: replaced(path, None, self.force, bystanders=True)
+        claim()
+        check_space(path, sum(size for _, size in job.files.heads.values()))
+        self.stage = self.stack.enter_context(staging(path, ONCE, claim, fsync=self.fsync, resumable=False))
+        self.stage.begin(job.files.heads, job.small)
+        parts = {file: str(self.stage.part(file)) for file in job.files.heads}
+        return [replace(plan, storage_data=parts) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        job, params = self.planner.job, self.planner.params
+        parts = {file: Path(part) for file, part in plan.storage_data.items()}
+        for sources, targets in job.plan.units():
+            mine = self.planner.first or any(is_dtensor(params[n]) for n in sources)
+            made = job.plan.run({n: params[n] for n in sources}, targets) if mine else {}
+            for name, tensor in made.items():
+                if not is_dtensor(tensor) or first_of_copies(tensor):
+                    self._write(parts[job.files.files[name]], job.files.starts[name], tensor)
+        for part in parts.values() if self.fsync else ():
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def _write(self, part: Path, start: int, tensor: Any) -> None:
+        with open(part, "r+b", buffering=0) as out:
+            for offsets, _, piece in pieces(tensor):
+                starts, length = run_starts(tensor.shape, offsets, piece.shape)
+                data, n = bits(piece.cpu()), length * piece.element_size()
+                for i, at in enumerate(starts if n else ()):
+                    write_at(part, out.fileno(), data[i * n : (i + 1) * n], start + at * piece.element_size())
+                self.written += data.numel()
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        for name, text in self.planner.job.small.items():
+            self.stage.fill(name, text.encode())
+        self.stage.publish()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return True
