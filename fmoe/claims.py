@@ -13,7 +13,7 @@ from fmoe.types import EXPERT_TENSORS, Problem
 Shared = tuple[Value, ...]
 _EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that experts stand under
 _STACKED = re.compile(
-    r"(^|\.)(block_sparse_)?moe\.(gate|up|down)_proj\."
+    r"(^|\.)((block_sparse_)?moe\.(gate|up|down)_proj|(block_sparse_moe|mlp)\.(in|out)put_linear)\."
 )  # experts in one tensor, under no such segment
 _QUANTISED = re.compile(
     r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|weight_packed|qscale_\w+|\.(qweight|qzeros|absmax))$"

@@ -133,6 +133,27 @@ def demo(
         print(json.dumps(found))
 
 
+@app.command()
+def families(as_json: Json = False) -> None:
+    """Every known model type: where its experts lie, what it reads quantised, what was verified against what."""
+    from fmoe.families import FAMILIES, VERIFIED
+
+    facts = {
+        name: {
+            "layout": kind.layout,
+            "quantised": kind.quantised,
+            "verified": VERIFIED[kind.verified],
+            "source": kind.source,
+        }
+        for name, kind in sorted(FAMILIES.items())
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, told in facts.items():
+        print(f"{name:<24}{told['layout']}\n{'':<24}quantised: {told['quantised']}; verified: {told['verified']}")
+
+
 def _show(found: dict[str, Any]) -> None:
     experts, config, size = found["experts"], found["moe_config"], human(found["bytes"])
     dtypes = ", ".join(f"{n} {human(nbytes)}" for n, nbytes in found["dtypes"].items())

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tiny import FAMILIES
 from torch import Tensor
 
 import fmoe
 from fmoe import alias, drop, keep, rename, rule
 from fmoe.build import together
-from fmoe.families import FAMILIES
 from fmoe.testing import same
 
 CONFIG = dict(num_experts=4, num_experts_per_tok=2, hidden_size=8, moe_intermediate_size=6)

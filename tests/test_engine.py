@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_any_adapter import adapters
 from test_flow import LAYOUTS, drawn
+from tiny import CHOICES, FAMILIES
 
 import fmoe
 from fmoe.checkpoint import open_checkpoint, plan_from
 from fmoe.checkpoint.arrange import ranges
 from fmoe.checkpoint.boxes import LARGE, Place, box, jobs
 from fmoe.checkpoint.engine import LIMIT, Engine
-from fmoe.families import FAMILIES
 from fmoe.testing import checkpoints, family_checkpoints, rules, same, tensors
 
 LIMITS = (8, 24, 64, 1000, LIMIT)
@@ -57,7 +57,7 @@ def test_whatever_a_user_builds_in_jobs_of_any_size(data):
 @settings(max_examples=10)
 @given(data=st.data())
 def test_every_family_in_jobs_of_any_size_both_ways(family, data):
-    adapter, specs = data.draw(family_checkpoints(family))
+    adapter, specs = data.draw(family_checkpoints(family, **CHOICES.get(family, {})))
     adapter, held = adapter.resolve(specs), tensors(specs)
     limit, shift = data.draw(st.sampled_from(LIMITS)), data.draw(st.integers(0, 3))
     agree(adapter.plan(held), held, limit, shift=shift)

@@ -11,11 +11,11 @@ from copies import by_copies
 from hypothesis import given
 from hypothesis import strategies as st
 from test_any_adapter import adapters
+from tiny import CHOICES, FAMILIES
 
 import fmoe
 from fmoe.axes import Copy
 from fmoe.checkpoint.flow import _Crossed, compose, flow
-from fmoe.families import FAMILIES
 from fmoe.testing import checkpoints, family_checkpoints, rules, same, tensors
 
 DTYPES = (torch.int8, torch.bfloat16, torch.float32, torch.float64)
@@ -85,7 +85,7 @@ LAYOUTS = {n: ("per_expert", "fused") for n in ("qwen3_moe", "mixtral", "deepsee
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
 def test_every_family_as_copies_both_ways(family, data):
-    adapter, specs = data.draw(family_checkpoints(family))
+    adapter, specs = data.draw(family_checkpoints(family, **CHOICES.get(family, {})))
     adapter, given = adapter.resolve(specs), tensors(specs)
     for there, held in ((adapter, given), (adapter.inverse, adapter.from_hf(given))):
         plan = there.plan(held)

@@ -4,11 +4,11 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CHOICES, FAMILIES, OTHERS
 
 import fmoe
-from fmoe.families import FAMILIES
 from fmoe.names import patterns
 from fmoe.rules import Address, Rule
 from fmoe.testing import assert_laws, checkpoints, family_checkpoints, rules, same, tensors
@@ -106,5 +106,12 @@ def test_ragged_parts_lie_in_the_order_of_the_composite():
 @pytest.mark.parametrize("model_type", FAMILIES)
 @given(data=st.data())
 def test_families_keep_every_law(model_type, data):
-    adapter, specs = data.draw(family_checkpoints(model_type))
+    adapter, specs = data.draw(family_checkpoints(model_type, **CHOICES.get(model_type, {})))
     assert_laws(adapter, specs)
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+@settings(max_examples=5)
+@given(data=st.data())
+def test_families_under_other_names_keep_every_law(model_type, data):
+    assert_laws(*data.draw(family_checkpoints(model_type, **CHOICES.get(model_type, {}))))

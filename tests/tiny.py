@@ -18,6 +18,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 import fmoe
+from fmoe.entries import walk
+from fmoe.rules import Rule
+
+
+def _axes(kind: fmoe.families.Family) -> frozenset[Any]:
+    """How a family's tensors lie, whatever their names."""
+    rules = [e for stage in kind.rules.stages for e in walk(stage.entries) if isinstance(e, Rule) and e.source.axes]
+    return frozenset((r.source.axes, r.target.axes, r.stacked) for r in rules)
+
+
+FAMILIES = list({_axes(kind): name for name, kind in reversed(fmoe.families.FAMILIES.items())}.values())
+"""Model types, one of all those whose tensors lie alike."""
+OTHERS = list({kind.rules: name for name, kind in fmoe.families.FAMILIES.items() if name not in FAMILIES}.values())
+"""The rest, one of all those that share their rules."""
+CHOICES: dict[str, dict[str, str]] = {"qwen3_vl_moe": dict(layout="fused")}
+"""Told by hand where names say nothing."""
+
 
 INDEX, NATIVE, CONFIG = "model.safetensors.index.json", "fmoe.json", "config.json"
 Files = dict[str, bytes | Callable[[Path], object]]

@@ -1,19 +1,27 @@
 """Families as data: Hugging Face's `model_type` -> its `Family`. A new one is a file of rules and a line here."""
 
-from fmoe.families.deepseek_v3 import deepseek_v3
-from fmoe.families.family import Family
-from fmoe.families.gpt_oss import gpt_oss
-from fmoe.families.mixtral import mixtral
-from fmoe.families.nemotron_h import nemotron_h
-from fmoe.families.per_expert import per_expert, per_expert_non_gated
-from fmoe.families.qwen3_5_moe import qwen3_5_moe
-from fmoe.families.qwen3_moe import qwen3_moe
-from fmoe.families.step3p5 import step3p5
+from importlib import import_module
+
+from fmoe.families.family import VERIFIED, Family
 from fmoe.types import AdapterError
 
-_ALL = (deepseek_v3, gpt_oss, mixtral, nemotron_h, per_expert, per_expert_non_gated, qwen3_5_moe, qwen3_moe, step3p5)
+_FILES = """deepseek_v2 deepseek_v3 deepseek_v4 encoder_decoder feed_forward gpt_oss minimax mixtral nemotron_h olmoe
+    per_expert qwen2_moe qwen3_5_moe qwen3_moe renamed stacked step3p5"""
 
-FAMILIES: dict[str, Family] = {name: family for family in _ALL for name in family.model_types}
+__all__ = ["FAMILIES", "VERIFIED", "Family", "family", "register"]
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Add a family of your own under each of its model types: `fmoe.adapter` finds it there, by name or by config.json.
+
+    Raises AdapterError, and adds nothing, where a model type has a family already.
+    """
+    if taken := [name for name in family.model_types if FAMILIES.get(name, family) != family]:
+        raise AdapterError(f"model_type {taken[0]!r} has a family already, from {FAMILIES[taken[0]].source!r}")
+    FAMILIES.update(dict.fromkeys(family.model_types, family))
+    return family
 
 
 def family(model_type: str) -> Family:
@@ -21,3 +29,9 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise AdapterError(f"model_type {model_type!r} is unknown: expected one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
+
+
+for _file in _FILES.split():
+    for _value in vars(import_module(f"fmoe.families.{_file}")).values():
+        if isinstance(_value, Family):
+            register(_value)

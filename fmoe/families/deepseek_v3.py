@@ -1,5 +1,7 @@
 """DeepSeek-V3 in bf16 and FP8: experts one by one in every sparse layer, the MTP layer (the last) among them."""
 
+from dataclasses import replace
+
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT, experts
 
@@ -26,4 +28,22 @@ deepseek_v3 = Family(
     ),
     fp8=r".*\.(self_attn|mlp|experts\.\d+|shared_experts)\.\w+_proj(_with_mqa)?\.weight",
     source="deepseek-ai/DeepSeek-V3",
+    verified="block",
+)
+
+deepseek_v32 = replace(
+    deepseek_v3,
+    model_types=("deepseek_v32", "glm_moe_dsa"),
+    fp8=f"{deepseek_v3.fp8}|" + r".*\.indexer\.(wq_b|wk)\.weight",
+    source="deepseek-ai/DeepSeek-V3.2, zai-org/GLM-5",
+)
+
+glm4_moe = replace(
+    deepseek_v3,
+    model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe", "dots1", "solar_open", "mimo_v2_flash"),
+    source="zai-org/GLM-4.5-Air, zai-org/GLM-4.7-Flash, rednote-hilab/dots.llm1.base, XiaomiMiMo/MiMo-V2-Flash",
+)
+
+kimi_k25_vl = replace(
+    deepseek_v3, model_types=("kimi_k25",), fp8=None, source="moonshotai/Kimi-K2.5, decoded to bf16", verified="keys"
 )

@@ -7,10 +7,19 @@ from typing import Any
 from fmoe.adapter import Adapter
 from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.fp8 import BlockFP8
+from fmoe.entries import walk
+from fmoe.rules import Rule
 from fmoe.table import Table
 from fmoe.types import AdapterError, MoEConfig, as_dtype
 
 SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
+VERIFIED = {
+    "block": "Transformers: round trip, numbers of the whole block",
+    "experts": "Transformers: round trip, numbers of the experts; its router is not ours",
+    "round trip": "Transformers: round trip; its experts are not ours",
+    "keys": "key table only",
+    "laws": "round trip of drawn checkpoints",
+}
 EXPERTS_ONLY = r".*\.experts\.\d+\.\w+\.weight"
 
 
@@ -22,17 +31,31 @@ class Family:
     blanks: the first that the config has. fixed: the fields that the architecture settles. activations: the config's
     name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises; None: no FP8 form.
     unsaid: config fields that MoEConfig cannot express when they are set, and why. source: where it is published.
+    verified: what the tests compare with Transformers, one of `VERIFIED`.
     """
 
     model_types: tuple[str, ...]
     rules: Adapter
-    fields: Mapping[str, str]
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fields: dict[str, str]
+    fixed: dict[str, Any] = field(default_factory=dict)
     activations: Mapping[str, str] = field(default_factory=lambda: SWIGLU)
     activation_field: str = "hidden_act"
     fp8: str | None = None
     unsaid: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+    verified: str = "keys"
+
+    @property
+    def layout(self) -> str:
+        """Where gate and up lie on disk as published: the first rule that makes `gate_and_up_projs`."""
+        tables = [stage for stage in self.rules.stages if isinstance(stage, Table)]
+        rules = [entry for t in tables for entry in walk(t.entries) if isinstance(entry, Rule)]
+        return next(str(r.source) for r in rules if "gate_and_up_projs" in r.target.name)
+
+    @property
+    def quantised(self) -> str:
+        """Which quantised checkpoints it reads, and writes from unquantised ones."""
+        return "fp8 blocks" if self.fp8 else "fp8 blocks, read only" if "scale_inv [" in str(self.rules) else "none"
 
     def adapter(self, config: Any = None, **choices: Any) -> Adapter:
         """The family's adapter, its letters bound to the config's sizes and its choices made.
@@ -67,7 +90,9 @@ class Family:
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them."""
-        said = {f: [config[n] for n in names.split() if config.get(n) is not None] for f, names in self.fields.items()}
+        said = {
+            f: [_one(config[n]) for n in names.split() if config.get(n) is not None] for f, names in self.fields.items()
+        }
         return dict(self.fixed) | {f: values[0] for f, values in said.items() if values}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
@@ -95,14 +120,19 @@ class Family:
             raise AdapterError(f"{self.model_types[0]}: the config says what no layer can be: {error}") from None
 
 
+def _one(value: Any) -> Any:
+    """A value that is told once for every layer, alike: that value."""
+    return value[0] if isinstance(value, list) and value and value == [value[0]] * len(value) else value
+
+
 def as_dict(config: Any) -> dict[str, Any]:
-    """The config's fields, those of its text model (`text_config`, at any depth) first."""
+    """The config's fields, those of its text model (`text_config`, at any depth) and `ffn_config` (DBRX's) first."""
     if config is None:
         return {}
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise AdapterError(f"config is a {type(config).__name__}, expected a dict or a Transformers config")
     given = config if isinstance(config, Mapping) else config.to_dict()
-    inner = as_dict(given.get("text_config"))
+    inner = as_dict(given.get("text_config")) | as_dict(given.get("ffn_config"))
     return {**given, **{name: value for name, value in inner.items() if value is not None}}
 
 

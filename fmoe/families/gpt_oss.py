@@ -26,4 +26,5 @@ gpt_oss = Family(
     ),
     fixed=dict(expert_activation="quick_geglu", expert_bias=True, router_bias=True),
     source="openai/gpt-oss-20b (bf16 form, as Transformers writes it)",
+    verified="block",
 )

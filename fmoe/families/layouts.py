@@ -9,7 +9,8 @@ from fmoe.build import either, keep, rule, table, together
 KEPT = keep("{rest}") | keep("{rest}.weight_scale_inv") | keep("{rest}.expert_bias")
 """Every other tensor, the FP8 scales of those that are quantised, and the router's bias as AFMoE and LFM2 name it."""
 
-EXPERTS = "{pre}layers.{l}.mlp.experts."
+MLP = "{pre}layers.{l}.mlp."
+EXPERTS = MLP + "experts."
 
 
 def per_expert(

@@ -8,7 +8,7 @@ DISK = "{pre}layers.{l}.block_sparse_moe."
 GATE = "{pre}layers.{l}.mlp.gate.{rest}"
 
 mixtral = Family(
-    model_types=("mixtral",),
+    model_types=("mixtral", "minimax"),
     rules=either(
         "layout",
         per_expert=per_expert(DISK + "experts.", EXPERTS, "w1|w3", "w2") | rule(DISK + "gate.{rest}", GATE),
@@ -22,5 +22,6 @@ mixtral = Family(
         moe_inter_dim="intermediate_size",
     ),
     fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_weights_fp32=True),
-    source="mistralai/Mixtral-8x7B-v0.1",
+    source="mistralai/Mixtral-8x7B-v0.1, MiniMaxAI/MiniMax-M1-80k",
+    verified="block",
 )

@@ -1,5 +1,7 @@
 """Nemotron-H: up and down alone (squared ReLU), in `mixer`; on disk under `backbone`, natively under `model`."""
 
+from dataclasses import replace
+
 from fmoe.build import either, keep, rule
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT, fused, per_expert
@@ -51,4 +53,8 @@ nemotron_h = Family(
     activations={"relu2": "relu2"},
     activation_field="mlp_hidden_act",
     source="nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+    verified="block",
+)
+nemotron_omni = replace(
+    nemotron_h, model_types=("nemotron_h_omni",), source="nvidia/Nemotron-3-Nano-Omni", verified="keys"
 )

@@ -21,6 +21,7 @@ per_expert = Family(
     ),
     fp8=EXPERTS_ONLY,
     source="no single publisher: the layout of Qwen, DeepSeek, GLM, OLMoE and many others",
+    verified="laws",
 )
 
 per_expert_non_gated = replace(

@@ -34,4 +34,5 @@ qwen3_5_moe = Family(
     fixed=dict(n_shared_experts=1, shared_expert_gate=True, softmax_before_topk=True, norm_topk_prob=True),
     fp8=EXPERTS_ONLY,
     source="Qwen/Qwen3.5-35B-A3B, Qwen/Qwen3.5-35B-A3B-FP8",
+    verified="block",
 )

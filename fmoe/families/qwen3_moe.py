@@ -17,4 +17,5 @@ qwen3_moe = Family(
     fixed=dict(softmax_before_topk=True),
     fp8=EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.mlp\.(gate|up|down)_proj\.weight",
     source="Qwen/Qwen3-30B-A3B, Qwen/Qwen3-30B-A3B-FP8",
+    verified="block",
 )

@@ -1,5 +1,7 @@
 """Step-3.5: gate, up and down of all experts, each one tensor [experts, out, in], under `moe`."""
 
+from dataclasses import replace
+
 from fmoe.build import either, keep, rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT
@@ -39,4 +41,6 @@ step3p5 = Family(
     ),
     unsaid=dict(swiglu_limits="clamps after silu, layer by layer: no expert_activation does"),
     source="stepfun-ai/Step-3.5-Flash",
+    verified="block",
 )
+step3p7 = replace(step3p5, model_types=("step3p7",), source="stepfun-ai/Step-3.7-Flash", verified="keys")

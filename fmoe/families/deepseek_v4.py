@@ -1,0 +1,48 @@
+"""DeepSeek-V4 in bf16 or FP8: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included."""
+
+from fmoe.adapter import Adapter
+from fmoe.build import either, rule
+from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.layouts import KEPT, fused, per_expert
+
+
+def block(hf: str, native: str) -> Adapter:
+    """The MoE block of a layer, as published <-> as ours."""
+    return (
+        per_expert(hf + "experts.", native + "experts.", "w1|w3", "w2")
+        | rule(hf + "gate.{p=weight|tid2eid|bias}", native + "gate.{p=weight|tid2eid|e_score_correction_bias}")
+        | rule(
+            hf + "shared_experts.{p=w1|w3|w2}.{rest}",
+            native + "shared_experts.{p=gate_proj|up_proj|down_proj}.{rest}",
+        )
+    )
+
+
+LAYER, MTP = "{pre}layers.{l}.", "{pre}mtp.{l}."
+MEMORY = LAYER + "mlp."
+
+deepseek_v4 = Family(
+    model_types=("deepseek_v4",),
+    rules=either(
+        "layout",
+        per_expert=block(LAYER + "ffn.", MEMORY) | block(MTP + "ffn.", MTP + "mlp."),
+        fused=fused(MEMORY + "experts.")
+        | rule(MEMORY + "gate.{rest}", MEMORY + "gate.{rest}")
+        | rule(MEMORY + "shared_experts.{rest}", MEMORY + "shared_experts.{rest}"),
+    )
+    | KEPT,
+    fields=dict(
+        n_routed_experts="n_routed_experts num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        n_shared_experts="n_shared_experts",
+        route_scale="routed_scaling_factor",
+        norm_topk_prob="norm_topk_prob",
+        swiglu_limit="swiglu_limit",
+    ),
+    fixed=dict(score_func="sqrtsoftplus", router_weights_fp32=True),
+    fp8=EXPERTS_ONLY,
+    source="deepseek-ai/DeepSeek-V4-Flash-Base",
+    verified="experts",
+)

@@ -1,0 +1,32 @@
+"""OLMoE and those like it: experts one by one, a softmax router, no shared expert."""
+
+from dataclasses import replace
+
+from fmoe.families.qwen2_moe import qwen2_moe
+from fmoe.families.qwen3_moe import qwen3_moe
+
+olmoe = replace(
+    qwen3_moe,
+    model_types=("olmoe", "flex_olmo"),
+    fields=qwen3_moe.fields | dict(moe_inter_dim="intermediate_size"),
+    source="allenai/OLMoE-1B-7B-0924, allenai/FlexOlmo-7x7B-1T",
+)
+
+cohere2_moe = replace(
+    olmoe,
+    model_types=("cohere2_moe",),
+    fields=olmoe.fields | dict(n_shared_experts="num_shared_experts"),
+    fixed=dict(score_func="its own choice, averaged with shared experts"),
+    source="as Transformers has it",
+    verified="experts",
+)
+
+mellum = replace(qwen3_moe, model_types=("mellum",), source="as Transformers has it")
+
+qwen3_omni_moe_thinker = replace(
+    qwen3_moe, model_types=("qwen3_omni_moe_thinker",), source="the thinker of Qwen/Qwen3-Omni-30B-A3B-Instruct"
+)
+
+qwen3_omni_moe = replace(  # thinker and talker, each with sizes of its own
+    qwen2_moe, model_types=("qwen3_omni_moe",), source="Qwen/Qwen3-Omni-30B-A3B-Instruct", verified="keys"
+)

@@ -1,0 +1,36 @@
+"""Qwen2-MoE and Qwen3-Next: one gated shared expert, `shared_expert` on disk and `shared_experts` natively."""
+
+from dataclasses import replace
+
+from fmoe.build import rule
+from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.layouts import KEPT, MLP, experts
+
+LINEAR = "{pre}layers.{l}.linear_attn."
+SHARED = rule(MLP + "shared_expert.{rest}", MLP + "shared_experts.{rest}")
+
+qwen2_moe = Family(
+    model_types=("qwen2_moe",),
+    rules=experts() | SHARED | KEPT,
+    fields=dict(
+        n_routed_experts="num_experts num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+        shared_expert_inter_dim="shared_expert_intermediate_size",
+        norm_topk_prob="norm_topk_prob",
+    ),
+    fixed=dict(n_shared_experts=1, shared_expert_gate=True, softmax_before_topk=True),
+    fp8=EXPERTS_ONLY,
+    source="Qwen/Qwen1.5-MoE-A2.7B",
+    verified="block",
+)
+
+qwen3_next = replace(
+    qwen2_moe,
+    model_types=("qwen3_next",),
+    rules=experts() | SHARED | rule(LINEAR + "{p=A_log|dt_bias}", LINEAR + "_fp32_params.{p=A_log|dt_bias}") | KEPT,
+    fixed=qwen2_moe.fixed | dict(norm_topk_prob=True),
+    source="Qwen/Qwen3-Next-80B-A3B-Instruct",
+)

@@ -1,0 +1,166 @@
+"""Experts one by one under `mlp`, with a router and shared experts under names of their own, natively as everyone's."""
+
+from dataclasses import replace
+
+from fmoe.build import either, rule
+from fmoe.families.deepseek_v3 import deepseek_v3
+from fmoe.families.layouts import KEPT, MLP, experts, fused, per_expert
+from fmoe.families.qwen3_moe import qwen3_moe
+
+BIAS = MLP + "gate.e_score_correction_bias"
+WEIGHT = MLP + "gate.weight"
+SHARED = MLP + "shared_experts.{rest}"
+
+hunyuan_v1_moe = replace(
+    qwen3_moe,
+    model_types=("hunyuan_v1_moe",),
+    rules=experts() | rule(MLP + "gate.wg.weight", WEIGHT) | rule(MLP + "shared_mlp.{rest}", SHARED) | KEPT,
+    fields=qwen3_moe.fields
+    | dict(
+        n_activated_experts="moe_topk num_experts_per_tok",
+        moe_inter_dim="moe_intermediate_size intermediate_size",
+        n_shared_experts="num_shared_expert",
+    ),
+    fixed=dict(softmax_before_topk=True, norm_topk_prob=True, n_shared_experts=1),
+    fp8=None,
+    source="tencent/Hunyuan-A13B-Instruct",
+)
+
+hy_v3 = replace(
+    deepseek_v3,
+    model_types=("hy_v3",),
+    rules=either(
+        "layout",
+        per_expert=per_expert()
+        | rule(MLP + "router.gate.weight", WEIGHT)
+        | rule(MLP + "expert_bias", BIAS)
+        | rule(MLP + "shared_mlp.{rest}", SHARED),
+        fused=fused() | rule(WEIGHT, WEIGHT) | rule(MLP + "e_score_correction_bias", BIAS) | rule(SHARED, SHARED),
+    )
+    | KEPT,
+    fields=deepseek_v3.fields
+    | dict(
+        n_routed_experts="num_experts n_routed_experts",
+        n_shared_experts="num_shared_experts",
+        route_scale="router_scaling_factor",
+    ),
+    fp8=None,
+    source="tencent/Hy3-preview",
+)
+hy_mt2 = replace(hy_v3, model_types=("hy_mt2",), source="tencent/Hunyuan-MT2", verified="keys")
+
+laguna = replace(
+    deepseek_v3,
+    model_types=("laguna",),
+    rules=either(
+        "layout",
+        per_expert=per_expert()
+        | rule(MLP + "experts.e_score_correction_bias", BIAS)
+        | rule(MLP + "shared_expert.{rest}", SHARED),
+        fused=fused() | rule(BIAS, BIAS) | rule(SHARED, SHARED),
+    )
+    | KEPT,
+    fields=deepseek_v3.fields
+    | dict(
+        n_routed_experts="num_experts n_routed_experts",
+        shared_expert_inter_dim="shared_expert_intermediate_size",
+        route_scale="moe_routed_scaling_factor routed_scaling_factor",
+    ),
+    fixed=deepseek_v3.fixed | dict(n_shared_experts=1),
+    fp8=None,
+    source="poolside/Laguna-XS.2",
+)
+
+ernie4_5_moe = replace(
+    deepseek_v3,
+    model_types=("ernie4_5_moe",),
+    rules=either(
+        "layout",
+        per_expert=per_expert() | rule(MLP + "moe_statics.e_score_correction_bias [1 e]", BIAS + " [e]"),
+        fused=fused() | rule(MLP + "gate.moe_statics.e_score_correction_bias [1 e]", BIAS + " [e]"),
+    )
+    | KEPT,
+    fields=dict(
+        n_routed_experts="moe_num_experts num_experts",
+        n_activated_experts="moe_k num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+        n_shared_experts="moe_num_shared_experts",
+    ),
+    fixed=dict(score_func="softmax_with_bias", norm_topk_prob=True, router_weights_fp32=True),
+    fp8=None,
+    source="baidu/ERNIE-4.5-21B-A3B-PT",
+)
+
+exaone_moe = replace(
+    deepseek_v3,
+    model_types=("exaone_moe",),
+    rules=either(
+        "layout",
+        per_expert=per_expert() | rule(MLP + "e_score_correction_bias", BIAS),
+        fused=fused() | rule(BIAS, BIAS),
+    )
+    | KEPT,
+    fields=deepseek_v3.fields | dict(n_routed_experts="num_experts", n_shared_experts="num_shared_experts"),
+    fp8=None,
+    source="LGAI-EXAONE/K-EXAONE-236B-A23B",
+)
+
+afmoe = replace(
+    deepseek_v3,
+    model_types=("afmoe",),
+    rules=experts() | rule(MLP + "router.gate.weight", WEIGHT) | rule(MLP + "expert_bias", BIAS) | KEPT,
+    fields=deepseek_v3.fields
+    | dict(
+        n_routed_experts="num_experts",
+        n_shared_experts="num_shared_experts",
+        route_scale="route_scale",
+        norm_topk_prob="route_norm",
+    ),
+    fp8=None,
+    source="arcee-ai/Trinity-Mini",
+)
+
+bailing_hybrid = replace(
+    deepseek_v3,
+    model_types=("bailing_hybrid",),
+    rules=either(
+        "layout",
+        per_expert=per_expert() | rule(MLP + "gate.expert_bias", BIAS),
+        fused=fused() | rule(BIAS, BIAS),
+    )
+    | KEPT,
+    fields=deepseek_v3.fields
+    | dict(
+        n_routed_experts="num_experts",
+        n_activated_experts="num_experts_per_tok num_experts_per_token",
+        n_shared_experts="num_shared_experts",
+        n_expert_groups="n_group num_expert_group",
+        norm_topk_prob="norm_topk_prob moe_renormalize",
+    ),
+    fp8=None,
+    source="inclusionAI/Ring-2.5-1T",
+)
+ling_v2 = replace(
+    bailing_hybrid,
+    model_types=("bailing_moe", "bailing_moe_v2"),
+    source="inclusionAI/Ling-mini-2.0",
+    verified="keys",
+)
+
+longcat_flash = replace(
+    deepseek_v3,
+    model_types=("longcat_flash",),
+    fields=dict(
+        n_routed_experts="n_routed_experts num_experts",
+        n_activated_experts="moe_topk num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="expert_ffn_hidden_size",
+        inter_dim="ffn_hidden_size",
+    ),
+    fixed=dict(score_func="softmax over experts and zero experts"),
+    fp8=None,
+    source="meituan-longcat/LongCat-Flash-Chat",
+    verified="experts",
+)

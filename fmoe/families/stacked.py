@@ -1,0 +1,168 @@
+"""Experts stacked on disk: Granite, Aria, JetMoE, DBRX, Mistral 4, .. Orientation is declared, never guessed."""
+
+from dataclasses import replace
+
+from fmoe.build import either, keep, rule, together
+from fmoe.families.family import Family
+from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.qwen3_moe import qwen3_moe
+
+GRANITE = "{pre}layers.{l}.block_sparse_moe."
+DBRX = "{pre}blocks.{l}.ffn."
+LAYER = "{pre}layers.{l}."
+FIELDS = dict(
+    n_routed_experts="num_local_experts num_experts",
+    n_activated_experts="num_experts_per_tok",
+    dim="hidden_size",
+    moe_inter_dim="intermediate_size",
+)
+
+granitemoe = Family(
+    model_types=("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+    rules=either(
+        "layout",
+        linear=together(
+            rule(GRANITE + "input_linear.weight [e (g i) d]", GRANITE + "experts.gate_and_up_projs [e d (g i)]", g=2),
+            rule(GRANITE + "output_linear.weight [e d i]", GRANITE + "experts.down_projs [e i d]"),
+        )
+        | rule(GRANITE + "router.layer.weight", GRANITE + "gate.weight"),
+        fused=fused(GRANITE + "experts.") | rule(GRANITE + "router.weight", GRANITE + "gate.weight"),
+    )
+    | KEPT,
+    fields=FIELDS,
+    source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-small",
+    verified="block",
+)
+
+aria = Family(
+    model_types=("aria_text",),
+    rules=either(
+        "layout",
+        linear=together(
+            rule(EXPERTS + "fc1.weight [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+            rule(EXPERTS + "fc2.weight [e i d]", EXPERTS + "down_projs [e i d]"),
+        ),
+        fused=together(
+            rule(EXPERTS + "gate_up_proj [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+            rule(EXPERTS + "down_proj [e i d]", EXPERTS + "down_projs [e i d]"),
+        ),
+    )
+    | rule(MLP + "router.weight", MLP + "gate.weight")
+    | KEPT,
+    fields=FIELDS
+    | dict(
+        n_routed_experts="moe_num_experts",
+        n_activated_experts="moe_topk",
+        n_shared_experts="moe_num_shared_experts",
+    ),
+    source="rhymes-ai/Aria",
+    verified="block",
+)
+aria_multimodal = replace(aria, model_types=("aria",), verified="keys")
+
+jetmoe = Family(
+    model_types=("jetmoe",),
+    rules=together(
+        rule(MLP + "input_linear.weight [e (g i) d]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+        rule(MLP + "output_linear.weight [e d i]", EXPERTS + "down_projs [e i d]"),
+    )
+    | rule(MLP + "router.layer.weight", MLP + "gate.weight")
+    | keep("{pre}layers.{l}.self_attention.experts.{rest}")
+    | KEPT,
+    fields=FIELDS,
+    activation_field="activation_function",
+    source="jetmoe/jetmoe-8b",
+    verified="block",
+)
+
+dbrx = Family(
+    model_types=("dbrx",),
+    rules=together(
+        rule(DBRX + "experts.mlp.{g=w1|v1} [(e i) d]", DBRX + "experts.gate_and_up_projs [e d (g i)]"),
+        rule(DBRX + "experts.mlp.w2 [(e i) d]", DBRX + "experts.down_projs [e i d]"),
+    )
+    | rule(DBRX + "router.layer.weight", DBRX + "gate.weight")
+    | KEPT,
+    fields=dict(
+        n_routed_experts="moe_num_experts",
+        n_activated_experts="moe_top_k",
+        dim="d_model",
+        moe_inter_dim="ffn_hidden_size",
+    ),
+    fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_weights_fp32=True),
+    source="databricks/dbrx-instruct",
+    verified="block",
+)
+
+mistral4 = Family(
+    model_types=("mistral4",),
+    rules=fused() | KEPT,
+    fields=dict(
+        n_routed_experts="n_routed_experts num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+        n_shared_experts="n_shared_experts",
+    ),
+    fixed=dict(score_func="softmax in groups by their two best"),
+    source="mistralai/Mistral-Small-4-119B-2603",
+    verified="experts",
+)
+
+qwen3_vl_moe = replace(
+    qwen3_moe,
+    model_types=("qwen3_vl_moe",),
+    rules=either(  # the same names: `layout="fused"` has to be said
+        "layout",
+        transposed=together(
+            rule(EXPERTS + "gate_up_proj [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+            rule(EXPERTS + "down_proj [e i d]", EXPERTS + "down_projs [e i d]"),
+        ),
+        fused=fused(),
+    )
+    | KEPT,
+    fixed=dict(softmax_before_topk=True, norm_topk_prob=True),
+    fp8=None,
+    source="Qwen/Qwen3-VL-30B-A3B-Instruct; what Transformers writes is layout='fused'",
+)
+
+inkling = Family(
+    model_types=("inkling_text",),
+    rules=either(
+        "layout",
+        interleaved=together(
+            rule(EXPERTS + "w13_weight [e (i g) d]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+            rule(EXPERTS + "w2_weight [e d i]", EXPERTS + "down_projs [e i d]"),
+        )
+        | rule(MLP + "gate.bias", MLP + "gate.e_score_correction_bias"),
+        fused=fused() | rule(MLP + "gate.e_score_correction_bias", MLP + "gate.e_score_correction_bias"),
+    )
+    | KEPT,
+    fields=mistral4.fields,
+    fixed=dict(score_func="sigmoid over experts and shared experts"),
+    source="thinkingmachines/inkling",
+    verified="experts",
+)
+inkling_mm = replace(inkling, model_types=("inkling_mm_model",), verified="keys")
+
+gemma4_moe = Family(
+    model_types=("gemma4_text",),
+    rules=fused(LAYER + "experts.", LAYER + "moe.experts.")
+    | rule(LAYER + "router.{rest}", LAYER + "moe.gate.{rest}")
+    | KEPT,
+    fields=dict(
+        n_routed_experts="num_experts",
+        n_activated_experts="top_k_experts",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        inter_dim="intermediate_size",
+    ),
+    fixed=dict(score_func="softmax of normed and scaled tokens"),
+    activations={"gelu_pytorch_tanh": "geglu"},
+    activation_field="hidden_activation",
+    source="google/gemma-4-26B-A4B",
+    verified="experts",
+)
+
+gemma4_multimodal = replace(gemma4_moe, model_types=("gemma4", "diffusion_gemma"), verified="keys")
