@@ -258,12 +258,12 @@ def main() -> None:
                 rounds = [{name: measure(name, src) for name in names} for _ in range(args.rounds)]
                 rows += report_convert.rows(family, size, rounds)
                 shutil.rmtree(folder, ignore_errors=True)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(rows, indent=2) + "\n")
+            if args.plot:
+                report_convert.plot(rows, args.plot)
     report_convert.show(rows)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    if args.plot:
-        report_convert.plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,12 @@ def is_expert(name: str) -> bool:
     return bool(alone) or name.endswith(ends) and "shared" not in name and "self_attention" not in name
 
 
-@pytest.mark.parametrize("original", [True, False], ids=["as-published", "as-in-memory"])
-@pytest.mark.parametrize("name", zoo.MODELS)
+FORMS = [(name, original) for name in zoo.MODELS for original in (True, False)]
+FORMS.remove(("longcat_flash", False))  # in memory its gates are stacked with those of zero experts: not read
+
+
+@pytest.mark.parametrize(("name", "original"), FORMS)
 def test_what_transformers_wrote_comes_back(name, original):
-    if name == "longcat_flash" and not original:
-        pytest.skip("in memory its gates are stacked with those of zero experts")
     _, adapter, tensors = written(name, original)
     native = adapter.from_hf(MappingProxyType(tensors))
     same(adapter.to_hf(MappingProxyType(native)), tensors)
