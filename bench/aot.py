@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from fmoe_kernels import activations, configs, dact, dw, gmm, route, sums, up
+from fmoe_kernels import activations, configs, dact, dw, fp8, gmm, route, sums, up
 from fmoe_kernels.configs import Config
 from fmoe_kernels.launch import Act, Tiling
 from fmoe_kernels.scalars import GATED, SCALARS
@@ -61,16 +61,26 @@ def launches(kernel: str, variant: str, dtype: torch.dtype, config: Config) -> C
         "gmm": lambda: gmm.gmm(a, w_down, b_down, weights, r, only),
         "dact": lambda: dact.dact(x, w_down, z, weights, r, scalar, only),
         "dw": lambda: dw.dw(a, x, r, new(E, I, D), only),
+        "gmm_fp8": lambda: fp8.launch(
+            new(T * K, D, dtype=fp8.E4M3),
+            new(T * K, D // 128, dtype=torch.float32),
+            new(E, U, D, dtype=fp8.E4M3).mT,
+            new(E, U // 128, D // 128, dtype=torch.float32).mT,
+            dtype,
+            r,
+            only,
+        ),
     }[kernel]
 
 
-def small(dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], object]]:
+def small(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], object]]:
     """The kernels that have no tiles to choose."""
     new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     r = route.Route(*(new(n, dtype=torch.int32) for n in (T * K, T * K, E + 1)), K)
     rows, u, p, ids = new(T * K, D), new(T * K, 2 * I), new(T * K, dtype=torch.float32), new(T, K, dtype=torch.int64)
     partial = new(T * K, 6, dtype=torch.float32)
-    return {
+    quantize = {"quantize": lambda: fp8.quantize_rows(rows)} if fp8.served(arch) else {}
+    return quantize | {
         "route": lambda: route.make_route(ids, new(T, dtype=torch.bool), E),
         "tiles": lambda: r.tiles(128),
         "combine": lambda: sums.combine(rows, p, r, T, dtype),
@@ -91,7 +101,7 @@ def rows(archs: list[str], hot_only: bool = False) -> Iterator[tuple[str, str, C
                 if hot or not hot_only:
                     variants = VARIANTS.get(kernel, ["swiglu"]) if hot else ["swiglu"]
                     yield from ((arch, kernel, config, hot, variant, dtype) for variant in variants)
-        for kernel in [] if hot_only else small():
+        for kernel in [] if hot_only else small(arch):
             yield arch, kernel, None, False, "swiglu", torch.bfloat16
 
 
@@ -100,7 +110,7 @@ def record(
 ) -> Iterator[dict[str, Any]]:
     """The record of a row: one for each kernel launched that has not been seen in another row."""
     with caught() as found:
-        (launches(kernel, variant, dtype, config) if config else small()[kernel])()
+        (launches(kernel, variant, dtype, config) if config else small(arch)[kernel])()
     for fn, args, options in found:
         if config is None or fn.__name__ == f"{kernel}_kernel":
             name = kernel if config else fn.__name__.removesuffix("_kernel")
@@ -148,7 +158,7 @@ def compiled(fn: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str)
 
 def type_of(value: Any) -> str:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-    names |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
+    names |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
     if value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, torch.Tensor):

@@ -17,7 +17,7 @@ step() {
     "$@" || failed+=("$name")
 }
 
-[[ ${FMOE_DRY:-} ]] && export TRITON_INTERPRET=1 || step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_{backend,layer,ops,transforms,twins}.py
+[[ ${FMOE_DRY:-} ]] && export TRITON_INTERPRET=1 || step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_{backend,fp8,layer,ops,transforms,twins}.py
 step correct python bench/gpu_correct.py --json "$folder/correct.json"
 step kernels python bench/gpu_kernels.py --json "$folder/kernels.json" --sweep "$folder/tiles.json"
 step layers python bench/gpu_layers.py --json "$folder/layers.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 import fmoe_kernels
 import torch
-from fmoe_kernels import sums
+from fmoe_kernels import fp8, sums
 from fmoe_kernels.configs import Config
 from fmoe_kernels.dact import dact
 from fmoe_kernels.dw import dw
@@ -46,6 +46,8 @@ def calls(s: Shape) -> dict[str, tuple[Callable[[], object], float, float]]:
     product, ends = 2.0 * N * s.D * s.I, r.offsets[1:]
     out_up, out_down = torch.empty_like(w_up.mT), torch.empty_like(w_down)
     moved = 2.0 * (N + s.T) * s.D
+    q, scale = fp8.quantize_rows(rows)
+    w_q, w_scale = w_up.to(fp8.E4M3), w_up.new_ones(s.E, -(-s.D // 128), -(-2 * s.I // 128), dtype=torch.float32)
     return {
         "route": (lambda: make_route(indices, None, s.E), 0, 8.0 * N),
         "up": (lambda: up(x, w_up, None, flat, r, act, tiling, True), 2 * product, 0),
@@ -57,6 +59,8 @@ def calls(s: Shape) -> dict[str, tuple[Callable[[], object], float, float]]:
         "dw_up": (lambda: dw(dz, x, r, out_up, tiling), 2 * product, 0),
         "dweight": (lambda: sums.dweight(partial, dy, None, r), 0, 4.0 * partial.numel()),
         "bias": (lambda: sums.bias_gradient(dz, None, r, x.dtype), 0, 4.0 * N * s.I),
+        "fp8 quantize": (lambda: fp8.quantize_rows(rows), 0, 3.0 * rows.numel()),
+        "fp8 up": (lambda: fp8.launch(q, scale, w_q, w_scale, x.dtype, r, tiling), 2 * product, 0),
         "grouped_mm up": (lambda: F.grouped_mm(rows, w_up, offs=ends), 2 * product, 0),
         "grouped_mm down": (lambda: F.grouped_mm(a, w_down, offs=ends), product, 0),
         "copy": (lambda: rows.clone(), 0, 4.0 * N * s.D),

@@ -5,14 +5,16 @@
 Who multiplies (`backend`) and who moves tokens (`dispatcher`) are plain arguments.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmoe.activations import is_gated_activation
-from fmoe.backends import Backend, Fused, find
+from fmoe.backends import Backend, Coded, Fused, find
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.recompute import recompute as again
@@ -84,7 +86,8 @@ def experts(
 
         def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
             rows = dispatcher.dispatch(h, weights, plan)
-            _check_params(params, config, n_experts=rows.counts.shape[0])
+            coded = multiply.coded if isinstance(multiply, Coded) else {}
+            _check_params(params, config, n_experts=rows.counts.shape[0], coded=coded)
             return dispatcher.combine(multiply(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
 
         # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
@@ -140,7 +143,9 @@ def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
         )
 
 
-def _check_params(params: Params, config: MoEConfig, *, n_experts: int) -> None:
+def _check_params(
+    params: Params, config: MoEConfig, *, n_experts: int, coded: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> None:
     if named := [name for name, p in params.items() if is_dtensor(p)]:
         told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
         raise ValueError(f"experts: {named[0]!r} is a DTensor, {told}")
@@ -151,7 +156,7 @@ def _check_params(params: Params, config: MoEConfig, *, n_experts: int) -> None:
             raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
     sizes["r"] = next((p.shape[-1] for name, p in params.items() if name in PAIRS and name.endswith("_A")), 0)
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    check_params("experts", params, AXES, sizes, optional=(*biases, *PAIRS))
+    check_params("experts", params, AXES, sizes, optional=(*biases, *PAIRS), coded=coded)
 
 
 def _say(t: Tensor | None) -> str:

@@ -1,16 +1,26 @@
 """Names and shapes of a layer's parameters, checked before anything is multiplied."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+import torch
 
 from fmoe.types import Params
 
 
 def check_params(
-    owner: str, params: Params, axes: Mapping[str, str], sizes: Mapping[str, int], *, optional: Collection[str] = ()
+    owner: str,
+    params: Params,
+    axes: Mapping[str, str],
+    sizes: Mapping[str, int],
+    *,
+    optional: Collection[str] = (),
+    coded: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """params has every name of `axes` that is not optional, no other name, and each the shape that its letters say.
 
-    The `_scale_inv` that a decoded FP8 parameter carries along is passed over; an 8-bit one, not decoded, is refused.
+    The `_scale_inv` that a decoded FP8 parameter carries along is passed over; an 8-bit one, not decoded, is refused
+    unless `coded` has its name with its dtype.
     axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number.
     Raises ValueError with one line for each problem: what was found, what was expected.
 
@@ -22,10 +32,11 @@ def check_params(
 
     known = {*axes, *(name + "_scale_inv" for name in axes)}
     unknown = [f"unknown parameter {name!r}, expected only {', '.join(axes)}" for name in params if name not in known]
-    coded = [
+    undecoded = [
         f"parameter {name!r} is {tensor.dtype}, expected it decoded: `from_hf` does, with its scales"
         for name, tensor in params.items()
         if name in axes and (tensor.dtype.itemsize < 2 or not tensor.is_floating_point())
+        if coded.get(name) != tensor.dtype
     ]
     missing = [
         f"parameter {name!r} is missing, expected shape {_say(letters, sizes)}"
@@ -37,7 +48,7 @@ def check_params(
         for name, letters in axes.items()
         if name in params and list(params[name].shape) != _shape(letters, sizes)
     ]
-    if problems := unknown + missing + wrong + coded:
+    if problems := unknown + missing + wrong + undecoded:
         raise ValueError("\n".join(f"{owner}: {problem}" for problem in problems))
 
 

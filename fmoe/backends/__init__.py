@@ -5,11 +5,11 @@ it runs (a GPU, or TRITON_INTERPRET=1) `BACKENDS["triton"] = find("triton", devi
 Only files in this folder may import an accelerator library.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from torch import Tensor, device
+from torch import Tensor, device, dtype, float8_e4m3fn
 
 from fmoe.backends.loop import loop
 from fmoe.backends.torch_mm import torch_mm
@@ -19,7 +19,6 @@ from fmoe.types import MoEConfig, Params
 Backend = Callable[[Params, Rows, MoEConfig], Tensor]
 
 BACKENDS: dict[str, Backend] = {"loop": loop, "torch_mm": torch_mm}
-NAMES = (*BACKENDS, "triton")
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -39,10 +38,25 @@ class Fused:
         return self.rows(params, rows, config)
 
 
+@dataclass(frozen=True)
+class Coded:
+    """A backend that takes weights as they are stored, with their scales beside them.
+
+    coded: the name and the dtype of each that need not be decoded.
+    """
+
+    rows: Backend
+    coded: Mapping[str, dtype]
+
+    def __call__(self, params: Params, rows: Rows, config: MoEConfig) -> Tensor:
+        """rows(params, rows, config)."""
+        return self.rows(params, rows, config)
+
+
 def find(backend: str | Backend | None, where: device) -> Backend:
     """The backend of a name, a function as it is, and for None: triton on a GPU that has it, otherwise torch_mm.
 
-    Raises ValueError for an unknown name, ImportError for triton where it is not installed.
+    Raises ValueError for an unknown name, ImportError, with the reason, for one whose library cannot be imported.
 
     >>> find(None, device("cpu")) is BACKENDS["torch_mm"]
     True
@@ -50,19 +64,35 @@ def find(backend: str | Backend | None, where: device) -> Backend:
     if callable(backend):
         return backend
     name = ("triton" if where.type == "cuda" and HAS_TRITON else "torch_mm") if backend is None else backend
-    if name in BACKENDS:
-        return BACKENDS[name]
-    if name == "triton":
-        return _triton()
-    raise ValueError(f"backend is {name!r}, expected one of {', '.join(NAMES)}, or a function")
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(NAMES)}, or a function")
+    return BACKENDS[name] if name in BACKENDS else ON_DEMAND[name](name)
 
 
-def _triton() -> Backend:
+def _triton(name: str) -> Backend:
     if not HAS_TRITON:
         others = " or ".join(map(repr, BACKENDS))
         raise ImportError(
-            f"backend 'triton' cannot run here: triton is not installed; `pip install triton`, or {others}"
+            f"backend {name!r} cannot run here: triton is not installed; `pip install triton`, or {others}"
         )
+    if name == "triton_fp8":
+        from fmoe.backends import fp8
+
+        return Coded(fp8.triton_fp8, dict.fromkeys(("gate_and_up_projs", "down_projs"), float8_e4m3fn))
     from fmoe.backends import triton
 
     return Fused(triton.triton, triton.fused)
+
+
+def _mxfp8(name: str) -> Backend:
+    from fmoe.backends.mxfp8 import torch_mm_mxfp8
+
+    return torch_mm_mxfp8
+
+
+ON_DEMAND: dict[str, Callable[[str], Backend]] = {
+    "triton": _triton,
+    "triton_fp8": _triton,
+    "torch_mm_mxfp8": _mxfp8,
+}
+NAMES = (*BACKENDS, *ON_DEMAND)

@@ -1,5 +1,7 @@
 """The MLP of every expert over sorted rows: two products, an activation, biases and LoRA, whoever multiplies."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fmoe.activations import activation
@@ -8,14 +10,17 @@ from fmoe.backends.raw.loop import few, in_one_order
 from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params
 
+Product = Callable[[Tensor, str, Tensor], Tensor]
 
-def mlp(params: Params, rows: Rows, config: MoEConfig, by: str) -> Tensor:
+
+def mlp(params: Params, rows: Rows, config: MoEConfig, by: str, weigh: Product | None = None) -> Tensor:
     """out[n] = (act(x[n] @ Wup[e] + bup[e]) * w[n]) @ Wdown[e] + w[n] * bdown[e], e the expert of row n.
 
     With `config.apply_router_weight_after_down`: out[n] = w[n] * (act(x[n] @ Wup[e] + bup[e]) @ Wdown[e] + bdown[e]).
     Where LoRA matrices A and B stand beside W, each h @ W is h @ W + (h @ A) @ B. Matrices multiply in x's dtype,
     whatever the dtype of the parameters; [N, D] comes back in the dtype of the weights, fp32 or fp64. Parameters are
     those of `fmoe.experts`, here [E, ..] with E = len(rows.counts). by: who multiplies, a name in `RAW`.
+    weigh(h, name, offsets): h @ params[name] of the two weights, where they are not multiplied as all else is.
 
     >>> import torch
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
@@ -32,7 +37,7 @@ def mlp(params: Params, rows: Rows, config: MoEConfig, by: str) -> Tensor:
         return gmm(h, in_one_order(w) if w.device.type == "cpu" and not few(h, w) else w, offsets, by)
 
     def project(h: Tensor, weight: str, lora: str) -> Tensor:
-        out = product(h, weight)
+        out = weigh(h, weight, offsets) if weigh else product(h, weight)
         return out + product(product(h, f"{lora}_A"), f"{lora}_B") if f"{lora}_A" in params else out
 
     def biased(out: Tensor, name: str, weights: Tensor) -> Tensor:

@@ -91,6 +91,32 @@ def gmm(a: Tensor, w: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Te
     return torch.cat(parts)
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, s), s[n, c] the largest of |x[n, 128 c : 128 c + 128]| over 448 (1 where all are 0) and q = x / s in e4m3.
+
+    x [N, K] -> q [N, K] e4m3, s [N, ceil(K / 128)] fp32. NaN stays NaN and counts for no scale.
+
+    >>> q, s = quantize_rows(torch.tensor([[448.0, -1.0], [0.0, 0.0]]))
+    >>> q.tolist(), s.tolist()
+    ([[448.0, -1.0], [0.0, 0.0]], [[1.0], [1.0]])
+    """
+    K = x.shape[1]
+    groups = F.pad(x.float(), (0, -K % 128)).unflatten(1, (-1, 128))
+    most = groups.nan_to_num(nan=0.0).abs().amax(2)
+    s = torch.where(most > 0, most / 448, 1.0)
+    return (groups / s[..., None]).flatten(1)[:, :K].to(torch.float8_e4m3fn), s
+
+
+def gmm_fp8(q: Tensor, s: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor) -> Tensor:
+    """out[n] = (q[n] * s[n]) @ (w[e] * w_scale[e]) in fp32, each scale for 128 columns of q, or 128x128 of w.
+
+    q [N, K] and w [E, K, M] e4m3, s [N, ceil(K / 128)], w_scale [E, ceil(K / 128), ceil(M / 128)] -> [N, M] fp32.
+    """
+    spread = lambda t, dim, size: t.float().repeat_interleave(128, dim).narrow(dim, 0, size)
+    wide = w.float() * spread(spread(w_scale, 1, w.shape[1]), 2, w.shape[2])
+    return gmm(q.float() * spread(s, 1, q.shape[1]), wide, offsets)
+
+
 def up(
     x: Tensor, w: Tensor, bias: Tensor | None, r: Routed, k: int, activation: str, alpha: float = 1.702,
     limit: float = 7.0, weighted: bool = True,
