@@ -74,6 +74,13 @@ def test_rows_are_quantised_as_the_twin_does(N: int, width: int, seed: int, size
     assert bool(((back - x).abs() <= 2**-4 * x.abs() + 2**-10 * step)[there].all())
 
 
+def test_halfway_between_two_codes_the_even_one_is_taken() -> None:
+    codes = torch.arange(127, dtype=torch.uint8).view(fp8.E4M3).float()  # 0 to 448
+    x = torch.cat([codes[-1:], (codes[1:] + codes[:-1]) / 2])[None].to(cases.DEVICE)
+    (q, s), (q2, s2) = fp8.quantize_rows(x), reference.quantize_rows(x)
+    assert float(s) == float(s2) == 1 and torch.equal(q.float(), q2.float())
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("shape", [(128, 64), (300, 200), (96, 140), (16, 16)])
 @pytest.mark.parametrize("order", ["K dense", "M dense"])
