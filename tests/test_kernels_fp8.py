@@ -148,6 +148,20 @@ def test_transforms_and_recomputation() -> None:
         torch.func.grad(lambda x: torch.func.grad(run)(x).sum())(x)
 
 
+def test_compiled_and_checked() -> None:
+    master, x, routing = layer(5)
+    params = coded(master)
+    run = lambda x: fmoe.experts(params, x, routing, CONFIG, backend="triton_fp8").sin().sum()
+    assert norm_error(torch.compile(run, backend="aot_eager")(x), run(x)) < 1e-6
+    compiled = torch.compile(torch.func.grad(run), backend="aot_eager")
+    assert norm_error(compiled(x), torch.func.grad(run)(x)) < 1e-6
+    q, s = quantize_blocks(master["down_projs"])
+    args = torch.randn(9, I, device=x.device), q, s, torch.tensor([2, 2, 9], device=x.device).int()
+    # test_schema multiplies what it is given, which e4m3 does not do on a CPU
+    which = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
+    torch.library.opcheck(torch.ops.fmoe.gmm_fp8.default, args, test_utils=which)
+
+
 def test_lora_and_biases_stand_beside_e4m3_weights() -> None:
     master, x, routing = layer(4)
     draw = lambda *shape: torch.randn(shape, device=cases.DEVICE) / 8
