@@ -9,6 +9,8 @@ import dispatchers
 import distributed
 import naive
 import pytest
+import simulate_deep_ep
+import simulate_te
 import torch
 import torch.distributed as dist
 from dispatchers import AFTER, CONFIG, batch, of_rank
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fmoe
 from fmoe import Routing
-from fmoe.nn import GroupedExperts
+from fmoe.nn import GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE, MoE
 
 NAMES = ["gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias"]
 
@@ -199,3 +201,166 @@ def test_shards_are_drawn_as_one_tensor_and_odd_ones_refused() -> None:
     assert "'gate_and_up_projs' is a DTensor, expected this rank's experts" in plain
     assert "'down_projs' is S(1)" in other_dim or "'down_projs' is Shard(dim=1)" in other_dim
     assert "'down_projs': 'whole'" in mixed and "expected all DTensors on one mesh, cut alike" in mixed
+
+
+BF16 = replace(CONFIG, dim=256, moe_inter_dim=16, dtype="bf16")
+
+
+def on_edges() -> dict[str, Any]:
+    """This rank's y and gradients of the modules of DeepEP and Transformer Engine, over their simulators."""
+    mesh, found, rank = (
+        init_device_mesh("cpu", (1, 2), mesh_dim_names=("ep_shard", "ep")),
+        dict[str, Any](),
+        dist.get_rank(),
+    )
+    lengths, x, routing, r = batch("masked", 2)
+    mine = of_rank((x, r, *routing), lengths, rank)
+    for kind in ("buffer", "elastic"):
+        with simulate_deep_ep.installed(kind, exact=True) as world:
+            layer = GroupedExpertsDeepEP(CONFIG, backend="gmm")
+            layer.load_state_dict(naive.draw(CONFIG))
+            layer.init_token_dispatcher(mesh, max_tokens=8)
+            ids = mine[2] if kind == "buffer" else torch.stack([torch.randperm(8)[:3] for _ in mine[2]])
+            found[kind] = run(layer, mine[0], Routing(ids, *mine[3:]), mine[1])
+            found[kind] |= {"state": {n: (type(t).__name__, t.full_tensor()) for n, t in layer.state_dict().items()}}
+            layer.close()
+            found[kind]["closed"], found[kind]["moved"] = sorted(world.destroyed), world.of(rank)
+            with pytest.raises(RuntimeError) as error:
+                layer(mine[0], mine[4], mine[3], ids)
+            found[kind]["says"] = str(error.value)
+    with simulate_deep_ep.installed("elastic"), simulate_te.installed() as te:
+        layer = GroupedExpertsTE(BF16)
+        layer.load_state_dict(naive.draw(BF16, torch.bfloat16))
+        layer.init_token_dispatcher(mesh["ep"], max_tokens=8)
+        x, routing = tokens_of(rank)
+        found["te"] = run(layer, x, routing, torch.ones_like(x))
+        found["calls"] = len(te.named("GroupedLinear.forward"))
+        layer.close()
+    return found | {"blocks": blocks()}
+
+
+def blocks() -> Tensor:
+    """y of a block on one rank, and with its experts on two: moved by all_gather, and by DeepEP's simulator."""
+    mesh, config = (
+        init_device_mesh("cpu", (2,), mesh_dim_names=("ep",)),
+        replace(BLOCKS["everything"], moe_latent_size=6),
+    )
+    torch.manual_seed(1)
+    x, outs = torch.randn(4, config.dim, dtype=torch.float64), []
+    for kind in (GroupedExperts, GroupedExpertsDeepEP):
+        torch.manual_seed(2)
+        layer = MoE(config, experts=kind(config))
+        layer.init_weights(init_std=0.5)
+        outs.append(layer(x).detach())
+        with simulate_deep_ep.installed("elastic", exact=True):
+            if isinstance(layer.experts, GroupedExpertsDeepEP):
+                layer.experts.init_token_dispatcher(mesh, max_tokens=4)
+            else:
+                for name, p in list(layer.experts.named_parameters()):
+                    cut = torch.nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)]))
+                    layer.experts.register_parameter(name, cut)
+            outs.append(layer(x).detach())
+    return torch.stack(outs)
+
+
+def tokens_of(rank: int) -> tuple[Tensor, Routing]:
+    noise = torch.Generator().manual_seed(rank)
+    ids = torch.stack([torch.randperm(8, generator=noise)[:3] for _ in range(5 - rank)])
+    x = torch.randn(5 - rank, BF16.dim, generator=noise).bfloat16()
+    return x, Routing(ids, torch.rand(*ids.shape, generator=noise), torch.arange(5 - rank) != 1)
+
+
+def test_L1_modules_of_deepep_and_te_on_two_ranks() -> None:
+    ranks, right = distributed.run(on_edges, 2, timeout=120), dispatchers.expected("masked", 2)
+    lengths = batch("masked", 2).lengths
+    for rank, found in enumerate(ranks):
+        for name in right:
+            exact = right[name] if name in NAMES else of_rank([right[name]], lengths, rank)[0]
+            assert float((found["buffer"][name] - exact).norm()) <= 1e-12 * max(1.0, float(right[name].norm())), name
+        for kind in ("buffer", "elastic"):
+            assert found[kind]["moved"][-5:] == ["cached", "combine"] * 2 + ["destroy"]
+            for name, p in naive.draw(CONFIG).items():
+                assert found[kind]["state"][name][0] == "DTensor" and torch.equal(found[kind]["state"][name][1], p)
+            assert found[kind]["closed"] == [rank] and "expected init_token_dispatcher(ep_mesh)" in found[kind]["says"]
+        assert found["calls"] == 2
+        once, *others = found["blocks"]
+        assert all(float((y - once).norm()) <= 1e-12 * float(once.norm()) for y in others)
+    batches = [tokens_of(rank) for rank in (0, 1)]
+    x, routing = (
+        torch.cat([x for x, _ in batches]),
+        Routing(*map(torch.cat, zip(*(r for _, r in batches), strict=True))),
+    )
+    whole = GroupedExperts(BF16, "loop")
+    whole.load_state_dict(naive.draw(BF16, torch.bfloat16))
+    for name, exact in run(whole, x, routing, torch.ones_like(x)).items():
+        theirs = [found["te"][name] for found in ranks]
+        naive.near(theirs[0] if name in NAMES else torch.cat(theirs), exact, 2e-2)
+
+
+@pytest.mark.parametrize("kind", [GroupedExperts, GroupedExpertsDeepEP, GroupedExpertsTE])
+def test_L0_state_dicts_are_the_seeds_and_say_what_is_missing_and_unexpected(kind: type[GroupedExperts]) -> None:
+    layer = kind(CONFIG)
+    state = layer.state_dict()
+    assert list(state) == NAMES and layer.down_projs.dtype == torch.float64
+    assert list(kind(replace(CONFIG, expert_bias=False)).state_dict()) == NAMES[:2]
+    found = layer.load_state_dict({NAMES[0]: state[NAMES[0]], "down_linear.weight0": state[NAMES[1]][0]}, strict=False)
+    assert found.missing_keys == NAMES[1:] and found.unexpected_keys == ["down_linear.weight0"]
+    with pytest.raises(RuntimeError, match="size mismatch for down_projs"):
+        layer.load_state_dict(state | {"down_projs": state["down_projs"].mT})
+    again = kind(CONFIG)
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state.values(), strict=True))
+
+
+def test_L1_te_on_one_rank_is_the_function() -> None:
+    config = replace(AFTER, dtype=torch.float32)
+    _, x, routing, r = batch("idle experts", 2)
+    x, r, routing = x.float(), r.float(), routing._replace(weights=routing.weights.float())
+    layer, other = GroupedExpertsTE(config), GroupedExperts(config, "loop")
+    for each in (layer, other):
+        each.load_state_dict(naive.draw(config, torch.float32))
+    with simulate_te.installed() as world:
+        found = run(layer, x, routing, r)
+        assert len(world.named("GroupedLinear.forward")) == 2
+    for name, right in run(other, x, routing, r).items():
+        naive.near(found[name], right, 2e-6)
+
+
+BLOCKS = {
+    "bare": replace(CONFIG, expert_bias=False),
+    "everything": replace(
+        CONFIG,
+        n_shared_experts=2,
+        shared_expert_gate=True,
+        moe_latent_size=5,
+        router_bias=True,
+        score_func="sigmoid_with_bias",
+        force_e_score_correction_bias=True,
+    ),
+    "relu2": replace(CONFIG, n_shared_experts=1, shared_expert_inter_dim=7, shared_expert_activation="relu2"),
+}
+
+
+@pytest.mark.parametrize("config", BLOCKS.values(), ids=BLOCKS)
+def test_L0_a_block_is_the_function(config: fmoe.MoEConfig) -> None:
+    layer = MoE(config, "loop")
+    layer.init_weights(init_std=0.5)
+    x = torch.randn(2, 5, config.dim, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, 1] = False
+    state = layer.state_dict(keep_vars=True)
+    y, right = layer(x, mask), fmoe.moe(state, x, config, backend="loop", mask=mask)
+    assert torch.equal(y, right) and y.shape == x.shape and bool(y[0, 1].any()) == bool(config.n_shared_experts)
+    leaves = [x, *layer.parameters()]
+    for a, b in zip(*(torch.autograd.grad(t.sin().sum(), leaves) for t in (y, right)), strict=True):
+        assert torch.equal(a, b)
+    assert {name.split(".")[0] for name in state} == {
+        *("gate", "experts"),
+        *(("shared_experts",) if config.n_shared_experts else ()),
+        *(("shared_expert_gate",) if config.shared_expert_gate else ()),
+        *(("fc1_latent_proj", "fc2_latent_proj") if config.moe_latent_size else ()),
+    }
+    assert ("gate.e_score_correction_bias" in state) == config.force_e_score_correction_bias
+    again = MoE(config, "loop")
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x, mask), y)

@@ -7,6 +7,7 @@ Only files in this folder may import an accelerator library.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 from torch import Tensor, device, dtype, float8_e4m3fn
@@ -90,9 +91,17 @@ def _mxfp8(name: str) -> Backend:
     return torch_mm_mxfp8
 
 
+def _te(name: str) -> Backend:
+    from fmoe.backends import te
+
+    # the recipe that is on where the layer begins: a recomputation of it has the same
+    return partial(te.te, recipe=te.active_recipe())
+
+
 ON_DEMAND: dict[str, Callable[[str], Backend]] = {
     "triton": _triton,
     "triton_fp8": _triton,
     "torch_mm_mxfp8": _mxfp8,
+    "te": _te,
 }
 NAMES = (*BACKENDS, *ON_DEMAND)

@@ -10,13 +10,15 @@ experts that token t went to. A plan is a value: whoever recomputes with the sam
     local               the dispatcher of one device, where nothing moves
     all_to_all(group)   each routed row to the rank that has its expert, and back
     all_gather(group)   every token to every rank, and partial sums back
+    deepep(group, ..)   each token to the ranks that have its experts, and back, by DeepEP's kernels
 
-The last two are made by the caller, on every rank of a torch.distributed group, and closed by him, best by `with`.
+The last three are made by the caller, on every rank of a torch.distributed group, and closed by him, best by `with`.
 """
 
 from fmoe.dispatch.all_gather import all_gather
 from fmoe.dispatch.all_to_all import all_to_all
+from fmoe.dispatch.deepep import deepep
 from fmoe.dispatch.local import local
 from fmoe.dispatch.rows import Dispatcher, Rows
 
-__all__ = ["Dispatcher", "Rows", "all_gather", "all_to_all", "local"]
+__all__ = ["Dispatcher", "Rows", "all_gather", "all_to_all", "deepep", "local"]
