@@ -1,9 +1,9 @@
 """Mixture-of-Experts checkpoints and expert layers as values and pure functions: the public names, nothing else."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
-from fmoe import families, sharding
+from fmoe import families, lora, sharding
 from fmoe.activations import is_gated_activation
 from fmoe.adapter import Adapter
 from fmoe.build import alias, drop, either, keep, rename, rule, together
@@ -15,9 +15,11 @@ from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, sub
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in ("dcp", "nn", "parallel", "testing"):  # on first use: testing needs hypothesis, others few need
+def __getattr__(name: str) -> Any:
+    if name in ("dcp", "integrations", "nn", "parallel", "testing"):  # on first use: testing needs hypothesis, ..
         return import_module(f"fmoe.{name}")
+    if name == "patch":
+        return import_module("fmoe.integrations.patch").patch
     raise AttributeError(f"module 'fmoe' has no attribute {name!r}")
 
 
@@ -39,6 +41,7 @@ __all__ = [
     "is_gated_activation",
     "keep",
     "load",
+    "lora",
     "moe",
     "rename",
     "rule",

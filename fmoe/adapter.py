@@ -113,7 +113,8 @@ class Adapter:
         for axis, asked in window.items():
             if axis not in axes or not isinstance(asked, range) or asked.step != 1:
                 raise AdapterError(f"{axis}={asked!r}: expected a range of one of the axes {', '.join(sorted(axes))}")
-        return plan_stages(self.stages, _specs(values), window, local)
+        stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
+        return plan_stages(stages, _specs(values), window, local)
 
     # eager
 
@@ -232,7 +233,6 @@ def _run(
     plan: Plan,
     params: Mapping[str, Any],
     only: Iterable[str] | None = None,
-    *,
     copy: bool = False,
     contiguous: bool = False,
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ def rule(hf: str, native: str, **bounds: int | Iterable[int]) -> Adapter:
     A name captured in braces on both sides indexes the relation; captured on one side only, it is an axis on the other.
     `(g i)` concatenates, `(i g)` interleaves, `(q|k|v)` joins unequal parts of `{p=q|k|v}` `[p d]`, `1` is an axis of
     size 1. One letter is a number, a word is text: `{pre}` at the start is any prefix, `{rest}` at the end any tail.
+    `{k=l+61}` is a number shifted by 61; `{k=e+E}` by the size of e, where a second tower's experts follow the first's.
     bounds: `e=8` (0 to 7), `l=range(3, 61)` (the values allowed). Raises AdapterError where it is no bijection.
 
     >>> print(rule("{pre}experts.{e}.{g=gate|up}.weight [i d]", "{pre}experts.gate_and_up_projs [e d (g i)]", e=8))

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from fmoe import checkpoint
 from fmoe.checkpoint.journal import JOURNAL
+from fmoe.families import FAMILIES, VERIFIED
 from fmoe.types import AdapterError, human
 
 HELP = """Mixture-of-Experts checkpoints: look into them, convert them, prove that nothing is lost.
@@ -30,14 +30,8 @@ DIRECTORY = "a checkpoint directory, Hugging Face's or native: safetensors files
 WRITTEN = "the directory to write: a new or an empty one"
 Source = Annotated[Path, typer.Argument(metavar="DIR", help=DIRECTORY, readable=False)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else")]
+Kept = Annotated[str | None, typer.Option("--quantized", help="keep: codes and scales move as they are; or decode")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
-
-
-class To(StrEnum):
-    """The two formats of a directory."""
-
-    native = "native"
-    hf = "hf"
 
 
 @app.command("inspect")
@@ -74,33 +68,36 @@ def plan(
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help=DIRECTORY, readable=False)],
     dst: Annotated[Path, typer.Argument(metavar="DST", help=WRITTEN, readable=False)],
-    to: Annotated[To, typer.Option(help="the layout to write")] = To.native,
+    to: Annotated[str, typer.Option(help="native, hf, or another family's model type, as mixtral")] = "native",
     layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
     experts: Annotated[str | None, typer.Option(help="only these experts, as 0:16")] = None,
+    quantized: Kept = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
     checksums: Annotated[bool, typer.Option("--checksums", help="sha256 of every file of both sides")] = False,
     max_shard_size: Annotated[str, typer.Option(help=SHARD)] = "5GB",
     fsync: Annotated[bool, typer.Option(help="wait until the disk has everything")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="as many as there are cores, at most 8")] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="to a family: do without what does not carry over")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write SRC in another layout to DST: in bounded memory, with config, tokenizer and index.
 
     A native directory converts back to the very files that it was made from. Interrupted or killed, the same command
-    goes on where it stopped; until all is written no file in DST bears its own name.
+    goes on where it stopped; until all is written no file in DST bears its own name. To another family, what does not
+    carry over is told on standard error, and refused without --lossy.
     """
-    how: dict[str, Any] = {
-        "force": force,
-        "dry_run": dry_run,
-        "checksums": checksums,
-        "fsync": fsync,
-        "threads": threads,
-    }
-    how |= _experts(experts) | ({"layout": layout} if layout else {}) | {"max_shard_size": _size(max_shard_size)}
+    how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
+    if to not in ("native", "hf", *FAMILIES):
+        raise typer.BadParameter(f"--to is {to!r}, expected native, hf or a model type, as `fmoe families` lists them")
+    how |= {n: v for n, v in (("layout", layout), ("quantized", quantized)) if v}
+    how |= _experts(experts) | {"max_shard_size": _size(max_shard_size), "lossy": lossy}
     with _bar("converting", quiet or as_json, dst) as progress:
-        report = checkpoint.convert(src, dst, to.value, progress=progress, **how)
+        report = checkpoint.convert(src, dst, to, progress=progress, **how)
+    for kind, texts in (("lost", report.lost), ("note", report.notes)):
+        for text in texts:
+            print(f"fmoe: {kind}: {text}", file=sys.stderr)
     what = f"{_count(report.tensors, 'tensor')} -> {report.made:,} in {_count(report.files, 'file')}"
     would = "would be written to" if dry_run else "in"
     went_on = f", {human(report.resumed)} of it by an earlier run" if report.resumed else ""
@@ -110,10 +107,10 @@ def convert(
 
 
 @app.command()
-def verify(path: Source, quiet: Quiet = False, as_json: Json = False) -> None:
+def verify(path: Source, quantized: Kept = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """Prove that every tensor comes back bit for bit from the other layout; nothing is written."""
     with _bar("verifying", quiet or as_json) as progress:
-        report = checkpoint.verify(path, progress)
+        report = checkpoint.verify(path, progress, **({"quantized": quantized} if quantized else {}))
     found = f"{report.family}, {_count(report.tensors, 'tensor')}, {human(report.nbytes)}"
     _say(report, f"{found}: everything comes back bit for bit", as_json)
 
@@ -136,8 +133,6 @@ def demo(
 @app.command()
 def families(as_json: Json = False) -> None:
     """Every known model type: where its experts lie, what it reads quantised, what was verified against what."""
-    from fmoe.families import FAMILIES, VERIFIED
-
     facts = {
         name: {
             "layout": kind.layout,
@@ -176,6 +171,7 @@ def _say(report: checkpoint.Report, text: str, as_json: bool) -> None:
     facts = {"path": report.path, "model_type": report.family, "tensors": report.tensors, "bytes": report.nbytes}
     facts |= {"made": report.made, "files": report.files, "read": report.read, "written": report.written}
     facts |= {"resumed": report.resumed, "checksums": dict(report.checksums)}
+    facts |= {"lost": list(report.lost), "notes": list(report.notes)} if report.notes or report.lost else {}
     facts |= {"rules": str(report.adapter).split("\n")}
     print(json.dumps(facts) if as_json else text)
 

@@ -176,6 +176,9 @@ def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[t
             here = [n for n in captures if rule.indexed(n)] if template in within else limits
             if hit.tests or here:
                 rows = [r for r in rows if all(t(r[1]) for t in hit.tests) and _inside(hit, rule, here, r[1])]
+            if rows and rule.unsettled:
+                text = f"{rows[0][0]!r}: rule {rule} needs the size {rule.unsettled}: give a config, or bind it"
+                raise AdapterError([Problem(text, (rows[0][0],))])
             if rows:
                 yield template, hit, rows
 

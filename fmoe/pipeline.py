@@ -200,17 +200,17 @@ def _tables(stage: StagePlan) -> list[TablePlan]:
 
 def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: frozenset[str]) -> Plan:
     """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
-    plans: list[StagePlan] = []
-    settled: list[Stage] = []
-    problems: list[Problem] = []
+    plans, settled, problems = list[StagePlan](), list[Stage](), list[Problem]()
     at, names = specs, Names(specs)
     for stage in stages:
         if plans:
             was, at = at, plans[-1].targets
-            names = names if at.keys() == was.keys() else Names(at)  # a codec mostly keeps them
+            names = names if at.keys() == was.keys() else Names(at)
         try:
             settled.append(stage.resolve(names, default=True))
             plans.append(settled[-1].plan(at, names, window, local))
+            if (within := getattr(plans[-2:][0], "within", None)) and isinstance(plans[-1], TablePlan):
+                plans[-2:] = within(plans[-1])  # a codec makes no more than the table takes
         except AdapterError as error:
             problems += _traced(error.found, settled[: len(plans)], plans)
             if error.rest is None:

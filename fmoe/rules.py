@@ -18,24 +18,33 @@ Atom = str  # an axis letter, "1", or the labels "q|k|v" of a ragged concatenati
 Bound = range | tuple[int, ...]
 
 _CAPTURE = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
-_AFFINE = re.compile(r"(\w+)\s*([+-])\s*(\d+)")
+_AFFINE = re.compile(r"(\w+)\s*([+-])\s*(\d+|[A-Z])")
 _ADDRESS = re.compile(r"(?P<name>[^\s\[\]]+)\s*(?:\[(?P<axes>[^\[\]]*)\])?")
 
 
 @dataclass(frozen=True)
 class Capture:
-    """`{name}`, `{name=a|b}` (literal choices, numbered from 0) or `{label=name+offset}` (the number, shifted)."""
+    """`{name}`, `{name=a|b}` (literal choices, numbered from 0) or `{label=name+offset}` (the number, shifted).
+
+    by: the capital in `{k=e+E}` until `bind` knows that size, which then is the offset.
+    """
 
     name: str
     choices: tuple[str, ...] = ()
     offset: int = 0
     label: str = ""
+    by: str = ""
+
+    def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Capture":
+        """The same capture, shifted by the size that its capital stands for, if that is among the sizes."""
+        size = sizes.get(self.by.lower()) if self.by else None
+        return Capture(self.name, offset=size, label=self.label) if isinstance(size, int) else self
 
     def __str__(self) -> str:
         if self.choices:
             return f"{{{self.name}={'|'.join(self.choices)}}}"
         if self.offset or self.label:
-            return f"{{{self.label}={self.name}{self.offset:+d}}}"
+            return f"{{{self.label}={self.name}{f'+{self.by}' if self.by else f'{self.offset:+d}'}}}"
         return f"{{{self.name}}}"
 
 
@@ -57,6 +66,12 @@ class Address:
     @property
     def name(self) -> str:
         return "".join(map(str, self.parts))
+
+    def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Address":
+        """The same address, its shifts by a size settled."""
+        if not any(c.by for c in self.captures.values()):
+            return self
+        return Address(tuple(p.bind(sizes) if isinstance(p, Capture) else p for p in self.parts), self.axes)
 
     def __str__(self) -> str:
         if self.axes is None:
@@ -91,7 +106,11 @@ def parse(text: str) -> Address:
 def _capture(name: str, body: str | None, text: str) -> Capture:
     if body is None:
         return Capture(name)
-    if affine := _AFFINE.fullmatch(body):
+    if (affine := _AFFINE.fullmatch(body)) and affine[3].isalpha():
+        if affine[2] == "-":
+            raise AdapterError(f"cannot read address {text!r}: a size is added, as in {{k=e+E}}")
+        return Capture(affine[1], label=name, by=affine[3])
+    if affine:
         return Capture(affine[1], offset=int(affine[2] + affine[3]), label=name)
     choices = tuple(body.split("|"))
     if len(set(choices)) < len(choices):
@@ -126,7 +145,8 @@ class Rule:
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
         new = {k: range(v) if isinstance(v, int) else _bound(v) for k, v in sizes.items() if k in self.letters}
-        return Rule(self.source, self.target, tuple(sorted({**dict(self.bounds), **new}.items())))
+        bounds = tuple(sorted({**dict(self.bounds), **new}.items()))
+        return Rule(self.source.bind(sizes), self.target.bind(sizes), bounds)
 
     @cached_property
     def letters(self) -> frozenset[str]:
@@ -140,6 +160,11 @@ class Rule:
     @cached_property
     def bound(self) -> dict[str, Bound]:
         return dict(self.bounds)
+
+    @cached_property
+    def unsettled(self) -> str:
+        """The capital of a shift by a size that is not known yet; none: empty."""
+        return "".join(c.by for side in (self.source, self.target) for c in side.captures.values())[:1]
 
     @cached_property
     def shared(self) -> tuple[str, ...]:
@@ -170,7 +195,7 @@ class Rule:
     def indexed(self, name: str) -> bool:
         """Whether a capture is a number: it is an axis somewhere, shifted, or a single letter. Else it is text."""
         captures = [a.captures[name] for a in (self.source, self.target) if name in a.captures]
-        return name in self.stacked + self.unstacked or len(name) == 1 or any(c.offset for c in captures)
+        return name in self.stacked + self.unstacked or len(name) == 1 or any(c.offset or c.by for c in captures)
 
     def _malformed(self) -> str | None:
         for side in (self.source, self.target):

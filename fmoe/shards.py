@@ -49,12 +49,12 @@ def blockwise(
     change: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
     given: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
-    block: int | None,
+    block: tuple[int, ...],
 ) -> dict[str, Any]:
     """change(given), tensors of these shapes, part by part of DTensors.
 
-    block: a change of whole blocks of a tensor and of the numbers beside it, one for each; None: of single numbers.
-    Raises AdapterError, on every rank alike, unless all are cut alike, and between blocks.
+    block: the first tensor's last dimensions may be cut between so many entries (0: not at all), others between any.
+    Raises AdapterError, on every rank alike, unless all are cut alike, and there.
     """
     tensors = list(given.values())
     first = tensors[0]
@@ -64,13 +64,17 @@ def blockwise(
         is_dtensor(t) and (t.device_mesh, t.placements) == (first.device_mesh, first.placements) for t in tensors
     )
     fits = alike and not any(p.is_partial() for p in first.placements)
-    if fits and block is not None:
+    if fits and block:
+        side = dict(enumerate(block, first.ndim - len(block)))
         cuts = [(d, c) for d, c in cuts_of(first) if d is not None and c is not None and c.n > 1]
-        fits = all(c.blocks == 1 and -(-first.shape[d] // c.n) % block == 0 for d, c in cuts)
+        fits = all(
+            c.blocks == 1 and bool(side.get(d, 1)) and -(-first.shape[d] // c.n) % side.get(d, 1) == 0 for d, c in cuts
+        )
         fits &= len({d for d, _ in cuts}) == len(cuts)
     if not fits:
         there = ", ".join(f"{n!r} {_where(t)}" for n, t in given.items())
-        parts = "" if block is None else f", each part whole blocks of {block}"
+        sides = dict.fromkeys(block)
+        parts = f", each part whole blocks of {' x '.join(map(str, sides))}" * any(b != 1 for b in block)
         text = f"{there}: expected DTensors placed alike, no sums{parts}: redistribute, or pass plain ones and a mesh"
         raise AdapterError([Problem(text, tuple(given))])
     made = change({n: t.to_local() for n, t in given.items()})

@@ -104,7 +104,7 @@ def test_eight_bit_experts_are_decoded_or_refused_in_every_family(model_type):
         (lambda: rule("a.{e} [d]", "b [e d]", e=range(1, 3)), "expected a size"),
         (lambda: rule("a.{e} [d]", "b [e d]", e=0), "expected a size"),
         (lambda: fmoe.adapter("qwen3_moe", 3), "config is a int"),
-        (lambda: fmoe.adapter("step3p5").to_hf({}, quantization=True), "no FP8 form"),
+        (lambda: fmoe.adapter("step3p5").to_hf({}, quantization=True), "no quantised form"),
         (lambda: fmoe.adapter("step3p5").from_hf({"a": 1, "b": "c", "d": torch.ones(1)}), "2 problems"),
     ],
 )
@@ -203,7 +203,7 @@ def test_the_wrong_family_is_noticed():
 def test_small_things():
     assert rule("a [d]", "b [d]").plan({"a": TensorSpec([3], torch.float32)}).targets["b"].shape == (3,)
     config, tensors = synthetic.deepseek_v3_fp8()
-    with pytest.raises(fmoe.AdapterError, match="FP8 blocks can only be cut by expert"):
+    with pytest.raises(fmoe.AdapterError, match="quantised blocks can only be cut by expert"):
         fmoe.adapter("deepseek_v3", config).from_hf(tensors, i=range(0, 128))
     five = fmoe.adapter("qwen3_moe", {"num_experts": None, "num_local_experts": 5})
     with pytest.raises(fmoe.AdapterError, match="e < 5"):

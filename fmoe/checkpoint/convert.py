@@ -12,12 +12,14 @@ from fmoe.adapter import Adapter
 from fmoe.checkpoint.carry import in_order, pool
 from fmoe.checkpoint.engine import Engine
 from fmoe.checkpoint.files import INDEX, NATIVE, Checkpoint, open_checkpoint
-from fmoe.checkpoint.open import adapter_between, plan_from
+from fmoe.checkpoint.open import across, adapter_between, plan_from
 from fmoe.checkpoint.origin import FORMAT
 from fmoe.checkpoint.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging import Staging, staging
 from fmoe.checkpoint.writer import Layout, shard
+from fmoe.families import FAMILIES
 from fmoe.pipeline import Plan
+from fmoe.types import AdapterError
 
 Progress = Callable[[int, int], None]
 """Called with how many bytes are done, and how many there are: (0, all) once it is known to convert."""
@@ -30,7 +32,8 @@ class Report:
     """What a conversion or a verification did. tensors and nbytes: of the source; made: how many came out.
 
     files: how many hold what came out. read, written: bytes of tensors that passed. resumed: bytes that an earlier,
-    interrupted run had written. checksums: path -> sha256 of all files of both sides, where asked for.
+    interrupted run had written. checksums: path -> sha256 of all files of both sides, where asked for. lost, notes: of
+    a conversion to another family, what does not carry over, and what that family assumes.
     """
 
     path: str
@@ -44,12 +47,14 @@ class Report:
     written: int = 0
     resumed: int = 0
     checksums: Mapping[str, str] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def convert(
     src: Path | str,
     dst: Path | str,
-    to: Literal["native", "hf"] = "native",
+    to: Literal["native", "hf"] | str = "native",
     *,
     max_shard_size: int | str = "5GB",
     force: bool = False,
@@ -57,6 +62,7 @@ def convert(
     checksums: bool = False,
     fsync: bool = True,
     threads: int | None = None,
+    lossy: bool = False,
     progress: Progress = lambda done, of: None,
     **choices: Any,
 ) -> Report:
@@ -64,6 +70,9 @@ def convert(
 
     to: "native" from a HF directory; "hf" from a native one, which gives back the names, dtypes, bytes and files that
     it was made from (and then max_shard_size has no say), or from a HF one with a choice, such as `layout="fused"`.
+    Or a model type, as "mixtral": the same tensors as that family names them, with a config of its own that has the
+    fields that carry over. What does not (a tensor that only one of them has, another router, a field) is an error, in
+    full; lossy: is done without, and told in the report.
     choices: as in `fmoe.adapter`; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read.
 
     Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
@@ -85,10 +94,21 @@ def convert(
     """
     source, dst = open_checkpoint(src), Path(dst)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
-    adapter, there = adapter_between(source, to, **{n: v for n, v in choices.items() if n not in ranges})
+    how, crossing = {n: v for n, v in choices.items() if n not in ranges}, None
+    if to in ("native", "hf") or to not in FAMILIES:
+        adapter, there = adapter_between(source, to, **how)
+    else:
+        there, crossing = across(source, to, **how)
+        adapter = there
+        if crossing.lost and not lossy:
+            raise AdapterError(
+                [*crossing.lost, f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these"]
+            )
     plan = plan_from(source, there, **ranges)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), ranges)
     others: dict[str, bytes | Path] = {str(n): source.path / n for n in source.others()}
+    if crossing:
+        others["config.json"] = json.dumps(crossing.config, indent=2, default=str).encode() + b"\n"
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
     work = _digest(source, to, adapter, ranges, layout, engine)
     claim = lambda: replaced(dst, source.path, force, work=work)
@@ -98,6 +118,8 @@ def convert(
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
     )
+    if crossing:
+        report = replace(report, lost=crossing.lost, notes=crossing.notes)
     if dry_run:
         return report
     size, of = source.nbytes, source.nbytes * (3 if checksums else 1)

@@ -80,7 +80,8 @@ class Engine:
             for b in job.boxes:
                 self._pass(b)
             return
-        with self._alone if job.nbytes > self.limit else nullcontext():
+        given = sum(spec.nbytes for i in job.steps for spec in self.flow.steps[i].specs.values())
+        with self._alone if max(job.nbytes, given) > self.limit else nullcontext():
             made = {Place(n, i): t for i in job.steps for n, t in self._made(self.flow.steps[i]).items()}
             boxes = self._shared(job, made)
             for low, high, inside in ranges(boxes, lambda b: (b.to, *b.to_span)):

@@ -6,15 +6,18 @@ digits of its index. So renaming after stacking, or one layout to another throug
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from fmoe.axes import Copy
 from fmoe.beside import BesidePlan
-from fmoe.codecs import Change, CodecPlan
+from fmoe.codecs import Change, Changed, CodecPlan
 from fmoe.grouping import Specs
 from fmoe.pipeline import Plan
 from fmoe.plan import TablePlan
 from fmoe.types import TensorSpec
+
+SLICE = 8 * 2**20  # bytes of the largest tensor that is changed at once, where parts of it can be
 
 
 class Step(NamedTuple):
@@ -99,19 +102,77 @@ def _moved(stage: TablePlan, live: Mapping[str, _Origin]) -> dict[str, _Origin]:
 
 
 def _changed(stage: CodecPlan, specs: Specs, live: Mapping[str, _Origin], steps: list[Step]) -> dict[str, _Origin]:
-    out = {n: live.get(n) for n in stage.targets}
-    for sources, targets, change in stage.changes:
-        origins = {n: live.get(n) for n in sources}
+    out = {n: _renamed(live.get(stage.renamed.get(n, n)), n, stage) for n in stage.targets}
+    for changed in stage.changes:
+        origins = {n: live.get(n) for n in changed.sources}
         moves = {n: () if o is None else tuple(_moves(o, n)) for n, o in origins.items()}
         plain = all(o is not None for o in origins.values()) and all(
             m.step is None for ms in moves.values() for m in ms
         )
-        out |= {t: _Whole(t, len(steps), stage.targets[t]) if plain else None for t in targets}
+        out |= dict.fromkeys(changed.targets)
         if plain:
-            steps.append(
-                Step({n: specs[n] for n in sources}, {n: tuple(m.copy for m in ms) for n, ms in moves.items()}, change)
-            )
+            copies = {n: tuple(m.copy for m in ms) for n, ms in moves.items()}
+            try:
+                out |= _sliced(stage, changed, specs, copies, steps)
+            except _Crossed:  # what comes in is no row of boxes: made of it whole, or by `Plan.run`
+                if stage.part(changed) is None:
+                    out |= _sliced(stage, changed._replace(rows={}), specs, copies, steps)
     return out
+
+
+def _renamed(origin: _Origin, name: str, stage: CodecPlan) -> _Origin:
+    """The same numbers under another name, and in another shape: they lie one after the other as they did."""
+    return origin._replace(spec=stage.targets[name]) if isinstance(origin, _Whole) else origin
+
+
+def _sliced(
+    stage: CodecPlan, changed: Changed, specs: Specs, copies: Mapping[str, tuple[Copy, ...]], steps: list[Step]
+) -> dict[str, _Origin]:
+    """The targets of a change, made in parts along the first axis where it allows that: as many as memory asks for."""
+    whole = {n: specs[n] for n in changed.sources} | {t: stage.targets[t] for t in changed.targets}
+    rows, asked = changed.rows, stage.part(changed)
+    counts = [-(-whole[n].shape[0] // rows[n]) for n in changed.sources if rows.get(n)]
+    count = counts[0] if counts and asked is None else len(asked or ())
+    most = max(spec.nbytes for spec in whole.values())
+    some = max(1, count * SLICE // max(1, most)) if counts else 1
+    starts = range(0, count, some) if counts else range(1)
+    parts, made = [], {t: list[Moved]() for t in changed.targets}
+    for start in starts:
+        end = min(start + some, count) if counts else 0
+        at = asked.start if asked else 0
+        taken = {n: _rows(specs[n], rows.get(n, 0), start + at, end + at) for n in changed.sources}
+        inside = {n: [_within(c, specs[n], *taken[n]) for c in cs] for n, cs in copies.items()}
+        given = {n: _some(specs[n], *taken[n]) for n in changed.sources}
+        parts.append(Step(given, {n: tuple(c for c in cs if c) for n, cs in inside.items()}, changed.change))
+        for t in changed.targets:
+            first, last = _rows(whole[t], rows.get(t, 0), start, end)
+            size = _some(whole[t], first, last).numel
+            at = first * prod(whole[t].shape[1:])
+            made[t].append(Moved(Copy(t, t, (size,), 0, (1,), at, (1,), whole[t].dtype), len(steps) + len(parts) - 1))
+    steps += parts
+    if len(parts) == 1:
+        return {t: _Whole(t, len(steps) - 1, whole[t]) for t in changed.targets}
+    once = lambda t: made[t] if rows.get(t) else made[t][:1]  # what every part makes, or passes on, alike
+    return {t: tuple(once(t)) for t in changed.targets}
+
+
+def _rows(spec: TensorSpec, rows: int, start: int, end: int) -> tuple[int, int]:
+    """The entries of the first axis of some units; all of what is in no units."""
+    n = spec.shape[0] if spec.shape else 1
+    return (min(start * rows, n), min(end * rows, n)) if rows else (0, n)
+
+
+def _some(spec: TensorSpec, first: int, last: int) -> TensorSpec:
+    return TensorSpec((last - first, *spec.shape[1:]), spec.dtype) if spec.shape else spec
+
+
+def _within(copy: Copy, spec: TensorSpec, first: int, last: int) -> Copy | None:
+    """The part of a copy that ends in some entries of its target's first axis, as one into these alone."""
+    if not spec.shape or (first, last) == (0, spec.shape[0]):
+        return copy
+    inner = prod(spec.shape[1:])
+    shape, strides = (last - first, inner), (inner, 1)
+    return compose(copy, Copy(copy.target, copy.target, shape, first * inner, strides, 0, strides, copy.dtype))
 
 
 def _moves(origin: "_Whole | tuple[Moved, ...]", target: str) -> Iterator[Moved]:

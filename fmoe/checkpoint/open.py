@@ -8,6 +8,7 @@ from fmoe.adapter import Adapter
 from fmoe.build import table
 from fmoe.checkpoint.files import Checkpoint, open_checkpoint
 from fmoe.checkpoint.fit import layers_fit
+from fmoe.cross import Crossing, cross
 from fmoe.families import FAMILIES, family
 from fmoe.pipeline import Plan
 from fmoe.types import AdapterError
@@ -18,8 +19,9 @@ def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = 
 
     A directory is resolved: `to_hf` gives back the layout that is there. A model type is open: `from_hf` settles the
     layout for each call, `to_hf` writes the published one. config: a dict with Hugging Face's field names or a
-    Transformers config; without one, sizes are taken from the tensors. choices: `dtype=` casts merged experts, the
-    others name a layout, as `layout="fused"`. Raises AdapterError for an unknown family, choice or directory.
+    Transformers config; without one, sizes are taken from the tensors. choices: `dtype=` casts merged experts,
+    `quantized="keep"` moves codes and scales as they are, the others name a layout, as `layout="fused"`. Raises
+    AdapterError for an unknown family, choice or directory.
 
     >>> config = {"num_experts": 2, "hidden_size": 4, "moe_intermediate_size": 3, "num_experts_per_tok": 1}
     >>> adapter("qwen3_moe", config).moe_config.n_routed_experts
@@ -63,9 +65,9 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     Raises AdapterError where the checkpoint is in that layout already.
     """
     if to not in ("native", "hf"):
-        raise AdapterError(f"to={to!r}: expected 'native' or 'hf'")
-    dtype = {n: v for n, v in choices.items() if n == "dtype"}
-    layout = {n: v for n, v in choices.items() if n != "dtype"}
+        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type ({', '.join(sorted(FAMILIES))})")
+    how = {n: v for n, v in choices.items() if n in ("dtype", "quantized")}
+    layout = {n: v for n, v in choices.items() if n not in how}
     if source.native and to == "hf":
         made = family(source.model_type).adapter(source.config, **choices) if layout else adapter_of(source, **choices)
         return made, made.inverse
@@ -74,10 +76,20 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     if to == "native":
         made = adapter_of(source, **choices)
         return made, made
-    if not choices:
+    if not layout and "dtype" not in how:
         raise AdapterError(f"{source.path} is a Hugging Face checkpoint already: name a choice, as layout='fused'")
+    made, kept = adapter_of(source, **how), {n: v for n, v in how.items() if n == "quantized"}
+    return made, made >> family(source.model_type).adapter(source.config, **layout, **kept).inverse
+
+
+def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter, Crossing]:
+    """What makes another family's checkpoint of this one, and what that loses."""
+    dtype = {n: v for n, v in choices.items() if n == "dtype"}
+    layout = {n: v for n, v in choices.items() if n != "dtype"}
     made = adapter_of(source, **dtype)
-    return made, made >> family(source.model_type).adapter(source.config, **layout).inverse
+    native = source.specs if source.native else made.plan(source.specs).targets
+    found = cross(family(source.model_type), model_type, source.config, native, **layout)
+    return (found.adapter if source.native else made >> found.adapter), found
 
 
 def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:

@@ -61,7 +61,9 @@ def _held(plan: Plan) -> dict[str, range]:
 def _parts(source: Checkpoint, there: Adapter, plan: Plan) -> Iterator[tuple[Plan, set[str] | None]]:
     """Plans that together make everything, each in bounded memory, and the sources to look at (None: all)."""
     experts = max((group.sizes["e"] for group in groups(plan) if "e" in group.sizes), default=1)
-    largest = max((sum(source.specs[n].nbytes for n in sources) for sources, _ in plan.units()), default=0)
+    stored = lambda names: sum(source.specs[n].nbytes for n in names)
+    made = lambda names: sum(plan.targets[n].nbytes for n in names)  # more than what is stored, where that is decoded
+    largest = max((max(stored(sources), made(targets)) for sources, targets in plan.units()), default=0)
     some = max(1, experts * MOST // max(1, largest))
     if some >= experts or _held(plan) or any(group.sizes.get("e", experts) != experts for group in groups(plan)):
         yield plan, None

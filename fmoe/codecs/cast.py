@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fmoe.claims import some
-from fmoe.codecs import CodecPlan
+from fmoe.codecs import Changed, CodecPlan
 from fmoe.grouping import Specs, Window
 from fmoe.names import Names
 from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec
@@ -34,7 +34,7 @@ class CastExperts:
             raise AdapterError([Problem(text, odd)])
         targets = dict(specs) | {n: TensorSpec(specs[n].shape, self.dtype) for n in mine}
         cast = lambda params: {n: t.to(self.dtype) for n, t in params.items()}
-        return CodecPlan(targets, tuple(([n], [n], cast) for n in mine), str(self))
+        return CodecPlan(targets, tuple(Changed([n], [n], cast, {n: 1}) for n in mine), str(self))
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return {}

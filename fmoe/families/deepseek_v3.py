@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import Family
+from fmoe.families.family import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, experts
 
 deepseek_v3 = Family(
@@ -35,15 +35,27 @@ deepseek_v32 = replace(
     deepseek_v3,
     model_types=("deepseek_v32", "glm_moe_dsa"),
     fp8=f"{deepseek_v3.fp8}|" + r".*\.indexer\.(wq_b|wk)\.weight",
-    source="deepseek-ai/DeepSeek-V3.2, zai-org/GLM-5",
+    source="deepseek-ai/DeepSeek-V3.2-Exp, zai-org/GLM-5",
 )
 
 glm4_moe = replace(
     deepseek_v3,
-    model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe", "dots1", "solar_open", "mimo_v2_flash"),
-    source="zai-org/GLM-4.5-Air, zai-org/GLM-4.7-Flash, rednote-hilab/dots.llm1.base, XiaomiMiMo/MiMo-V2-Flash",
+    model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "dots1", "solar_open"),
+    source="zai-org/GLM-4.5, GLM-4.5V, rednote-hilab/dots.llm1.base, upstage/Solar-Open-100B",
+)
+
+mimo_v2_flash = replace(
+    deepseek_v3,
+    model_types=("mimo_v2_flash",),
+    fp8=rf"(?!.*\.o_proj\.)(?:{deepseek_v3.fp8})",
+    source="XiaomiMiMo/MiMo-V2-Flash",
 )
 
 kimi_k25_vl = replace(
-    deepseek_v3, model_types=("kimi_k25",), fp8=None, source="moonshotai/Kimi-K2.5, decoded to bf16", verified="keys"
+    deepseek_v3,
+    model_types=("kimi_k25",),
+    fp8=None,
+    formats={"int4": EXPERTS_ONLY},
+    source="moonshotai/Kimi-K2.5, moonshotai/Kimi-K2.6",
+    verified="keys",
 )

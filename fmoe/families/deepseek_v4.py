@@ -1,4 +1,4 @@
-"""DeepSeek-V4 in bf16 or FP8: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included."""
+"""DeepSeek-V4 in bf16, FP8 or FP4: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included."""
 
 from fmoe.adapter import Adapter
 from fmoe.build import either, rule
@@ -42,7 +42,10 @@ deepseek_v4 = Family(
         swiglu_limit="swiglu_limit",
     ),
     fixed=dict(score_func="sqrtsoftplus", router_weights_fp32=True),
-    fp8=EXPERTS_ONLY,
-    source="deepseek-ai/DeepSeek-V4-Flash-Base",
+    formats={
+        "mxfp4 .scale": EXPERTS_ONLY,
+        "fp8 blocks .scale": r".*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight|.*\.shared_experts\.w[123]\.weight",
+    },
+    source="deepseek-ai/DeepSeek-V4-Flash, deepseek-ai/DeepSeek-V4-Flash-Base",
     verified="experts",
 )

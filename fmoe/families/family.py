@@ -1,13 +1,16 @@
 """What a family is: rules, the names that its config uses, its activation, and what its FP8 checkpoints quantise."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fmoe.adapter import Adapter
 from fmoe.codecs.cast import CastExperts
-from fmoe.codecs.fp8 import BlockFP8
+from fmoe.codecs.quantised import Fresh, Quantised
+from fmoe.codecs.scales import seams, with_scales
 from fmoe.entries import walk
+from fmoe.lora.stage import carry
+from fmoe.pipeline import Stage
 from fmoe.rules import Rule
 from fmoe.table import Table
 from fmoe.types import AdapterError, MoEConfig, as_dtype
@@ -28,9 +31,11 @@ class Family:
     """One or more of Hugging Face's model types that store their experts alike.
 
     rules: HF names and axes <-> native ones. fields: MoEConfig's fields -> the config's names for them, separated by
-    blanks: the first that the config has. fixed: the fields that the architecture settles. activations: the config's
-    name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises; None: no FP8 form.
-    unsaid: config fields that MoEConfig cannot express when they are set, and why. source: where it is published.
+    blanks: the first that the config has; `a.0` is the first of a list. fixed: what the architecture settles.
+    activations: the config's name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises;
+    None: no FP8 form. formats: if not that, the quantised formats that it has, and what names a fresh export writes in
+    each. unsaid: config fields that MoEConfig cannot express when they are set, and why. sizes: further letters of the
+    rules, and the config's names for their sizes (a second tower's). source: where it is published.
     verified: what the tests compare with Transformers, one of `VERIFIED`.
     """
 
@@ -41,7 +46,9 @@ class Family:
     activations: Mapping[str, str] = field(default_factory=lambda: SWIGLU)
     activation_field: str = "hidden_act"
     fp8: str | None = None
+    formats: Mapping[str, str | None] = field(default_factory=dict)
     unsaid: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
     verified: str = "keys"
 
@@ -55,34 +62,50 @@ class Family:
     @property
     def quantised(self) -> str:
         """Which quantised checkpoints it reads, and writes from unquantised ones."""
-        return "fp8 blocks" if self.fp8 else "fp8 blocks, read only" if "scale_inv [" in str(self.rules) else "none"
+        return "; ".join(name + ", read only" * (pattern is None) for name, pattern in self.fresh)
+
+    @property
+    def fresh(self) -> Fresh:
+        """The formats of its quantised checkpoints, and what of an unquantised one is written in each."""
+        return tuple(self.formats.items()) or (("fp8 blocks", self.fp8),)
 
     def adapter(self, config: Any = None, **choices: Any) -> Adapter:
         """The family's adapter, its letters bound to the config's sizes and its choices made.
 
         config: a dict with Hugging Face's field names, or a Transformers config. dtype: cast merged experts to it.
-        Other choices name one of the layouts, as `layout="fused"`. Raises AdapterError for a choice that there is not.
+        Other choices name one of the layouts, as `layout="fused"`. quantized="keep": codes and scales move as they are,
+        with no value decoded (`fmoe/codecs/formats.py` has the names). Of LoRA tensors, lora="peft" or "per-expert" is
+        what `to_hf` writes; peft_version, target_parameters and lora_r (the rank, where the config does not count the
+        experts) are as adapter_config.json has them; lora_A="shared" or "separate": whether gate and up have
+        one matrix A. Raises AdapterError for a choice that there is not.
         """
         given = as_dict(config)
         dtype = choices.pop("dtype", None)
-        known = {n: o for stage in self.rules.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
+        lora = {n: choices.pop(n) for n in ("peft_version", "target_parameters", "lora_r") if n in choices}
+        if (quantized := choices.pop("quantized", "decode")) not in ("decode", "keep"):
+            raise AdapterError(f"quantized={quantized!r}: expected 'decode' or 'keep'")
+        keep = quantized == "keep"
+        tables = carry(self.rules.stages, self.model_types, **lora)
+        known = {n: o for stage in tables if isinstance(stage, Table) for n, o in stage.choices().items()}
         for name in choices.keys() - known:
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
             raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype")
         values = self.values(given)
         sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
+        sizes |= {letter: next(_said(given, names), None) for letter, names in self.sizes.items()}
         bounds = {a: n for a, n in sizes.items() if isinstance(n, int)}
         if large := [a for a, n in bounds.items() if n >= 2**63]:
             raise ValueError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
-        stages = tuple(s.bind(bounds) if isinstance(s, Table) else s for s in self.rules.stages)
-        codec = BlockFP8(
+        codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
-            self.fp8,
+            self.fresh,
             block=_block(given.get("quantization_config")),
+            keep=keep,
             declared=bool(given.get("quantization_config")),
         )
-        stages = (codec, *stages)
+        tables, codec = _scaled(tables, codec)
+        stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
         if dtype:
             stages = (*stages, CastExperts(as_dtype(dtype)))
         whole = config if config is None or isinstance(config, Mapping) else config.to_dict()
@@ -90,10 +113,8 @@ class Family:
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them."""
-        said = {
-            f: [_one(config[n]) for n in names.split() if config.get(n) is not None] for f, names in self.fields.items()
-        }
-        return dict(self.fixed) | {f: values[0] for f, values in said.items() if values}
+        said = {f: next(_said(config, names), None) for f, names in self.fields.items()}
+        return dict(self.fixed) | {f: value for f, value in said.items() if value is not None}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
         missing = [
@@ -104,7 +125,7 @@ class Family:
         if missing:
             return f"{self.model_types[0]}: the config does not say {', '.join(missing)}"
         for name, why in self.unsaid.items():
-            if any(config.get(name) or ()):
+            if any(value if isinstance(value := config.get(name), list) else [value]):
                 return f"{name}={config[name]!r} {why}"
         known = {f.name for f in fields(MoEConfig)}
         dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"))
@@ -118,6 +139,26 @@ class Family:
             return MoEConfig(**extra)
         except ValueError as error:
             raise AdapterError(f"{self.model_types[0]}: the config says what no layer can be: {error}") from None
+
+
+def _scaled(stages: tuple[Stage, ...], codec: Quantised) -> tuple[tuple[Stage, ...], Quantised]:
+    """The stages with the rules of scales, and the codec with what it must know of rules."""
+    tables = [s.entries for s in stages if isinstance(s, Table)]
+    joined = tuple(seam for entries in tables for seam in seams(entries, codec.formats)) if codec.keep else ()
+    scaled = lambda table: with_scales(table.entries, codec.formats, keep=codec.keep)
+    made = lambda s: replace(s, entries=scaled(s)) if isinstance(s, Table) else s
+    return tuple(map(made, stages)), replace(codec, seams=joined)
+
+
+def _said(config: Mapping[str, Any], names: str) -> Iterator[Any]:
+    """What a config says under each of some names, where it says anything; a number after a dot is an index."""
+    for name in names.split():
+        field, _, at = name.partition(".")
+        value = config.get(field)
+        if at:
+            value = value[int(at)] if isinstance(value, list) and int(at) < len(value) else None
+        if value is not None:
+            yield _one(value)
 
 
 def _one(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""GPT-OSS in bf16: fused experts stored [in, out], gate and up columns interleaved, with biases; natively the same."""
+"""GPT-OSS: fused experts [in, out], gate and up interleaved, with biases, natively the same; in MXFP4 [out, in]."""
 
 from fmoe.build import rule, together
 from fmoe.families.family import Family
@@ -25,6 +25,7 @@ gpt_oss = Family(
         activation_alpha="swiglu_alpha",
     ),
     fixed=dict(expert_activation="quick_geglu", expert_bias=True, router_bias=True),
-    source="openai/gpt-oss-20b (bf16 form, as Transformers writes it)",
+    formats={"mxfp4 blocks": r".*\.mlp\.experts\.(gate_up|down)_proj"},
+    source="openai/gpt-oss-20b, and the bf16 form that Transformers writes",
     verified="block",
 )

@@ -21,16 +21,12 @@ def per_expert(
     gate_up: the names of gate and up, in this order; one name where the activation is not gated.
     """
     x, n = hf, native or hf
-    g, u, v = ("{g=" + gate_up + "}", "(g i)", "(g j)") if "|" in gate_up else (gate_up, "i", "j")
+    g, u = ("{g=" + gate_up + "}", "(g i)") if "|" in gate_up else (gate_up, "i")
     return table(
         [
             together(
                 rule(x + f"{{e}}.{g}.weight [i d]", n + f"gate_and_up_projs [e d {u}]"),
                 rule(x + f"{{e}}.{down}.weight [d i]", n + "down_projs [e i d]"),
-            ),
-            together(
-                rule(x + f"{{e}}.{g}.weight_scale_inv [j c]", n + f"gate_and_up_projs_scale_inv [e c {v}]"),
-                rule(x + f"{{e}}.{down}.weight_scale_inv [c j]", n + "down_projs_scale_inv [e j c]"),
             ),
             together(
                 rule(x + f"{{e}}.{g}.bias [i]", n + f"gate_up_proj_bias [e {u}]"),

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+from fmoe.adapter import Adapter
 from fmoe.build import either, rule
 from fmoe.families.deepseek_v3 import deepseek_v3
+from fmoe.families.family import EXPERTS_ONLY
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused, per_expert
 from fmoe.families.mixtral import DISK, mixtral
 
@@ -70,9 +72,23 @@ kimi_k3 = replace(
     | rule(DISK + "routed_expert_{rest}", MLP + "routed_expert_{rest}")
     | KEPT,
     fixed=kimi_linear.fixed | dict(score_func="sigmoid, in a latent space with a norm"),
-    source="moonshotai/Kimi-K3, decoded to bf16",
+    formats={"mxfp4 packed": EXPERTS_ONLY},
+    source="moonshotai/Kimi-K3",
     verified="keys",
 )
+
+
+def mtp(hf: str, native: str) -> Adapter:
+    """MiniMax-M3's layers for multi-token prediction: the same block, one level further down."""
+    return (
+        per_expert(hf + "experts.", native + "experts.", "w1|w3", "w2")
+        | rule(hf + "gate.weight", native + "gate.weight")
+        | rule(hf + "shared_experts.{rest}", native + "shared_experts.{rest}")
+        | rule(hf + "e_score_correction_bias", native + "gate.e_score_correction_bias")
+    )
+
+
+M3_MTP = "{pre}layers.{l}.transformer_layer."
 
 minimax_m3_vl = replace(
     minimax_m2,
@@ -82,7 +98,8 @@ minimax_m3_vl = replace(
         per_expert=ONE_BY_ONE
         | rule(DISK + "gate.weight", WEIGHT)
         | rule(DISK + "shared_experts.{rest}", MLP + "shared_experts.{rest}")
-        | rule(DISK + "e_score_correction_bias", BIAS),
+        | rule(DISK + "e_score_correction_bias", BIAS)
+        | mtp(M3_MTP + "block_sparse_moe.", M3_MTP + "mlp."),
         fused=fused()
         | rule(WEIGHT, WEIGHT)
         | rule(BIAS, BIAS)
@@ -92,7 +109,8 @@ minimax_m3_vl = replace(
     fields=minimax_m2.fields | dict(activation_limit="swiglu_limit", activation_alpha="swiglu_alpha"),
     fixed=minimax_m2.fixed | dict(expert_activation="swigluoai"),
     fp8=None,
-    source="the text model of MiniMaxAI/MiniMax-M3, decoded to bf16",
+    formats={"mxfp8": EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.\w+\.(gate|up|down)_proj\.weight"},
+    source="the text model of MiniMaxAI/MiniMax-M3",
     verified="experts",
 )
 minimax_m3_multimodal = replace(minimax_m3_vl, model_types=("minimax_m3_vl",), verified="keys")

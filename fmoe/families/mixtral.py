@@ -22,6 +22,6 @@ mixtral = Family(
         moe_inter_dim="intermediate_size",
     ),
     fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_weights_fp32=True),
-    source="mistralai/Mixtral-8x7B-v0.1, MiniMaxAI/MiniMax-M1-80k",
+    source="mistralai/Mixtral-8x7B-v0.1, MiniMaxAI/MiniMax-Text-01-hf",
     verified="block",
 )

@@ -56,5 +56,8 @@ nemotron_h = Family(
     verified="block",
 )
 nemotron_omni = replace(
-    nemotron_h, model_types=("nemotron_h_omni",), source="nvidia/Nemotron-3-Nano-Omni", verified="keys"
+    nemotron_h,
+    model_types=("nemotron_h_omni",),
+    source="nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16",
+    verified="keys",
 )

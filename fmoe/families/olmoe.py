@@ -17,14 +17,16 @@ cohere2_moe = replace(
     model_types=("cohere2_moe",),
     fields=olmoe.fields | dict(n_shared_experts="num_shared_experts"),
     fixed=dict(score_func="its own choice, averaged with shared experts"),
-    source="as Transformers has it",
+    source="CohereLabs/command-a-plus-05-2026",
     verified="experts",
 )
 
-mellum = replace(qwen3_moe, model_types=("mellum",), source="as Transformers has it")
+mellum = replace(qwen3_moe, model_types=("mellum",), source="JetBrains/Mellum2-12B-A2.5B-Base")
 
 qwen3_omni_moe_thinker = replace(
-    qwen3_moe, model_types=("qwen3_omni_moe_thinker",), source="the thinker of Qwen/Qwen3-Omni-30B-A3B-Instruct"
+    qwen3_moe,
+    model_types=("qwen3_omni_moe_thinker", "qwen3_omni_moe_text"),
+    source="the thinker of Qwen/Qwen3-Omni-30B-A3B-Instruct",
 )
 
 qwen3_omni_moe = replace(  # thinker and talker, each with sizes of its own

@@ -1,4 +1,4 @@
-"""Qwen2-MoE and Qwen3-Next: one gated shared expert, `shared_expert` on disk and `shared_experts` natively."""
+"""Qwen2-MoE, Qwen3-Next, Flint: one shared expert, `shared_expert` on disk and `shared_experts` natively."""
 
 from dataclasses import replace
 
@@ -33,4 +33,18 @@ qwen3_next = replace(
     rules=experts() | SHARED | rule(LINEAR + "{p=A_log|dt_bias}", LINEAR + "_fp32_params.{p=A_log|dt_bias}") | KEPT,
     fixed=qwen2_moe.fixed | dict(norm_topk_prob=True),
     source="Qwen/Qwen3-Next-80B-A3B-Instruct",
+)
+
+qwen4_exp = replace(
+    qwen2_moe,
+    model_types=("qwen4_exp", "qwen4_exp_text"),
+    source="Qwen/Qwen4-Exp",
+)
+
+flint = replace(
+    qwen2_moe,
+    model_types=("flint",),
+    fixed=dict(n_shared_experts=1, score_func="sigmoid", norm_topk_prob=True, router_weights_fp32=True),
+    fp8=None,
+    source="RecursiveSI/flint",
 )

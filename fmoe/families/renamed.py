@@ -47,7 +47,9 @@ hy_v3 = replace(
     fp8=None,
     source="tencent/Hy3-preview",
 )
-hy_mt2 = replace(hy_v3, model_types=("hy_mt2",), source="tencent/Hunyuan-MT2", verified="keys")
+hy_mt2 = replace(
+    hy_v3, model_types=("hy_mt2",), source="as Hy3: no checkpoint is named by Transformers", verified="keys"
+)
 
 laguna = replace(
     deepseek_v3,
@@ -68,7 +70,7 @@ laguna = replace(
     ),
     fixed=deepseek_v3.fixed | dict(n_shared_experts=1),
     fp8=None,
-    source="poolside/Laguna-XS.2",
+    source="poolside/laguna-XS.2",
 )
 
 ernie4_5_moe = replace(
@@ -140,7 +142,7 @@ bailing_hybrid = replace(
         norm_topk_prob="norm_topk_prob moe_renormalize",
     ),
     fp8=None,
-    source="inclusionAI/Ring-2.5-1T",
+    source="inclusionAI/Ling-3.0-Flash",
 )
 ling_v2 = replace(
     bailing_hybrid,
@@ -162,5 +164,28 @@ longcat_flash = replace(
     fixed=dict(score_func="softmax over experts and zero experts"),
     fp8=None,
     source="meituan-longcat/LongCat-Flash-Chat",
+    verified="experts",
+)
+
+kolibri1 = replace(
+    deepseek_v3,
+    model_types=("kolibri1",),
+    rules=either(
+        "layout",
+        per_expert=per_expert() | rule("{pre}layers.{l}.moe.router.expert_bias", BIAS),
+        fused=fused() | rule(BIAS, BIAS),
+    )
+    | KEPT,
+    fields=dict(
+        n_routed_experts="num_experts num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        shared_expert_inter_dim="shared_expert_intermediate_size",
+        norm_topk_prob="norm_topk_prob",
+    ),
+    fixed=dict(n_shared_experts=1, score_func="sigmoid, chosen by logit and bias"),
+    fp8=None,
+    source="Aleph-Alpha/Kolibri-1",
     verified="experts",
 )

@@ -30,7 +30,7 @@ granitemoe = Family(
     )
     | KEPT,
     fields=FIELDS,
-    source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-small",
+    source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-tiny, granite-swash-3b-a600m",
     verified="block",
 )
 
@@ -106,6 +106,12 @@ mistral4 = Family(
         n_shared_experts="n_shared_experts",
     ),
     fixed=dict(score_func="softmax in groups by their two best"),
+    formats={
+        "fp8 expert [E 1 1]": r".*\.experts\.(gate_up|down)_proj",
+        "fp8 expert [E]": None,
+        "fp8 tensor": r".*\.(self_attn|mlp|shared_experts)\.\w+_proj(_with_mqa)?\.weight",
+        "fp8 blocks": None,
+    },
     source="mistralai/Mistral-Small-4-119B-2603",
     verified="experts",
 )
@@ -127,6 +133,10 @@ qwen3_vl_moe = replace(
     source="Qwen/Qwen3-VL-30B-A3B-Instruct; what Transformers writes is layout='fused'",
 )
 
+qwen3_vl_moe_text = replace(  # Transformers' text model alone: never transposed
+    qwen3_vl_moe, model_types=("qwen3_vl_moe_text",), rules=fused() | KEPT
+)
+
 inkling = Family(
     model_types=("inkling_text",),
     rules=either(
@@ -141,9 +151,19 @@ inkling = Family(
     | KEPT,
     fields=mistral4.fields,
     fixed=dict(score_func="sigmoid over experts and shared experts"),
-    source="thinkingmachines/inkling",
+    source="thinkingmachines/Inkling",
     verified="experts",
 )
+inkling2 = replace(
+    inkling,
+    model_types=("inkling2_text",),
+    fields=inkling.fields | dict(route_scale="route_scale routed_scaling_factor"),
+    fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True, router_weights_fp32=True),
+    unsaid=dict(mlp_gate_softcap="caps gate and up softly: no expert_activation does"),
+    source="thinkingmachines/Inkling-2-Small-MXFP8, decoded to bf16",
+    verified="round trip",
+)
+inkling2_multimodal = replace(inkling2, model_types=("inkling2",), verified="keys")
 inkling_mm = replace(inkling, model_types=("inkling_mm_model",), verified="keys")
 
 gemma4_moe = Family(

@@ -1,0 +1,177 @@
+"""PEFT's directories: adapter_model.safetensors and adapter_config.json, as native LoRA matrices and back."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fmoe.adapter import Adapter
+from fmoe.checkpoint import disk
+from fmoe.checkpoint.files import Checkpoint, read_header
+from fmoe.checkpoint.open import adapter as adapter_at
+from fmoe.checkpoint.strict import parse
+from fmoe.claims import some
+from fmoe.lora.config import LoraConfig
+from fmoe.lora.sorting import WRAPPED
+from fmoe.lora.stage import is_lora
+from fmoe.lora.targets import Target, table_of, targets_of, told
+from fmoe.types import AdapterError, Params, Problem
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Tuned(NamedTuple):
+    """What a PEFT directory holds: native LoRA matrices, its config, and the adapter that gives the same files back."""
+
+    params: dict[str, Tensor]
+    config: LoraConfig
+    adapter: Adapter
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """alpha / r of every matrix A, by its name: what `merge` and `even` take."""
+        return {t.a: _one(t, self.config) for t in targets_of(self.adapter, self.params)}
+
+
+def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: Any = None) -> Tuned:
+    """The native LoRA matrices of a PEFT directory, in either form, with names below PEFT's `base_model.model.`.
+
+    base: the model that it adapts: its directory, its model_type (with its config), or its adapter; by default the
+    directory that adapter_config.json names. Which matrix is A follows its `peft_version`, what a lone wrapper wraps
+    its `target_parameters`. Raises AdapterError with every problem: incomplete or foreign matrices, ranks other than
+    the config's, settings that two matrices cannot express.
+
+    >>> import fmoe, tempfile, torch
+    >>> made = fmoe.lora.init({"layers.0.mlp.experts.down_projs": torch.ones(2, 3, 4)}, r=2)
+    >>> base = fmoe.adapter("qwen3_moe", {"num_experts": 2, "hidden_size": 4, "moe_intermediate_size": 3})
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     _ = fmoe.lora.save(made, path, base, lora_alpha=4)
+    ...     tuned = fmoe.lora.load(path, base)
+    >>> tuned.scales, tuned.config.target_parameters
+    ({'base_model.model.layers.0.mlp.experts.lora_down_A': 2.0}, ('layers.0.mlp.experts.down_proj',))
+    """
+    path = Path(path)
+    said = LoraConfig.read(_json(path / CONFIG))
+    base = said.base if base is None else base
+    if not isinstance(base, Adapter):
+        if base is None or config is None and not Path(base).is_dir():
+            found = f"{path / CONFIG} names the model {base!r}, which is no directory here"
+            raise AdapterError(f"{found}: pass base=, a directory, an adapter, or a model_type with its config")
+        base = adapter_at(base, config)
+    base = told(base, said.peft_version, said.target_parameters, None if said.rank_pattern else said.r)
+    header = read_header(path / WEIGHTS)
+    files = dict.fromkeys(header.specs, WEIGHTS)
+    source = Checkpoint(path, {}, header.specs, files, header.offsets, {WEIGHTS: header.stamp})
+    tensors = source.read(files)
+    adapter = base.resolve(tensors)
+    params = adapter.from_hf(tensors)
+    if problems := list(_ranks(params, said, adapter)):
+        raise AdapterError(problems)
+    return Tuned(params, said, adapter)
+
+
+def save(
+    params: Params,
+    path: Path | str,
+    adapter: Adapter,
+    config: LoraConfig | None = None,
+    *,
+    lora_alpha: float = 32,
+    base: str | None = None,
+    force: bool = False,
+) -> LoraConfig:
+    """path = adapter_model.safetensors and adapter_config.json of native LoRA matrices, for PEFT and for `load`.
+
+    adapter: the model's, as `fmoe.adapter` gives it: `lora=` and `peft_version=` there say in which form. config: what
+    adapter_config.json shall say; without one, it is made: every wrapped parameter by its full name, the rank that most
+    have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. base: the
+    model's path or hub name. Names get PEFT's `base_model.model.` where they lack it. force: replace what is there.
+    Returns the config. Raises AdapterError before anything is written.
+    """
+    path = Path(path)
+    if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:
+        raise AdapterError(
+            [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]
+        )
+    if not force and (there := [f for f in (CONFIG, WEIGHTS) if (path / f).exists()]):
+        raise AdapterError(f"{path / there[0]} is there already: pass force=True to replace it")
+    params = {n if n.startswith(WRAPPED) else WRAPPED + n: t for n, t in params.items()}
+    if config is not None:
+        adapter = told(adapter, config.peft_version, None)
+    tensors = adapter.to_hf(params)
+    if config is None:
+        config = _config(params, adapter, lora_alpha, base)
+    elif base is not None:
+        config = replace(config, base=base)
+    back = told(adapter, config.peft_version, config.target_parameters, None if config.rank_pattern else config.r)
+    back.from_hf(tensors)  # what is written can be read
+    if problems := list(_ranks(params, config, back.resolve(tensors))):
+        raise AdapterError(problems)
+    path.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
+    parts = [path / f".{WEIGHTS}.part", path / f".{CONFIG}.part"]
+    save_file(
+        {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()},
+        parts[0],
+        {"format": "pt"},
+    )
+    parts[1].write_text(text)
+    for part, name in zip(parts, (WEIGHTS, CONFIG), strict=True):
+        os.replace(part, path / name)
+    return config
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with disk.reading(path, missing="is missing: a PEFT directory has one") as file:
+        text = bytearray(disk.Stamp.of(file).size)
+        disk.read_at(path, file, memoryview(text), 0)
+    try:
+        return parse(bytes(text), infinite=True)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path}: {error}") from None
+
+
+def _one(target: Target, config: LoraConfig) -> float:
+    """The scale of a matrix A: experts of one layer have one."""
+    scales = {config.scale(key) for key in target.keys}
+    if len(scales) > 1:
+        text = (
+            f"{target.a!r}: rank_pattern and alpha_pattern give its experts the scales {sorted(scales)}, expected one"
+        )
+        raise AdapterError([Problem(text, (target.a,))])
+    return scales.pop()
+
+
+def _ranks(params: Params, config: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
+    for target in targets_of(adapter, params):
+        said = {config.rank(key) for key in target.keys}
+        if said != {target.rank}:
+            text = (
+                f"{target.a!r} has rank {target.rank}, and adapter_config.json says {sorted(said)} of {target.keys[0]}"
+            )
+            yield Problem(text, (target.a,))
+
+
+def _config(params: Params, adapter: Adapter, lora_alpha: float, base: str | None) -> LoraConfig:
+    """The config of these matrices: their names in full, the rank that most have, and what deviates from it."""
+    targets = targets_of(adapter, params)
+    if not targets:
+        raise AdapterError("no matrix A among these parameters: expected native LoRA matrices")
+    r = Counter(t.rank for t in targets).most_common(1)[0][0]
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        rank_pattern={re.escape(k): t.rank for t in targets if t.rank != r for k in t.keys},
+        target_parameters=tuple(sorted(k for t in targets if t.parameter for k in t.keys)),
+        target_modules=tuple(sorted(k for t in targets if not t.parameter for k in t.keys)),
+        peft_version=table_of(adapter).version,
+        base=base,
+    )

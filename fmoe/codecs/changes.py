@@ -1,0 +1,71 @@
+"""What is done to the parts of one quantised tensor: decoded, encoded, kept; which rows of them go together."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fmoe.codecs import Change
+from fmoe.codecs.parts import Parts
+from fmoe.types import AdapterError, Problem
+
+
+def rows(p: Parts) -> dict[str, int]:
+    """How many rows of each part go together; nothing of one scale for all."""
+    side = 1 if len(p.shape) > 2 else p.format.block[0]
+    if not side:
+        return {}
+    scale = 0 if p.format.rank == 0 else 1
+    return dict.fromkeys((p.name, p.codes), side) | dict.fromkeys((p.scale, p.beside), scale)
+
+
+def cuts(p: Parts, encoding: bool) -> tuple[int, ...]:
+    """Between how many entries of the codes' (or the tensor's) last dimensions a DTensor may be cut."""
+    f = p.format
+    if f.transposed:
+        return (0, 0) if encoding else (0, 0, 0)
+    last = f.block[1] if encoding else f.block[1] // f.packed
+    return (f.block[0], last)
+
+
+def decoding(p: Parts, dtype: torch.dtype) -> Change:
+    def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            weight = p.format.decode(params[p.codes], params[p.scale], dtype)
+        except ValueError as error:
+            raise AdapterError([Problem(f"{p.scale!r}: {error}", (p.scale,))]) from None
+        _compare(p, params)
+        return {p.name: weight, p.beside: params[p.scale]}
+
+    return change
+
+
+def encoding(p: Parts) -> Change:
+    def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            codes, scale = p.format.encode(params[p.name], params.get(p.beside))
+        except ValueError as error:
+            raise AdapterError([Problem(f"{p.name!r}: {error}", (p.name,))]) from None
+        return {p.codes: codes, p.scale: scale} | _made(p, codes)
+
+    return change
+
+
+def keeping(p: Parts, flipped: bool) -> Change:
+    def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if flipped:
+            return {p.codes: params[p.name]} | _made(p, params[p.name])
+        _compare(p, params)
+        return {p.name: params[p.codes]}
+
+    return change
+
+
+def _made(p: Parts, like: Tensor) -> dict[str, Tensor]:
+    return {p.extent: torch.tensor(p.shape, device=like.device)} if p.extent else {}
+
+
+def _compare(p: Parts, params: Mapping[str, Tensor]) -> None:
+    if p.extent and not params[p.extent].is_meta and tuple(params[p.extent].tolist()) != p.shape:
+        text = f"{p.extent!r} says {params[p.extent].tolist()}, expected {list(p.shape)}: what {p.codes!r} holds"
+        raise AdapterError([Problem(text, (p.extent, p.codes))])

@@ -1,0 +1,198 @@
+"""Which names of a checkpoint are parts of one quantised tensor, in which format; and what is wrong with them."""
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fmoe.codecs.formats import Format
+from fmoe.codecs.values import E8M0
+from fmoe.types import Problem, TensorSpec
+
+Specs = Mapping[str, TensorSpec]
+Fresh = tuple[tuple[str, str | None], ...]  # names of formats, and a regex for what a fresh export writes in them
+ACTIVATION = {0: "_activation_tensor", 1: "_activation_expert"}  # by its number of dimensions
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A tensor of this name and shape, in this format; its parts as a file names them, and as they are beside it."""
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    codes: str
+    scale: str
+    beside: str
+    extent: str | None = None
+    activation: tuple[str, str] | None = None
+
+    @property
+    def stored(self) -> list[str]:
+        return [n for n in (self.codes, self.scale, self.extent) if n]
+
+
+def spell(template: str, name: str) -> str | None:
+    """The name of a part of the tensor X of this name; None where X has no stem S."""
+    if "{S}" not in template:
+        return template.replace("{X}", name)
+    stem = name.removesuffix(".weight")
+    return template.replace("{S}", stem) if stem != name else None
+
+
+def read(template: str, name: str) -> str | None:
+    """The tensor X whose part bears this name, as far as the name can tell."""
+    head, _, tail = template.partition("}")
+    if not name.endswith(tail) or len(name) == len(tail):
+        return None
+    return name[: len(name) - len(tail)] + (".weight" if head == "{S" else "")
+
+
+def own(template: str) -> bool:
+    """Whether a part has a name of its own, which is not the tensor's."""
+    return template not in ("{X}", "{S}.weight")
+
+
+def _eight_bits(spec: TensorSpec, formats: Iterable[Format]) -> bool:
+    small = spec.dtype.is_floating_point and spec.dtype.itemsize == 1 and spec.dtype != E8M0
+    return small or spec.dtype == torch.int8 and any(f.stored == torch.int8 for f in formats)
+
+
+def _is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fresh) -> bool:
+    """Whether a name that a template reads as a part of x is one: `.scale` alone is also a word for other things."""
+    if template != "{S}.scale" or spell(f.weight, x) in names:
+        return True
+    pattern = dict(fresh).get(f.name)
+    return pattern is not None and re.fullmatch(pattern, x) is not None
+
+
+def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[dict[str, Parts], list[Problem]]:
+    """The quantised tensors among a file's names, and the parts that are no part of one."""
+    candidates: dict[str, dict[str, Format]] = {}
+    for name in specs:
+        for f in formats:
+            for template in (f.scale, *((f.weight,) if own(f.weight) else ()), *((f.shape,) if f.shape else ())):
+                if (x := read(template, name)) is not None and spell(template, x) == name:
+                    if _is_part(template, x, f, specs, fresh):
+                        candidates.setdefault(x, {})[f.name] = f
+    found: dict[str, Parts] = {}
+    problems: list[Problem] = []
+    for x, fits in candidates.items():
+        told = [_stored(x, f, specs) for f in fits.values()]
+        made = [t for t in told if isinstance(t, Parts)]
+        scales = {m.scale for m in made}
+        if not made:
+            problems.append(next((t for t in told if isinstance(t, Problem) and t.keys[0] in specs), told[0]))  # type: ignore[arg-type]
+        elif len(scales) > 1:
+            problems.append(Problem(f"{x!r} has two scales: {', '.join(map(repr, scales))}", (x, *scales)))
+        elif own(made[0].format.weight) and x in specs:
+            problems.append(
+                Problem(f"{x!r} is there, and beside it {made[0].codes!r} that says it", (x, made[0].codes))
+            )
+        else:
+            found[x] = made[0]
+    claimed = {n for x in candidates for f in formats for n in (spell(f.weight, x),)} | candidates.keys()
+    for name, spec in specs.items():
+        if _eight_bits(spec, formats) and name not in claimed:
+            scales_ = dict.fromkeys(s for f in formats if (s := spell(f.scale, name)))
+            missing = next(iter(scales_), name)
+            problems.append(Problem(f"{name!r} is {spec.dtype} and its scale {missing!r} is missing", (name, missing)))
+    return found, problems
+
+
+def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
+    codes, scale = spell(f.weight, x), spell(f.scale, x)
+    assert codes and scale
+    if codes not in specs:
+        return Problem(f"{scale!r} is the scale of {codes!r}, which is missing", (scale, codes))
+    if scale not in specs:
+        return Problem(f"{codes!r} is {specs[codes].dtype} and its scale {scale!r} is missing", (codes, scale))
+    if specs[codes].dtype != f.stored:
+        text = f"{scale!r} stands beside {codes!r} in {specs[codes].dtype}, expected {f.stored}"
+        return Problem(text, (scale, codes))
+    shape = f.decoded(specs[codes])
+    if shape is None:
+        return Problem(f"{codes!r} is {list(specs[codes].shape)}, which is no tensor of {f.name}", (codes, scale))
+    if specs[scale].shape != f.scale_shape(shape) or specs[scale].dtype not in f.scales:
+        told, kinds = specs[scale], ", ".join(str(d).removeprefix("torch.") for d in f.scales)
+        text = f"{scale!r} is {list(told.shape)} {told.dtype}, expected {list(f.scale_shape(shape))} of {kinds}: "
+        return Problem(text + f"one for each block of {codes!r} {list(specs[codes].shape)}", (scale, codes))
+    extent = spell(f.shape, x) if f.shape else None
+    if extent and specs.get(extent) != TensorSpec((len(shape),), torch.int64):
+        text = f"{extent!r} is {specs.get(extent, 'missing')}, expected int64 [{len(shape)}]: the shape of {x!r}"
+        return Problem(text, (extent, codes))
+    activation = None
+    for name in (n for t in f.activation if (n := spell(t, x)) and n in specs):
+        rank = len(specs[name].shape)
+        if rank not in ACTIVATION or rank and specs[name].shape != shape[:1]:
+            text = f"{name!r} is {list(specs[name].shape)}, expected [] or one for each of {shape[0]} experts"
+            return Problem(text, (name, codes))
+        activation = (name, x + ACTIVATION[rank])
+    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation)
+
+
+def beside(specs: Specs, formats: tuple[Format, ...], *, kept: bool) -> tuple[dict[str, Parts], list[Problem]]:
+    """The tensors among these names that carry scales (kept: that are codes), and the scales that are no tensor's."""
+    found: dict[str, Parts] = {}
+    problems: list[Problem] = []
+    for suffix in dict.fromkeys(f.beside for f in formats):
+        mine = [f for f in formats if f.beside == suffix]
+        for name in (n for n in specs if n.endswith(suffix) and n != suffix):
+            x = name.removesuffix(suffix)
+            if x not in specs:
+                problems.append(Problem(f"{name!r} is the scale of {x!r}, which is missing", (name, x)))
+                continue
+            if not kept and (not specs[x].dtype.is_floating_point or specs[x].dtype.itemsize < 2):
+                text = f"{x!r} is {specs[x].dtype} beside a scale, expected numbers to encode"
+                problems.append(Problem(f"{text}: quantized='keep' keeps codes", (x, name)))
+                continue
+            made = [p for f in mine if (p := _carried(x, name, f, specs, kept)) is not None]
+            if len({p.format.name for p in made}) != 1:
+                blocks = " or ".join(_blocks(f) for f in mine)
+                why = "more formats than one have such a scale" if made else f"expected one for each {blocks} block of "
+                text = f"{name!r} is {list(specs[name].shape)} {specs[name].dtype}, {why}" + "it: " * bool(made)
+                problems.append(Problem(f"{text}{x!r} {list(specs[x].shape)} {specs[x].dtype}", (name, x)))
+            else:
+                found[x] = made[0]
+    held = {p.activation[1] for p in found.values() if p.activation}
+    for name in (n for n in specs if any(f.activation for f in formats) and n.endswith(tuple(ACTIVATION.values()))):
+        if name not in held:
+            problems.append(Problem(f"{name!r} is a scale of activations for a tensor that carries no scale", (name,)))
+    return found, problems
+
+
+def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts | None:
+    shape = f.kept_shape(specs[x]) if kept else specs[x].shape
+    if shape is None or not f.fits(shape) or specs[scale] != TensorSpec(f.scale_shape(shape), specs[scale].dtype):
+        return None
+    made = as_named(x, f, shape)
+    if made is None or specs[scale].dtype not in f.scales:
+        return None
+    held = [n for n in (x + a for a in ACTIVATION.values()) if n in specs] if f.activation else []
+    if not held:
+        return made
+    name = next(n for t in f.activation if (n := spell(t, x)))
+    return Parts(x, f, shape, made.codes, made.scale, made.beside, made.extent, (name, held[0]))
+
+
+def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
+    """The parts of a tensor in a format; None where its name has no room for them."""
+    codes, scale = spell(f.weight, x), spell(f.scale, x)
+    if not codes or not scale:
+        return None
+    return Parts(x, f, shape, codes, scale, x + f.beside, spell(f.shape, x) if f.shape else None)
+
+
+def _blocks(f: Format) -> str:
+    return "x".join(str(b or "all") for b in f.block)
+
+
+def renamed(names: Iterable[str], formats: tuple[Format, ...], fresh: Fresh) -> Iterator[str]:
+    """What a file's names become, as far as names can tell."""
+    templates = [(t, s, f) for f in formats for t, s in ((f.scale, f.beside), (f.weight, "")) if own(t)]
+    templates = [(t, s, f) for t, s, f in templates if t != "{X}" + s]
+    there = frozenset(names)
+    for name in names:
+        made = ((x, s, t, f) for t, s, f in templates if (x := read(t, name)) is not None and spell(t, x) == name)
+        yield next((x + s for x, s, t, f in made if _is_part(t, x, f, there, fresh)), name)

@@ -1,0 +1,204 @@
+"""The stage of a family's formats: every quantised tensor decoded, its scales kept beside it, and encoded back.
+
+With `keep`, codes and scales move as they are instead, under the names that decoding would give them.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fmoe.claims import some
+from fmoe.codecs import Changed, CodecPlan
+from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
+from fmoe.codecs.formats import FORMATS, Format
+from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
+from fmoe.codecs.scales import Seam
+from fmoe.grouping import Specs, Window
+from fmoe.names import Names
+from fmoe.types import AdapterError, Problem, TensorSpec
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """X -> decode(X's parts), its scales beside it, for every X that is stored in one of the formats.
+
+    dtype: what tensors decode to. fresh: the formats, and for each the names that a fresh export writes in it.
+    block: the side of square blocks. quantization: None encodes what carries scales, True that and all that is fresh,
+    False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which codes must fit.
+    declared: the config or the names say that the checkpoint is quantised; where they do not, nothing is lost.
+    """
+
+    dtype: torch.dtype
+    fresh: Fresh
+    block: int = 128
+    quantization: bool | None = None
+    keep: bool = False
+    seams: tuple[Seam, ...] = ()
+    declared: bool = False
+    flipped: bool = False
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Those of the family, of the config's block size."""
+        sized = lambda f: replace(f, block=(self.block, self.block)) if f.block == (128, 128) else f
+        return tuple(sized(FORMATS[name]) for name, _ in self.fresh)
+
+    @property
+    def lossless(self) -> bool:
+        return self.keep or not (self.declared or self.quantization)
+
+    @property
+    def inverse(self) -> "Quantised":
+        return replace(self, flipped=not self.flipped)
+
+    def choose(self, choices: Mapping[str, Any]) -> "Quantised":
+        asked = choices.get("quantization", self.quantization)
+        if self.keep and asked is not None:
+            raise AdapterError(f"quantization={asked}: with quantized='keep' what is quantised stays so")
+        return replace(self, quantization=asked)
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
+    def axes(self) -> frozenset[str]:
+        return frozenset()
+
+    def resolve(self, names: Names, *, default: bool) -> "Quantised":
+        parts = {t for f in self.formats for t in (f.scale, *((f.weight,) if own(f.weight) else ()))}
+        tails = tuple(f.beside for f in self.formats)
+        if not self.flipped:
+            tails += tuple(t.partition("}")[2] for t in parts)
+        found = any(template.endswith(tails) for template in names.rows)
+        if found and "{S}.scale" in parts and not self.flipped:  # which may be another word
+            found = list(renamed(names.names, self.formats, self.fresh)) != names.names
+        return replace(self, declared=found)
+
+    def rename(self, names: Names) -> list[str]:
+        if not self.flipped:
+            return list(dict.fromkeys(renamed(names.names, self.formats, self.fresh)))
+        return [new for n in names.names for new in self._spelled(n)]
+
+    def _spelled(self, name: str) -> list[str]:
+        """A name of ours, as a file of the family would have it."""
+        for suffix in ACTIVATION.values():
+            if (x := name.removesuffix(suffix)) != name:
+                return [n for f in self.formats for t in f.activation if (n := spell(t, x))][:1] or [name]
+        for f, (_, pattern) in zip(self.formats, self.fresh, strict=True):
+            x = name.removesuffix(f.beside)
+            part = f.scale if x != name else f.weight
+            if self.declared and (own(part) or x != name) and (pattern is None or re.fullmatch(pattern, x)):
+                if (new := spell(part, x)) is not None:
+                    return [new]
+        return [name]
+
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
+        find = beside(specs, self.formats, kept=self.keep) if self.flipped else in_file(specs, self.formats, self.fresh)
+        found, problems = find
+        if found and (others := window.keys() - {"e"}):
+            told = tuple(p.scale for p in found.values())[:8]
+            problems.append(Problem(f"{', '.join(others)}: quantised blocks can only be cut by expert", told))
+        if self.keep:
+            problems += [p for seam in self.seams for p in seam.problems(specs, found)]
+            plan = self._kept(specs, found)
+        else:
+            plan = self._encoding(specs, found) if self.flipped else self._decoding(specs, found)
+        if problems:
+            raise AdapterError(problems, rest=plan)
+        return plan
+
+    def _decoding(self, specs: Specs, found: Mapping[str, Parts]) -> CodecPlan:
+        first: dict[str, Parts] = {p.codes: p for p in found.values()}
+        parts = {n for p in found.values() for n in p.stored} | _activations(found, 0)
+        targets: dict[str, TensorSpec] = {}
+        changes, passed = [], {}
+        for name, spec in specs.items():
+            if p := first.get(name):
+                targets[p.name] = TensorSpec(p.shape, self.dtype)
+                targets[p.beside] = specs[p.scale]
+                whole = rows(p) | ({p.extent: 0} if p.extent else {})
+                changes.append(Changed(p.stored, [p.name, p.beside], decoding(p, self.dtype), whole, cuts(p, False)))
+                if p.activation:
+                    targets[p.activation[1]], passed[p.activation[1]] = specs[p.activation[0]], p.activation[0]
+            elif name not in parts:
+                targets[name] = spec
+        return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
+
+    def _encoding(self, specs: Specs, carried: Mapping[str, Parts]) -> CodecPlan:
+        gone = {p.beside for p in carried.values()} | _activations(carried, 1)
+        if self.quantization is False:
+            return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
+        chosen = dict(carried) | (self._chosen(specs, carried) if self.quantization else {})
+        targets: dict[str, TensorSpec] = {n: s for n, s in specs.items() if n not in chosen and n not in gone}
+        changes, passed = [], {}
+        for p in chosen.values():
+            scale = specs[p.beside].dtype if p.name in carried else p.format.scales[0]
+            targets[p.codes] = p.format.codes_spec(p.shape)
+            targets[p.scale] = TensorSpec(p.format.scale_shape(p.shape), scale)
+            if p.extent:
+                targets[p.extent] = TensorSpec((len(p.shape),), torch.int64)
+            if p.activation:
+                targets[p.activation[0]], passed[p.activation[0]] = specs[p.activation[1]], p.activation[1]
+            sources = [p.name, p.beside] if p.name in carried else [p.name]
+            whole = p.format.rank == 0 or p.extent is not None
+            changes.append(Changed(sources, p.stored, encoding(p), {} if whole else rows(p), cuts(p, True)))
+        return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
+
+    def _chosen(self, specs: Specs, carried: Mapping[str, Parts]) -> dict[str, Parts]:
+        if all(pattern is None for _, pattern in self.fresh):
+            raise AdapterError("quantization=True: the family has no quantised form; pass quantization=None")
+        made: dict[str, Parts] = {}
+        for n in sorted(n for n, s in specs.items() if n not in carried and s.dtype.is_floating_point):
+            for f, (_, pattern) in zip(self.formats, self.fresh, strict=True):
+                shape = specs[n].shape
+                if pattern is None or not re.fullmatch(pattern, n) or len(shape) != 2 and not f.each and not f.grouped:
+                    continue
+                if f.fits(shape) and (p := as_named(n, f, shape)) is not None:
+                    made[n] = p
+                    break
+        left = (n for n, s in specs.items() if "experts" in n.split(".") and len(s.shape) == 3)
+        if fused := tuple(n for n in left if n not in made and n not in carried):
+            text = f"{some(fused)}: fused experts have no quantised form: choose layout='per_expert' to quantise"
+            raise AdapterError([Problem(text, fused)])
+        return made
+
+    def _kept(self, specs: Specs, found: Mapping[str, Parts]) -> CodecPlan:
+        """Parts passed on under other names; the shape that int4 stores beside its codes, compared or made again."""
+        place = {(p.name if self.flipped else p.codes): p for p in found.values()}
+        gone = {n for p in found.values() for n in ([p.beside] if self.flipped else p.stored)}
+        gone |= _activations(found, 1 if self.flipped else 0)
+        targets: dict[str, TensorSpec] = {}
+        changes, passed = [], dict[str, str]()
+        for name, spec in specs.items():
+            if p := place.get(name):
+                pairs = [(p.codes, p.name), (p.scale, p.beside), *([p.activation] if p.activation else [])]
+                for there, here in pairs:
+                    source, target = (here, there) if self.flipped else (there, here)
+                    passed[target], targets[target] = source, specs[source]
+                targets[name if self.flipped else p.name] = p.format.kept_spec(p.shape)
+                if self.flipped:
+                    targets.pop(name, None) if p.codes != name else None
+                    targets[p.codes] = p.format.codes_spec(p.shape)
+                if p.extent:
+                    made = p.codes if self.flipped else p.name
+                    del passed[made]
+                    ends = ([p.name], [p.codes, p.extent]) if self.flipped else ([p.codes, p.extent], [p.name])
+                    targets |= {p.extent: TensorSpec((len(p.shape),), torch.int64)} if self.flipped else {}
+                    changes.append(Changed(*ends, keeping(p, self.flipped), {}, (0,) * len(p.shape)))
+            elif name not in gone:
+                targets[name] = spec
+        return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
+
+    def __str__(self) -> str:
+        names = ", ".join(name for name, _ in self.fresh)
+        if self.keep:
+            return f"keep codes and scales: {names}"
+        return (
+            f"encode {names}, where scales are" if self.flipped else f"decode {names} to {self.dtype}, where scales are"
+        )
+
+
+def _activations(found: Mapping[str, Parts], side: int) -> set[str]:
+    return {p.activation[side] for p in found.values() if p.activation}

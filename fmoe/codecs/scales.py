@@ -1,0 +1,156 @@
+"""Rules for scales, derived from those for weights: they lie as their weights do, a block for a number.
+
+A weight rule relates `i` and `d`, the sizes of an expert's matrix. Its scales have letters of their own there, since of
+blocks there are fewer; all else, experts and halves above all, they share.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from fmoe.claims import some
+from fmoe.codecs.formats import Format
+from fmoe.codecs.parts import ACTIVATION, Parts
+from fmoe.entries import Either, Entry, Together
+from fmoe.names import Names, hits
+from fmoe.rules import Address, Rule
+from fmoe.types import Problem, TensorSpec
+
+_INPUT = {"gate_and_up_projs": "d", "down_projs": "i"}  # the letter that products sum over
+_BLOCKS = {"gate_and_up_projs": {"i": "j", "d": "c"}, "down_projs": {"i": "s", "d": "t"}}
+Dims = tuple[tuple[str, ...], ...]
+
+
+def with_scales(entries: Iterable[Entry], formats: tuple[Format, ...], *, keep: bool) -> tuple[Entry, ...]:
+    """The entries, and beside every weight rule those of its scales. keep: weights are codes, laid out as stored."""
+    made: list[Entry] = []
+    for entry in entries:
+        if isinstance(entry, Either):
+            can = {entry.quantized} - {None} or {n for n, _ in entry.options}
+            options = tuple((n, with_scales(o, formats, keep=keep) if n in can else o) for n, o in entry.options)
+            made.append(replace(entry, options=options))
+        elif isinstance(entry, Together | Rule):
+            rules = entry.rules if isinstance(entry, Together) else (entry,)
+            weights = [r for r in rules if matrix(r)]
+            kept = tuple(_codes(r, formats) if keep and matrix(r) else r for r in rules)
+            made.append(Together(kept, entry.flipped) if isinstance(entry, Together) else kept[0])
+            for kind in dict.fromkeys(_kinds(formats)):
+                found = tuple(r for w in weights if (r := _scales(w, *kind)) is not None)
+                made += [Together(found)] if len(found) > 1 else found
+        else:
+            made.append(entry)
+    return tuple(made)
+
+
+def matrix(rule: Rule) -> str | None:
+    """Which of the two stacks of matrices a rule makes."""
+    last = rule.target.name.rpartition(".")[2]
+    return last if last in _INPUT and rule.source.axes and {"i", "d"} <= set(rule.source.atoms) else None
+
+
+def _kinds(formats: tuple[Format, ...]) -> Iterable[tuple[str, str, bool]]:
+    """(suffix, what it has a number for, whether the weight is stored transposed)"""
+    for f in formats:
+        kind = "tensor" if f.rank == 0 else "experts" if f.rank == 1 else "each" if f.each else "blocks"
+        yield f.beside, kind, f.transposed
+        if f.activation:
+            yield ACTIVATION[0], "tensor", False
+            yield ACTIVATION[1], "experts", False
+
+
+def _scales(rule: Rule, suffix: str, kind: str, transposed: bool) -> Rule | None:
+    source, target = _named(rule.source, suffix), _named(rule.target, suffix)
+    here, there = rule.source.axes or (), rule.target.axes or ()
+    if kind == "tensor":
+        shared = set(source.captures) == set(target.captures)
+        return Rule(replace(source, axes=None), replace(target, axes=None)) if shared else None
+    if kind in ("experts", "each"):
+        alone = [d for d in here if not {"i", "d"} & set(d)]
+        if not alone or len(here) != len(alone) + 2:
+            return None
+        ones = (("1",), ("1",)) if kind == "each" else ()
+        return Rule(replace(source, axes=(*alone, *ones)), replace(target, axes=(*alone, *ones)))
+    here = _turned(here) if transposed else here
+    letters = dict(_BLOCKS[matrix(rule) or ""])
+    both = [d for d in here if len(d) > 1 and d in there]  # joined alike on both sides: of blocks, one dimension
+    return Rule(
+        replace(source, axes=_lettered(here, letters, both)), replace(target, axes=_lettered(there, letters, both))
+    )
+
+
+def _lettered(dims: Dims, letters: Mapping[str, str], both: list[tuple[str, ...]]) -> Dims:
+    joined = lambda d: (next(letters[a] for a in d if a in letters),)
+    return tuple(joined(d) if d in both else tuple(letters.get(a, a) for a in d) for d in dims)
+
+
+def _codes(rule: Rule, formats: tuple[Format, ...]) -> Rule:
+    """The rule for a weight's codes: where several share a stored number, their axis has a size of its own."""
+    transposed = any(f.transposed for f in formats)
+    source = replace(rule.source, axes=_turned(rule.source.axes or ())) if transposed else rule.source
+    if all(f.packed == 1 for f in formats):
+        return Rule(source, rule.target, rule.bounds)
+    letter = {"gate_and_up_projs": {"d": "p"}, "down_projs": {"i": "q"}}[matrix(rule) or ""]
+    swap = lambda a: replace(a, axes=tuple(tuple(letter.get(x, x) for x in d) for d in a.axes or ()))
+    return Rule(swap(source), swap(rule.target), tuple(b for b in rule.bounds if b[0] not in letter))
+
+
+def _turned(dims: Dims) -> Dims:
+    return (*dims[:-2], dims[-1], dims[-2])
+
+
+def _named(address: Address, suffix: str) -> Address:
+    *parts, last = address.parts
+    return Address((*parts, last + suffix) if isinstance(last, str) else (*parts, last, suffix), address.axes)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A rule joins a dimension of its sources with others: blocks across it stay whole only where they end at its end.
+
+    dim: which, counted from the last. last: whether its numbers lie side by side where it is joined. turned: the bf16
+    form of this weight is laid out the other way, so that only codes can follow the rule.
+    """
+
+    rule: Rule
+    dim: int | None
+    last: bool = True
+    turned: bool = False
+
+    def problems(self, specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[Problem]:
+        """What of these tensors the rule would tear, or turn."""
+        wrong = []
+        mine = [n for _, _, rows in hits(self.rule, Names({**specs, **found})) for n, _ in rows]
+        if self.turned and (plain := tuple(n for n in mine if n not in found)):
+            text = f"{some(plain)}: not quantised, and quantized='keep' moves codes: leave it out"
+            wrong.append(Problem(text, plain))
+        for n in mine:
+            if self.dim is None or n not in found:
+                continue
+            side, size = found[n].format.block[self.dim], found[n].format.as_stored(found[n].shape)[self.dim]
+            if side > 1 and (size % side or not self.last):
+                how = f"{size} is no multiple of {side}" if self.last else "its rows are interleaved with others"
+                text = f"{n!r} {list(found[n].shape)}: {how}, so blocks of {side} would not stay whole where "
+                wrong.append(Problem(f"{text}{self.rule.target} joins them: decode it, without quantized='keep'", (n,)))
+        return wrong
+
+
+def seams(entries: Iterable[Entry], formats: tuple[Format, ...]) -> tuple[Seam, ...]:
+    """Every place where rules for codes join blocks."""
+    found: list[Seam] = []
+    turned = any(f.transposed for f in formats)
+    for entry in entries:
+        if isinstance(entry, Either):
+            found += [s for _, option in entry.options for s in seams(option, formats)]
+            continue
+        for rule in entry.rules if isinstance(entry, Together) else (entry,) if isinstance(entry, Rule) else ():
+            if not matrix(rule):
+                continue
+            here, there = rule.source.axes or (), rule.target.axes or ()
+            here = _turned(here) if turned else here
+            found += [Seam(rule, None, turned=True)] if turned else []
+            for dim in (-1, -2):
+                for letter in set(here[dim]) & {"i", "d"}:
+                    joined = next(d for d in there if letter in d)
+                    if joined != here[dim]:
+                        last = joined[-1] == letter and here[dim] == (letter,)
+                        found.append(Seam(rule, dim, last))
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,76 @@
+"""Experts published as Transformers holds them: Zaya, Muse Spark, OpenAI's privacy filter, NeMo's speech model."""
+
+from dataclasses import replace
+
+from fmoe.build import keep, rule, together
+from fmoe.families.family import Family
+from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.nemotron_h import MIXER, nemotron_h
+
+zaya = Family(
+    model_types=("zaya",),
+    rules=fused() | KEPT,
+    fields=dict(
+        n_routed_experts="num_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+    ),
+    fixed=dict(score_func="softmax of an MLP, over the experts and none"),
+    source="Zyphra/ZAYA1-8B",
+    verified="experts",
+)
+
+muse_spark = Family(
+    model_types=("muse_spark_text",),
+    rules=fused() | keep(EXPERTS + "post_expert_norm.weight") | KEPT,
+    fields=dict(
+        n_routed_experts="num_local_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="moe_intermediate_size",
+        moe_latent_size="moe_hidden_size",
+    ),
+    unsaid=dict(moe_hidden_size="has norms before the experts and after each: none of ours does"),
+    source="meta-models/Muse-Spark-Open-816B-A42B",
+    verified="round trip",
+)
+
+muse_spark_multimodal = replace(muse_spark, model_types=("muse_spark",), verified="keys")
+
+openai_privacy_filter = Family(
+    model_types=("openai_privacy_filter",),
+    rules=together(
+        rule(EXPERTS + "gate_up_proj [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+        rule(EXPERTS + "down_proj [e i d]", EXPERTS + "down_projs [e i d]"),
+        rule(EXPERTS + "gate_up_proj_bias [e (g i)]", EXPERTS + "gate_up_proj_bias [e (g i)]", g=2),
+        rule(EXPERTS + "down_proj_bias [e d]", EXPERTS + "down_proj_bias [e d]"),
+    )
+    | rule(MLP + "router.{p=weight|bias}", MLP + "gate.{p=weight|bias}")
+    | KEPT,
+    fields=dict(
+        n_routed_experts="num_local_experts num_experts",
+        n_activated_experts="num_experts_per_tok",
+        dim="hidden_size",
+        moe_inter_dim="intermediate_size",
+        activation_limit="swiglu_limit",
+        activation_alpha="swiglu_alpha",
+    ),
+    fixed=dict(
+        expert_activation="swigluoai", expert_bias=True, router_bias=True, score_func="softmax of the K best, over K"
+    ),
+    source="openai/privacy-filter",
+    verified="experts",
+)
+
+nemo_speechlm = replace(
+    nemotron_h,
+    model_types=("nemo_speechlm",),
+    rules=together(
+        rule(MIXER + "experts.gate_and_up_projs [e d i]", MIXER + "experts.gate_and_up_projs [e d i]"),
+        rule(MIXER + "experts.down_projs [e i d]", MIXER + "experts.down_projs [e i d]"),
+    )
+    | KEPT,
+    source="nvidia/NVIDIA-Nemotron-3.5-Transcribe-30B-A4B",
+    verified="keys",
+)
