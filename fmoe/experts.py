@@ -154,7 +154,11 @@ def _check_params(
     for name, other in PAIRS.items():
         if name in params and other not in params:
             raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
-    sizes["r"] = next((p.shape[-1] for name, p in params.items() if name in PAIRS and name.endswith("_A")), 0)
+    matrices = {name: p for name, p in params.items() if name in PAIRS and name.endswith("_A")}
+    sizes["r"] = next((p.shape[-1] for p in matrices.values()), 0)
+    if uneven := [name for name, p in matrices.items() if p.ndim == 4 or p.shape[-1] != sizes["r"]]:
+        told = f"{list(matrices[uneven[0]].shape)}, expected [E, n, r={sizes['r']}] of one rank"
+        raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale) makes such of any others")
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
     check_params("experts", params, AXES, sizes, optional=(*biases, *PAIRS), coded=coded)
 
