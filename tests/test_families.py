@@ -6,7 +6,6 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +13,7 @@ import hf
 import hf_zoo as zoo
 import pytest
 import torch
+import transformers
 from command import runner
 from safetensors.torch import load_file
 from test_parity import assert_close, assert_parity
@@ -21,22 +21,20 @@ from tiny import CHOICES
 from torch import Tensor, nn
 
 import fmoe
-from fmoe.families import FAMILIES, VERIFIED, Family
+from fmoe.families import FAMILIES, NO_FAMILY, VERIFIED, Family
 from fmoe.testing import same
 
 
 @cache
 def written(name: str, original: bool = True) -> tuple[Any, fmoe.Adapter, dict[str, Tensor]]:
     """The model, the adapter of the directory that it was saved to, and that directory's tensors."""
-    model = zoo.build(name)
-    with TemporaryDirectory() as folder:
-        model.save_pretrained(folder, save_original_format=original)
-        tensors = {n: t.clone() for f in Path(folder).glob("*.safetensors") for n, t in load_file(f).items()}
-        if name == "longcat_flash" and original:  # zero experts have no weights: Transformers writes some, unused
-            tensors = {n: t for n, t in tensors.items() if not is_zero_expert(n)}
-        how = CHOICES.get(name, {})
-        by_type = fmoe.adapter(model.config.model_type, model.config, **how).resolve(tensors)
-        return model, by_type if how or not original else fmoe.adapter(folder), tensors
+    model, folder = zoo.saved(name, original)
+    tensors = {n: t.clone() for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+    if name == "longcat_flash" and original:  # zero experts have no weights: Transformers writes some, unused
+        tensors = {n: t for n, t in tensors.items() if not is_zero_expert(n)}
+    how = CHOICES.get(name, {})
+    by_type = fmoe.adapter(model.config.model_type, model.config, **how).resolve(tensors)
+    return model, by_type if how or not original else fmoe.adapter(folder), tensors
 
 
 def is_zero_expert(name: str) -> bool:
@@ -48,9 +46,11 @@ def blocks(model: nn.Module, adapter: fmoe.Adapter, tensors: dict[str, Tensor]) 
     native = adapter.from_hf(tensors)
     stacks = [n.removesuffix("experts.gate_and_up_projs") for n in native if n.endswith("gate_and_up_projs")]
     named = [(n, m) for n, m in model.named_modules() if "attention" not in n]
-    held = [m for n, m in named if hasattr(m, "experts") or n.endswith(".mlp") and hasattr(m, "router")]
+    held = [(n, m) for n, m in named if hasattr(m, "experts") or n.endswith(".mlp") and hasattr(m, "router")]
     assert held and len(held) == len(stacks)
-    return [(m, fmoe.subtree(native, stem)) for m, stem in zip(held, stacks, strict=True)]
+    held.sort(key=lambda pair: "vision" in pair[0])
+    stacks.sort(key=lambda stem: "vision" in stem)
+    return [(m, fmoe.subtree(native, stem)) for (_, m), stem in zip(held, stacks, strict=True)]
 
 
 def experts_only(module: Any, params: dict[str, Tensor], config: fmoe.MoEConfig) -> None:
@@ -74,7 +74,7 @@ def half_missing(tensors: dict[str, Tensor]) -> str:
 
 
 def is_expert(name: str) -> bool:
-    ends = ("_linear.weight", "gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2")
+    ends = ("_linear.weight", "gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2", "w13_weight", "w2_weight")
     alone = re.search(r"\.experts\.(expert_)?\d+\..*weight|\.experts\.fc[12]\.weight", name)
     return bool(alone) or name.endswith(ends) and "shared" not in name and "self_attention" not in name
 
@@ -89,8 +89,9 @@ def test_what_transformers_wrote_comes_back(name, original):
     native = adapter.from_hf(MappingProxyType(tensors))
     same(adapter.to_hf(MappingProxyType(native)), tensors)
     assert adapter.lossless
+    at = lambda name: re.split(r"(?:layers|blocks)\.", name)[-1]
     published = written(name)[1].from_hf(written(name)[2])
-    of_moe = lambda params: {n.split("layers.")[-1]: t for n, t in params.items() if ".experts." in n or ".gate." in n}
+    of_moe = lambda params: {at(n): t for n, t in params.items() if ".experts." in n or ".gate." in n}
     assert {n for n in native if n.endswith("gate_and_up_projs")}
     same(of_moe(published), of_moe(native))
 
@@ -98,17 +99,27 @@ def test_what_transformers_wrote_comes_back(name, original):
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified != "round trip"])
 def test_its_numbers_are_those_of_transformers(name):
     model, adapter, tensors = written(name)
-    config = adapter.moe_config
     whole = FAMILIES[model.config.model_type].verified == "block"
     for block, params in blocks(model, adapter, tensors):
+        E, I, D = params["experts.down_projs"].shape  # a second tower's experts are of other sizes than the config's
+        config = replace(adapter.moe_config, n_routed_experts=E, moe_inter_dim=I, dim=D)
+        whole = whole and D == adapter.moe_config.dim
         if whole:
             if "bias" in params:  # JetMoE adds it to the sum: it is the block's, not an expert's
                 with torch.no_grad():
                     block.bias.zero_()
                 params = {n: p for n, p in params.items() if n != "bias"}
+            if hasattr(block, "post_mlp_layernorm"):  # A.X-K1: on disk, and natively, it is the layer's
+                block.post_mlp_layernorm = nn.Identity()
             assert_parity(block, params, config, config.dim)
         if hasattr(block, "experts"):
             experts_only(block.experts, params, config)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "round trip"])
+def test_experts_that_are_none_of_ours_have_no_config_to_run_by(name):
+    with pytest.raises(fmoe.AdapterError):
+        _ = written(name)[1].moe_config
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -136,9 +147,11 @@ PUBLISHED: dict[str, tuple[str, tuple[str, str], str]] = {
     "aria": ("language_model.model.layers.1.mlp.experts.", ("fc1.weight [e d (g i)]", "fc2.weight [e i d]"), ""),
     "bailing_moe": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "bailing_moe_v2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
+    "deepseek_ocr2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "diffusion_gemma": ("model.decoder.layers.1.experts.", STACKED, "model.decoder.layers.1.moe.experts."),
     "gemma4": ("model.language_model.layers.1.experts.", STACKED, "model.language_model.layers.1.moe.experts."),
     "hy_mt2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
+    "inkling2": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
     "inkling_mm_model": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
     "kimi_k25": ("language_model.model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "kimi_k3": (
@@ -148,6 +161,11 @@ PUBLISHED: dict[str, tuple[str, tuple[str, str], str]] = {
     "minimax_m3_vl": (
         "language_model.model.layers.1.block_sparse_moe.experts.", W123, "language_model.model.layers.1.mlp.experts."
     ),
+    "mistral_large4": ("layers.1.experts.", W123, "layers.1.mlp.experts."),
+    "muse_spark": ("model.language_model.layers.1.mlp.experts.", STACKED, ""),
+    "nemo_speechlm": (
+        "llm.model.layers.1.mixer.experts.", ("gate_and_up_projs [e d i]", "down_projs [e i d]"), ""
+    ),
     "nemotron_h_omni": (
         "language_model.model.layers.1.mixer.experts.",
         ("{e}.up_proj.weight [i d]", "{e}.down_proj.weight [d i]"),
@@ -156,6 +174,7 @@ PUBLISHED: dict[str, tuple[str, tuple[str, str], str]] = {
     "qwen3_omni_moe": ("thinker.model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "qwen3_vl_moe": ("model.language_model.layers.1.mlp.experts.", TRANSPOSED, ""),
     "step3p7": ("model.layers.1.moe.", STEP, "model.layers.1.moe.experts."),
+    "unlimited_ocr": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
 }  # fmt: skip
 
 
@@ -206,6 +225,35 @@ def test_what_a_family_says_of_its_verification_is_what_these_tests_do():
     assert of("block") >= by_model  # test_parity compares whole blocks
     assert of("keys") == PUBLISHED.keys() - compared
     assert of("laws") == {"per_expert", "per_expert_non_gated"}
+
+
+def test_a_shift_by_a_size_wants_that_size():
+    two = ("x.{e}.w [c]", "text [e c]"), ("x.{k=e+E}.w [d]", "vision [e d]")
+    tensors = {f"x.{n}.w": torch.full((2 + n // 3,), float(n)) for n in range(6)}
+    rules = fmoe.rule(*two[0], e=3) | fmoe.rule(*two[1], e=3)
+    native = rules.from_hf(tensors)
+    assert native["text"][:, 0].tolist() == [0, 1, 2] and native["vision"][:, 0].tolist() == [3, 4, 5]
+    same(rules.to_hf(native), tensors)
+    assert "{k=e+3}" in str(rules) and "{k=e+E}" in str(fmoe.rule(*two[1]))
+    with pytest.raises(fmoe.AdapterError, match="needs the size E") as error:
+        fmoe.rule(*two[1]).from_hf(tensors)
+    assert error.value.keys == ("x.0.w",)
+    with pytest.raises(fmoe.AdapterError, match="a size is added"):
+        fmoe.rule("x.{k=e-E}.w [d]", "v [e d]")
+
+
+def test_every_model_of_transformers_with_experts_has_a_family_or_a_reason():
+    models = Path(transformers.__file__).parent / "models"
+    missing = {}
+    for path in models.glob("*/modeling_*.py"):
+        if re.search(r"^class \w*(Experts|[a-z]MoE|[a-z]Moe|MoeBlock|MoEBlock)\(", path.read_text(), re.M):
+            config = path.with_name(path.name.replace("modeling", "configuration"))
+            types = set(re.findall(r'^    model_type = "([\w-]+)"', config.read_text(), re.M))
+            missing |= {path.parent.name: types} if not types & {*FAMILIES, *NO_FAMILY} else {}
+    assert len(list(models.glob("*/modeling_*.py"))) > 300 and not missing
+    for name in NO_FAMILY:
+        with pytest.raises(fmoe.AdapterError, match=NO_FAMILY[name][:20]):
+            fmoe.families.family(name)
 
 
 def test_a_family_of_ones_own_is_found_by_name_and_by_directory(tmp_path):

@@ -28,7 +28,9 @@ CHECKPOINT = [
     "adapter",
     "build",
     "codecs",
+    "lora",
     "families",
+    "cross",
     "checkpoint",
     "dcp",
 ]
@@ -41,7 +43,7 @@ COMPUTE = [
     "experts routing",
     "moe nn",
 ]
-TOP = ["demo testing", "cli"]  # these may see both columns
+TOP = ["demo testing", "integrations", "cli"]  # these may see both columns
 
 
 def level(column: list[str], name: str) -> int | None:

@@ -7,11 +7,16 @@ import hf
 import hf_synthetic as synthetic
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny import CHOICES
 from torch import Tensor
 
 import fmoe
+from fmoe.testing import checkpoints
 
+WEIGHTS = ("gate_and_up_projs", "down_projs")
 Tensors = dict[str, Tensor]
 
 
@@ -140,6 +145,40 @@ def test_a_wrong_checkpoint_never_converts(name, mutate, sources):
     with pytest.raises(fmoe.AdapterError):
         adapter.plan(wrong)
     assert all(torch.equal(t.float(), before[n].float()) for n, t in wrong.items())
+
+
+SIZES = dict(n_routed_experts=3, moe_inter_dim=4, dim=5, n_activated_experts=1)  # no expert matrix is square
+
+
+@pytest.mark.parametrize("model_type", fmoe.families.FAMILIES)
+@settings(max_examples=3)
+@given(data=st.data())
+def test_every_mutation_of_every_family_is_an_error_that_names_the_key(model_type, data):
+    kind = fmoe.families.FAMILIES[model_type]
+    config = {kind.fields[f].split()[0]: n for f, n in SIZES.items()}
+    adapter = kind.adapter(config, **CHOICES.get(model_type, {}))
+    specs = data.draw(checkpoints(adapter))
+    adapter = adapter.resolve(specs)
+    stacks = {t: sources for sources, made in adapter.plan(specs).units() for t in made if t.endswith(WEIGHTS)}
+    assume(stacks)
+    target = data.draw(st.sampled_from(sorted(stacks)))
+    key = data.draw(st.sampled_from(sorted(stacks[target])))
+    shape = specs[key].shape
+    turned = specs[key]._replace(shape=shape[:-2] + shape[:-3:-1])
+    wrong = {
+        "drop": {n: s for n, s in specs.items() if n != key},
+        "rename": {n + "x" * (n == key): s for n, s in specs.items()},
+        "duplicate": specs | {key + "_again": specs[key]},
+        "duplicate native": specs | {target: specs[key]} if target != key else {},
+        "transpose": specs | {key: turned} if turned.shape != shape else {},
+        "retype": specs | {key: specs[key]._replace(dtype=torch.float8_e5m2)} if len(stacks[target]) > 1 else {},
+    }
+    for name, mutant in wrong.items():
+        if mutant:
+            with pytest.raises(fmoe.AdapterError) as error:
+                adapter.plan(mutant)
+            named = {key, key + "x", key + "_again", target} & set(error.value.keys)
+            assert named and all(n in str(error.value) for n in named), (name, key, error.value.keys)
 
 
 @pytest.mark.parametrize("model_type", ["per_expert", "per_expert_non_gated", "qwen3_moe"])

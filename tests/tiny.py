@@ -28,8 +28,14 @@ def _axes(kind: fmoe.families.Family) -> frozenset[Any]:
     return frozenset((r.source.axes, r.target.axes, r.stacked) for r in rules)
 
 
-FAMILIES = list({_axes(kind): name for name, kind in reversed(fmoe.families.FAMILIES.items())}.values())
-"""Model types, one of all those whose tensors lie alike."""
+TWO_TOWERS = ("dots3_note", "ernie4_5_vl_moe")
+FAMILIES = {
+    _axes(kind): name
+    for name, kind in reversed(fmoe.families.FAMILIES.items())
+    if kind.model_types[0] not in TWO_TOWERS
+}
+FAMILIES = list(FAMILIES.values())
+"""Model types, one of all those whose tensors lie alike; what has two towers takes long to draw, and is in OTHERS."""
 OTHERS = list({kind.rules: name for name, kind in fmoe.families.FAMILIES.items() if name not in FAMILIES}.values())
 """The rest, one of all those that share their rules."""
 CHOICES: dict[str, dict[str, str]] = {"qwen3_vl_moe": dict(layout="fused")}
