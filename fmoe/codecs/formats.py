@@ -170,9 +170,12 @@ class Format:
         return self._stored(codes.view(*w.shape[:-1], -1)), used
 
     def _check(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        factor = values.as_number(scale, zero=self.zero)
         most = min(torch.finfo(torch.bfloat16).max, torch.finfo(dtype).max) / MOST[self.code]
-        if not bool(((factor >= 0) & (factor <= most)).all()):  # NaN compares false
+        least, largest = values.bounds(scale, zero=self.zero)
+        if least >= self.least and largest <= most:
+            return
+        factor = values.as_number(scale, zero=self.zero)
+        if not (least >= 0 and largest <= most):  # NaN compares false
             worst = factor.flatten()[~((factor >= 0) & (factor <= most)).flatten()][0].item()
             raise ValueError(f"a scale is {worst}, expected finite scales from 0 to {most:.4g}")
         small = factor < self.least

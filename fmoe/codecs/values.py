@@ -15,7 +15,7 @@ from torch import Tensor
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 MOST = {"e4m3": 448.0, "e2m1": 6.0, "int4": 8.0}  # the largest magnitude of a code
 LEAST = 2.0**-120  # below this, what a code decodes to may be no number of bf16 that leads back to it
-_CHUNK = 2**18  # numbers decoded at a time
+_CHUNK = 2**18  # numbers that a thread decodes at a time
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 Block = tuple[int, int]
 
@@ -34,10 +34,17 @@ def as_number(scale: Tensor, *, zero: bool = False) -> Tensor:
     """The factors that a scale says, in fp32. zero: a byte 0 is the factor 0."""
     if not exponential(scale):
         return scale.float()
-    s = scale.view(torch.uint8)
-    made = torch.ldexp(torch.ones_like(s, dtype=torch.float32), s.int() - 127)
-    made = torch.where(s == 255, torch.nan, made)
-    return torch.where(s == 0, 0.0, made) if zero else made
+    places = scale.view(torch.uint8).int()
+    return torch.index_select(_powers(zero).to(scale.device), 0, places.flatten()).view(scale.shape)
+
+
+def bounds(scale: Tensor, *, zero: bool = False) -> tuple[float, float]:
+    """The least and the largest factor; NaN where one is."""
+    if not scale.numel():
+        return 0.0, 0.0
+    told = scale.view(torch.uint8) if exponential(scale) else scale.float()
+    least, most = (as_number(t, zero=zero) for t in told.aminmax())
+    return float(least), float(most)
 
 
 def as_scale(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,13 +82,14 @@ def decode(
     at = torch.arange(count, device=codes.device)
     which = at if side == 1 else at // rows * -(-rows // side) + at % rows // side
     packed = code == "e2m1" and exponential(scale) and dtype in (torch.bfloat16, torch.float32)
-    factors = spread.view(torch.uint8).int().mul_(256) if packed else as_number(spread, zero=zero)
-    moved = code == "e4m3" and float(factors.max()) <= 64.0 and not _flushes()
-    factors = factors * 2.0**120 if moved else factors
-    step = max(1, _CHUNK // columns)
+    moved = code == "e4m3" and bounds(spread, zero=zero)[1] <= 64.0 and not _flushes()
+    spread = spread.view(torch.uint8) if exponential(scale) else spread
+    step = max(1, _CHUNK * torch.get_num_threads() // columns)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
-        mine = factors[part] if side == 1 else factors[which[part]]
+        mine = spread[part] if side == 1 else spread[which[part]]
+        mine = mine.int().mul_(256) if packed else as_number(mine, zero=zero)
+        mine = mine * 2.0**120 if moved else mine
         if packed:
             _looked_up(flat[part], mine, into[part], block[1], zero)
         elif moved:
@@ -137,6 +145,15 @@ def _looked_up(codes: Tensor, scale: Tensor, into: Tensor, side: int, zero: bool
     two = torch.int32 if into.dtype == torch.bfloat16 else torch.int64
     table = _scaled_pairs(into.dtype, zero).view(two).view(-1).to(codes.device)
     torch.index_select(table, 0, places.view(-1), out=into.view(two).view(-1))
+
+
+@lru_cache
+def _powers(zero: bool) -> Tensor:
+    """[256]: what every byte of a scale stands for."""
+    made = torch.ldexp(torch.ones(256), torch.arange(256).int() - 127)
+    made[255] = torch.nan
+    made[0] = 0.0 if zero else made[0]
+    return made
 
 
 @lru_cache
