@@ -1,7 +1,7 @@
 """What others lose without a word, case by case: each is here an error that names the key, or the exact result.
 
 "1.1 ..." are what Transformers loads silently (executed on 5.23), "12.n" the silent losses of the system that this one
-grew from, by their number. Quantised formats other than FP8 blocks, and LoRA, have their cases beside their codecs.
+grew from, by their number.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,6 +47,14 @@ def experts(head: str = "model.layers.0.mlp.experts.", E: int = 4, I: int = 3, D
         for e in range(E)
         for p in ("gate", "up", "down")
     }
+
+
+def lora_of(E: int = 4, I: int = 3, D: int = 5, r: int = 2) -> Tensors:
+    """The LoRA matrices of one layer, natively."""
+    shapes = {"gate_and_up_A": (E, D, r), "gate_and_up_B": (E, r, 2 * I), "down_A": (E, I, r), "down_B": (E, r, D)}
+    made = torch.Generator().manual_seed(0)
+    head = "base_model.model.model.layers.0.mlp.experts.lora_"
+    return {head + n: torch.randn(shape, generator=made) for n, shape in shapes.items()}
 
 
 @contextmanager
@@ -567,6 +575,78 @@ def an_expert_of_deepseek_v4_is_missing(tmp_path) -> None:
     keys = [n for n in tensors if ".experts.7." in n and ".layers.1." in n]
     with refused(*(n for n in keys if "w2" in n)):
         fmoe.adapter(path).from_hf({n: t for n, t in tensors.items() if n not in keys})
+
+
+@case("12.31")
+def lora_halves_and_ranks(tmp_path) -> None:
+    """A lone gate or up, experts that are not all there, another A for up than for gate, rows that are no E r."""
+    adapter = fmoe.adapter("qwen3_moe", CONFIG, lora="per-expert")
+    whole = adapter.to_hf(lora_of())
+    for half in ("up_proj", "gate_proj"):
+        gone = [n for n in whole if half in n]
+        with refused(*gone):
+            adapter.from_hf({n: t for n, t in whole.items() if n not in gone})
+    missing = next(n for n in whole if ".2.up_proj.lora_B" in n)
+    with refused(missing):
+        adapter.from_hf({n: t for n, t in whole.items() if n != missing})
+    own = {n: t + 1 if "up_proj.lora_A" in n else t for n, t in whole.items()}
+    found = adapter.from_hf(own)
+    assert next(t for n, t in found.items() if n.endswith("lora_gate_and_up_A")).shape == (4, 5, 2, 2)
+    same(adapter.to_hf(found), own)
+    peft = fmoe.adapter("qwen3_moe", CONFIG)
+    packed = peft.to_hf(lora_of())
+    short = next(n for n in packed if n.endswith("base_layer.lora_A.weight"))
+    with refused(short):
+        peft.from_hf(packed | {short: packed[short][:-1]})
+
+
+@case("12.32")
+def lora_of_w1_w3_w2_families_bears_their_names(tmp_path) -> None:
+    config = CONFIG | dict(num_local_experts=4, intermediate_size=3)
+    for name in ("mixtral", "minimax_m2", "kimi_linear"):
+        adapter = fmoe.adapter(name, config, lora="per-expert")
+        files = adapter.to_hf(lora_of())
+        assert {n.split(".")[-3] for n in files} == {"w1", "w2", "w3"}
+        assert all(".block_sparse_moe.experts." in n and n.startswith("base_model.model.") for n in files)
+        same(adapter.from_hf(files), lora_of())
+
+
+@case("12.50")
+def gpt_oss_blocks_of_any_width_and_in_pairs(tmp_path) -> None:
+    """Two groups of 32, where others say 90 for all; half a pair is named."""
+    config = dict(num_local_experts=2, num_experts_per_tok=1, hidden_size=64, intermediate_size=32)
+    adapter, head = fmoe.adapter("gpt_oss", config), "model.layers.0.mlp.experts."
+    made = torch.Generator().manual_seed(0)
+    draw = lambda *shape, low=0, high=256: torch.randint(low, high, shape, generator=made, dtype=torch.uint8)
+    parts = {head + "gate_up_proj_blocks": draw(2, 64, 2, 16), head + "down_proj_blocks": draw(2, 64, 1, 16)}
+    parts |= {head + "gate_up_proj_scales": draw(2, 64, 2, low=110, high=140)}
+    parts |= {head + "down_proj_scales": draw(2, 64, 1, low=110, high=140)}
+    parts |= {head + "gate_up_proj_bias": torch.randn(2, 64), head + "down_proj_bias": torch.randn(2, 64)}
+    native = adapter.from_hf(parts)
+    assert native[head + "gate_and_up_projs"].shape == (2, 64, 64)
+    same(adapter.to_hf(native), parts)
+    for half in (n for n in parts if "_bias" not in n):
+        with refused(half):
+            adapter.from_hf({n: t for n, t in parts.items() if n != half})
+
+
+@case("12.55b")
+def lora_is_never_quantised(tmp_path) -> None:
+    for name in ("deepseek_v3", "glm_moe_dsa"):
+        _, path = zoo.saved(name)
+        adapter = fmoe.adapter(path)
+        native = adapter.from_hf(load(path))
+        stem = next(n for n in native if n.endswith("down_projs")).removesuffix("down_projs")
+        E, I, D = native[stem + "down_projs"].shape
+        lora = {stem + "lora_down_A": torch.randn(E, I, 2), stem + "lora_down_B": torch.randn(E, 2, D)}
+        lora |= {
+            stem + "lora_gate_and_up_A": torch.randn(E, D, 2),
+            stem + "lora_gate_and_up_B": torch.randn(E, 2, 2 * I),
+        }
+        for form in ("peft", "per-expert"):
+            fresh = fmoe.adapter(path, lora=form).to_hf(native | lora, quantization=True)
+            assert any(t.dtype == E4M3 for t in fresh.values())
+            assert not any("lora" in n and (t.dtype == E4M3 or "scale" in n) for n, t in fresh.items())
 
 
 @pytest.mark.parametrize("number", CASES)
