@@ -1,11 +1,15 @@
 """FP8 experts: the kernels against their twins, the layer against high precision within what e4m3 can say."""
 
+import json
+from pathlib import Path
+
 import hypothesis.strategies as st
 import kernel_cases as cases
 import pytest
 import torch
 from fmoe_kernels import fp8, reference
 from hypothesis import given, settings
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -173,6 +177,28 @@ def test_lora_and_biases_stand_beside_e4m3_weights() -> None:
     expected = grads(decoded(params) | lora | biases, x, routing, "loop", config)
     for name in ("y", "x", *lora, *biases):
         assert norm_error(found[name], expected[name]) < 0.2, name
+
+
+def test_a_checkpoint_in_fp8_multiplies_as_it_is(tmp_path: Path) -> None:
+    """Files in FP8, loaded with quantized="keep": the layer of the decoded weights, and the bytes come back."""
+    sizes = dict(hidden_size=D, moe_intermediate_size=128, n_routed_experts=2, num_experts_per_tok=1)
+    config = dict(model_type="deepseek_v3", quantization_config=dict(quant_method="fp8"), **sizes)
+    made, head = torch.Generator().manual_seed(0), "model.layers.3.mlp.experts."
+    draw = lambda *shape: torch.randn(shape, generator=made).bfloat16() / 8
+    native = {head + "gate_and_up_projs": draw(2, D, 256), head + "down_projs": draw(2, 128, D)}
+    files = fmoe.adapter("deepseek_v3", config).to_hf(native, quantization=True)
+    save_file({n: t.contiguous() for n, t in files.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kept, adapter = fmoe.load(tmp_path, quantized="keep"), fmoe.adapter(tmp_path, quantized="keep")
+    assert {t.dtype for t in kept.values()} == {fp8.E4M3, torch.float32} and adapter.lossless
+    for name, tensor in adapter.to_hf(kept).items():
+        assert torch.equal(tensor.contiguous().view(torch.uint8), files[name].contiguous().view(torch.uint8))
+    layer = {n: t.to(cases.DEVICE) for n, t in fmoe.subtree(kept, head).items()}
+    exact = {n: t.to(cases.DEVICE).float() for n, t in fmoe.subtree(fmoe.load(tmp_path), head).items()}
+    x = torch.randn(7, D, generator=made).to(cases.DEVICE)
+    routing = Routing(torch.tensor([[0, 1, 1, 0, 1, -1, 0]]).T.to(x.device), torch.ones(7, 1, device=x.device))
+    run = lambda params, backend: fmoe.experts(params, x, routing, adapter.moe_config, backend=backend)
+    assert norm_error(run(layer, "triton_fp8"), run(exact, "loop")) < 0.08
 
 
 def test_what_does_not_fit_is_refused() -> None:
