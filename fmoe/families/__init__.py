@@ -6,7 +6,8 @@ from fmoe.families.family import VERIFIED, Family
 from fmoe.types import AdapterError
 
 _FILES = """deepseek_kin deepseek_v2 deepseek_v3 deepseek_v4 dots3_note encoder_decoder ernie4_5_vl_moe feed_forward
-    fused gpt_oss minimax mixtral nemotron_h olmoe per_expert qwen2_moe qwen3_5_moe qwen3_moe renamed stacked step3p5"""
+    fused gemma4 gpt_oss hunyuan inkling longcat_flash minimax mixtral nemotron_h olmoe per_expert
+    qwen2_moe qwen3_5_moe qwen3_moe renamed stacked step3p5"""
 
 __all__ = ["FAMILIES", "NO_FAMILY", "VERIFIED", "Family", "family", "register"]
 

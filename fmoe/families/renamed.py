@@ -5,51 +5,10 @@ from dataclasses import replace
 from fmoe.build import either, rule
 from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import KEPT, MLP, experts, fused, per_expert
-from fmoe.families.qwen3_moe import qwen3_moe
 
 BIAS = MLP + "gate.e_score_correction_bias"
 WEIGHT = MLP + "gate.weight"
 SHARED = MLP + "shared_experts.{rest}"
-
-hunyuan_v1_moe = replace(
-    qwen3_moe,
-    model_types=("hunyuan_v1_moe",),
-    rules=experts() | rule(MLP + "gate.wg.weight", WEIGHT) | rule(MLP + "shared_mlp.{rest}", SHARED) | KEPT,
-    fields=qwen3_moe.fields
-    | dict(
-        n_activated_experts="moe_topk num_experts_per_tok",
-        moe_inter_dim="moe_intermediate_size intermediate_size",
-        n_shared_experts="num_shared_expert",
-    ),
-    fixed=dict(softmax_before_topk=True, norm_topk_prob=True, n_shared_experts=1),
-    fp8=None,
-    source="tencent/Hunyuan-A13B-Instruct",
-)
-
-hy_v3 = replace(
-    deepseek_v3,
-    model_types=("hy_v3",),
-    rules=either(
-        "layout",
-        per_expert=per_expert()
-        | rule(MLP + "router.gate.weight", WEIGHT)
-        | rule(MLP + "expert_bias", BIAS)
-        | rule(MLP + "shared_mlp.{rest}", SHARED),
-        fused=fused() | rule(WEIGHT, WEIGHT) | rule(MLP + "e_score_correction_bias", BIAS) | rule(SHARED, SHARED),
-    )
-    | KEPT,
-    fields=deepseek_v3.fields
-    | dict(
-        n_routed_experts="num_experts n_routed_experts",
-        n_shared_experts="num_shared_experts",
-        route_scale="router_scaling_factor",
-    ),
-    fp8=None,
-    source="tencent/Hy3-preview",
-)
-hy_mt2 = replace(
-    hy_v3, model_types=("hy_mt2",), source="as Hy3: no checkpoint is named by Transformers", verified="keys"
-)
 
 laguna = replace(
     deepseek_v3,
@@ -149,22 +108,6 @@ ling_v2 = replace(
     model_types=("bailing_moe", "bailing_moe_v2"),
     source="inclusionAI/Ling-mini-2.0",
     verified="keys",
-)
-
-longcat_flash = replace(
-    deepseek_v3,
-    model_types=("longcat_flash",),
-    fields=dict(
-        n_routed_experts="n_routed_experts num_experts",
-        n_activated_experts="moe_topk num_experts_per_tok",
-        dim="hidden_size",
-        moe_inter_dim="expert_ffn_hidden_size",
-        inter_dim="ffn_hidden_size",
-    ),
-    fixed=dict(score_func="softmax over experts and zero experts"),
-    fp8=None,
-    source="meituan-longcat/LongCat-Flash-Chat",
-    verified="experts",
 )
 
 kolibri1 = replace(

@@ -1,0 +1,37 @@
+"""Inkling: stacked experts, gate and up rows in turn on disk; in memory, and natively, one after the other."""
+
+from dataclasses import replace
+
+from fmoe.build import either, rule, together
+from fmoe.families.family import Family
+from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.stacked import mistral4
+
+inkling = Family(
+    model_types=("inkling_text",),
+    rules=either(
+        "layout",
+        interleaved=together(
+            rule(EXPERTS + "w13_weight [e (i g) d]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
+            rule(EXPERTS + "w2_weight [e d i]", EXPERTS + "down_projs [e i d]"),
+        )
+        | rule(MLP + "gate.bias", MLP + "gate.e_score_correction_bias"),
+        fused=fused() | rule(MLP + "gate.e_score_correction_bias", MLP + "gate.e_score_correction_bias"),
+    )
+    | KEPT,
+    fields=mistral4.fields,
+    fixed=dict(score_func="sigmoid over experts and shared experts"),
+    source="thinkingmachines/Inkling",
+    verified="experts",
+)
+inkling2 = replace(
+    inkling,
+    model_types=("inkling2_text",),
+    fields=inkling.fields | dict(route_scale="route_scale routed_scaling_factor"),
+    fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True, router_weights_fp32=True),
+    unsaid=dict(mlp_gate_softcap="caps gate and up softly: no expert_activation does"),
+    source="thinkingmachines/Inkling-2-Small-MXFP8, decoded to bf16",
+    verified="round trip",
+)
+inkling2_multimodal = replace(inkling2, model_types=("inkling2",), verified="keys")
+inkling_mm = replace(inkling, model_types=("inkling_mm_model",), verified="keys")
