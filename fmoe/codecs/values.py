@@ -15,7 +15,7 @@ from torch import Tensor
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 MOST = {"e4m3": 448.0, "e2m1": 6.0, "int4": 8.0}  # the largest magnitude of a code
 LEAST = 2.0**-120  # below this, what a code decodes to may be no number of bf16 that leads back to it
-_CHUNK = 2**18  # numbers that a thread decodes at a time
+_CHUNK = 2**17  # numbers that a thread decodes at a time
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 Block = tuple[int, int]
 
