@@ -188,6 +188,17 @@ def test_int4_says_its_shape_and_another_is_refused():
         assert key in error.value.keys
 
 
+@HOW
+def test_scale_is_a_part_of_what_is_quantised_and_elsewhere_a_word(how):
+    adapter, tensors = made(("deepseek_v4", "mxfp4 .scale"), quantized=how)
+    other = tensors | {"layers.1.attn_hc.scale": torch.ones(3)}
+    same(adapter.to_hf(adapter.from_hf(other)), other)
+    orphan = "layers.1.attn.wq_a.scale"
+    with pytest.raises(fmoe.AdapterError, match=r"the scale of 'layers.1.attn.wq_a.weight', which is missing") as error:
+        adapter.from_hf(tensors | {orphan: torch.ones(1, 1).to(torch.float8_e8m0fnu)})
+    assert orphan in error.value.keys
+
+
 def test_scales_of_nothing_are_refused_on_the_way_back():
     adapter, tensors = made(("mistral4", "fp8 expert [E 1 1]"))
     native = adapter.from_hf(tensors)
