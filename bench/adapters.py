@@ -20,7 +20,7 @@ from rich.table import Table
 import fmoe
 from fmoe import TensorSpec
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from hf_synthetic import DEEPSEEK_V3_CONFIG, deepseek_v3_keys  # noqa: E402
 
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 import triton
-from fmoe_kernels import activations, configs, dact, dw, fp8, gmm, route, sums, up
-from fmoe_kernels.configs import Config
-from fmoe_kernels.launch import Act, Tiling
-from fmoe_kernels.scalars import GATED, SCALARS
+from fmoe_kernels.host import configs
+from fmoe_kernels.host.configs import Config
+from fmoe_kernels.host.launch import Act, Tiling
+from fmoe_kernels.programs import activations, dact, dw, fp8, gmm, route, sums, up
+from fmoe_kernels.programs.scalars import GATED, SCALARS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor

@@ -30,10 +30,10 @@ from torch import Tensor
 
 import fmoe
 from fmoe import AdapterError
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.open import adapter_of
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from damage import damaged  # noqa: E402
 from tiny import bases, lay  # noqa: E402
 

@@ -17,18 +17,18 @@ step() {
     "$@" || failed+=("$name")
 }
 
-[[ ${FMOE_DRY:-} ]] && export TRITON_INTERPRET=1 || step tests python -m pytest -q -p no:cacheprovider tests/test_kernels_{backend,fp8,layer,ops,transforms,twins}.py
+[[ ${FMOE_DRY:-} ]] && export TRITON_INTERPRET=1 || step tests python -m pytest -q -p no:cacheprovider tests/kernels/test_kernels_{backend,fp8,layer,ops,transforms,twins}.py
 [[ ${FMOE_DRY:-} ]] || for edge in te:transformer_engine deep_ep:deep_ep; do
     if python -c "import importlib.util as u; exit(u.find_spec('${edge#*:}') is None)"; then
-        step "${edge%:*}" python -m pytest -q -p no:cacheprovider "tests/gpu_${edge%:*}.py"
+        step "${edge%:*}" python -m pytest -q -p no:cacheprovider "tests/gpu/gpu_${edge%:*}.py"
     else
         echo "== ${edge%:*}: ${edge#*:} is not installed"
     fi
 done
-step correct python bench/gpu_correct.py --json "$folder/correct.json"
-step kernels python bench/gpu_kernels.py --json "$folder/kernels.json" --sweep "$folder/tiles.json"
-step layers python bench/gpu_layers.py --json "$folder/layers.json"
-step report bash -c "python bench/report.py '$folder' > '$folder/report.txt' && cat '$folder/report.txt'"
+step correct python bench/gpu/correct.py --json "$folder/correct.json"
+step kernels python bench/gpu/each_kernel.py --json "$folder/kernels.json" --sweep "$folder/tiles.json"
+step layers python bench/gpu/layers.py --json "$folder/layers.json"
+step report bash -c "python bench/gpu/report.py '$folder' > '$folder/report.txt' && cat '$folder/report.txt'"
 
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}"

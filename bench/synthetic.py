@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 
 from fmoe import TensorSpec
-from fmoe.checkpoint.writer import Layout, shard
+from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.types import bits
 
 # Qwen3-30B-A3B and Qwen3.5-35B-A3B, with fewer layers and words, and hardly an eye

@@ -5,11 +5,11 @@ from typing import Any
 
 from fmoe import families, lora, sharding
 from fmoe.activations import is_gated_activation
-from fmoe.adapter import Adapter
-from fmoe.build import alias, drop, either, keep, rename, rule, together
 from fmoe.checkpoint import adapter, convert, inspect, load, save, verify
-from fmoe.experts import experts
-from fmoe.moe import moe
+from fmoe.layer.block import moe
+from fmoe.layer.experts import experts
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import alias, drop, either, keep, rename, rule, together
 from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
 
 __version__ = "0.1.0"

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fmoe.activations import is_gated_activation
 from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher, all_gather, deepep, local
-from fmoe.experts import experts
-from fmoe.moe import moe
+from fmoe.layer.block import moe
+from fmoe.layer.experts import experts
 from fmoe.parallel import local_params
 from fmoe.sharding import is_dtensor
 from fmoe.types import MoEConfig, Routing

@@ -8,8 +8,8 @@ are products in high precision. Rows and the gradients of rows are quantised per
 from typing import Any
 
 import torch
-from fmoe_kernels import fp8 as kernels
-from fmoe_kernels.batch import one_by_one
+from fmoe_kernels.host.batch import one_by_one
+from fmoe_kernels.programs import fp8 as kernels
 from torch import Tensor
 
 from fmoe.backends.mlp import mlp

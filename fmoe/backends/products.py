@@ -11,7 +11,7 @@ alone survives torch.compile(torch.func.grad(f)), which drops any other custom b
 from typing import Any
 
 import torch
-from fmoe_kernels.batch import one_by_one
+from fmoe_kernels.host.batch import one_by_one
 from torch import Tensor
 
 from fmoe.backends.raw import RAW

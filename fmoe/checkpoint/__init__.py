@@ -1,7 +1,7 @@
 """Checkpoints on disk: directories opened as values, converted, loaded, saved, verified, and described."""
 
 from fmoe.checkpoint.convert import Report, convert
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.inspect import inspect
 from fmoe.checkpoint.load import load
 from fmoe.checkpoint.open import adapter, adapter_of, plan_from

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint.carry import in_order, pool
-from fmoe.checkpoint.engine import Engine
-from fmoe.checkpoint.files import INDEX, NATIVE, Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.origin import FORMAT
+from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import across, adapter_between, plan_from
-from fmoe.checkpoint.origin import FORMAT
-from fmoe.checkpoint.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging import Staging, staging
-from fmoe.checkpoint.writer import Layout, shard
+from fmoe.checkpoint.staging.room import check_space, replaced, size_of
+from fmoe.checkpoint.staging.staging import Staging, staging
+from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.engine import Engine
 from fmoe.families import FAMILIES
-from fmoe.pipeline import Plan
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError
 
 Progress = Callable[[int, int], None]

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
-from fmoe.claims import some
 from fmoe.families import family
-from fmoe.table import Table
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.claims import some
+from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
 
 

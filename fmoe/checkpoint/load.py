@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint.carry import in_order, pool
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
-from fmoe.checkpoint.mapped import Maps, fetch, mapped
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.open import adapter_of, plan_from
-from fmoe.checkpoint.slices import narrowing
-from fmoe.mesh import distributed, experts_of_rank
-from fmoe.pipeline import Plan
+from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.slices import narrowing
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.pipeline import Plan
+from fmoe.layout.sharded.mesh import distributed, experts_of_rank
 from fmoe.types import AdapterError, Params, Problem, TensorSpec
 
 if TYPE_CHECKING:

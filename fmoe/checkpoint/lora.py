@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint import disk
-from fmoe.checkpoint.files import Checkpoint, read_header
+from fmoe.checkpoint.files import disk
+from fmoe.checkpoint.files.directory import Checkpoint, read_header
+from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter as adapter_at
-from fmoe.checkpoint.strict import parse
-from fmoe.claims import some
-from fmoe.lora.config import LoraConfig
-from fmoe.lora.sorting import WRAPPED
-from fmoe.lora.stage import is_lora
-from fmoe.lora.targets import Target, table_of, targets_of, told
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.claims import some
+from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.sorting import WRAPPED
+from fmoe.lowrank.stage import is_lora
+from fmoe.lowrank.targets import Target, table_of, targets_of, told
 from fmoe.types import AdapterError, Params, Problem
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

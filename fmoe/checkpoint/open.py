@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fmoe.adapter import Adapter
-from fmoe.build import table
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
-from fmoe.checkpoint.fit import layers_fit
-from fmoe.cross import Crossing, cross
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.fit import layers_fit
 from fmoe.families import FAMILIES, family
-from fmoe.pipeline import Plan
+from fmoe.families.cross import Crossing, cross
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import table
+from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError
 
 

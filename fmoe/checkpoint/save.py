@@ -7,18 +7,18 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint.carry import in_order, pool
 from fmoe.checkpoint.convert import Progress, Report
-from fmoe.checkpoint.engine import write_at
-from fmoe.checkpoint.files import DTYPES, INDEX, NATIVE
-from fmoe.checkpoint.journal import ONCE
+from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
+from fmoe.checkpoint.files.origin import FORMAT
+from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
-from fmoe.checkpoint.origin import FORMAT
-from fmoe.checkpoint.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging import staging
-from fmoe.checkpoint.writer import Layout, shard
-from fmoe.pipeline import Plan
+from fmoe.checkpoint.staging.journal import ONCE
+from fmoe.checkpoint.staging.room import check_space, replaced, size_of
+from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.engine import write_at
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.pipeline import Plan
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.adapter import Adapter
 from fmoe.checkpoint.convert import Progress, Report
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
-from fmoe.checkpoint.mapped import mapped
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.mapped import mapped
 from fmoe.checkpoint.open import adapter_of, plan_from
-from fmoe.checkpoint.slices import groups, narrowing
-from fmoe.pipeline import Plan
+from fmoe.checkpoint.stream.slices import groups, narrowing
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError, Problem, bits
 
 MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once

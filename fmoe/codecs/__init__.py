@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fmoe.plan import TablePlan
+from fmoe.layout.plan import TablePlan
+from fmoe.layout.sharded.shards import blockwise
 from fmoe.sharding import is_dtensor
-from fmoe.shards import blockwise
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]

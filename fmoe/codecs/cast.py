@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from fmoe.claims import some
 from fmoe.codecs import Changed, CodecPlan
-from fmoe.grouping import Specs, Window
-from fmoe.names import Names
+from fmoe.layout.claims import some
+from fmoe.layout.grouping import Specs, Window
+from fmoe.layout.names import Names
 from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec
 
 

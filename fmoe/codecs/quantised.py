@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from fmoe.claims import some
 from fmoe.codecs import Changed, CodecPlan
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.formats import FORMATS, Format
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
 from fmoe.codecs.scales import Seam
-from fmoe.grouping import Specs, Window
-from fmoe.names import Names
+from fmoe.layout.claims import some
+from fmoe.layout.grouping import Specs, Window
+from fmoe.layout.names import Names
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 

@@ -7,12 +7,12 @@ blocks there are fewer; all else, experts and halves above all, they share.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fmoe.claims import some
 from fmoe.codecs.formats import Format
 from fmoe.codecs.parts import ACTIVATION, Parts
-from fmoe.entries import Either, Entry, Together
-from fmoe.names import Names, hits
-from fmoe.rules import Address, Rule
+from fmoe.layout.claims import some
+from fmoe.layout.entries import Either, Entry, Together
+from fmoe.layout.names import Names, hits
+from fmoe.layout.notation import Address, Rule
 from fmoe.types import Problem, TensorSpec
 
 _INPUT = {"gate_and_up_projs": "d", "down_projs": "i"}  # the letter that products sum over

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from fmoe.placements import indices_of
+from fmoe.layout.sharded.placements import indices_of
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem
 

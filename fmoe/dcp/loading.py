@@ -13,13 +13,13 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint.files import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.load import inputs, unfilled
-from fmoe.checkpoint.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.open import adapter_of
 from fmoe.dcp.boxes import pieces, surfacing
-from fmoe.placements import indices_of
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.sharded.placements import indices_of
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec
 

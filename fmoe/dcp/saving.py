@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from fmoe.adapter import Adapter
-from fmoe.checkpoint.engine import write_at
-from fmoe.checkpoint.journal import ONCE
-from fmoe.checkpoint.room import check_space, replaced
 from fmoe.checkpoint.save import Job, prepare
-from fmoe.checkpoint.staging import staging
+from fmoe.checkpoint.staging.journal import ONCE
+from fmoe.checkpoint.staging.room import check_space, replaced
+from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.stream.engine import write_at
 from fmoe.dcp.boxes import first_of_copies, pieces, run_starts, surfacing
+from fmoe.layout.adapter import Adapter
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, bits
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.build import either, rule, together
 from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import KEPT, experts
+from fmoe.layout.build import either, rule, together
 
 # The vision tower's letters: x experts of width j, for tokens of width c. Its blocks are told apart by text, which
 # makes each a tower of its own: x differs from block to block.

@@ -1,8 +1,8 @@
 """Switch Transformers and NLLB-MoE: experts called `expert_{e}`, in encoder and decoder, not gated."""
 
-from fmoe.build import rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT
+from fmoe.layout.build import rule, together
 
 X, N = "{pre}experts.expert_{e}.", "{pre}experts."
 RELU_IS_NONE_OF_OURS = {"relu2": "relu2"}

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from fmoe.adapter import Adapter
-from fmoe.build import either, rule, together
 from fmoe.families.layouts import KEPT, MLP
 from fmoe.families.renamed import ernie4_5_moe
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import either, rule, together
 
 DENSE = "{p=gate_proj|up_proj|down_proj}.{rest}"
 BIAS = "moe_statics.e_score_correction_bias"

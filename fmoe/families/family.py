@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fmoe.adapter import Adapter
 from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
-from fmoe.entries import walk
-from fmoe.lora.stage import carry
-from fmoe.pipeline import Stage
-from fmoe.rules import Rule
-from fmoe.table import Table
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.entries import walk
+from fmoe.layout.notation import Rule
+from fmoe.layout.pipeline import Stage
+from fmoe.layout.table import Table
+from fmoe.lowrank.stage import carry
 from fmoe.types import AdapterError, MoEConfig, as_dtype
 
 SWIGLU = {"silu": "swiglu", "swish": "swiglu"}

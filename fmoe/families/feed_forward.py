@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.build import either, rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT, fused, per_expert
+from fmoe.layout.build import either, rule, together
 
 FFN = "{pre}layers.{l}.feed_forward."
 X = FFN + "experts."

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from fmoe.build import keep, rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
 from fmoe.families.nemotron_h import MIXER, nemotron_h
+from fmoe.layout.build import keep, rule, together
 
 zaya = Family(
     model_types=("zaya",),

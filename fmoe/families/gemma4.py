@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.build import rule
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT, fused
+from fmoe.layout.build import rule
 
 LAYER = "{pre}layers.{l}."
 

@@ -1,8 +1,8 @@
 """GPT-OSS: fused experts [in, out], gate and up interleaved, with biases, natively the same; in MXFP4 [out, in]."""
 
-from fmoe.build import rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT
+from fmoe.layout.build import rule, together
 
 X = "{pre}layers.{l}.mlp.experts."
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from fmoe.build import either, rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
 from fmoe.families.stacked import mistral4
+from fmoe.layout.build import either, rule, together
 
 inkling = Family(
     model_types=("inkling_text",),

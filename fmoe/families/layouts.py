@@ -3,8 +3,8 @@
 Each is an adapter of rules and nothing else. hf and native say where the experts lie: a name's part up to `experts.`.
 """
 
-from fmoe.adapter import Adapter
-from fmoe.build import either, keep, rule, table, together
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import either, keep, rule, table, together
 
 KEPT = keep("{rest}") | keep("{rest}.weight_scale_inv") | keep("{rest}.expert_bias")
 """Every other tensor, the FP8 scales of those that are quantised, and the router's bias as AFMoE and LFM2 name it."""

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from fmoe.adapter import Adapter
-from fmoe.build import either, rule
 from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.family import EXPERTS_ONLY
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused, per_expert
 from fmoe.families.mixtral import DISK, mixtral
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import either, rule
 
 BIAS = MLP + "gate.e_score_correction_bias"
 WEIGHT = MLP + "gate.weight"

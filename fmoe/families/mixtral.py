@@ -1,8 +1,8 @@
 """Mixtral: w1 is gate, w3 is up, w2 is down, under `block_sparse_moe`; natively, and fused, under `mlp`."""
 
-from fmoe.build import either, rule
 from fmoe.families.family import Family
 from fmoe.families.layouts import EXPERTS, KEPT, fused, per_expert
+from fmoe.layout.build import either, rule
 
 DISK = "{pre}layers.{l}.block_sparse_moe."
 GATE = "{pre}layers.{l}.mlp.gate.{rest}"

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.build import either, keep, rule
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT, fused, per_expert
+from fmoe.layout.build import either, keep, rule
 
 MIXER = "{pre}layers.{l}.mixer."
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.build import rule
 from fmoe.families.family import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, MLP, experts
+from fmoe.layout.build import rule
 
 LINEAR = "{pre}layers.{l}.linear_attn."
 SHARED = rule(MLP + "shared_expert.{rest}", MLP + "shared_experts.{rest}")

@@ -1,8 +1,8 @@
 """Qwen3.5-MoE: experts fused [E, out, in] in the decoder; in MTP fused or one by one; both one by one in FP8."""
 
-from fmoe.build import either, rule
 from fmoe.families.family import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, fused, per_expert
+from fmoe.layout.build import either, rule
 
 DECODER = "{pre=model.language_model.|model.|language_model.|}layers.{l}.mlp.experts."
 MTP = "mtp.layers.{l}.mlp.experts."

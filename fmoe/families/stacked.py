@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from fmoe.build import either, keep, rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
 from fmoe.families.qwen3_moe import qwen3_moe
+from fmoe.layout.build import either, keep, rule, together
 
 GRANITE = "{pre}layers.{l}.block_sparse_moe."
 DBRX = "{pre}blocks.{l}.ffn."

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.build import either, keep, rule, together
 from fmoe.families.family import Family
 from fmoe.families.layouts import KEPT
+from fmoe.layout.build import either, keep, rule, together
 
 X = "{pre}layers.{l}.moe."
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fmoe.adapter import Adapter
 from fmoe.checkpoint import adapter as adapter_of
+from fmoe.layout.adapter import Adapter
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from fmoe.backends import HAS_TRITON, Backend
 from fmoe.backends.raw import RAW
 from fmoe.dispatch import Rows, local
-from fmoe.experts import experts
 from fmoe.integrations.gates import Gate
+from fmoe.layer.experts import experts
 from fmoe.types import MoEConfig, Params, Routing
 
 Apply = Callable[[Tensor], Tensor]

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmoe.adapter import Adapter
-from fmoe.build import keep, rule
 from fmoe.checkpoint import adapter as adapter_of
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import keep, rule
 from fmoe.types import AdapterError
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.adapter import Adapter
-from fmoe.beside import BesidePlan
-from fmoe.pipeline import Plan
-from fmoe.plan import TablePlan
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.beside import BesidePlan
+from fmoe.layout.pipeline import Plan
+from fmoe.layout.plan import TablePlan
 from fmoe.types import AdapterError, TensorSpec, bits
 
 

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fmoe.adapter import Adapter
-from fmoe.beside import Beside
-from fmoe.build import rule
-from fmoe.claims import claim
 from fmoe.codecs.fp8 import SUFFIX
-from fmoe.entries import Alias, Drop, Entry, Keep, Together, walk
 from fmoe.families import family
-from fmoe.names import Names, Value, hits, patterns
-from fmoe.pipeline import Stage, plan_stages
-from fmoe.rules import Address, Capture, Rule
-from fmoe.table import Table
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.beside import Beside
+from fmoe.layout.build import rule
+from fmoe.layout.claims import claim
+from fmoe.layout.entries import Alias, Drop, Entry, Keep, Together, walk
+from fmoe.layout.names import Names, Value, hits, patterns
+from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.pipeline import Stage, plan_stages
+from fmoe.layout.table import Table
 from fmoe.types import AdapterError, TensorSpec
 
 Specs = dict[str, TensorSpec]

@@ -11,7 +11,13 @@ Triton is imported on first use.
 
 from typing import Any
 
-_WHERE = {"experts": "layer", "tune": "tuning"}
+_WHERE = {
+    "activations": "programs.activations",
+    "experts": "ops.layer",
+    "products": "ops.products",
+    "reference": "reference",
+    "tune": "tools.tuning",
+}
 __all__ = ["activations", "experts", "products", "reference", "tune"]
 
 
@@ -20,5 +26,5 @@ def __getattr__(name: str) -> Any:
 
     if name not in __all__:
         raise AttributeError(f"module 'fmoe_kernels' has no attribute {name!r}")
-    module = import_module(f"fmoe_kernels.{_WHERE.get(name, name)}")
-    return getattr(module, name) if name in _WHERE else module
+    module = import_module(f"fmoe_kernels.{_WHERE[name]}")
+    return getattr(module, name) if name in ("experts", "tune") else module

@@ -1,0 +1,5 @@
+"""`python -m fmoe`: the command line."""
+
+from fmoe.cli import main
+
+main()

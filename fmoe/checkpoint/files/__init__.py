@@ -1,0 +1,1 @@
+"""What a directory is, strictly read: headers, indexes, links, and files before their data."""

@@ -1,0 +1,62 @@
+"""The files that say which tensor is where: the index of a Hugging Face checkpoint, and `fmoe.json` of a native one,
+which keeps that index, and all else that the files held beside tensors, for the way back.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fmoe.checkpoint.files.header import PICKLE
+from fmoe.checkpoint.files.strict import parse, short, too_long
+from fmoe.types import AdapterError
+
+ORIGIN = {"weight_map": dict, "metadata": dict, "index": str | None, "bytes": int}
+FORMAT = {"format": "fmoe native", "version": 1}
+
+
+def weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The weight_map of an index, which is at path: names to safetensors files in the same directory."""
+    found = index.get("weight_map")
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path} has no weight_map of names to files")
+    for name, file in found.items():
+        if wrong := too_long(name):
+            raise AdapterError(f"{path}: {short(name)} {wrong}")
+        if not isinstance(file, str):
+            raise AdapterError(f"{path} has no weight_map of names to files: {short(name)} is in {short(file)}")
+    for file in set(found.values()):
+        plain = Path(file).name == file and "\\" not in file and file.isprintable()
+        if not plain or not file.endswith(".safetensors"):
+            why = f" (the others are {PICKLE})" if plain and file.endswith((".bin", ".pt", ".pth")) else ""
+            raise AdapterError(f"{path} names the file {short(file)}: expected safetensors in {path.parent}{why}")
+    return found
+
+
+def origin_of(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What `fmoe.json` at path says a native directory was made from. Raises AdapterError where it could not be."""
+    for field, value in FORMAT.items():
+        if found.get(field, value) != value:
+            raise AdapterError(f"{path} has {field} {short(found[field])}, expected {value!r}: update fmoe to read it")
+    files = weight_map(path, found)
+    if not all(n in found and isinstance(found[n], kind) for n, kind in ORIGIN.items()):
+        raise AdapterError(f"{path} does not say what {path.parent} was made from: {', '.join(ORIGIN)}")
+    if type(found["bytes"]) is not int or found["bytes"] < 0:
+        raise AdapterError(f"{path} has bytes {short(found['bytes'])}, expected how many the tensors had")
+    ranges = found.get("ranges", {})
+    if not isinstance(ranges, dict) or not all(n.isidentifier() and _range(ends) for n, ends in ranges.items()):
+        raise AdapterError(f"{path} has ranges {short(ranges)}, expected the first index and the end, by axis")
+    for file, texts in found["metadata"].items():
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise AdapterError(f"{path} has for {short(file)} the metadata {short(texts)}, expected texts by name")
+    if found["index"] is not None:
+        try:
+            index = parse(found["index"].encode())
+        except (ValueError, TypeError) as error:
+            raise AdapterError(f"{path} keeps an index that is none: {error}") from None
+        if index.get("weight_map") != files:
+            raise AdapterError(f"{path} keeps an index whose weight_map is not its own: convert the source again")
+    return found
+
+
+def _range(ends: Any) -> bool:
+    return isinstance(ends, list) and list(map(type, ends)) == [int, int] and 0 <= ends[0] < ends[1] < 2**63

@@ -1,0 +1,213 @@
+"""A checkpoint directory in the making: every file bears a `.part` name until all of them are whole, then gets its own.
+
+A journal beside them says what is done, so that whoever is killed goes on where it stopped.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fmoe.checkpoint.files.directory import INDEX, NATIVE
+from fmoe.checkpoint.files.disk import Unreadable
+from fmoe.checkpoint.staging.journal import JOURNAL, ONCE, boot, lines, note, told
+from fmoe.types import AdapterError
+
+
+class Staging:
+    """The files of one directory, under a lock that lasts as long as the process.
+
+    begun: whether there is something to go on with, or to remove. old: the files that these replace. done: how many
+    jobs an earlier run of the same work, since interrupted, has done.
+    """
+
+    def __init__(self, path: Path, work: str, journal: int, *, fresh: bool, fsync: bool):
+        self.path, self.work, self.fsync = path, work, fsync
+        self.done = 0
+        self.old: set[str] = set()
+        self.names: list[str] = []
+        self.sizes: dict[str, int] = {}
+        self.stale: list[str] | None = None  # once they are being published: the files that they replace
+        self.begun = False
+        self._journal, self._fresh = journal, fresh
+
+    def part(self, name: str) -> Path:
+        """Where to write a file that gets this name in the end."""
+        self._part(name).parent.mkdir(parents=True, exist_ok=True)
+        return self._part(name)
+
+    def where(self, name: str) -> Path:
+        """Where that file is now."""
+        return self._part(name) if self._part(name).exists() else self.path / name
+
+    def begin(self, heads: Mapping[str, tuple[bytes, int]], small: Iterable[str] = ()) -> None:
+        """Files with these first bytes and sizes: those of an earlier run of the same work, or new ones.
+
+        small: the names of all the others, which are to be written whole.
+        """
+        self.sizes = {name: size for name, (_, size) in heads.items()}
+        self.names = [*heads, *small]
+        self.begun = True
+        found = lines(self.path)
+        os.write(self._journal, b"\n")  # what an interruption cut short ends here
+        if found:
+            self._fresh |= found[0]["fresh"]
+            if found[0]["work"] == self.work != ONCE and self._resume(found):
+                return
+        self._discard()
+        head = {"work": self.work, "files": self.names, "replaces": sorted(self.old), "fresh": self._fresh}
+        self._note(boot=boot(), **head)
+        self._settled([self.path / JOURNAL, self.path])
+        for name, (head_bytes, size) in heads.items():
+            with naming(self.part(name)) as part, open(part, "wb") as out:
+                out.write(head_bytes)
+                out.truncate(size)
+        self._note(done=0)
+
+    def _resume(self, found: list[dict[str, Any]]) -> bool:
+        done, stale = told(found)
+        held = {n: self._part(n) for n in self.sizes} if stale is None else {n: self.where(n) for n in self.names}
+        sizes = {n: path.stat().st_size if path.exists() else -1 for n, path in held.items()}
+        if (done is None and stale is None) or any(s < 0 or s != self.sizes.get(n, s) for n, s in sizes.items()):
+            return False
+        self._note(boot=boot())
+        self.done, self.stale = done or 0, stale
+        return True
+
+    def fill(self, name: str, given: bytes | Path) -> None:
+        """A file written whole, of these bytes or as a copy."""
+        with naming(self.part(name)) as part:
+            part.write_bytes(given) if isinstance(given, bytes) else shutil.copyfile(given, part)
+
+    def mark(self, done: int) -> None:
+        """The first `done` jobs are done."""
+        self._note(done=done)
+
+    def sync(self, done: int) -> None:
+        """Wait until the disk has what the first `done` jobs wrote."""
+        if self.fsync:
+            self._parts_settled(self.sizes)
+            self._note(synced=done)
+            self._settled([self.path / JOURNAL])
+
+    def publish(self) -> None:
+        """Every file under its own name, and none of those that they replace; what opens the whole comes last."""
+        folders = {self.path, *((self.path / n).parent for n in self.names)}
+        if self.stale is None:
+            self._parts_settled(self.names)
+            self._settled(folders)
+            self.stale = sorted(self.old)
+            self._note(publishing=self.stale, safe=self.fsync)
+            self._settled([self.path / JOURNAL])
+        for name in sorted(self.stale, key=lambda n: n not in (INDEX, NATIVE)):
+            if name not in self.names or self._part(name).exists():  # else it is a new one already
+                (self.path / name).unlink(missing_ok=True)
+        for name in sorted(self.names, key=lambda n: (n == INDEX, n.endswith(".safetensors"), n)):
+            if self._part(name).exists():
+                os.replace(self._part(name), self.path / name)
+        self._settled(folders)
+        (self.path / JOURNAL).unlink()
+        self._settled([self.path])
+
+    def abandon(self) -> None:
+        """Nothing of this work is left; all of other work is."""
+        if self.begun:
+            self._discard()
+        if self.begun or not lines(self.path):
+            (self.path / JOURNAL).unlink(missing_ok=True)
+        if self._fresh:
+            _prune(self.path)
+
+    def _part(self, name: str) -> Path:
+        return self.path / f"{name}.part"
+
+    def _note(self, **line: Any) -> None:
+        with naming(self.path / JOURNAL):
+            note(self._journal, **line)
+
+    def _discard(self) -> None:
+        """No part of this work, of what the journal tells of, or of weights at all."""
+        names = {*self.names, *(n for line in lines(self.path)[:1] for n in line["files"])}
+        for part in {*(self.path / f"{n}.part" for n in names), *self.path.glob("*.safetensors.part")}:
+            part.unlink(missing_ok=True)
+
+    def _parts_settled(self, names: Iterable[str]) -> None:
+        try:
+            self._settled(map(self._part, names))
+        except OSError:  # what was on its way is lost, and the system says so but once
+            self._note(boot="")
+            raise
+
+    def _settled(self, paths: Iterable[Path]) -> None:
+        """Wait until the disk has them."""
+        for path in paths if self.fsync else ():
+            with naming(path):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+
+@contextmanager
+def staging(
+    path: Path, work: str, claim: Callable[[], set[str]], *, fsync: bool = True, resumable: bool = True
+) -> Iterator[Staging]:
+    """The directory, made if need be and locked, to be filled. Interrupted, it keeps what is needed to go on.
+
+    claim: what may be replaced in it, asked once nobody else writes to it (see `room.replaced`). Raises AdapterError
+    where another process is at it. Bad input, which is an AdapterError inside, leaves nothing behind (but a source that
+    cannot be read just now is not bad), and nor does any end but a good one of what is not resumable, unless files have
+    their names already.
+    """
+    fresh = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    journal = os.open(path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        _lock(path, journal)
+        stage = Staging(path, work, journal, fresh=fresh, fsync=fsync)
+        try:
+            stage.old = claim()
+            yield stage
+        except BaseException as error:
+            wrong = isinstance(error, AdapterError) and not isinstance(error, Unreadable)
+            bad = wrong or not resumable
+            if stage.stale is None and (bad or not stage.begun):
+                stage.abandon()
+            raise
+    finally:
+        os.close(journal)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[Path]:
+    """An OSError of inside names the file."""
+    try:
+        yield path
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _lock(path: Path, journal: int) -> None:
+    try:
+        with naming(path / JOURNAL):
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AdapterError(f"{path}: another process is writing to it: let it end, or stop it") from None
+    try:
+        same = os.path.samestat(os.fstat(journal), os.stat(path / JOURNAL))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise AdapterError(f"{path}: another process has just finished writing to it")
+
+
+def _prune(path: Path) -> None:
+    """The empty directories of path, and path itself if it is one."""
+    for folder in (*sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True), path):
+        with suppress(OSError):
+            folder.rmdir()

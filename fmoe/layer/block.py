@@ -1,0 +1,121 @@
+"""A whole Mixture-of-Experts block: router, experts, shared experts, and the latent projections around the experts."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmoe.activations import activation, is_gated_activation
+from fmoe.backends import Backend
+from fmoe.dispatch import Dispatcher
+from fmoe.dispatch.local import local
+from fmoe.layer.experts import experts
+from fmoe.routing import route
+from fmoe.shapes import check_params
+from fmoe.types import MoEConfig, Params
+
+SHARED_ACTIVATIONS = ("swiglu", "relu2")
+
+
+def moe(
+    params: Params,
+    x: Tensor,
+    config: MoEConfig,
+    *,
+    backend: str | Backend | None = None,
+    dispatcher: Dispatcher = local,
+    mask: Tensor | None = None,
+    recompute: bool = False,
+    lora_alpha: float = 32.0,
+) -> Tensor:
+    """y = fc2(experts(fc1(x), route(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x).
+
+    Only `gate` and `experts` have to be there; what is not drops out of the sentence. x [.., D], y alike. mask bool
+    [..]: experts see no token whose mask is False, shared experts see all. params, named relative to the block:
+    `gate.*` as in `route`; `experts.*` as in `experts`; `shared_experts.gate_proj`, `.up_proj` [S, D] and `.down_proj`
+    [D, S] (no gate_proj for relu2); `shared_expert_gate` [1, D]; `fc1_latent_proj` [L, D] and `fc2_latent_proj`
+    [D, L] if `config.moe_latent_size` is L. Each of these projections is a `.weight` and where present a `.bias`.
+    backend, dispatcher, recompute and lora_alpha are those of `experts`.
+    Raises ValueError for unknown, missing and misshapen parameters, and as `route` and `experts`.
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
+    >>> params = {
+    ...     "gate.weight": torch.tensor([[1.0], [-1.0]]),
+    ...     "experts.gate_and_up_projs": torch.tensor([[[1.0]], [[-1.0]]]),
+    ...     "experts.down_projs": torch.ones(2, 1, 1),
+    ... }
+    >>> moe(params, torch.tensor([[[3.0], [-2.0]]]), config)
+    tensor([[[9.],
+             [4.]]])
+    """
+    _check(params, x, config, mask)
+    tokens, mask = x.reshape(-1, config.dim), None if mask is None else mask.flatten()
+    # rows that no expert may see are zeroed here, lest a NaN in them reaches the gradient of the router
+    seen = tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
+    routing = route(params, seen, config)._replace(mask=mask)
+    latent = _linear(params, "fc1_latent_proj", seen) if config.moe_latent_size else seen
+    y = experts(
+        _below(params, "experts."),
+        latent,
+        routing,
+        config,
+        backend=backend,
+        dispatcher=dispatcher,
+        recompute=recompute,
+        lora_alpha=lora_alpha,
+    )
+    y = _linear(params, "fc2_latent_proj", y) if config.moe_latent_size else y
+    if "shared_experts.up_proj.weight" in params:
+        y = y + _shared(params, tokens, config)
+    return y.reshape(x.shape)
+
+
+def _shared(params: Params, x: Tensor, config: MoEConfig) -> Tensor:
+    """sigmoid(gate(x)) * down(act([gate_proj(x), up_proj(x)]))."""
+    name = config.shared_expert_activation
+    parts = ("gate_proj", "up_proj") if is_gated_activation(name) else ("up_proj",)
+    u = torch.cat([_linear(params, f"shared_experts.{part}", x) for part in parts], -1)
+    h = activation(replace(config, expert_activation=name))(u, None)
+    y = _linear(params, "shared_experts.down_proj", h)
+    return torch.sigmoid(_linear(params, "shared_expert_gate", x)) * y if "shared_expert_gate.weight" in params else y
+
+
+def _linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """x @ weight^T + bias in x's dtype."""
+    bias = params.get(f"{name}.bias")
+    return F.linear(x, params[f"{name}.weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _below(params: Params, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
+
+
+def _check(params: Params, x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
+    if x.ndim < 1 or x.shape[-1] != config.dim:
+        raise ValueError(f"moe: x has shape {list(x.shape)}, expected [.., D={config.dim}]")
+    if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(f"moe: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool {list(x.shape[:-1])}")
+    rest = {name: p for name, p in params.items() if not name.startswith(("gate.", "experts."))}
+    weights = _latent_axes(config) | _shared_axes(rest, config)
+    biases = {name.removesuffix("weight") + "bias": axes.split()[0] for name, axes in weights.items()}
+    gate = () if config.shared_expert_gate else ("shared_expert_gate.weight",)
+    width = (config.n_shared_experts or 1) * (config.shared_expert_inter_dim or config.moe_inter_dim)
+    up = rest.get("shared_experts.up_proj.weight")
+    sizes = dict(D=config.dim, L=config.expert_dim, S=width if up is None else up.shape[0])
+    check_params("moe", rest, weights | biases, sizes, optional=(*biases, *gate))
+
+
+def _latent_axes(config: MoEConfig) -> dict[str, str]:
+    return {"fc1_latent_proj.weight": "L D", "fc2_latent_proj.weight": "D L"} if config.moe_latent_size else {}
+
+
+def _shared_axes(params: Params, config: MoEConfig) -> dict[str, str]:
+    if not config.n_shared_experts and not any(name.startswith("shared_expert") for name in params):
+        return {}
+    name = config.shared_expert_activation
+    if name not in SHARED_ACTIVATIONS:
+        raise ValueError(f"shared_expert_activation is {name!r}, expected one of {', '.join(SHARED_ACTIVATIONS)}")
+    gate = {"shared_experts.gate_proj.weight": "S D"} if is_gated_activation(name) else {}
+    others = {"shared_experts.up_proj.weight": "S D", "shared_experts.down_proj.weight": "D S"}
+    return gate | others | {"shared_expert_gate.weight": "1 D"}

@@ -1,0 +1,167 @@
+"""Experts: one pure function of a dict of tensors, a batch of tokens and a routing.
+
+    y = combine(backend(params, dispatch(x, weights)))
+
+Who multiplies (`backend`) and who moves tokens (`dispatcher`) are plain arguments.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmoe.activations import is_gated_activation
+from fmoe.backends import Backend, Coded, Fused, find
+from fmoe.dispatch import Dispatcher
+from fmoe.dispatch.local import local
+from fmoe.layer.recompute import recompute as again
+from fmoe.shapes import check_params
+from fmoe.sharding import is_dtensor
+from fmoe.types import MoEConfig, Params, Routing
+
+AXES = {
+    "gate_and_up_projs": "E D U",
+    "down_projs": "E I D",
+    "gate_up_proj_bias": "E U",
+    "down_proj_bias": "E D",
+    "lora_gate_and_up_A": "E D r",
+    "lora_gate_and_up_B": "E r U",
+    "lora_down_A": "E I r",
+    "lora_down_B": "E r D",
+}
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+PAIRS = {f"lora_{part}_{a}": f"lora_{part}_{b}" for part in ("gate_and_up", "down") for a, b in ("AB", "BA")}
+
+
+def experts(
+    params: Params,
+    x: Tensor,
+    routing: Routing,
+    config: MoEConfig,
+    *,
+    backend: str | Backend | None = None,
+    dispatcher: Dispatcher = local,
+    recompute: bool = False,
+    lora_alpha: float = 32.0,
+) -> Tensor:
+    """y[t] = sum_k (act(x[t] @ Wup[e] + bup[e]) * w[t, k]) @ Wdown[e] + w[t, k] * bdown[e], with e = indices[t, k].
+
+    params: `gate_and_up_projs` [E, D, U], `down_projs` [E, I, D], and where present `gate_up_proj_bias` [E, U] and
+    `down_proj_bias` [E, D], of any strides and dtype. x [T, D]; y [T, D] has its dtype, which is also that of the
+    matrix products. Weights and sums over k are fp32 (fp64 if x is), rounded once. With
+    `config.apply_router_weight_after_down` the weight multiplies the rounded output of the expert, not its activation.
+
+    LoRA: with `lora_gate_and_up_A` [E, D, r], `_B` [E, r, U], `lora_down_A` [E, I, r], `_B` [E, r, D] (either pair or
+    both) each h @ W is h @ W + lora_alpha / r * (h @ A) @ B.
+
+    routing: a Routing, or a tuple (indices, weights) or (indices, weights, mask). Slots with an index outside [0, E),
+    and tokens whose mask is False, contribute nothing: not even a NaN. Parameters of unused experts get zero
+    gradients, and no gradient is computed for a parameter that needs none. Every order of derivatives exists (with
+    triton the first; the next raises NotImplementedError), and runs repeat bit for bit.
+
+    Autocast: products are taken in autocast's dtype, as those of `torch.nn.functional.linear` are (fp64 stays);
+    everything else, the dtype of y included, is as without. backend: a name in `fmoe.backends.NAMES`, a function, or
+    None: triton on a GPU, otherwise torch_mm. recompute: keep the arguments alone for backward, no row of them.
+
+    Raises ValueError for an unknown backend, and for parameters or tensors that do not fit the config; ImportError for
+    a backend whose library is not installed.
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
+    >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
+    >>> routing = Routing(torch.tensor([[1], [0], [-1]]), torch.tensor([[0.5], [1.0], [1.0]]))
+    >>> experts(params, torch.tensor([[3.0], [2.0], [9.0]]), routing, config).flatten().tolist()
+    [45.0, 4.0, 0.0]
+    """
+    routing = _as_routing(routing)
+    _check_tokens(x, routing, config)
+    multiply = find(backend, x.device)
+    h = x.to(_product_dtype(x))
+    with torch.autocast(x.device.type, enabled=False):
+        if isinstance(multiply, Fused) and dispatcher is local and not any(name in PAIRS for name in params):
+            _check_params(params, config, n_experts=config.n_routed_experts)
+            return multiply.layer(params, h, routing, config, recompute=recompute).to(x.dtype)
+
+        def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
+            rows = dispatcher.dispatch(h, weights, plan)
+            coded = multiply.coded if isinstance(multiply, Coded) else {}
+            _check_params(params, config, n_experts=rows.counts.shape[0], coded=coded)
+            return dispatcher.combine(multiply(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
+
+        # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
+        told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)
+        args = dict(params), h, routing.weights, dispatcher.plan(routing, told)
+        return again(layer, *args) if recompute else layer(*args)
+
+
+def _as_routing(routing: Routing) -> Routing:
+    if not isinstance(routing, tuple) or len(routing) not in (2, 3):
+        found = f"{type(routing).__name__} of {len(routing)}" if isinstance(routing, tuple) else type(routing).__name__
+        raise ValueError(f"experts: routing is a {found}, expected Routing(indices, weights, mask) or such a tuple")
+    for name, t in Routing(*routing)._asdict().items():
+        if not isinstance(t, Tensor) and (name, t) != ("mask", None):
+            raise ValueError(f"experts: routing.{name} is a {type(t).__name__}, expected a tensor")
+    return Routing(*routing)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _scaled(params: Params, alpha: float) -> Params:
+    """params with lora_alpha / r in the B matrices: backends multiply them as they are."""
+    wide = lambda p: p.to(torch.promote_types(p.dtype, torch.float32))
+    r = {name: p.shape[-1] for name, p in params.items() if name in PAIRS and name.endswith("_A")}
+    return {name: wide(p) * (alpha / r[PAIRS[name]]) if PAIRS.get(name) in r else p for name, p in params.items()}
+
+
+def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
+    indices, weights, mask = routing
+    T, D = x.shape[0] if x.ndim else 0, config.expert_dim
+    fits = {
+        "x": x.ndim == 2 and x.shape[1] == D and x.is_floating_point(),
+        "routing.indices": indices.ndim == 2 and indices.shape[0] == T and indices.dtype in INTEGERS,
+        "routing.weights": weights.shape == indices.shape and weights.is_floating_point(),
+        "routing.mask": mask is None or (mask.ndim == 1 and mask.shape[0] == T and mask.dtype == torch.bool),
+    }
+    # a size that is told is a size that torch.compile holds fixed: so only what is wrong is told
+    if wrong := [name for name, ok in fits.items() if not ok]:
+        found = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
+        expected = {
+            "x": f"floating [T, D={D}]",
+            "routing.indices": f"integer [T={T}, K]",
+            "routing.weights": f"floating {list(indices.shape)}, the shape of routing.indices",
+            "routing.mask": f"bool [T={T}]",
+        }
+        raise ValueError(
+            "\n".join(f"experts: {name} is {_say(found[name])}, expected {expected[name]}" for name in wrong)
+        )
+
+
+def _check_params(
+    params: Params, config: MoEConfig, *, n_experts: int, coded: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> None:
+    if named := [name for name, p in params.items() if is_dtensor(p)]:
+        told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
+        raise ValueError(f"experts: {named[0]!r} is a DTensor, {told}")
+    I = config.moe_inter_dim
+    sizes = dict(E=n_experts, D=config.expert_dim, I=I, U=2 * I if is_gated_activation(config.expert_activation) else I)
+    for name, other in PAIRS.items():
+        if name in params and other not in params:
+            raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
+    matrices = {name: p for name, p in params.items() if name in PAIRS and name.endswith("_A")}
+    sizes["r"] = next((p.shape[-1] for p in matrices.values()), 0)
+    if uneven := [name for name, p in matrices.items() if p.ndim == 4 or p.shape[-1] != sizes["r"]]:
+        told = f"{list(matrices[uneven[0]].shape)}, expected [E, n, r={sizes['r']}] of one rank"
+        raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale) makes such of any others")
+    biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
+    check_params("experts", params, AXES, sizes, optional=(*biases, *PAIRS), coded=coded)
+
+
+def _say(t: Tensor | None) -> str:
+    return "None" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

@@ -1,0 +1,250 @@
+"""An adapter is a pair of pure functions over Params, `from_hf` and `to_hf`, derived from stages that can be inverted.
+
+    a >> b      a, then b            (a >> b).inverse == b.inverse >> a.inverse
+    a | b       side by side         (a | b).inverse == a.inverse | b.inverse
+    a.inverse   backwards            a.inverse.inverse == a
+
+An adapter is a value: it remembers no call. Choices left open are settled for each call by the names that it is given.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmoe.layout.beside import beside
+from fmoe.layout.grouping import Window
+from fmoe.layout.names import Names
+from fmoe.layout.pipeline import Plan, Stage, plan_stages, resolve_stages
+from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
+from fmoe.layout.views import Views
+from fmoe.sharding import is_dtensor
+from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """from_hf . to_hf == id and to_hf . from_hf == id, on dicts of tensors (a pair of pure functions).
+
+    stages: applied left to right by `from_hf`. moe: what `moe_config` returns, or why nobody can say. config: Hugging
+    Face's, as far as it was given.
+    """
+
+    stages: tuple[Stage, ...] = ()
+    moe: MoEConfig | str = field(default="no family and config were given", compare=False, repr=False)
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def moe_config(self) -> MoEConfig:
+        """The config of the checkpoint's expert layers. Raises AdapterError where family and config do not say it."""
+        if isinstance(self.moe, str):
+            raise AdapterError(f"moe_config is unknown: {self.moe}")
+        return self.moe
+
+    # composition
+
+    @property
+    def inverse(self) -> "Adapter":
+        """The two directions swapped: `a.inverse.from_hf` is `a.to_hf`."""
+        return replace(self, stages=tuple(stage.inverse for stage in reversed(self.stages)))
+
+    def __rshift__(self, other: "Adapter") -> "Adapter":
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return Adapter(self.stages + other.stages, self._moe(other), self.config or other.config)
+
+    def __or__(self, other: "Adapter") -> "Adapter":
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        return Adapter(beside(self.stages, other.stages), self._moe(other), self.config or other.config)
+
+    def _moe(self, other: "Adapter") -> MoEConfig | str:
+        return other.moe if isinstance(self.moe, str) else self.moe
+
+    @property
+    def lossless(self) -> bool:
+        """Whether no stage changes values or drops tensors."""
+        return all(stage.lossless for stage in self.stages)
+
+    def __str__(self) -> str:
+        return "\n>>\n".join(map(str, self.stages)) or "keep {rest}"
+
+    # abstract
+
+    def resolve(self, names: Iterable[str]) -> "Adapter":
+        """The adapter with its alternatives settled by key names, so that `to_hf` emits the layout that was found.
+
+        Raises AdapterError where the names speak for two layouts at once.
+        """
+        return replace(self, stages=resolve_stages(self.stages, Names(names)))
+
+    def choose(self, **choices: Any) -> "Adapter":
+        """The adapter with alternatives settled by hand, as in `choose(layout="fused")`.
+
+        quantization: as in `to_hf`, for good. Raises AdapterError for a choice, or an option, that there is not.
+        """
+        known = {n: options for stage in self.stages for n, options in stage.choices().items()}
+        if unknown := choices.keys() - known.keys() - {"quantization"}:
+            told = "; ".join(f"{n}={' | '.join(map(repr, options))}" for n, options in known.items())
+            raise AdapterError(f"no choice {', '.join(sorted(unknown))}: expected {told or 'none, all are made'}")
+        return replace(self, stages=tuple(stage.choose(choices) for stage in self.stages))
+
+    def plan(self, specs: Mapping[str, Any], **axis_ranges: range) -> Plan:
+        """What `from_hf` would do to names, shapes and dtypes, proved bijective; no byte is touched.
+
+        specs: names to `TensorSpec`s or tensors (meta too). axis_ranges: `e=range(0, 16)` reads those experts only.
+        Raises AdapterError with every problem found.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({f"w.{e}": TensorSpec((3,), torch.float32) for e in range(4)})
+        >>> plan.targets, plan.nbytes
+        ({'w': TensorSpec(shape=(4, 3), dtype=torch.float32)}, 48)
+        """
+        return self._plan(specs, axis_ranges)
+
+    def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
+        axes = frozenset().union(*(stage.axes() for stage in self.stages))
+        for axis, asked in window.items():
+            if axis not in axes or not isinstance(asked, range) or asked.step != 1:
+                raise AdapterError(f"{axis}={asked!r}: expected a range of one of the axes {', '.join(sorted(axes))}")
+        stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
+        return plan_stages(stages, _specs(values), window, local)
+
+    # eager
+
+    def from_hf(
+        self,
+        hf_state_dict: Mapping[str, Any],
+        device_mesh: "DeviceMesh | None" = None,
+        *,
+        copy: bool = False,
+        contiguous: bool = False,
+        **axis_ranges: range,
+    ) -> dict[str, Any]:
+        """HF tensors -> native tensors. Pure; views of the inputs wherever strides allow, in HF's storage order.
+
+        device_mesh: keep this rank's experts (and `ep_shard` slice) of plain tensors, as DTensors on the mesh.
+        DTensors convert without communication, with or without a mesh: placements follow the axes that they cut.
+        copy: always fresh storage. contiguous: native storage order. axis_ranges: only those indices of an axis.
+        A dict of TensorSpecs gives TensorSpecs. Raises AdapterError with every problem found, before any data moves.
+
+        >>> import fmoe, torch
+        >>> fmoe.rule("w.{e} [d]", "w [e d]").from_hf({"w.1": torch.ones(2), "w.0": torch.zeros(2)})
+        {'w': tensor([[0., 0.],
+                [1., 1.]])}
+        """
+        if device_mesh is not None:
+            if axis_ranges:
+                raise AdapterError(f"{', '.join(axis_ranges)}: the device mesh says which experts are this rank's")
+            return self._sharded(hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
+        return _run(self._plan(hf_state_dict, axis_ranges), hf_state_dict, copy=copy, contiguous=contiguous)
+
+    def to_hf(
+        self,
+        state_dict: Mapping[str, Any],
+        exclude_key_regex: str | None = None,
+        quantization: bool | None = None,
+        *,
+        copy: bool = False,
+        contiguous: bool = False,
+        **axis_ranges: range,
+    ) -> dict[str, Any]:
+        """Native tensors -> HF tensors, the inverse of `from_hf`. Pure; views of the inputs wherever strides allow.
+
+        exclude_key_regex: leave out HF names that `re.match` it. quantization: None writes quantised what carries the
+        scales it was read with; True everything that the family quantises, with real scales; False nothing.
+        axis_ranges: which experts these tensors hold (`e=range(16, 32)`), to name them. Other arguments as `from_hf`.
+        Of DTensors, placements follow the axes; what lives wholly on one rank is plain there, and absent elsewhere.
+        """
+        plan = self._to_hf_plan(state_dict, quantization, axis_ranges)
+        return _without(_run(plan, state_dict, copy=copy, contiguous=contiguous), exclude_key_regex)
+
+    def convert_single_tensor_to_hf(
+        self,
+        fqn: str,
+        tensor: Any,
+        *,
+        exclude_key_regex: str | None = None,
+        quantization: bool | None = None,
+        **axis_ranges: range,
+    ) -> list[tuple[str, Any]]:
+        """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
+        plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
+        return list(_without(_run(plan, {fqn: tensor}), exclude_key_regex).items())
+
+    def iter_hf(
+        self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields what `to_hf` returns, lazily, one native tensor at a time: for weight synchronisation."""
+        plan = self._to_hf_plan(params, quantization, axis_ranges)
+        units = (plan.run({n: params[n] for n in sources}, targets) for sources, targets in plan.units())
+        return (item for made in units for item in made.items())
+
+    def views(self, native: Params, **axis_ranges: range) -> Views:
+        """The native tensors' storage under HF names and shapes: write into these and the native tensors are loaded.
+
+        Raises AdapterError naming each HF tensor that is no view (stacked of several, merged across strides, decoded).
+        """
+        plan = self._to_hf_plan(native, None, axis_ranges)
+        views = Views(plan.run(native, views=True))
+        views.units = tuple((tuple(s), tuple(n for n in t if n in views)) for s, t in plan.units())
+        return views
+
+    def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
+        back = (self if quantization is None else self.choose(quantization=quantization)).inverse
+        return back._plan(params, window, frozenset(window))
+
+    def _sharded(self, hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool) -> dict[str, Any]:
+        whole = self._plan(hf, {})
+        if any(isinstance(v, TensorSpec) for v in hf.values()):
+            return dict(whole.targets)
+        stacks, mine = experts_of_rank(whole, mesh)
+        cut = stacks.keys() - placed(whole, hf, stacks)
+        made = _run(whole, hf, [n for n in whole.targets if n not in cut], **how)
+        local = _run(self._plan(hf, {"e": mine}), hf, cut, **how) if cut else {}
+        made |= {n: distributed(t, mesh, stacks[n].shape) for n, t in local.items()}
+        return {n: made[n] for n in whole.targets if n in made}
+
+
+def _specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Every value's shape and dtype. Raises AdapterError naming each that is no tensor and no TensorSpec."""
+    try:
+        return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}
+    except (AttributeError, TypeError):
+        problems = [p for name, value in values.items() for p in _no_tensor(name, value)]
+        raise AdapterError(problems) from None
+
+
+def _no_tensor(name: object, value: Any) -> list[Problem]:
+    if not isinstance(name, str):
+        return [Problem(f"{name!r}: a key that is a {type(name).__name__}, expected a name", (str(name),))]
+    if isinstance(getattr(value, "dtype", None), torch.dtype) and hasattr(value, "shape"):
+        return []
+    return [Problem(f"{name!r}: a {type(value).__name__}, expected a tensor or a TensorSpec", (name,))]
+
+
+def _run(
+    plan: Plan,
+    params: Mapping[str, Any],
+    only: Iterable[str] | None = None,
+    copy: bool = False,
+    contiguous: bool = False,
+) -> dict[str, Any]:
+    if any(isinstance(v, TensorSpec) for v in params.values()):
+        return dict(plan.targets)
+    out = plan.run(params, only)
+    if copy:
+        storage = lambda t: (t.to_local() if is_dtensor(t) else t).untyped_storage()._cdata
+        given = set(map(storage, params.values()))
+        out = {n: t.clone() if storage(t) in given else t for n, t in out.items()}
+    return {n: t.contiguous() for n, t in out.items()} if contiguous else out
+
+
+def _without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
+    return {n: t for n, t in tensors.items() if not (exclude_key_regex and re.match(exclude_key_regex, n))}

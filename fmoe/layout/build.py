@@ -1,0 +1,107 @@
+"""What a user writes: rules, keeps, drops, aliases and renames, each an adapter of its own, joined by `|` and `>>`."""
+
+from collections.abc import Iterable
+
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.entries import Alias, Drop, Either, Entry, Keep, Together, rules_of
+from fmoe.layout.notation import Rule, parse
+from fmoe.layout.table import Table
+from fmoe.types import AdapterError
+
+
+def rule(hf: str, native: str, **bounds: int | Iterable[int]) -> Adapter:
+    """hf <-> native: tensors whose names and axes stand in this relation, as an adapter of one rule.
+
+    A name captured in braces on both sides indexes the relation; captured on one side only, it is an axis on the other.
+    `(g i)` concatenates, `(i g)` interleaves, `(q|k|v)` joins unequal parts of `{p=q|k|v}` `[p d]`, `1` is an axis of
+    size 1. One letter is a number, a word is text: `{pre}` at the start is any prefix, `{rest}` at the end any tail.
+    `{k=l+61}` is a number shifted by 61; `{k=e+E}` by the size of e, where a second tower's experts follow the first's.
+    bounds: `e=8` (0 to 7), `l=range(3, 61)` (the values allowed). Raises AdapterError where it is no bijection.
+
+    >>> print(rule("{pre}experts.{e}.{g=gate|up}.weight [i d]", "{pre}experts.gate_and_up_projs [e d (g i)]", e=8))
+    {pre}experts.{e}.{g=gate|up}.weight [i d]  <->  {pre}experts.gate_and_up_projs [e d (g i)]   where e < 8
+    """
+    found = Rule(parse(hf), parse(native))
+    if unknown := bounds.keys() - found.letters:
+        raise AdapterError(f"rule {found} has no letter {', '.join(sorted(unknown))} to bound")
+    return Adapter((Table((found.bind(bounds),)),))
+
+
+def keep(pattern: str) -> Adapter:
+    """x <-> x: names that match and that no rule claims pass unchanged. `{rest}` alone is every name.
+
+    A name that looks like an expert's, or like part of a quantised tensor, is not kept unless the pattern spells it.
+
+    >>> import torch
+    >>> (rule("a [d]", "b [d]") | keep("{rest}")).from_hf({"a": torch.zeros(1), "c": torch.ones(1)})
+    {'b': tensor([0.]), 'c': tensor([1.])}
+    """
+    return Adapter((Table((Keep(parse(pattern)),)),))
+
+
+def drop(pattern: str, *, because: str) -> Adapter:
+    """x -> nothing: HF names with no native counterpart. Such an adapter is not lossless.
+
+    >>> drop("{pre}rotary_emb.inv_freq", because="recomputed from the config").lossless
+    False
+    """
+    return Adapter((Table((Drop(parse(pattern), because),)),))
+
+
+def alias(name: str, *, of: str) -> Adapter:
+    """A HF name that may hold the same tensor as another: checked equal and merged; written back if it was found.
+
+    >>> import torch
+    >>> tied = alias("head", of="embed") | keep("{rest}")
+    >>> embed = torch.zeros(1)
+    >>> tied.from_hf({"head": embed, "embed": embed})
+    {'embed': tensor([0.])}
+    >>> tied.resolve(["head", "embed"]).to_hf({"embed": embed}).keys()
+    dict_keys(['embed', 'head'])
+    """
+    return Adapter((Table((Either(name, (("absent", ()), ("present", (Alias(name, of),)))),)),))
+
+
+def either(name: str, quantized: str | None = None, **options: Adapter) -> Adapter:
+    """One of several tables, settled by the names that are there or by `choose(name=...)`; the first is published."""
+    return Adapter((Table((Either(name, tuple((k, _entries(a)) for k, a in options.items()), quantized),)),))
+
+
+def rename(old: str, new: str) -> Adapter:
+    """old <-> new, and every other name unchanged: a prefix that ends in a dot, a whole name or path, or two patterns.
+
+    >>> import torch
+    >>> rename("model.", "policy.").from_hf({"model.a": torch.zeros(1), "b": torch.zeros(1)}).keys()
+    dict_keys(['policy.a', 'b'])
+    """
+    if "{" in old + new:
+        return rule(old, new) | keep("{rest}")
+    if old.endswith(".") or new.endswith(".") or not (old and new):
+        return rule(old + "{rest}", new + "{rest}") | keep("{rest}")
+    return rule(old, new) | rule(old + ".{rest}", new + ".{rest}") | keep("{rest}")
+
+
+def together(*adapters: Adapter) -> Adapter:
+    """Rules whose HF tensors come together: a layer that has one must have all.
+
+    >>> import torch
+    >>> layer = together(rule("{l}.up [i d]", "{l}.w [i d]"), rule("{l}.down [d i]", "{l}.v [d i]"))
+    >>> layer.from_hf({"0.up": torch.zeros(2, 3)})
+    Traceback (most recent call last):
+    fmoe.types.AdapterError: missing '0.down', which must stand beside '0.up'
+    """
+    entries = [e for a in adapters for e in _entries(a)]
+    if other := [e for e in entries if not isinstance(e, Rule | Together)]:
+        raise AdapterError(f"only rules can come together, not: {'; '.join(map(str, other))}")
+    return Adapter((Table((Together(tuple(rules_of(entries))),)),))
+
+
+def table(adapters: Iterable[Adapter]) -> Adapter:
+    """All of them side by side, in one table."""
+    return Adapter((Table(tuple(dict.fromkeys(e for a in adapters for e in _entries(a)))),))
+
+
+def _entries(adapter: Adapter) -> tuple[Entry, ...]:
+    if len(adapter.stages) > 1 or not all(isinstance(s, Table) for s in adapter.stages):
+        raise AdapterError(f"only a single table can stand here, not:\n{adapter}")
+    return tuple(e for s in adapter.stages if isinstance(s, Table) for e in s.entries)

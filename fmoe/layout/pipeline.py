@@ -1,0 +1,250 @@
+"""Stages in a row: what a stage is, the plan over all of them (what depends on what), and running it on tensors."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fmoe.layout.axes import Copy, Group
+from fmoe.layout.grouping import Specs, Window
+from fmoe.layout.names import Names
+from fmoe.layout.plan import TablePlan
+from fmoe.types import AdapterError, Problem, TensorSpec, human
+
+
+class StagePlan(Protocol):
+    """What one stage will do: `targets` come out of it."""
+
+    @property
+    def targets(self) -> dict[str, TensorSpec]: ...
+    @property
+    def narrowed(self) -> frozenset[str]: ...
+    def units(self) -> Iterator[tuple[list[str], list[str]]]: ...
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]: ...
+
+
+class Stage(Protocol):
+    """One invertible step over Params: a table of rules, a codec, or two adapters side by side."""
+
+    @property
+    def inverse(self) -> "Stage": ...
+    @property
+    def lossless(self) -> bool: ...
+    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> StagePlan:
+        """What it does to these names, shapes and dtypes. Raises AdapterError with every problem."""
+
+    def resolve(self, names: Names, *, default: bool) -> "Stage":
+        """The stage with its open choices settled by names; with no evidence the published ones, if `default`."""
+
+    def rename(self, names: Names) -> list[str]:
+        """One name of every form that comes out."""
+
+    def choose(self, choices: Mapping[str, Any]) -> "Stage":
+        """The stage with choices of these names made; others are not its own."""
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """What is open: the name of each choice, and its options, the published one first."""
+
+    def axes(self) -> frozenset[str]:
+        """The letters of its rules that are axes, those of all options included: what a range can be asked of."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter will do to given names, shapes and dtypes: proved bijective before any data is touched.
+
+    stages: one plan for each of the adapter's stages. specs: what goes in.
+    """
+
+    stages: tuple[StagePlan, ...]
+    specs: Specs
+
+    @property
+    def narrowed(self) -> frozenset[str]:
+        """The axes of which only a range comes out."""
+        return frozenset().union(*(stage.narrowed for stage in self.stages))
+
+    @property
+    def targets(self) -> dict[str, TensorSpec]:
+        """The abstract result: the name, shape and dtype of everything that comes out."""
+        return self.stages[-1].targets if self.stages else dict(self.specs)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names that are read."""
+        return tuple(name for sources, _ in self.units() for name in sources)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of everything that comes out."""
+        return sum(spec.nbytes for spec in self.targets.values())
+
+    @cached_property
+    def copies(self) -> tuple[Copy, ...]:
+        """Every strided copy, of the stages that are tables. Offsets and strides count elements."""
+        tables = [t for stage in self.stages for t in _tables(stage)]
+        return tuple(copy for table in tables for copy in table.copies())
+
+    def stacks(self, axis: str) -> dict[str, TensorSpec]:
+        """The targets of layout rules whose first dimension is this axis, under the names that come out."""
+        found: set[str] = set()
+        for stage in self.stages:
+            moved = {s: t for sources, targets in stage.units() for s in sources for t in targets if s in found}
+            found = set(moved.values())
+            if isinstance(stage, TablePlan):
+                found |= {t for g in stage.groups if g.dims(g.rule.target)[:1] == ((axis,),) for t in g.targets}
+            found |= {t for side in _sides(stage) for t in side.stacks(axis)}
+        return {n: self.targets[n] for n in self.targets if n in found}
+
+    def units(self) -> Iterator[tuple[list[str], list[str]]]:
+        """(sources, targets) that depend on each other and on nothing else: what can be converted alone.
+
+        Usually one native tensor and the HF tensors that make it.
+        """
+        if len(self.stages) < 2:
+            yield from self.stages[0].units() if self.stages else (([n], [n]) for n in self.specs)
+            return
+        parent: dict[tuple[int, str], tuple[int, str]] = {}
+
+        def root(x: tuple[int, str]) -> tuple[int, str]:
+            while (up := parent.get(x, x)) != x:
+                parent[x] = up = parent.get(up, up)
+                x = up
+            return x
+
+        used = self._used
+        for k, stage in enumerate(self.stages):
+            for sources, targets in stage.units():
+                if used[k] is None or not used[k].isdisjoint(targets):  # type: ignore[union-attr]
+                    nodes = [(k, s) for s in sources] + [(k + 1, t) for t in targets]
+                    first = root(nodes[0])
+                    for node in nodes:
+                        parent[root(node)] = first
+        last, grouped = len(self.stages), dict[tuple[int, str], tuple[list[str], list[str]]]()
+        for node in list(parent):
+            if node[0] in (0, last):
+                grouped.setdefault(root(node), ([], []))[node[0] == last].append(node[1])
+        yield from grouped.values()
+
+    def gathered(self, axis: str) -> set[str]:
+        """The inputs that are each a part along an axis of one tensor that comes out."""
+        return self._inputs(lambda group: axis in group.rule.stacked)
+
+    def touching(self, axis: str) -> set[str]:
+        """The inputs that have this axis."""
+        return self._inputs(lambda group: axis in group.sizes)
+
+    def _inputs(self, choose: Callable[[Group], bool]) -> set[str]:
+        found: set[str] = set()
+        for k, stage in reversed(list(enumerate(self.stages))):
+            found = {s for t in found for s in self._back[k].get(t, [])}
+            if isinstance(stage, TablePlan):
+                found |= {s for group in stage.groups if choose(group) for s in group.sources}
+            found |= {s for side in _sides(stage) for s in side._inputs(choose)}
+        return found
+
+    @cached_property
+    def _used(self) -> list[set[str] | None]:
+        """For each stage, the targets that later stages need: None for all, as where no axis is restricted."""
+        used: list[set[str] | None] = [None] * len(self.stages)
+        if self.narrowed:
+            for k in range(len(self.stages) - 1, 0, -1):
+                need = used[k]
+                units = (s for s, t in self.stages[k].units() if need is None or not need.isdisjoint(t))
+                used[k - 1] = {name for sources in units for name in sources}
+        return used
+
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]:
+        """The targets (or only those of some units), from tensors of the planned names; writes to no argument."""
+        if not self.stages:
+            return {n: params[n] for n in (self.targets if only is None else only)}
+        wanted: list[Iterable[str] | None] = [*self._used]
+        if only is not None:
+            wanted[-1] = set(only)
+            for k in range(len(self.stages) - 1, 0, -1):
+                wanted[k - 1] = {source for target in wanted[k] or () for source in self._back[k][target]}
+        for k, stage in enumerate(self.stages):
+            names, made = wanted[k], wanted[k - 1] if k else ()
+            gone = set(self.stages[k - 1].targets if made is None else made) - params.keys()
+            if gone:  # what only other ranks have of DTensors, and all that depends on it
+                names = [t for t in (stage.targets if names is None else names) if gone.isdisjoint(self._back[k][t])]
+            params = stage.run(params, names, views=views)
+        return dict(params)
+
+    @cached_property
+    def _back(self) -> list[dict[str, list[str]]]:
+        """For each stage, the sources of each target."""
+        return [{t: sources for sources, targets in stage.units() for t in targets} for stage in self.stages]
+
+    def __str__(self) -> str:
+        read = len(self.sources) if self.narrowed else len(self.specs)
+        there, back = (f"{n:,} tensor{'s' * (n != 1)}" for n in (read, len(self.targets)))
+        head = f"{there} -> {back}, {human(self.nbytes)}, proved bijective"
+        return "\n".join([head, *filter(None, map(str, self.stages))])
+
+
+def _sides(stage: StagePlan) -> tuple[Plan, ...]:
+    """The plans that a stage of several adapters side by side is made of."""
+    return getattr(stage, "plans", ())
+
+
+def _tables(stage: StagePlan) -> list[TablePlan]:
+    return [stage] if isinstance(stage, TablePlan) else [t for p in _sides(stage) for s in p.stages for t in _tables(s)]
+
+
+def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: frozenset[str]) -> Plan:
+    """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
+    plans, settled, problems = list[StagePlan](), list[Stage](), list[Problem]()
+    at, names = specs, Names(specs)
+    for stage in stages:
+        if plans:
+            was, at = at, plans[-1].targets
+            names = names if at.keys() == was.keys() else Names(at)
+        try:
+            settled.append(stage.resolve(names, default=True))
+            plans.append(settled[-1].plan(at, names, window, local))
+            if (within := getattr(plans[-2:][0], "within", None)) and isinstance(plans[-1], TablePlan):
+                plans[-2:] = within(plans[-1])  # a codec makes no more than the table takes
+        except AdapterError as error:
+            problems += _traced(error.found, settled[: len(plans)], plans)
+            if error.rest is None:
+                break
+            plans.append(error.rest)
+        local |= plans[-1].narrowed
+    if problems:
+        raise AdapterError(problems)
+    return Plan(tuple(plans), specs)
+
+
+def _traced(problems: Iterable[Problem], stages: list[Stage], plans: list[StagePlan]) -> list[Problem]:
+    """The problems told in the names that went into the first stage, where a name goes back to just one."""
+    told = list(problems)
+    for stage, plan in zip(reversed(stages), reversed(plans), strict=True):
+        origins = {t: s[0] for s, targets in plan.units() if len(s) == 1 for t in targets}
+        told = [_renamed(problem, stage.inverse, origins) for problem in told]
+    return told
+
+
+def _renamed(problem: Problem, back: Stage, origins: Mapping[str, str]) -> Problem:
+    text, keys, place = problem.text, [], {key: i for i, key in enumerate(problem.keys)}
+    for key in sorted(problem.keys, key=len, reverse=True):
+        if (origin := origins.get(key)) is None:  # a name that is not there: what would it be called?
+            found = back.rename(Names([key]))
+            origin = found[0] if len(found) == 1 else key
+        text = text.replace(repr(key), repr(origin)) if origin != key else text
+        keys.append((place[key], origin))
+    return Problem(text, tuple(origin for _, origin in sorted(keys)))
+
+
+def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:
+    settled = []
+    for stage in stages:
+        settled.append(stage.resolve(names, default=False))
+        names = Names(settled[-1].resolve(names, default=True).rename(names))
+    return tuple(settled)

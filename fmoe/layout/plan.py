@@ -1,0 +1,246 @@
+"""A plan: what a stage will do to given names, shapes and dtypes, proved before any data is touched.
+
+The proof. A rule relates atomic axes one to one, so the copies of a group tile its tensors exactly when (1) the
+sources are the whole grid of stacked captures, once each, (2) every source has the shape that the axes say, and one
+dtype; over the whole plan, (3) each name is claimed once and (4) no two targets share a name. All are linear in the
+names.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+from torch import Tensor
+
+from fmoe.layout.axes import Copy, Group, NotAView, convert
+from fmoe.layout.claims import Claims, claim, some
+from fmoe.layout.entries import Alias, Entry, Together
+from fmoe.layout.grouping import Claimed, Specs, Window, Wrong
+from fmoe.layout.names import Names, Value, patterns
+from fmoe.layout.notation import Rule
+from fmoe.layout.sharded.shards import convert_sharded, same_parts
+from fmoe.sharding import is_dtensor
+from fmoe.types import AdapterError, Problem, TensorSpec, human
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """One table's plan. `targets`: what comes out, in the order of the sources' names."""
+
+    specs: Specs
+    groups: tuple[Group, ...]
+    pairs: dict[str, str]
+    targets: dict[str, TensorSpec]
+    aliases: tuple[Alias, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @cached_property
+    def makers(self) -> dict[str, Group | str]:
+        """Each target, and what makes it: a group, or the one source that is renamed to it."""
+        groups = {t: group for group in self.groups for t in group.targets}
+        return groups | {t: s for s, t in self.pairs.items()}
+
+    @cached_property
+    def _originals(self) -> dict[str, str]:
+        """The aliases that come out, and the target that each is another name of."""
+        return {a.name: a.of for a in self.aliases if a.flipped}
+
+    @property
+    def narrowed(self) -> frozenset[str]:
+        """The axes of which only a range comes out."""
+        return frozenset().union(*(g.window for g in self.groups))
+
+    def units(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Sources and targets that depend on each other, and on nothing else."""
+        made = ((group.sources, group.targets) for group in self.groups)
+        for sources, targets in chain(made, (([s], [t]) for s, t in self.pairs.items())):
+            yield sources + self._aliased(sources, False), targets + self._aliased(targets, True)
+
+    def _aliased(self, names: list[str], flipped: bool) -> list[str]:
+        return [a.name for a in self.aliases if a.flipped == flipped and a.of in names]
+
+    def copies(self) -> Iterator[Copy]:
+        for group in self.groups:
+            yield from group.copies()
+        for source, target in self.pairs.items():
+            spec = self.specs[source]
+            yield Copy(source, target, (spec.numel,), 0, (1,), 0, (1,), spec.dtype)
+
+    def run(
+        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
+    ) -> dict[str, Tensor]:
+        """The targets (or only some), from tensors of the planned names; views: raise rather than copy.
+
+        Of DTensors, what lives wholly on other ranks is left out.
+        """
+        made: dict[str, Tensor] = {}
+        done: set[int] = set()
+        wanted = self.targets if only is None else only
+        for target in dict.fromkeys(self._originals.get(t, t) for t in wanted):
+            maker = self.makers[target]
+            if isinstance(maker, str):
+                made[target] = params[maker]
+            elif id(maker) not in done:  # of DTensors, it may make this rank's targets only
+                done.add(id(maker))
+                made |= self._convert(maker, params, views)
+        made |= {t: made[self._originals[t]] for t in wanted if self._originals.get(t) in made}
+        for alias in self.aliases:
+            if not alias.flipped and alias.name in params:
+                _check_equal(alias, params, views)
+        return made
+
+    def __str__(self) -> str:
+        lines = []
+        for rule in dict.fromkeys(g.rule for g in self.groups):
+            mine = [g for g in self.groups if g.rule == rule]
+            sources, targets = sum(len(g.sources) for g in mine), sum(len(g.targets) for g in mine)
+            size = sum(self.targets[t].nbytes for g in mine for t in g.targets)
+            lines.append(f"{sources:>8,} -> {targets:<7,} {human(size):>9}  {rule}")
+        renamed = {s: t for s, t in self.pairs.items() if s != t}
+        kept = len(self.pairs) - len(renamed)
+        for source, target in list(renamed.items())[:1]:
+            more = f" and {len(renamed) - 1:,} more" if len(renamed) > 1 else ""
+            size = sum(self.targets[t].nbytes for t in renamed.values())
+            lines.append(
+                f"{len(renamed):>8,} -> {len(renamed):<7,} {human(size):>9}  renamed: {source} -> {target}{more}"
+            )
+        if kept:
+            size = sum(self.targets[t].nbytes for s, t in self.pairs.items() if s == t)
+            lines.append(f"{kept:>8,} -> {kept:<7,} {human(size):>9}  kept")
+        return "\n".join(lines + [f"{len(self.dropped):>8,} dropped"] * bool(self.dropped))
+
+    def _convert(self, group: Group, params: Mapping[str, Tensor], views: bool) -> dict[str, Tensor]:
+        sharded = any(is_dtensor(params[n]) for n in group.sources)
+        try:
+            return (convert_sharded if sharded else convert)(group, params, views=views)
+        except NotAView:
+            text = f"{some(group.targets)}: only a copy can make it from {some(group.sources, 3)} (rule {group.rule})"
+            raise AdapterError([Problem(text, tuple(group.targets))]) from None
+
+
+def plan_table(
+    entries: tuple[Entry, ...], specs: Specs, names: Names, window: Window, local: frozenset[str]
+) -> TablePlan:
+    """The plan of a table with no open choice. window: ranges to read; local: axes of which sources hold only that.
+
+    Raises AdapterError with every problem found.
+    """
+    claims = claim(entries, names)
+    problems, groups = claims.problems, []
+    for (i, shared), found in claims.groups.items():
+        try:
+            groups.append(Claimed(claims.rules[i], shared, found, specs, window, local).group())
+        except Wrong as wrong:
+            problems.append(wrong.problem)
+    problems += _apart(entries, claims) + _unequal(entries, groups) + _collisions(groups, claims.pairs)
+    problems += _aliases(claims, specs)
+    targets = {t: spec for group in groups for t, spec in group.target_specs().items()}
+    targets |= {t: specs[s] for s, t in claims.pairs.items()}
+    aliases = tuple(a for a, present in claims.aliases.items() if (a.of in targets if a.flipped else present))
+    given = [a for a in aliases if a.flipped and a.name in targets]
+    problems += [Problem(f"{a.name!r} is there, and is written as an alias of {a.of!r}", (a.name, a.of)) for a in given]
+    targets |= {a.name: targets[a.of] for a in aliases if a.flipped}
+    if problems:
+        raise AdapterError(dict.fromkeys(problems))
+    return TablePlan(specs, tuple(groups), claims.pairs, targets, aliases, tuple(claims.dropped))
+
+
+def _apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
+    """Rules that come together: a layer that has one must have all."""
+    problems = []
+    for entry in entries:
+        if not isinstance(entry, Together) or entry.flipped:
+            continue
+        mine = [i for i, rule in enumerate(claims.rules) if rule in entry.rules]
+        there = {i: {key for j, key in claims.groups if j == i} for i in mine}
+        for i in mine:
+            for key in set().union(*there.values()) - there[i]:
+                rule, beside = claims.rules[i], next(r for j, r in enumerate(claims.rules) if key in there.get(j, ()))
+                absent = patterns(rule)[0].render(_open(rule) | dict(zip(rule.shared, key, strict=True)))
+                near = next(iter(claims.groups[mine[[claims.rules[m] for m in mine].index(beside)], key].values()))
+                problems.append(Problem(f"missing {absent!r}, which must stand beside {near!r}", (absent, near)))
+    return problems
+
+
+def _unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
+    """Rules that come together, in all layers of one tower: a letter has one size throughout."""
+    bundled = {rule for entry in entries if isinstance(entry, Together) for rule in entry.rules}
+    towers: dict[tuple[str, Value], list[Group]] = {}
+    for group in groups:
+        if group.rule in bundled:
+            for letter in group.sizes:
+                towers.setdefault((letter, _tower(group)), []).append(group)
+    problems = []
+    for (letter, _), having in sorted(towers.items()):
+        usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
+        for group in having:
+            if (size := group.sizes[letter]) != usual:
+                near = next(g for g in having if g.sizes[letter] == usual)
+                absent = _absent(group, letter, min(size, usual)) if size < usual else _absent(near, letter, usual)
+                text = f"{some(group.sources, 3)}: {letter} is {size}, but {usual} at {some(near.sources, 1)}"
+                text += f"; missing {some(absent)}" if absent else ""
+                problems.append(Problem(text, (*group.sources, *absent)))
+    return problems
+
+
+def _tower(group: Group) -> str:
+    """The text that indexes a group, such as its prefix, with blanks for numbers: `thinker.` and `talker.` differ."""
+    captures = group.rule.source.captures
+    text = {n: v for n, v in group.shared.items() if not group.rule.indexed(n)}
+    said = (captures[n].choices[int(v)] if captures[n].choices else str(v) for n, v in text.items())
+    return next(iter(Names([" ".join(said)]).rows))
+
+
+def _absent(group: Group, letter: str, size: int) -> list[str]:
+    """The names that a stack would need to be longer by one along a letter that its names count."""
+    if letter not in group.rule.stacked:
+        return []
+    longer = replace(group, sizes=group.sizes | {letter: size + 1}, window={letter: range(size, size + 1)})
+    grid = [dict[str, Value](zip(group.stacked, at, strict=True)) for at in longer.grid(group.stacked)]
+    return [patterns(group.rule)[0].render(group.shared | at) for at in grid]
+
+
+def _open(rule: Rule) -> dict[str, Value]:
+    """The first coordinates of what a rule stacks: enough to spell an example."""
+    return {n: 0 for n in rule.source.captures}
+
+
+def _collisions(groups: list[Group], pairs: Mapping[str, str]) -> list[Problem]:
+    made: dict[str, str] = {}
+    problems = []
+    for target, source in chain(
+        ((t, next(iter(g.found.values()))) for g in groups for t in g.targets), ((t, s) for s, t in pairs.items())
+    ):
+        if target in made:
+            text = f"two sources for one target: {made[target]!r} and {source!r} both give {target!r}"
+            problems.append(Problem(text, (made[target], source, target)))
+        made[target] = source
+    return problems
+
+
+def _aliases(claims: Claims, specs: Specs) -> list[Problem]:
+    """An alias that is there must stand beside what it is an alias of, and look the same."""
+    problems = []
+    names = {alias.name: alias for alias in claims.aliases}
+    for alias, present in claims.aliases.items():
+        if (other := names.get(alias.of)) is not None:
+            text = f"{alias.name!r} is an alias of {alias.of!r}, itself an alias: expected of={other.of!r}"
+            problems.append(Problem(text, (alias.name, alias.of)))
+        if present and not alias.flipped and specs.get(alias.of) != specs[alias.name]:
+            original = specs.get(alias.of, "which is missing beside it")
+            text = f"{alias.name!r} {specs[alias.name]} is an alias of {alias.of!r} {original}"
+            problems.append(Problem(text, (alias.name, alias.of)))
+    return problems
+
+
+def _check_equal(alias: Alias, params: Mapping[str, Tensor], views: bool) -> None:
+    here, there = params[alias.name], params[alias.of]
+    if views and here is not there:
+        text = f"{alias.of!r}: no view of native storage, {alias.name!r} should be the same tensor and is another"
+        raise AdapterError([Problem(text, (alias.of, alias.name))])
+    same = here is there or here.is_meta or there.is_meta or same_parts(here, there)
+    if not same:
+        text = f"{alias.name!r} should be the same tensor as {alias.of!r}, and its values differ"
+        raise AdapterError([Problem(text, (alias.name, alias.of))])

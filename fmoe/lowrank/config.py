@@ -1,0 +1,99 @@
+"""adapter_config.json as a value."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fmoe.lowrank.derive import CURRENT
+from fmoe.types import AdapterError
+
+UNSIGNED = "0.17.1"
+"""What a config without peft_version is from: releases before 0.18 did not write it."""
+REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """What an adapter_config.json says: ranks, alphas, what is wrapped, and by which release of PEFT.
+
+    rank_pattern, alpha_pattern: regular expressions for the ends of names -> what holds there in place of r and
+    lora_alpha. target_parameters, target_modules: what PEFT wraps; modules may be a regular expression. base: the
+    model's path or hub name. other: every other field, as it is. Raises AdapterError for what is no LoRA of matrices.
+
+    >>> LoraConfig(r=8, lora_alpha=16, alpha_pattern={"down_proj": 4}).scale("model.layers.0.mlp.experts.down_proj")
+    0.5
+    """
+
+    r: int
+    lora_alpha: float = 32
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+    target_modules: tuple[str, ...] | str = ()
+    peft_version: str = CURRENT
+    base: str | None = None
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
+        if set_ := [f"{name}={self.other[name]!r}" for name in REFUSED if self.other.get(name)]:
+            raise AdapterError(f"adapter_config.json says {', '.join(set_)}: more than two matrices A and B say")
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> "LoraConfig":
+        """The config of a JSON object, as PEFT writes it."""
+        kind = said.get("peft_type")
+        if kind != "LORA":
+            raise AdapterError(f"adapter_config.json has peft_type {kind!r}, expected 'LORA'")
+        ours = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
+        ours |= {"target_modules", "peft_version", "base_model_name_or_path", "peft_type"}
+        modules = said.get("target_modules") or ()
+        return cls(
+            r=said.get("r", 8),
+            lora_alpha=said.get("lora_alpha", 8),
+            use_rslora=bool(said.get("use_rslora")),
+            rank_pattern=dict(said.get("rank_pattern") or {}),
+            alpha_pattern=dict(said.get("alpha_pattern") or {}),
+            target_parameters=tuple(sorted(said.get("target_parameters") or ())),
+            target_modules=modules if isinstance(modules, str) else tuple(sorted(modules)),
+            peft_version=said.get("peft_version") or UNSIGNED,
+            base=said.get("base_model_name_or_path"),
+            other={n: v for n, v in said.items() if n not in ours},
+        )
+
+    def json(self) -> dict[str, Any]:
+        """The JSON object: what PEFT reads."""
+        modules = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        plain = {"bias": "none", "lora_dropout": 0.0, "inference_mode": True, "task_type": None}
+        return (
+            plain
+            | dict(self.other)
+            | {
+                "peft_type": "LORA",
+                "peft_version": self.peft_version,
+                "base_model_name_or_path": self.base,
+                "r": self.r,
+                "lora_alpha": self.lora_alpha,
+                "use_rslora": self.use_rslora,
+                "rank_pattern": dict(self.rank_pattern),
+                "alpha_pattern": dict(self.alpha_pattern),
+                "target_modules": modules,
+                "target_parameters": list(self.target_parameters) or None,
+            }
+        )
+
+    def rank(self, key: str) -> int:
+        """r of a parameter or module."""
+        return _matched(self.rank_pattern, key, self.r)
+
+    def scale(self, key: str) -> float:
+        """alpha / r of a parameter or module; with rslora alpha / sqrt(r)."""
+        r = self.rank(key)
+        return _matched(self.alpha_pattern, key, self.lora_alpha) / (r**0.5 if self.use_rslora else r)
+
+
+def _matched(patterns: Mapping[str, Any], key: str, default: Any) -> Any:
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", key)), default)

@@ -1,0 +1,197 @@
+"""LoRA matrices as values: drawn, merged into weights and out again, lifted to one matrix A, brought to one rank."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmoe.lowrank.derive import NATIVE
+from fmoe.lowrank.sorting import WRAPPED
+from fmoe.sharding import is_dtensor
+from fmoe.types import Params
+
+Scale = float | Mapping[str, float]
+_WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
+_LINEAR = ".lora_A.weight"
+
+
+class Pair(NamedTuple):
+    """The names of a weight and of its A and B; `experts`: stacked, and multiplied from the right."""
+
+    weight: str
+    a: str
+    b: str
+    experts: bool
+
+
+def init(
+    params: Params,
+    r: int,
+    kind: str = "xavier",
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """A ~ N(0, 2 / (n + r)) with n = D or I ("xavier"), or U(-n^-1/2, n^-1/2) ("kaiming", PEFT's); B = 0.
+
+    For every `gate_and_up_projs` [E, D, U] and `down_projs` [E, I, D] of params, with any prefix: A [E, n, r] and B
+    [E, r, out] under the native LoRA names, on their device, in dtype or theirs. The fans are those of one expert; the
+    seed system takes those of the stack, so that its first update depends on E. Raises ValueError where there is none.
+
+    >>> made = init({"layers.0.down_projs": torch.ones(4, 3, 2)}, r=8)
+    >>> {name: tuple(t.shape) for name, t in made.items()}
+    {'layers.0.lora_down_A': (4, 3, 8), 'layers.0.lora_down_B': (4, 8, 2)}
+    """
+    if kind not in ("xavier", "kaiming"):
+        raise ValueError(f"lora.init: kind is {kind!r}, expected 'xavier' or 'kaiming'")
+    made: dict[str, Tensor] = {}
+    for name, weight in params.items():
+        prefix, _, bare = name.rpartition(".")
+        if bare not in NATIVE:
+            continue
+        E, n, out = weight.shape
+        how: dict = dict(dtype=dtype or weight.dtype, device=weight.device)
+        stem = f"{prefix}.{NATIVE[bare]}".lstrip(".")
+        drawn = torch.empty(E, n, r, **how)
+        if kind == "xavier":
+            made[f"{stem}_A"] = drawn.normal_(0, (2 / (n + r)) ** 0.5, generator=generator)
+        else:
+            made[f"{stem}_A"] = drawn.uniform_(-(n**-0.5), n**-0.5, generator=generator)
+        made[f"{stem}_B"] = torch.zeros(E, r, out, **how)
+    if not made:
+        raise ValueError(f"lora.init: no parameter is called {' or '.join(NATIVE)}")
+    return made
+
+
+def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = False) -> dict[str, Tensor]:
+    """W + scale * A @ B for every weight that has A and B; all other parameters as they are. Pure.
+
+    Computed in fp32 for 16-bit weights, in fp64 for fp32 ones, expert by expert, and rounded once to W's dtype. Experts
+    `lora_..._A` [E, n, r], `_B` [E, r, out], gate and up with matrices A of their own ([E, D, 2, r]) too; and plain
+    `X.lora_A.weight` [r, in], `X.lora_B.weight` [out, r] of `X.weight` [out, in]. lora: with or without PEFT's
+    `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`LoraConfig.scales`).
+    interleaved: gate and up columns of B alternate, as for quick_geglu. Raises ValueError for a matrix alone, a weight
+    that is not there, shapes that do not fit, and quantised weights.
+
+    >>> lora = {"lora_down_A": torch.full((1, 2, 1), 3.0), "lora_down_B": torch.ones(1, 1, 2)}
+    >>> merge({"down_projs": torch.ones(1, 2, 2)}, lora, scale=0.5)["down_projs"].tolist()
+    [[[2.5, 2.5], [2.5, 2.5]]]
+    """
+    return _added(params, lora, scale, 1.0, interleaved)
+
+
+def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = False) -> dict[str, Tensor]:
+    """W - scale * A @ B: takes out what `merge` put in, up to two roundings.
+
+    |unmerge(merge(W)) - W| <= eps * (|W| + |scale * A @ B|) elementwise, with eps of W's dtype (2^-7 for bf16, 2^-23
+    for fp32), barring overflow. Exact where no digit was lost; keep W to have it back exactly. Arguments as `merge`.
+    """
+    return _added(params, lora, scale, -1.0, interleaved)
+
+
+def lift(lora: Params, *, interleaved: bool = False) -> dict[str, Tensor]:
+    """A [E, D, 2, r], B [E, r, U] -> A [E, D, 2r], B [E, 2r, U] block-diagonal: one matrix A, the same A @ B, exactly.
+
+    Gate takes the first r ranks and up the others: A @ B is the same, so `scale` stays what it was, and alpha / r is it
+    no longer (`even` says what to give `fmoe.experts`). Everything else is passed on. interleaved: as in `merge`.
+    """
+    made = dict(lora)
+    for pair in _pairs(lora):
+        A, B = lora[pair.a], lora[pair.b]
+        if pair.experts and A.ndim == 4:
+            E, D, g, r = A.shape
+            sizes, at = ((-1, g), -1) if interleaved else ((g, -1), -2)
+            whole = torch.zeros(E, g * r, B.shape[-1], dtype=B.dtype, device=B.device)
+            for k in range(g):
+                mine, its = (t.unflatten(-1, sizes).select(at, k) for t in (whole[:, k * r : (k + 1) * r], B))
+                mine.copy_(its)
+            made |= {pair.a: A.flatten(2), pair.b: whole}
+    return made
+
+
+def even(lora: Params, scale: Scale, *, interleaved: bool = False) -> tuple[dict[str, Tensor], float]:
+    """(params, lora_alpha) for `fmoe.experts`: one matrix A for gate and up, one rank R, and one alpha / R throughout.
+
+    Lifted, padded with zeros to the largest rank, and with scales that differ (`alpha_pattern`) taken into B: rounded
+    to its dtype, exact for powers of two. With one scale and one rank nothing changes.
+    """
+    made = lift(lora, interleaved=interleaved)
+    pairs = [p for p in _pairs(made) if p.experts]
+    if not pairs:
+        raise ValueError("lora.even: no matrices of experts (lora_gate_and_up_A, lora_down_A, ..)")
+    R = max(made[p.a].shape[-1] for p in pairs)
+    scales = {p: _scale_of(scale, p) for p in pairs}
+    most = max(scales.values(), key=abs) or 1.0
+    for pair in pairs:
+        more = R - made[pair.a].shape[-1]
+        A, B = made[pair.a], made[pair.b]
+        if scales[pair] != most:
+            B = (B.to(torch.promote_types(B.dtype, torch.float32)) * (scales[pair] / most)).to(B.dtype)
+        if more:
+            A, B = torch.nn.functional.pad(A, (0, more)), torch.nn.functional.pad(B, (0, 0, 0, more))
+        made |= {pair.a: A, pair.b: B}
+    return made, most * R
+
+
+def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved: bool) -> dict[str, Tensor]:
+    made = dict(params)
+    lora = lift(lora, interleaved=interleaved)
+    for pair in _pairs(lora):
+        name = next((n for n in (pair.weight, pair.weight.removeprefix(WRAPPED)) if n in params), None)
+        if name is None:
+            raise ValueError(f"lora: {pair.a!r} has no weight {pair.weight.removeprefix(WRAPPED)!r} to be added to")
+        W, A, B = params[name], lora[pair.a], lora[pair.b]
+        if is_dtensor(W) or is_dtensor(A) or not W.is_floating_point() or W.element_size() < 2:
+            raise ValueError(f"lora: {name!r} is {W.dtype}{' in a DTensor' * is_dtensor(W)}, expected plain floats")
+        if (
+            pair.experts
+            and W.shape != (A.shape[0], A.shape[1], B.shape[2])
+            or not pair.experts
+            and W.shape
+            != (
+                B.shape[0],
+                A.shape[1],
+            )
+        ):
+            found = f"A {list(A.shape)}, B {list(B.shape)}"
+            raise ValueError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
+        by = sign * _scale_of(scale, pair)
+        made[name] = _sum(W, A, B, by) if pair.experts else _sum(W[None], B[None], A[None], by)[0]
+    return made
+
+
+def _sum(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + scale * A @ B, in a wider dtype, expert by expert; stored as W is."""
+    wide = torch.float32 if W.element_size() == 2 else torch.float64
+    out = torch.empty_like(W)
+    for e in range(W.shape[0]):
+        out[e] = (W[e].to(wide) + scale * (A[e].to(wide) @ B[e].to(wide))).to(W.dtype)
+    return out
+
+
+def _scale_of(scale: Scale, pair: Pair) -> float:
+    if not isinstance(scale, Mapping):
+        return float(scale)
+    if pair.a not in scale:
+        raise ValueError(f"lora: no scale is given for {pair.a!r}")
+    return float(scale[pair.a])
+
+
+def _pairs(lora: Params) -> Iterator[Pair]:
+    """Every A with its B and its weight. Raises ValueError for one that stands alone, or is neither."""
+    seen: set[str] = set()
+    for name in lora:
+        prefix, _, bare = name.rpartition(".")
+        if bare.endswith("_A") and bare[:-2] in _WEIGHTS:
+            pair = Pair(f"{prefix}.{_WEIGHTS[bare[:-2]]}".lstrip("."), name, name[:-1] + "B", True)
+        elif name.endswith(_LINEAR):
+            stem = name.removesuffix(_LINEAR)
+            pair = Pair(stem + ".weight", name, stem + ".lora_B.weight", False)
+        else:
+            continue
+        if pair.b not in lora:
+            raise ValueError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
+        seen |= {pair.a, pair.b}
+        yield pair
+    if other := [n for n in lora if n not in seen]:
+        raise ValueError(f"lora: {other[0]!r} is no matrix A or B of a pair, and cannot be merged")

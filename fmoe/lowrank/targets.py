@@ -1,0 +1,66 @@
+"""What PEFT calls the parameters and modules that LoRA matrices adapt."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import NamedTuple
+
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.names import Names, hits, patterns
+from fmoe.lowrank.sorting import END, OURS, WRAPPED
+from fmoe.lowrank.stage import CURRENT, LoraTable
+from fmoe.types import AdapterError, Params, Problem
+
+
+class Target(NamedTuple):
+    """What a matrix A adapts. keys: one parameter, or modules: one, or one for each expert and projection."""
+
+    a: str
+    rank: int
+    parameter: bool
+    keys: tuple[str, ...]
+
+
+def told(adapter: Adapter, version: str | None, targets: Iterable[str] | None, rank: int | None = None) -> Adapter:
+    """The adapter, with what an adapter_config.json says of LoRA tensors; what was found or chosen before is open."""
+    found = None if targets is None else tuple(sorted(targets))
+
+    def tell(stage: LoraTable) -> LoraTable:
+        stage.forms.peft(version or CURRENT, "both")
+        return replace(stage, version=version or CURRENT, targets=found, forms=replace(stage.forms, rank=rank))
+
+    return replace(adapter, stages=tuple(tell(s) if isinstance(s, LoraTable) else s for s in adapter.stages))
+
+
+def table_of(adapter: Adapter) -> LoraTable:
+    """The stage that has the LoRA rules. Raises AdapterError for an adapter of no family."""
+    for stage in adapter.stages:
+        if isinstance(stage, LoraTable) and stage.forms.per_expert:
+            return stage
+    raise AdapterError("this adapter carries no LoRA matrices: expected a family's, as fmoe.adapter gives it")
+
+
+def targets_of(adapter: Adapter, params: Params) -> list[Target]:
+    """What every matrix A of these native parameters adapts, in the form that the adapter writes."""
+    table = table_of(adapter)
+    wrapped = (table.form or ("peft" if table.forms.wrappers else "per-expert")) == "peft"
+    made: list[Target] = []
+    for sources, names in adapter._to_hf_plan(params, None, {}).units():
+        for source in sources:
+            if source.rpartition(".")[2] in OURS and source.endswith("_A"):
+                modules = tuple(dict.fromkeys(END.sub("", n).removeprefix(WRAPPED) for n in names if END.search(n)))
+                found = (_parameter(table, source),) if wrapped else modules
+                made.append(Target(source, params[source].shape[-1], wrapped, found))
+            elif source.endswith(".lora_A.weight"):
+                key = source.removesuffix(".lora_A.weight").removeprefix(WRAPPED)
+                made.append(Target(source, params[source].shape[0], False, (key,)))
+    return made
+
+
+def _parameter(table: LoraTable, name: str) -> str:
+    """The full name of the parameter that a native matrix A adapts."""
+    for wrapper in table.forms.wrappers:
+        rule = wrapper.naming()
+        for _, hit, rows in hits(rule, Names([name])):
+            shared = dict(zip(rule.shared, hit.values(rule.shared, rows[0][1]), strict=True))
+            return patterns(rule)[1].render(shared).removeprefix(WRAPPED)
+    raise AdapterError([Problem(f"{name!r}: PEFT wraps no parameter for it", (name,))])

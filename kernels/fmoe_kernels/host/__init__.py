@@ -1,0 +1,1 @@
+"""What starts a kernel: launches, tiles from a table, batches of vmap."""

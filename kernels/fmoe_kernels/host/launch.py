@@ -1,0 +1,102 @@
+"""From tensors to launches: how tiles are chosen, descriptors made and grids sized, for every kernel here."""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fmoe_kernels.host import configs
+from fmoe_kernels.host.configs import Config
+
+Tile: TypeAlias = Tensor | TensorDescriptor
+
+
+class Act(NamedTuple):
+    """An activation by name, with its constants."""
+
+    name: str
+    alpha: float
+    limit: float
+
+
+class Tiling(NamedTuple):
+    """How tiles are chosen: a table's path (empty: the shipped one), and whether whatever the number of rows.
+
+    only: these tiles, whatever the table says.
+    """
+
+    table: str = ""
+    batch_invariant: bool = False
+    only: Config | None = None
+
+
+def config(kernel: str, x: Tensor, n_rows: int, n_experts: int, depth: int, tiling: Tiling) -> Config:
+    """The tiles of a kernel that multiplies n_rows rows of x's dtype, `depth` deep."""
+    if tiling.only:
+        return tiling.only
+    return configs.pick(kernel, x.device, x.dtype, n_rows, n_experts, depth, tiling.batch_invariant, tiling.table)
+
+
+def row_descriptors(tensors: dict[str, tuple[Tensor, int, int]], c: Config) -> tuple[dict[str, Tile], bool]:
+    """Each [N', G, W] tensor as a descriptor of tiles of so many rows and columns, if all can be."""
+    if not (c.tma and all(_aligned(y, y.stride(0), y.shape[2]) for y, _, _ in tensors.values())):
+        return {name: y for name, (y, _, _) in tensors.items()}, False
+    return {name: rows_descriptor(*t) for name, t in tensors.items()}, True
+
+
+def rows_descriptor(y: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """y [N', G, W] such that index (2^30, end, 2^30 - n, g, w) is row end - n, and any row from `end` on is outside.
+
+    The third dimension ends at 2^30; the first two move the address by 2^30 * (2^34 - s) + end * s elements, which in
+    64 bits is (end - 2^30) * s. So a tile stops at the end of its expert without a mask.
+    """
+    s = y.stride(0)
+    far, big = 2**30, 2**31 - 2**16
+    return TensorDescriptor(
+        y, [big, big, far, y.shape[1], y.shape[2]], [2**34 - s, s, s, y.shape[2], 1], [1, 1, rows, 1, columns]
+    )
+
+
+def weight_descriptor(w4: Tensor, c: Config, depth: int, columns: int) -> tuple[Tile, bool, bool]:
+    """(w [E, G, K, N] as a descriptor if it can be one, whether it is, whether K is its dense dimension)."""
+    e, g, k, n = w4.stride()
+    if c.tma and n == 1 and _aligned(w4, e, g, k):
+        return TensorDescriptor(w4, w4.shape, w4.stride(), [1, 1, depth, columns]), True, False
+    if c.tma and k == 1 and _aligned(w4, e, g, n):
+        return TensorDescriptor(w4, w4.mT.shape, w4.mT.stride(), [1, 1, columns, depth]), True, True
+    return w4, False, False
+
+
+def grid_of(x: Tensor, c: Config, tiles: int) -> tuple[int]:
+    """Persistent programs: as many as run at once, at most one a tile."""
+    at_once = torch.cuda.get_device_properties(x.device).multi_processor_count * c.ctas if x.is_cuda else 3
+    return (max(1, min(tiles, at_once)),)
+
+
+def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    kernel[grid](*args, **constants, enable_fp_fusion=True)
+
+
+def check_device(x: Tensor) -> None:
+    """Raises ValueError where x is on a CPU and kernels are compiled: only the interpreter runs there."""
+    if x.device.type == "cpu" and isinstance(_probe, triton.JITFunction):
+        raise ValueError(
+            "fmoe_kernels: x is on the CPU, expected a GPU; use fmoe_kernels.reference,"
+            " or set TRITON_INTERPRET=1 before fmoe_kernels is imported, to run the kernels in Triton's interpreter"
+        )
+
+
+@triton.jit
+def _probe() -> None:
+    """Never launched: what kind of function it became tells whether kernels are interpreted."""
+
+
+def dense(x: Tensor) -> Tensor:
+    """x [N, D] with dense rows, as gathers read them; an expanded gradient is written out here."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _aligned(t: Tensor, *strides: int) -> bool:
+    return t.data_ptr() % 16 == 0 and all(s * t.itemsize % 16 == 0 for s in strides)

@@ -1,0 +1,149 @@
+"""The whole expert layer, differentiable: right under backward, torch.func, vmap, compile and checkpointing.
+
+Forward and backward are each an autograd.Function over one opaque operator, and Dynamo takes the call as it is: that
+form alone survives torch.compile(torch.func.grad(f)), which drops any other custom backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmoe_kernels import reference
+from fmoe_kernels.host.batch import one_by_one
+from fmoe_kernels.ops.custom import experts_backward, experts_forward
+from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
+
+Maybe = Tensor | None
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    mask: Maybe,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Maybe = None,
+    b_down: Maybe = None,
+    *,
+    activation: str = "swiglu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    weight_after_down: bool = False,
+    start: int = 0,
+    recompute: bool = False,
+    wide: bool = False,
+    batch_invariant: bool = False,
+    table: str = "",
+) -> Tensor:
+    """y[t] = sum_k weights[t, k] * (act(x[t] @ w_up[e] + b_up[e]) @ w_down[e] + b_down[e]), e = indices[t, k] - start.
+
+    x [T, D] fp16, bf16 or fp32 (fp64: the eager twin, which waits for the device). indices [T, K] integer; ids outside
+    [start, start + E) send that slot nowhere. weights [T, K] floating. mask [T] bool or None. w_up [E, D, U],
+    w_down [E, I, D], b_up [E, U], b_down [E, D] of any strides. y [T, D] in x's dtype, or fp32 if wide.
+
+    Products are in x's dtype (under autocast in autocast's), weights and sums over k in fp32. The weight multiplies the
+    activation, or with weight_after_down the rounded output of the expert. activation: a name in
+    `programs.scalars`, with its alpha and limit; U = I for relu2 and 2I otherwise. Backward keeps x, z = x @ w_up
+    of the routed rows, the routing and its weights; with recompute, not z. No gradient is computed that is not needed,
+    and the derivative of a derivative raises. table: a file that `fmoe_kernels.tune` wrote; batch_invariant: the same
+    tiles whatever the number of rows, so that a token's result does not depend on its neighbours.
+
+    Raises ValueError for tensors that do not fit, an unknown activation, and tensors on a CPU outside the interpreter.
+    """
+    _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation)
+    device, out_dtype = x.device.type, torch.float32 if wide else x.dtype
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
+    b_up, b_down = (None if b is None else b.to(x.dtype) for b in (b_up, b_down))
+    if x.dtype == torch.float64:
+        y = reference.experts(
+            x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, alpha, limit, weight_after_down, start
+        )
+        return y.to(out_dtype)
+    tracked = torch.is_grad_enabled() and any(
+        p is not None and p.requires_grad for p in (x, weights, w_up, w_down, b_up, b_down)
+    )
+    options = (activation, float(alpha), bound(activation, limit), weight_after_down, start, tracked and not recompute)
+    y = _experts(x, indices, weights.float(), mask, w_up, w_down, b_up, b_down, *options, wide, batch_invariant, table)
+    return y.to(out_dtype)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return experts_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, weights, _, w_up, w_down, b_up, b_down, activation, alpha, limit, *_, batch_invariant, table = inputs
+        _, z, slots, inverse, offsets = output
+        ctx.save_for_backward(x, z, slots, inverse, offsets, weights, w_up, w_down, b_up, b_down)
+        ctx.options = activation, alpha, limit, batch_invariant, table
+        ctx.mark_non_differentiable(z, slots, inverse, offsets)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Maybe, *_: Any) -> tuple[Maybe, ...]:
+        needs = [ctx.needs_input_grad[i] for i in (0, 2, 4, 5, 6, 7)]
+        if dy is None or not any(needs):
+            return (None,) * 17
+        grads = _Backward.apply(dy, *ctx.saved_tensors, *ctx.options, needs)
+        x, weights, *params = (g if need else None for g, need in zip(grads, needs, strict=True))
+        return x, None, weights, None, *params, *(None,) * 9
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_Forward, info, in_dims, args)
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return experts_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Maybe, ...]:
+        raise NotImplementedError(
+            "fmoe_kernels.experts: the derivative of a derivative is not implemented by the kernels;"
+            " use fmoe_kernels.reference.experts, or fmoe's backend 'loop'"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_Backward, info, in_dims, args)
+
+
+@torch._dynamo.allow_in_graph
+def _experts(*args: Any) -> Tensor:
+    return _Forward.apply(*args)[0]
+
+
+def _check(
+    x: Tensor, indices: Tensor, weights: Tensor, mask: Maybe, w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
+    activation: str,
+) -> None:  # fmt: skip
+    if activation not in SCALARS:
+        raise ValueError(f"experts: activation is {activation!r}, expected one of {', '.join(SCALARS)}")
+    T, D = x.shape if x.ndim == 2 else (-1, -1)
+    E, I = w_down.shape[:2] if w_down.ndim == 3 else (-1, -1)
+    U = 2 * I if GATED[activation] else I
+    shapes: dict[str, tuple[Maybe, str, tuple[int, ...]]]
+    shapes = {"x": (x, "T D", (T, D)), "w_up": (w_up, "E D U", (E, D, U)), "w_down": (w_down, "E I D", (E, I, D))}
+    shapes |= {"weights": (weights, "T K, as indices", tuple(indices.shape)), "mask": (mask, "T", (T,))}
+    shapes |= {"b_up": (b_up, "E U", (E, U)), "b_down": (b_down, "E D", (E, D))}
+    for name, (tensor, axes, expected) in shapes.items():
+        if tensor is not None and tuple(tensor.shape) != expected:
+            raise ValueError(f"experts: {name} is {list(tensor.shape)}, expected [{axes}] = {list(expected)}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"experts: {name} is on {tensor.device}, expected {x.device}, where x is")
+    if indices.ndim != 2 or indices.shape[0] != T or indices.is_floating_point() or indices.device != x.device:
+        raise ValueError(f"experts: indices is {indices.dtype} {list(indices.shape)}, expected integer [T={T}, K] by x")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"experts: x is {x.dtype}, expected float16, bfloat16, float32 or float64")

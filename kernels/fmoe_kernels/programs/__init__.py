@@ -1,0 +1,1 @@
+"""Triton programs, one kernel a file."""

@@ -1,0 +1,109 @@
+"""The backward of down projection and activation: from dy and z to dz, the weighted activation and weight gradients.
+
+    g = dy[token] @ w[e]^T        dz = weight * g * act'(z)        a = weight * act(z)        dweight = sum_i g * act(z)
+
+The sum over i leaves as one fp32 partial for each tile of columns, so that nothing is added in two orders.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fmoe_kernels.host.launch import Act, Tiling, config, grid_of, row_descriptors, run, weight_descriptor
+from fmoe_kernels.programs.route import Route
+from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS
+from fmoe_kernels.programs.tiles import (
+    columns_of,
+    epilogue_type,
+    finish,
+    load_gathered,
+    load_ragged,
+    load_weight,
+    multiply,
+    pick_rows,
+    pick_tile,
+    store_rows,
+    zeros,
+)
+
+
+@triton.jit
+def dact_kernel(
+    dy, slots, weights, w, z, dz, a, partial, tiles, n_tiles, offsets,
+    stride_dy, se, sg, sk, sn, stride_z, stride_a, stride_partial,
+    D, I, top_k, alpha, limit,
+    ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TMA: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN: tl.constexpr,
+    SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    SUB: tl.constexpr = BN // PARTS
+    WIDTH: tl.constexpr = 2 * SUB if INTERLEAVED else SUB
+    WIDE: tl.constexpr = epilogue_type(dy.dtype.element_ty)
+    W = 2 * I if INTERLEAVED else I
+    n_columns = tl.cdiv(I, BN)
+    n_row_tiles = tl.load(n_tiles)
+    for i in tl.range(tl.program_id(0), n_row_tiles * n_columns, tl.num_programs(0)):
+        e, row, block = pick_tile(i, tiles, n_row_tiles, n_columns, GROUP)
+        end = tl.load(offsets + e + 1)
+        rows, inside, slot, token = pick_rows(slots, row, end, top_k, BM)
+        acc = zeros(BM, BN, SWAP)
+        for k in tl.range(0, D, BK):
+            dy_tile = load_gathered(dy, token, stride_dy, k, D, EVEN_K, BK)
+            w_tile = load_weight(w, e, 0, k, block * BN, se, sg, sk, sn, D, I, TMA_W, K_MAJOR, EVEN, BK, BN)
+            acc = multiply(dy_tile, w_tile, acc, SWAP)
+        weight = tl.load(weights + slot, mask=inside, other=0.0)[:, None]
+        total = tl.zeros([BM], WIDE)
+        parts = columns_of(finish(acc, SWAP), BM, BN, PARTS)
+        for p in tl.static_range(PARTS):
+            n = block * BN + p * SUB
+            at = 2 * n if INTERLEAVED else n
+            g = load_ragged(z, row, end, 0, at, W, stride_z, TMA, BM, WIDTH).to(WIDE)
+            v = g
+            if INTERLEAVED:
+                g, v = g.reshape(BM, SUB, 2).split()
+            elif GATED:
+                v = load_ragged(z, row, end, 1, at, W, stride_z, TMA, BM, WIDTH).to(WIDE)
+            y, dg, dv = ACT(g, v, alpha, limit)
+            # act(0) is 0, but z past the last column is not
+            column = n + tl.arange(0, SUB)
+            total += tl.sum(tl.where((column < I)[None, :], parts[p] * y, 0.0), 1)
+            store_rows(a, y * weight, row, end, 0, n, I, stride_a, TMA, BM, SUB)
+            by_z = parts[p] * weight
+            if INTERLEAVED:
+                tile = tl.join(by_z * dg, by_z * dv).reshape(BM, WIDTH)
+                store_rows(dz, tile, row, end, 0, at, W, stride_z, TMA, BM, WIDTH)
+            else:
+                store_rows(dz, by_z * dg, row, end, 0, at, W, stride_z, TMA, BM, WIDTH)
+                if GATED:
+                    store_rows(dz, by_z * dv, row, end, 1, at, W, stride_z, TMA, BM, WIDTH)
+        tl.store(partial + rows.to(tl.int64) * stride_partial + block, total.to(tl.float32), mask=inside)
+
+
+def dact(
+    dy: Tensor, w: Tensor, z: Tensor, weights: Tensor, r: Route, act: Act, tiling: Tiling
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz [N', U], weight * act(z) [N', I], partials [N', n] fp32 whose row sums are the gradients of the weights)."""
+    E, I, D = w.shape
+    U = z.shape[1]
+    gated, interleaved = GATED[act.name], INTERLEAVED[act.name]
+    G = 2 if gated and not interleaved else 1
+    dz, a = torch.empty_like(z), z.new_empty(len(z), I)
+    c = config("dact", dy, len(r.slots), r.n_experts, D, tiling)
+    partial = z.new_empty(len(z), triton.cdiv(I, c.columns), dtype=torch.float32)
+    w4 = w.mT[:, None]
+    w_arg, tma_w, k_major = weight_descriptor(w4, c, c.depth, c.columns)
+    cut = c.columns // c.parts
+    width = 2 * cut if interleaved else cut
+    moved = {"z": (z.view(len(z), G, -1), c.rows, width), "dz": (dz.view(len(z), G, -1), c.rows, width)}
+    rows, tma = row_descriptors(moved | {"a": (a[:, None], c.rows, cut)}, c)
+    tiles, n_tiles = r.tiles(c.rows)
+    grid = grid_of(dy, c, len(tiles) * triton.cdiv(I, c.columns))
+    run(
+        dact_kernel, grid, dy, r.slots, weights, w_arg, rows["z"], rows["dz"], rows["a"], partial, tiles, n_tiles,
+        r.offsets, dy.stride(0), *w4.stride(), U, I, partial.stride(0), D, I, r.top_k, *act[1:],
+        ACT=SCALARS[act.name], GATED=gated, INTERLEAVED=interleaved, TMA=tma, TMA_W=tma_w, K_MAJOR=k_major,
+        EVEN_K=D % c.depth == 0, EVEN=D % c.depth == 0 and I % c.columns == 0, SWAP=c.swap,
+        BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    return dz, a, partial
