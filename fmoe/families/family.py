@@ -10,7 +10,7 @@ from fmoe.codecs.scales import seams, with_scales
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
-from fmoe.layout.pipeline import Stage
+from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.stage import carry
 from fmoe.types import AdapterError, MoEConfig, as_dtype

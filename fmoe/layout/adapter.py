@@ -7,22 +7,22 @@
 An adapter is a value: it remembers no call. Choices left open are settled for each call by the names that it is given.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fmoe.layout.beside import beside
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
-from fmoe.layout.pipeline import Plan, Stage, plan_stages, resolve_stages
+from fmoe.layout.pipeline import Plan
+from fmoe.layout.planning import plan_stages, resolve_stages
+from fmoe.layout.running import run, specs_of, without
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
+from fmoe.layout.stage import Stage
 from fmoe.layout.views import Views
-from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec
+from fmoe.types import AdapterError, MoEConfig, Params, TensorSpec
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -114,7 +114,7 @@ class Adapter:
             if axis not in axes or not isinstance(asked, range) or asked.step != 1:
                 raise AdapterError(f"{axis}={asked!r}: expected a range of one of the axes {', '.join(sorted(axes))}")
         stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
-        return plan_stages(stages, _specs(values), window, local)
+        return plan_stages(stages, specs_of(values), window, local)
 
     # eager
 
@@ -143,7 +143,7 @@ class Adapter:
             if axis_ranges:
                 raise AdapterError(f"{', '.join(axis_ranges)}: the device mesh says which experts are this rank's")
             return self._sharded(hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
-        return _run(self._plan(hf_state_dict, axis_ranges), hf_state_dict, copy=copy, contiguous=contiguous)
+        return run(self._plan(hf_state_dict, axis_ranges), hf_state_dict, copy=copy, contiguous=contiguous)
 
     def to_hf(
         self,
@@ -163,7 +163,7 @@ class Adapter:
         Of DTensors, placements follow the axes; what lives wholly on one rank is plain there, and absent elsewhere.
         """
         plan = self._to_hf_plan(state_dict, quantization, axis_ranges)
-        return _without(_run(plan, state_dict, copy=copy, contiguous=contiguous), exclude_key_regex)
+        return without(run(plan, state_dict, copy=copy, contiguous=contiguous), exclude_key_regex)
 
     def convert_single_tensor_to_hf(
         self,
@@ -176,7 +176,7 @@ class Adapter:
     ) -> list[tuple[str, Any]]:
         """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
         plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
-        return list(_without(_run(plan, {fqn: tensor}), exclude_key_regex).items())
+        return list(without(run(plan, {fqn: tensor}), exclude_key_regex).items())
 
     def iter_hf(
         self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
@@ -206,45 +206,7 @@ class Adapter:
             return dict(whole.targets)
         stacks, mine = experts_of_rank(whole, mesh)
         cut = stacks.keys() - placed(whole, hf, stacks)
-        made = _run(whole, hf, [n for n in whole.targets if n not in cut], **how)
-        local = _run(self._plan(hf, {"e": mine}), hf, cut, **how) if cut else {}
+        made = run(whole, hf, [n for n in whole.targets if n not in cut], **how)
+        local = run(self._plan(hf, {"e": mine}), hf, cut, **how) if cut else {}
         made |= {n: distributed(t, mesh, stacks[n].shape) for n, t in local.items()}
         return {n: made[n] for n in whole.targets if n in made}
-
-
-def _specs(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Every value's shape and dtype. Raises AdapterError naming each that is no tensor and no TensorSpec."""
-    try:
-        return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}
-    except (AttributeError, TypeError):
-        problems = [p for name, value in values.items() for p in _no_tensor(name, value)]
-        raise AdapterError(problems) from None
-
-
-def _no_tensor(name: object, value: Any) -> list[Problem]:
-    if not isinstance(name, str):
-        return [Problem(f"{name!r}: a key that is a {type(name).__name__}, expected a name", (str(name),))]
-    if isinstance(getattr(value, "dtype", None), torch.dtype) and hasattr(value, "shape"):
-        return []
-    return [Problem(f"{name!r}: a {type(value).__name__}, expected a tensor or a TensorSpec", (name,))]
-
-
-def _run(
-    plan: Plan,
-    params: Mapping[str, Any],
-    only: Iterable[str] | None = None,
-    copy: bool = False,
-    contiguous: bool = False,
-) -> dict[str, Any]:
-    if any(isinstance(v, TensorSpec) for v in params.values()):
-        return dict(plan.targets)
-    out = plan.run(params, only)
-    if copy:
-        storage = lambda t: (t.to_local() if is_dtensor(t) else t).untyped_storage()._cdata
-        given = set(map(storage, params.values()))
-        out = {n: t.clone() if storage(t) in given else t for n, t in out.items()}
-    return {n: t.contiguous() for n, t in out.items()} if contiguous else out
-
-
-def _without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
-    return {n: t for n, t in tensors.items() if not (exclude_key_regex and re.match(exclude_key_regex, n))}

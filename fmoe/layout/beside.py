@@ -10,7 +10,9 @@ from torch import Tensor
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
-from fmoe.layout.pipeline import Plan, Stage, plan_stages, resolve_stages
+from fmoe.layout.pipeline import Plan
+from fmoe.layout.planning import plan_stages, resolve_stages
+from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, Problem, TensorSpec
 

@@ -1,56 +1,16 @@
-"""Stages in a row: what a stage is, the plan over all of them (what depends on what), and running it on tensors."""
+"""The plan over stages in a row: what comes out, what depends on what, and running it on tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
 
 from torch import Tensor
 
 from fmoe.layout.axes import Copy, Group
-from fmoe.layout.grouping import Specs, Window
-from fmoe.layout.names import Names
+from fmoe.layout.grouping import Specs
 from fmoe.layout.plan import TablePlan
-from fmoe.types import AdapterError, Problem, TensorSpec, human
-
-
-class StagePlan(Protocol):
-    """What one stage will do: `targets` come out of it."""
-
-    @property
-    def targets(self) -> dict[str, TensorSpec]: ...
-    @property
-    def narrowed(self) -> frozenset[str]: ...
-    def units(self) -> Iterator[tuple[list[str], list[str]]]: ...
-    def run(
-        self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
-    ) -> dict[str, Tensor]: ...
-
-
-class Stage(Protocol):
-    """One invertible step over Params: a table of rules, a codec, or two adapters side by side."""
-
-    @property
-    def inverse(self) -> "Stage": ...
-    @property
-    def lossless(self) -> bool: ...
-    def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> StagePlan:
-        """What it does to these names, shapes and dtypes. Raises AdapterError with every problem."""
-
-    def resolve(self, names: Names, *, default: bool) -> "Stage":
-        """The stage with its open choices settled by names; with no evidence the published ones, if `default`."""
-
-    def rename(self, names: Names) -> list[str]:
-        """One name of every form that comes out."""
-
-    def choose(self, choices: Mapping[str, Any]) -> "Stage":
-        """The stage with choices of these names made; others are not its own."""
-
-    def choices(self) -> dict[str, tuple[str, ...]]:
-        """What is open: the name of each choice, and its options, the published one first."""
-
-    def axes(self) -> frozenset[str]:
-        """The letters of its rules that are axes, those of all options included: what a range can be asked of."""
+from fmoe.layout.stage import StagePlan
+from fmoe.types import TensorSpec, human
 
 
 @dataclass(frozen=True)
@@ -196,55 +156,3 @@ def _sides(stage: StagePlan) -> tuple[Plan, ...]:
 
 def _tables(stage: StagePlan) -> list[TablePlan]:
     return [stage] if isinstance(stage, TablePlan) else [t for p in _sides(stage) for s in p.stages for t in _tables(s)]
-
-
-def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: frozenset[str]) -> Plan:
-    """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
-    plans, settled, problems = list[StagePlan](), list[Stage](), list[Problem]()
-    at, names = specs, Names(specs)
-    for stage in stages:
-        if plans:
-            was, at = at, plans[-1].targets
-            names = names if at.keys() == was.keys() else Names(at)
-        try:
-            settled.append(stage.resolve(names, default=True))
-            plans.append(settled[-1].plan(at, names, window, local))
-            if (within := getattr(plans[-2:][0], "within", None)) and isinstance(plans[-1], TablePlan):
-                plans[-2:] = within(plans[-1])  # a codec makes no more than the table takes
-        except AdapterError as error:
-            problems += _traced(error.found, settled[: len(plans)], plans)
-            if error.rest is None:
-                break
-            plans.append(error.rest)
-        local |= plans[-1].narrowed
-    if problems:
-        raise AdapterError(problems)
-    return Plan(tuple(plans), specs)
-
-
-def _traced(problems: Iterable[Problem], stages: list[Stage], plans: list[StagePlan]) -> list[Problem]:
-    """The problems told in the names that went into the first stage, where a name goes back to just one."""
-    told = list(problems)
-    for stage, plan in zip(reversed(stages), reversed(plans), strict=True):
-        origins = {t: s[0] for s, targets in plan.units() if len(s) == 1 for t in targets}
-        told = [_renamed(problem, stage.inverse, origins) for problem in told]
-    return told
-
-
-def _renamed(problem: Problem, back: Stage, origins: Mapping[str, str]) -> Problem:
-    text, keys, place = problem.text, [], {key: i for i, key in enumerate(problem.keys)}
-    for key in sorted(problem.keys, key=len, reverse=True):
-        if (origin := origins.get(key)) is None:  # a name that is not there: what would it be called?
-            found = back.rename(Names([key]))
-            origin = found[0] if len(found) == 1 else key
-        text = text.replace(repr(key), repr(origin)) if origin != key else text
-        keys.append((place[key], origin))
-    return Problem(text, tuple(origin for _, origin in sorted(keys)))
-
-
-def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:
-    settled = []
-    for stage in stages:
-        settled.append(stage.resolve(names, default=False))
-        names = Names(settled[-1].resolve(names, default=True).rename(names))
-    return tuple(settled)

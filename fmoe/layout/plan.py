@@ -14,8 +14,9 @@ from itertools import chain
 
 from torch import Tensor
 
-from fmoe.layout.axes import Copy, Group, NotAView, convert
+from fmoe.layout.axes import Copy, Group
 from fmoe.layout.claims import Claims, claim, some
+from fmoe.layout.converting import NotAView, convert
 from fmoe.layout.entries import Alias, Entry, Together
 from fmoe.layout.grouping import Claimed, Specs, Window, Wrong
 from fmoe.layout.names import Names, Value, patterns

@@ -16,8 +16,8 @@ from fmoe.layout.entries import Alias, Entry, Keep, settle
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.layout.notation import Rule
-from fmoe.layout.pipeline import Stage
 from fmoe.layout.plan import TablePlan, plan_table
+from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.derive import CURRENT, Forms, derive, shared
 from fmoe.lowrank.sorting import Job, Sorted, paired, sort_files, sort_native, twins

@@ -16,7 +16,8 @@ from fmoe.layout.claims import claim
 from fmoe.layout.entries import Alias, Drop, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, Value, hits, patterns
 from fmoe.layout.notation import Address, Capture, Rule
-from fmoe.layout.pipeline import Stage, plan_stages
+from fmoe.layout.planning import plan_stages
+from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, TensorSpec
 
