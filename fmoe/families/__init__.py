@@ -1,13 +1,16 @@
-"""Families as data: Hugging Face's `model_type` -> its `Family`. A new one is a file of rules and a line here."""
+"""Families as data: Hugging Face's `model_type` -> its `Family`. A new one is a file of rules and a word here."""
 
 from importlib import import_module
 
-from fmoe.families.family import VERIFIED, Family
+from fmoe.families.kind import VERIFIED, Family
 from fmoe.types import AdapterError
 
-_FILES = """deepseek_kin deepseek_v2 deepseek_v3 deepseek_v4 dots3_note encoder_decoder ernie4_5_vl_moe feed_forward
-    fused gemma4 gpt_oss hunyuan inkling longcat_flash minimax mixtral nemotron_h olmoe per_expert
-    qwen2_moe qwen3_5_moe qwen3_moe renamed stacked step3p5"""
+_FILES = {
+    "per_expert": """deepseek_kin deepseek_v2 deepseek_v3 dots3_note encoder_decoder general longcat_flash nemotron_h
+        olmoe qwen2_moe qwen3_moe""",
+    "renamed": "deepseek_v4 ernie4_5_vl_moe hunyuan minimax mixtral under_mlp",
+    "fused": "feed_forward gemma4 gpt_oss in_memory inkling qwen3_5_moe stacked step3p5",
+}
 
 __all__ = ["FAMILIES", "NO_FAMILY", "VERIFIED", "Family", "family", "register"]
 
@@ -39,7 +42,8 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-for _file in _FILES.split():
-    for _value in vars(import_module(f"fmoe.families.{_file}")).values():
-        if isinstance(_value, Family):
-            register(_value)
+for _folder, _files in _FILES.items():
+    for _file in _files.split():
+        for _value in vars(import_module(f"fmoe.families.{_folder}.{_file}")).values():
+            if isinstance(_value, Family):
+                register(_value)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fmoe.families import family
-from fmoe.families.family import Family, as_dict
+from fmoe.families.kind import Family, as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import drop, keep, rename, table
 from fmoe.layout.entries import walk

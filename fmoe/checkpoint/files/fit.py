@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fmoe.families.family import as_dict
+from fmoe.families.kind import as_dict
 from fmoe.types import AdapterError
 
 _LAYER = re.compile(r"(.*?\.|)layers\.(\d{1,9})\.", re.ASCII)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, MLP, experts
 from fmoe.layout.build import rule
 

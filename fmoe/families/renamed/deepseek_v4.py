@@ -1,6 +1,6 @@
 """DeepSeek-V4 in bf16, FP8 or FP4: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included."""
 
-from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, fused, per_expert
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import either, rule

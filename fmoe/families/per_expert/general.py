@@ -5,7 +5,7 @@ Names cannot tell a non-gated layer from one that has lost its gates, so there a
 
 from dataclasses import replace
 
-from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT
 from fmoe.families.layouts import per_expert as one_by_one
 

@@ -1,6 +1,6 @@
 """Qwen3-MoE: gate, up and down matrices of every expert, one by one; no shared expert."""
 
-from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, experts
 
 qwen3_moe = Family(

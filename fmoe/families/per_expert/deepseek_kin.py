@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v2 import deepseek_v2
-from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, experts, fused, per_expert
+from fmoe.families.per_expert.deepseek_v2 import deepseek_v2
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.layout.build import either, rule
 
 SHARED = MLP + "shared_experts."

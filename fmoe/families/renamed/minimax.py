@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v3 import deepseek_v3
-from fmoe.families.family import EXPERTS_ONLY
+from fmoe.families.kind import EXPERTS_ONLY
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused, per_expert
-from fmoe.families.mixtral import DISK, mixtral
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
+from fmoe.families.renamed.mixtral import DISK, mixtral
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import either, rule
 

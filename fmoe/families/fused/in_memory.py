@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
-from fmoe.families.nemotron_h import MIXER, nemotron_h
+from fmoe.families.per_expert.nemotron_h import MIXER, nemotron_h
 from fmoe.layout.build import keep, rule, together
 
 zaya = Family(

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import Family
+from fmoe.families.fused.stacked import mistral4
+from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
-from fmoe.families.stacked import mistral4
 from fmoe.layout.build import either, rule, together
 
 inkling = Family(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import KEPT, fused
 from fmoe.layout.build import rule
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
-from fmoe.families.qwen3_moe import qwen3_moe
+from fmoe.families.per_expert.qwen3_moe import qwen3_moe
 from fmoe.layout.build import either, keep, rule, together
 
 GRANITE = "{pre}layers.{l}.block_sparse_moe."

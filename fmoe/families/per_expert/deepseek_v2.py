@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v3 import deepseek_v3
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 
 deepseek_v2 = replace(
     deepseek_v3,

@@ -1,6 +1,6 @@
 """Qwen3.5-MoE: experts fused [E, out, in] in the decoder; in MTP fused or one by one; both one by one in FP8."""
 
-from fmoe.families.family import EXPERTS_ONLY, Family
+from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, fused, per_expert
 from fmoe.layout.build import either, rule
 

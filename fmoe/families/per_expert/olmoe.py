@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fmoe.families.qwen2_moe import qwen2_moe
-from fmoe.families.qwen3_moe import qwen3_moe
+from fmoe.families.per_expert.qwen2_moe import qwen2_moe
+from fmoe.families.per_expert.qwen3_moe import qwen3_moe
 
 olmoe = replace(
     qwen3_moe,

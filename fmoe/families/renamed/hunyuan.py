@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import KEPT, MLP, experts, fused, per_expert
-from fmoe.families.qwen3_moe import qwen3_moe
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
+from fmoe.families.per_expert.qwen3_moe import qwen3_moe
 from fmoe.layout.build import either, rule
 
 BIAS = MLP + "gate.e_score_correction_bias"

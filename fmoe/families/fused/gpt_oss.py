@@ -1,6 +1,6 @@
 """GPT-OSS: fused experts [in, out], gate and up interleaved, with biases, natively the same; in MXFP4 [out, in]."""
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import KEPT
 from fmoe.layout.build import rule, together
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import KEPT, MLP, experts, fused, per_expert
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.layout.build import either, rule
 
 BIAS = MLP + "gate.e_score_correction_bias"

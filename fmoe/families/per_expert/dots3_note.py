@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import KEPT, experts
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.layout.build import either, rule, together
 
 # The vision tower's letters: x experts of width j, for tokens of width c. Its blocks are told apart by text, which

@@ -1,6 +1,6 @@
 """Mixtral: w1 is gate, w3 is up, w2 is down, under `block_sparse_moe`; natively, and fused, under `mlp`."""
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, KEPT, fused, per_expert
 from fmoe.layout.build import either, rule
 

@@ -1,6 +1,6 @@
 """Switch Transformers and NLLB-MoE: experts called `expert_{e}`, in encoder and decoder, not gated."""
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import KEPT
 from fmoe.layout.build import rule, together
 

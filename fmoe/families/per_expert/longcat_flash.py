@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from fmoe.families.deepseek_v3 import deepseek_v3
 from fmoe.families.layouts import MLP
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 
 BIAS = MLP + "gate.e_score_correction_bias"
 WEIGHT = MLP + "gate.weight"

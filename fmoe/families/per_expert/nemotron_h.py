@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.family import Family
+from fmoe.families.kind import Family
 from fmoe.families.layouts import KEPT, fused, per_expert
 from fmoe.layout.build import either, keep, rule
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.layouts import KEPT, MLP
-from fmoe.families.renamed import ernie4_5_moe
+from fmoe.families.renamed.under_mlp import ernie4_5_moe
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import either, rule, together
 

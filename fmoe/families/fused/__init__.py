@@ -1,0 +1,1 @@
+"""Families of experts fused or stacked: all of a layer in one tensor."""

@@ -1,0 +1,1 @@
+"""Families of experts one by one, under the names of most publishers."""

@@ -1,0 +1,1 @@
+"""Families of experts one by one, with routers and shared experts under names of their own."""
