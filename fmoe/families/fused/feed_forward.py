@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from fmoe.families.kind import Family
-from fmoe.families.layouts import KEPT, fused, per_expert
-from fmoe.layout.build import either, rule, together
+from fmoe.families.layouts import KEPT, LAYER, fused, per_expert, transposed
+from fmoe.layout.build import either, rule
 
-FFN = "{pre}layers.{l}.feed_forward."
+FFN = LAYER + "feed_forward."
 X = FFN + "experts."
 FIELDS = dict(
     n_routed_experts="num_experts num_local_experts",
@@ -46,10 +46,7 @@ jamba = Family(
 
 llama4 = Family(
     model_types=("llama4_text",),
-    rules=together(
-        rule(X + "gate_up_proj [e d (g i)]", X + "gate_and_up_projs [e d (g i)]", g=2),
-        rule(X + "down_proj [e i d]", X + "down_projs [e i d]"),
-    )
+    rules=transposed(X)
     | rule(FFN + "router.{rest}", FFN + "gate.{rest}")
     | rule(FFN + "shared_expert.{rest}", FFN + "shared_experts.{rest}")
     | KEPT,

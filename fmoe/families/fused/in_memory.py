@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.kind import Family
-from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, MLP, fused, transposed
 from fmoe.families.per_expert.nemotron_h import MIXER, nemotron_h
 from fmoe.layout.build import keep, rule, together
 
@@ -40,19 +40,9 @@ muse_spark_multimodal = replace(muse_spark, model_types=("muse_spark",), verifie
 
 openai_privacy_filter = Family(
     model_types=("openai_privacy_filter",),
-    rules=together(
-        rule(EXPERTS + "gate_up_proj [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
-        rule(EXPERTS + "down_proj [e i d]", EXPERTS + "down_projs [e i d]"),
-        rule(EXPERTS + "gate_up_proj_bias [e (g i)]", EXPERTS + "gate_up_proj_bias [e (g i)]", g=2),
-        rule(EXPERTS + "down_proj_bias [e d]", EXPERTS + "down_proj_bias [e d]"),
-    )
-    | rule(MLP + "router.{p=weight|bias}", MLP + "gate.{p=weight|bias}")
-    | KEPT,
-    fields=dict(
-        n_routed_experts="num_local_experts num_experts",
-        n_activated_experts="num_experts_per_tok",
-        dim="hidden_size",
-        moe_inter_dim="intermediate_size",
+    rules=transposed(biases=True) | rule(MLP + "router.{p=weight|bias}", MLP + "gate.{p=weight|bias}") | KEPT,
+    fields=FIELDS
+    | dict(
         activation_limit="swiglu_limit",
         activation_alpha="swiglu_alpha",
     ),

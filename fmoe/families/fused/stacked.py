@@ -3,19 +3,12 @@
 from dataclasses import replace
 
 from fmoe.families.kind import Family
-from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, fused, transposed
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
 from fmoe.layout.build import either, keep, rule, together
 
-GRANITE = "{pre}layers.{l}.block_sparse_moe."
+GRANITE = LAYER + "block_sparse_moe."
 DBRX = "{pre}blocks.{l}.ffn."
-LAYER = "{pre}layers.{l}."
-FIELDS = dict(
-    n_routed_experts="num_local_experts num_experts",
-    n_activated_experts="num_experts_per_tok",
-    dim="hidden_size",
-    moe_inter_dim="intermediate_size",
-)
 
 granitemoe = Family(
     model_types=("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
@@ -42,10 +35,7 @@ aria = Family(
             rule(EXPERTS + "fc1.weight [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
             rule(EXPERTS + "fc2.weight [e i d]", EXPERTS + "down_projs [e i d]"),
         ),
-        fused=together(
-            rule(EXPERTS + "gate_up_proj [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
-            rule(EXPERTS + "down_proj [e i d]", EXPERTS + "down_projs [e i d]"),
-        ),
+        fused=transposed(),
     )
     | rule(MLP + "router.weight", MLP + "gate.weight")
     | KEPT,
@@ -121,10 +111,7 @@ qwen3_vl_moe = replace(
     model_types=("qwen3_vl_moe",),
     rules=either(  # the same names: `layout="fused"` has to be said
         "layout",
-        transposed=together(
-            rule(EXPERTS + "gate_up_proj [e d (g i)]", EXPERTS + "gate_and_up_projs [e d (g i)]", g=2),
-            rule(EXPERTS + "down_proj [e i d]", EXPERTS + "down_projs [e i d]"),
-        ),
+        transposed=transposed(),
         fused=fused(),
     )
     | KEPT,

@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-from fmoe.families.layouts import EXPERTS, KEPT, MLP, experts, fused, per_expert
+from fmoe.families.layouts import KEPT, LAYER, MLP, experts, fused, renamed
 from fmoe.families.per_expert.deepseek_v2 import deepseek_v2
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.layout.build import either, rule
 
 SHARED = MLP + "shared_experts."
-LAYER = "{pre}layers.{l}."
 PROJECTIONS = "{p=gate_proj|up_proj|down_proj}"
 
 axk1 = replace(  # the norm of the block's output stands in the layer, and is no part of the block
@@ -63,12 +62,7 @@ hy_v4 = replace(
 mistral_large4 = replace(
     deepseek_v3,
     model_types=("mistral_large4_text",),
-    rules=either(
-        "layout",
-        per_expert=per_expert(LAYER + "experts.", EXPERTS, "w1|w3", "w2")
-        | rule(LAYER + "gate.{rest}", MLP + "gate.{rest}"),
-        fused=fused() | rule(MLP + "gate.{rest}", MLP + "gate.{rest}"),
-    )
+    rules=renamed({"gate.{rest}": "gate.{rest}"}, None, LAYER, gate_up="w1|w3", down="w2")
     | either(  # Transformers' text model alone writes the second
         "shared_experts",
         published=rule(LAYER + "shared_experts.{p=w1|w3|w2}.{rest}", SHARED + PROJECTIONS + ".{rest}"),

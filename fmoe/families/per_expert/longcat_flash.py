@@ -2,11 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.layouts import MLP
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
-
-BIAS = MLP + "gate.e_score_correction_bias"
-WEIGHT = MLP + "gate.weight"
 
 longcat_flash = replace(
     deepseek_v3,

@@ -1,34 +1,22 @@
 """DeepSeek-V4 in bf16, FP8 or FP4: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included."""
 
 from fmoe.families.kind import EXPERTS_ONLY, Family
-from fmoe.families.layouts import KEPT, fused, per_expert
-from fmoe.layout.adapter import Adapter
+from fmoe.families.layouts import KEPT, LAYER, MLP, SHARED, block, fused
+from fmoe.families.renamed.mixtral import WORDS
 from fmoe.layout.build import either, rule
 
-
-def block(hf: str, native: str) -> Adapter:
-    """The MoE block of a layer, as published <-> as ours."""
-    return (
-        per_expert(hf + "experts.", native + "experts.", "w1|w3", "w2")
-        | rule(hf + "gate.{p=weight|tid2eid|bias}", native + "gate.{p=weight|tid2eid|e_score_correction_bias}")
-        | rule(
-            hf + "shared_experts.{p=w1|w3|w2}.{rest}",
-            native + "shared_experts.{p=gate_proj|up_proj|down_proj}.{rest}",
-        )
-    )
-
-
-LAYER, MTP = "{pre}layers.{l}.", "{pre}mtp.{l}."
-MEMORY = LAYER + "mlp."
+MTP = "{pre}mtp.{l}."
+NAMES = {
+    "gate.{p=weight|tid2eid|bias}": "gate.{p=weight|tid2eid|e_score_correction_bias}",
+    "shared_experts.{p=w1|w3|w2}.{rest}": "shared_experts.{p=gate_proj|up_proj|down_proj}.{rest}",
+}
 
 deepseek_v4 = Family(
     model_types=("deepseek_v4",),
     rules=either(
         "layout",
-        per_expert=block(LAYER + "ffn.", MEMORY) | block(MTP + "ffn.", MTP + "mlp."),
-        fused=fused(MEMORY + "experts.")
-        | rule(MEMORY + "gate.{rest}", MEMORY + "gate.{rest}")
-        | rule(MEMORY + "shared_experts.{rest}", MEMORY + "shared_experts.{rest}"),
+        per_expert=block(LAYER + "ffn.", MLP, NAMES, **WORDS) | block(MTP + "ffn.", MTP + "mlp.", NAMES, **WORDS),
+        fused=fused() | rule(MLP + "gate.{rest}", MLP + "gate.{rest}") | rule(MLP + SHARED, MLP + SHARED),
     )
     | KEPT,
     fields=dict(

@@ -2,19 +2,18 @@
 
 from dataclasses import replace
 
-from fmoe.families.layouts import KEPT, MLP, experts, fused, per_expert
+from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
-from fmoe.layout.build import either, rule
-
-BIAS = MLP + "gate.e_score_correction_bias"
-WEIGHT = MLP + "gate.weight"
-SHARED = MLP + "shared_experts.{rest}"
+from fmoe.layout.build import rule
 
 hunyuan_v1_moe = replace(
     qwen3_moe,
     model_types=("hunyuan_v1_moe",),
-    rules=experts() | rule(MLP + "gate.wg.weight", WEIGHT) | rule(MLP + "shared_mlp.{rest}", SHARED) | KEPT,
+    rules=experts()
+    | rule(MLP + "gate.wg.weight", MLP + "gate.weight")
+    | rule(MLP + "shared_mlp.{rest}", MLP + SHARED)
+    | KEPT,
     fields=qwen3_moe.fields
     | dict(
         n_activated_experts="moe_topk num_experts_per_tok",
@@ -29,13 +28,9 @@ hunyuan_v1_moe = replace(
 hy_v3 = replace(
     deepseek_v3,
     model_types=("hy_v3",),
-    rules=either(
-        "layout",
-        per_expert=per_expert()
-        | rule(MLP + "router.gate.weight", WEIGHT)
-        | rule(MLP + "expert_bias", BIAS)
-        | rule(MLP + "shared_mlp.{rest}", SHARED),
-        fused=fused() | rule(WEIGHT, WEIGHT) | rule(MLP + "e_score_correction_bias", BIAS) | rule(SHARED, SHARED),
+    rules=renamed(
+        {"router.gate.weight": "gate.weight", "expert_bias": BIAS, "shared_mlp.{rest}": SHARED},
+        {"gate.weight": "gate.weight", "e_score_correction_bias": BIAS, SHARED: SHARED},
     )
     | KEPT,
     fields=deepseek_v3.fields

@@ -3,23 +3,22 @@
 from dataclasses import replace
 
 from fmoe.families.kind import EXPERTS_ONLY
-from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused, per_expert
+from fmoe.families.layouts import BIAS, KEPT, LAYER, MLP, SHARED, block, fused, renamed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
-from fmoe.families.renamed.mixtral import DISK, mixtral
-from fmoe.layout.adapter import Adapter
+from fmoe.families.renamed.mixtral import DISK, WORDS, mixtral
 from fmoe.layout.build import either, rule
 
-BIAS = MLP + "gate.e_score_correction_bias"
-WEIGHT = MLP + "gate.weight"
-ONE_BY_ONE = per_expert(DISK + "experts.", EXPERTS, "w1|w3", "w2")
+BOTH = "{m=gate|shared_experts}.{rest}"
+DENSE = "block_sparse_moe.{p=gate_proj|up_proj|down_proj}.weight"
 
 minimax_m2 = replace(
     mixtral,
     model_types=("minimax_m2",),
-    rules=either(
-        "layout",
-        per_expert=ONE_BY_ONE | rule(DISK + "gate.weight", WEIGHT) | rule(DISK + "e_score_correction_bias", BIAS),
-        fused=fused() | rule(WEIGHT, WEIGHT) | rule(MLP + "e_score_correction_bias", BIAS),
+    rules=renamed(
+        {"gate.weight": "gate.weight", "e_score_correction_bias": BIAS},
+        {"gate.weight": "gate.weight", "e_score_correction_bias": BIAS},
+        DISK,
+        **WORDS,
     )
     | KEPT,
     fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True, router_weights_fp32=True),
@@ -30,12 +29,7 @@ minimax_m2 = replace(
 phimoe = replace(
     mixtral,
     model_types=("phimoe",),
-    rules=either(
-        "layout",
-        per_expert=ONE_BY_ONE | rule(DISK + "gate.{rest}", MLP + "gate.{rest}"),
-        fused=fused() | rule(MLP + "router.{rest}", MLP + "gate.{rest}"),
-    )
-    | KEPT,
+    rules=renamed({"gate.{rest}": "gate.{rest}"}, {"router.{rest}": "gate.{rest}"}, DISK, **WORDS) | KEPT,
     fixed=dict(score_func="sparsemixer"),
     source="microsoft/Phi-3.5-MoE-instruct",
     verified="experts",
@@ -46,10 +40,8 @@ kimi_linear = replace(
     model_types=("kimi_linear",),
     rules=either(
         "layout",
-        per_expert=ONE_BY_ONE
-        | rule(DISK + "{m=gate|shared_experts}.{rest}", MLP + "{m=gate|shared_experts}.{rest}")
-        | rule(DISK + "{p=gate_proj|up_proj|down_proj}.weight", DISK + "{p=gate_proj|up_proj|down_proj}.weight"),
-        fused=fused() | rule(MLP + "{m=gate|shared_experts}.{rest}", MLP + "{m=gate|shared_experts}.{rest}"),
+        per_expert=block(DISK, MLP, {BOTH: BOTH}, **WORDS) | rule(LAYER + DENSE, LAYER + DENSE),
+        fused=fused() | rule(MLP + BOTH, MLP + BOTH),
     )
     | KEPT,
     fields=deepseek_v3.fields
@@ -67,10 +59,7 @@ kimi_linear = replace(
 kimi_k3 = replace(
     kimi_linear,
     model_types=("kimi_k3",),
-    rules=ONE_BY_ONE
-    | rule(DISK + "{m=gate|shared_experts}.{rest}", MLP + "{m=gate|shared_experts}.{rest}")
-    | rule(DISK + "routed_expert_{rest}", MLP + "routed_expert_{rest}")
-    | KEPT,
+    rules=block(DISK, MLP, {BOTH: BOTH, "routed_expert_{rest}": "routed_expert_{rest}"}, **WORDS) | KEPT,
     fixed=kimi_linear.fixed | dict(score_func="sigmoid, in a latent space with a norm"),
     formats={"mxfp4 packed": EXPERTS_ONLY},
     source="moonshotai/Kimi-K3",
@@ -78,32 +67,19 @@ kimi_k3 = replace(
 )
 
 
-def mtp(hf: str, native: str) -> Adapter:
-    """MiniMax-M3's layers for multi-token prediction: the same block, one level further down."""
-    return (
-        per_expert(hf + "experts.", native + "experts.", "w1|w3", "w2")
-        | rule(hf + "gate.weight", native + "gate.weight")
-        | rule(hf + "shared_experts.{rest}", native + "shared_experts.{rest}")
-        | rule(hf + "e_score_correction_bias", native + "gate.e_score_correction_bias")
-    )
-
-
-M3_MTP = "{pre}layers.{l}.transformer_layer."
+MTP = LAYER + "transformer_layer."  # layers for multi-token prediction: the same block, one level further down
+NAMES = {"gate.weight": "gate.weight", SHARED: SHARED, "e_score_correction_bias": BIAS}
 
 minimax_m3_vl = replace(
     minimax_m2,
     model_types=("minimax_m3_vl_text",),
     rules=either(
         "layout",
-        per_expert=ONE_BY_ONE
-        | rule(DISK + "gate.weight", WEIGHT)
-        | rule(DISK + "shared_experts.{rest}", MLP + "shared_experts.{rest}")
-        | rule(DISK + "e_score_correction_bias", BIAS)
-        | mtp(M3_MTP + "block_sparse_moe.", M3_MTP + "mlp."),
+        per_expert=block(DISK, MLP, NAMES, **WORDS) | block(MTP + "block_sparse_moe.", MTP + "mlp.", NAMES, **WORDS),
         fused=fused()
-        | rule(WEIGHT, WEIGHT)
-        | rule(BIAS, BIAS)
-        | rule(MLP + "shared_experts.{rest}", MLP + "shared_experts.{rest}"),
+        | rule(MLP + "gate.weight", MLP + "gate.weight")
+        | rule(MLP + BIAS, MLP + BIAS)
+        | rule(MLP + SHARED, MLP + SHARED),
     )
     | KEPT,
     fields=minimax_m2.fields | dict(activation_limit="swiglu_limit", activation_alpha="swiglu_alpha"),

@@ -1,26 +1,15 @@
 """Mixtral: w1 is gate, w3 is up, w2 is down, under `block_sparse_moe`; natively, and fused, under `mlp`."""
 
 from fmoe.families.kind import Family
-from fmoe.families.layouts import EXPERTS, KEPT, fused, per_expert
-from fmoe.layout.build import either, rule
+from fmoe.families.layouts import FIELDS, KEPT, LAYER, renamed
 
-DISK = "{pre}layers.{l}.block_sparse_moe."
-GATE = "{pre}layers.{l}.mlp.gate.{rest}"
+DISK = LAYER + "block_sparse_moe."
+WORDS = dict(gate_up="w1|w3", down="w2")
 
 mixtral = Family(
     model_types=("mixtral", "minimax"),
-    rules=either(
-        "layout",
-        per_expert=per_expert(DISK + "experts.", EXPERTS, "w1|w3", "w2") | rule(DISK + "gate.{rest}", GATE),
-        fused=fused() | rule(GATE, GATE),
-    )
-    | KEPT,
-    fields=dict(
-        n_routed_experts="num_local_experts num_experts",
-        n_activated_experts="num_experts_per_tok",
-        dim="hidden_size",
-        moe_inter_dim="intermediate_size",
-    ),
+    rules=renamed({"gate.{rest}": "gate.{rest}"}, None, DISK, **WORDS) | KEPT,
+    fields=FIELDS,
     fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_weights_fp32=True),
     source="mistralai/Mixtral-8x7B-v0.1, MiniMaxAI/MiniMax-Text-01-hf",
     verified="block",

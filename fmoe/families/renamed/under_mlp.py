@@ -2,25 +2,14 @@
 
 from dataclasses import replace
 
-from fmoe.families.layouts import KEPT, MLP, experts, fused, per_expert
+from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
-from fmoe.layout.build import either, rule
-
-BIAS = MLP + "gate.e_score_correction_bias"
-WEIGHT = MLP + "gate.weight"
-SHARED = MLP + "shared_experts.{rest}"
+from fmoe.layout.build import rule
 
 laguna = replace(
     deepseek_v3,
     model_types=("laguna",),
-    rules=either(
-        "layout",
-        per_expert=per_expert()
-        | rule(MLP + "experts.e_score_correction_bias", BIAS)
-        | rule(MLP + "shared_expert.{rest}", SHARED),
-        fused=fused() | rule(BIAS, BIAS) | rule(SHARED, SHARED),
-    )
-    | KEPT,
+    rules=renamed({"experts.e_score_correction_bias": BIAS, "shared_expert.{rest}": SHARED}) | KEPT,
     fields=deepseek_v3.fields
     | dict(
         n_routed_experts="num_experts n_routed_experts",
@@ -35,10 +24,9 @@ laguna = replace(
 ernie4_5_moe = replace(
     deepseek_v3,
     model_types=("ernie4_5_moe",),
-    rules=either(
-        "layout",
-        per_expert=per_expert() | rule(MLP + "moe_statics.e_score_correction_bias [1 e]", BIAS + " [e]"),
-        fused=fused() | rule(MLP + "gate.moe_statics.e_score_correction_bias [1 e]", BIAS + " [e]"),
+    rules=renamed(
+        {"moe_statics.e_score_correction_bias [1 e]": BIAS + " [e]"},
+        {"gate.moe_statics.e_score_correction_bias [1 e]": BIAS + " [e]"},
     )
     | KEPT,
     fields=dict(
@@ -57,12 +45,7 @@ ernie4_5_moe = replace(
 exaone_moe = replace(
     deepseek_v3,
     model_types=("exaone_moe",),
-    rules=either(
-        "layout",
-        per_expert=per_expert() | rule(MLP + "e_score_correction_bias", BIAS),
-        fused=fused() | rule(BIAS, BIAS),
-    )
-    | KEPT,
+    rules=renamed({"e_score_correction_bias": BIAS}) | KEPT,
     fields=deepseek_v3.fields | dict(n_routed_experts="num_experts", n_shared_experts="num_shared_experts"),
     fp8=None,
     source="LGAI-EXAONE/K-EXAONE-236B-A23B",
@@ -71,7 +54,10 @@ exaone_moe = replace(
 afmoe = replace(
     deepseek_v3,
     model_types=("afmoe",),
-    rules=experts() | rule(MLP + "router.gate.weight", WEIGHT) | rule(MLP + "expert_bias", BIAS) | KEPT,
+    rules=experts()
+    | rule(MLP + "router.gate.weight", MLP + "gate.weight")
+    | rule(MLP + "expert_bias", MLP + BIAS)
+    | KEPT,
     fields=deepseek_v3.fields
     | dict(
         n_routed_experts="num_experts",
@@ -86,12 +72,7 @@ afmoe = replace(
 bailing_hybrid = replace(
     deepseek_v3,
     model_types=("bailing_hybrid",),
-    rules=either(
-        "layout",
-        per_expert=per_expert() | rule(MLP + "gate.expert_bias", BIAS),
-        fused=fused() | rule(BIAS, BIAS),
-    )
-    | KEPT,
+    rules=renamed({"gate.expert_bias": BIAS}) | KEPT,
     fields=deepseek_v3.fields
     | dict(
         n_routed_experts="num_experts",
@@ -113,12 +94,7 @@ ling_v2 = replace(
 kolibri1 = replace(
     deepseek_v3,
     model_types=("kolibri1",),
-    rules=either(
-        "layout",
-        per_expert=per_expert() | rule("{pre}layers.{l}.moe.router.expert_bias", BIAS),
-        fused=fused() | rule(BIAS, BIAS),
-    )
-    | KEPT,
+    rules=renamed({"{pre}layers.{l}.moe.router.expert_bias": BIAS}) | KEPT,
     fields=dict(
         n_routed_experts="num_experts num_local_experts",
         n_activated_experts="num_experts_per_tok",
