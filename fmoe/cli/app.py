@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from fmoe import checkpoint
-from fmoe.checkpoint.staging.journal import JOURNAL
+from fmoe.checkpoint.files.directory import JOURNAL
 from fmoe.families import FAMILIES, VERIFIED
 from fmoe.types import AdapterError, human
 

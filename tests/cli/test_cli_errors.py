@@ -8,7 +8,7 @@ import pytest
 from command import PROGRAM, Run, change, demo, runner
 from directories import files
 
-from fmoe.checkpoint.staging.journal import JOURNAL
+from fmoe.checkpoint.files.directory import JOURNAL
 
 
 @pytest.fixture

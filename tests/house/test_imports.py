@@ -1,6 +1,7 @@
-"""Imports point one way: kernels <- backends <- experts, and types <- rules <- plan <- adapter <- families."""
+"""Imports point one way: a module imports from floors below its own, and the floors are those of README's tree."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,93 +10,146 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# lowest first: a module imports only from lines above its own (and from its own line)
-CHECKPOINT = [
-    "types",
-    "rules",
-    "names",
-    "entries",
-    "claims axes",
-    "grouping",
-    "sharding",
-    "placements",
-    "shards",
-    "plan",
-    "pipeline views",
-    "mesh",
-    "table",
-    "beside",
-    "adapter",
-    "build",
-    "codecs",
-    "lora",
-    "families",
-    "cross",
-    "checkpoint",
-    "dcp",
-]
-COMPUTE = [
-    "types",
-    "sharding",
-    "activations shapes recompute parallel",
-    "dispatch",
-    "backends",
-    "experts routing",
-    "moe nn",
-]
-TOP = ["demo testing", "integrations", "cli"]  # these may see both columns
+# Lowest first. A name stands for a module or for all of a folder; what stands on one line may see each other.
+# Every file belongs to the longest name that fits it.
+KERNELS = """
+reference
+host
+programs
+ops
+tools
+"""
+CHECKPOINTS = """
+types
+sharding
+layout.notation
+layout.names
+layout.entries layout.axes
+layout.claims layout.converting layout.sharded.placements
+layout.grouping layout.views layout.sharded.shards
+layout.plan layout.stage
+layout.pipeline layout.table
+layout.planning layout.running layout.sharded.mesh
+layout.beside
+layout.adapter
+layout.build
+codecs
+lowrank
+families
+systems
+checkpoint.files
+checkpoint.staging
+checkpoint.stream
+checkpoint.open
+checkpoint.inspect checkpoint.load checkpoint.lora
+checkpoint.convert
+checkpoint.save checkpoint.verify
+checkpoint
+lora
+dcp
+"""
+LAYERS = """
+types
+sharding
+activations shapes parallel
+dispatch
+backends
+routing
+losses
+layer
+nn
+"""
+TOP = """
+surgery
+integrations
+draw
+testing
+docs
+cli
+"""  # these see both columns
 
 
-def level(column: list[str], name: str) -> int | None:
-    return next((i for i, line in enumerate(column) if name in line.split()), None)
+def floors(text: str) -> dict[str, int]:
+    return {name: i for i, line in enumerate(text.strip().splitlines()) for name in line.split()}
+
+
+def floor(column: dict[str, int], name: str) -> int | None:
+    """The floor of a dotted name: that of the longest entry which it is, or lies in."""
+    parts = name.split(".")
+    known = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((column[entry] for entry in known if entry in column), None)
 
 
 def imports(path: Path) -> set[str]:
+    """Every module that a file imports, and every name it takes from one, in dots."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: write imports in full"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def part(path: Path) -> str:
-    return path.relative_to(ROOT / "fmoe").with_suffix("").parts[0]
+def files(package: str) -> dict[str, Path]:
+    """Dotted names within a package, without its own."""
+    folder = ROOT / package
+    paths = (p.relative_to(folder).with_suffix("") for p in folder.rglob("*.py"))
+    return {".".join(p.parts).removesuffix(".__init__"): folder / p.with_suffix(".py") for p in sorted(paths)}
 
 
-FILES = sorted((ROOT / "fmoe").rglob("*.py"))
+FMOE, FMOE_KERNELS = files("fmoe"), files("kernels/fmoe_kernels")
+COLUMNS = [floors(CHECKPOINTS), floors(LAYERS)]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_arrows_point_one_way(path):
-    me = part(path)
-    if me == "__init__":
+@pytest.mark.parametrize("name", [n for n, path in FMOE.items() if n not in ("__init__", "__main__") and imports(path)])
+def test_arrows_point_one_way(name):
+    theirs = {n.removeprefix("fmoe.") for n in imports(FMOE[name]) if n.startswith("fmoe.")}
+    column = next((c for c in COLUMNS if floor(c, name) is not None), None)
+    if column is None:
+        above = floors(TOP)
+        mine = floor(above, name)
+        assert mine is not None, f"{name}: on which floor does it stand? add it in the order of README's tree"
+        up = [n for n in theirs if (at := floor(above, n)) is not None and at > mine]
+        assert not up, f"{name} imports {up}: that arrow points up"
         return
-    theirs = {name.split(".")[1] for name in imports(path) if name.startswith("fmoe.")}
-    for column in (CHECKPOINT, COMPUTE):
-        mine = level(column, me)
-        if mine is not None:
-            break
-    else:
-        column, mine = TOP, level(TOP, me)
-        assert mine is not None, f"{path}: which column does {me} belong to? add it here"
-        assert all(level(CHECKPOINT + COMPUTE, t) is not None or level(TOP, t) <= mine for t in theirs)
-        return
-    for other in theirs - {me}:
-        at = level(column, other)
-        assert at is not None and at <= mine, f"{me} imports {other}: that arrow points the wrong way"
+    mine = floor(column, name)
+    for other in theirs:
+        at = floor(column, other)
+        assert at is not None, f"{name} imports {other}, which is not in its column"
+        assert at <= mine, f"{name} imports {other}: that arrow points up"
 
 
-def test_only_backends_and_dispatch_import_kernels_and_kernels_import_nothing_of_ours():
-    for path in FILES:
-        used = {name.split(".")[0] for name in imports(path)}
-        assert not used & {"triton", "transformer_engine", "deep_ep"} or part(path) in ("backends", "dispatch")
-        assert "fmoe_kernels" not in used or part(path) in ("backends", "dispatch"), path
-    for path in (ROOT / "kernels").rglob("*.py"):
-        outside = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names)
-        assert outside <= {"torch", "triton", "fmoe_kernels"}, path
+@pytest.mark.parametrize("name", [n for n in FMOE_KERNELS if n != "__init__"])
+def test_kernels_know_no_model_and_point_one_way(name):
+    used, column = imports(FMOE_KERNELS[name]), floors(KERNELS)
+    outside = {n.split(".")[0] for n in used} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "triton", "fmoe_kernels"}
+    for other in (n.removeprefix("fmoe_kernels.") for n in used if n.startswith("fmoe_kernels.")):
+        assert floor(column, other) is not None, f"on which floor does {other} stand?"
+        assert floor(column, other) <= floor(column, name), f"{name} imports {other}: that arrow points up"
+
+
+def test_only_backends_and_dispatch_import_kernels_and_vendors():
+    for name, path in FMOE.items():
+        used = {n.split(".")[0] for n in imports(path)}
+        assert not used & {"triton", "transformer_engine", "deep_ep", "fmoe_kernels"} or name.split(".")[0] in (
+            "backends",
+            "dispatch",
+        ), name
+
+
+def test_the_floors_are_those_of_the_readme():
+    """The rooms of README's tree stand in the order of the floors."""
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("\n## ")[0]
+    captions = [line for line in tree.splitlines() if line.startswith("    ")]
+    assert len(captions) <= 40, f"README's tree has {len(captions)} lines, expected at most 40"
+    rooms = [n for n in re.findall(r"^ {6}(\w+)(?:/|\.py)", tree.split("kernels/fmoe_kernels")[0], flags=re.M)]
+    for text in (CHECKPOINTS, LAYERS, TOP):
+        listed = [n for n in dict.fromkeys(name.split(".")[0] for name in text.split()) if n in FMOE and n != "shapes"]
+        told = [room for room in rooms if room in listed]
+        assert told == listed, f"README's tree: found {told}, expected {listed}"
 
 
 def test_importing_fmoe_needs_no_accelerator_library_and_no_test_library():
@@ -111,6 +165,19 @@ def test_a_family_stays_a_short_file_of_data():
         assert len(path.read_text().splitlines()) < 150, path
 
 
+CODE = [*FMOE.values(), *FMOE_KERNELS.values()]
+
+
 def test_files_stay_short():
-    for path in [*FILES, *(ROOT / "kernels").rglob("*.py")]:
+    lines = sorted(len(path.read_text().splitlines()) for path in CODE)
+    for path in CODE:
         assert len(path.read_text().splitlines()) <= 250, f"{path}: is it one thing?"
+    assert lines[len(lines) // 2] <= 110, f"the median file has {lines[len(lines) // 2]} lines, expected at most 110"
+
+
+def test_rooms_stay_small():
+    """No folder has more than 18 files of code directly in it."""
+    folders = {path.parent for part in ("fmoe", "kernels", "tests", "bench") for path in (ROOT / part).rglob("*.py")}
+    for folder in sorted(folders):
+        code = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(code) <= 18, f"{folder.relative_to(ROOT)} has {len(code)} files: which of them belong together?"

@@ -18,7 +18,6 @@ from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.header import DTYPES, PICKLE, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import MOST, parse
-from fmoe.checkpoint.staging.journal import JOURNAL
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
@@ -26,6 +25,7 @@ __all__ = ["DTYPES", "INDEX", "NATIVE", "Checkpoint", "open_checkpoint", "read_h
 
 INDEX = "model.safetensors.index.json"
 NATIVE = "fmoe.json"
+JOURNAL = "fmoe.journal"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".part"} | PICKLES
 _SHARD = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)")

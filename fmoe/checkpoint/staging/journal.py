@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-JOURNAL = "fmoe.journal"
+from fmoe.checkpoint.files.directory import JOURNAL
+
 ONCE = "once"  # work that begins anew when it is interrupted
 _HEAD = {"work", "boot", "files", "replaces", "fresh"}
 _BOOT = Path("/proc/sys/kernel/random/boot_id")

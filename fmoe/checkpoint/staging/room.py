@@ -5,8 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
-from fmoe.checkpoint.files.directory import INDEX, NATIVE
-from fmoe.checkpoint.staging.journal import JOURNAL, ONCE, lines
+from fmoe.checkpoint.files.directory import INDEX, JOURNAL, NATIVE
+from fmoe.checkpoint.staging.journal import ONCE, lines
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fmoe.checkpoint.files.directory import INDEX, NATIVE
+from fmoe.checkpoint.files.directory import INDEX, JOURNAL, NATIVE
 from fmoe.checkpoint.files.disk import Unreadable
-from fmoe.checkpoint.staging.journal import JOURNAL, ONCE, boot, lines, note, told
+from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, told
 from fmoe.types import AdapterError
 
 

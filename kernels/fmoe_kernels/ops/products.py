@@ -5,12 +5,11 @@ Each is the other's derivative, so that any layer, and any order of derivatives,
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fmoe_kernels.host.launch import Tiling, check_device, dense
 from fmoe_kernels.programs import gmm as gmm_file
 from fmoe_kernels.programs.dw import dw
-from fmoe_kernels.programs.route import Route
+from fmoe_kernels.programs.route import sorted_route
 from fmoe_kernels.programs.sums import bias_gradient
 
 
@@ -41,9 +40,3 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
         if x.shape[1] == 1:
             return bias_gradient(dense(y), x.flatten(), r, x.dtype)[:, None]
         return dw(dense(x), dense(y), r, out, Tiling())
-
-
-def sorted_route(x: Tensor, offsets: Tensor) -> Route:
-    """The routing of rows that stand where they belong: row n is slot n of token n."""
-    slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    return Route(slots, slots, F.pad(offsets.int(), (1, 0)), 1)

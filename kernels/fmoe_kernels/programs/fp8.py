@@ -24,8 +24,7 @@ from fmoe_kernels.host.launch import (
     run,
     weight_descriptor,
 )
-from fmoe_kernels.ops.products import sorted_route
-from fmoe_kernels.programs.route import Route
+from fmoe_kernels.programs.route import Route, sorted_route
 from fmoe_kernels.programs.tiles import (
     columns_of,
     finish,
