@@ -1,0 +1,132 @@
+"""Tables and pictures of every result, from the JSON in results/ into bench/README.md.
+
+    python bench/render.py            # tables and pictures
+    python bench/render.py --tables   # tables alone (no matplotlib)
+
+A section is a row of SECTIONS: its file, its caption, how its rows are read, the columns shown, and what is drawn.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: python bench/render.py -->\n", "<!-- end of results -->\n"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """columns: title -> value of a row. bar: (title of the value, its label, a function that names its panel)."""
+
+    file: str
+    caption: str
+    columns: dict[str, Callable[[Row], Any]]
+    rows: Callable[[Any], list[Row]] = list
+    bar: tuple[str, str, Callable[[Row], str]] | None = None
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+_CONVERT: dict[str, Callable[[Row], Any]] = {
+    "checkpoint": lambda r: f"{r['family']}, {r['bytes'] / 1e9:.1f} GB",
+    "what": lambda r: r["what"],
+    "seconds": lambda r: r.get("seconds", r.get("error", "-")),
+    "times cp": lambda r: r.get("times cp", "-"),
+    "memory MB": lambda r: f"{r['memory'] / 1e6:.0f}" if "memory" in r else "-",
+    "read GB": lambda r: f"{r['read'] / 1e9:.2f}" if "read" in r else "-",
+    "rounds": lambda r: r.get("rounds", "-"),
+}
+_PANEL = lambda r: f"{r['family']}, {r['bytes'] / 1e9:.1f} GB"
+SECTIONS = (
+    Section(
+        "convert.json",
+        "Conversion on a disk. `durable` waits for the disk, and is compared with a durable `cp`.",
+        _CONVERT,
+        bar=("times cp", "what", _PANEL),
+    ),
+    Section(
+        "convert_memory.json",
+        "Conversion between files in memory: what the processor costs.",
+        _CONVERT,
+        bar=("times cp", "what", _PANEL),
+    ),
+    Section("convert_transposed.json", "Transposition there and back, five rounds.", _CONVERT),
+    Section(
+        "codecs.json",
+        "Decoding a value format, one core against one core that copies what is decoded.",
+        {
+            "format": lambda r: r["format"],
+            "decode / copy": lambda r: r["ratio"],
+            "least": lambda r: r["ratio_least"],
+            "most": lambda r: r["ratio_most"],
+            "decode GB/s": lambda r: r["decode_gbs"],
+            "encode GB/s": lambda r: r.get("encode_gbs", "-"),
+        },
+        rows=lambda found: [{"format": name} | row for name, row in found["formats"].items()],
+        bar=("decode / copy", "format", lambda r: "one core"),
+    ),
+)
+
+
+def table(section: Section, rows: list[Row]) -> str:
+    lines = [list(section.columns), ["---"] * len(section.columns)]
+    lines += [[_cell(value(row)) for value in section.columns.values()] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(section: Section, rows: list[Row], path: Path) -> None:
+    """Bars of one column, a panel for each machine or checkpoint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    assert section.bar is not None
+    value, label, panel = section.bar
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        if isinstance(section.columns[value](row), int | float):
+            panels.setdefault(panel(row), []).append(row)
+    tall = sum(0.4 + 0.28 * len(mine) for mine in panels.values())
+    heights = {"height_ratios": [len(mine) for mine in panels.values()]}
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(9, tall + 0.8), squeeze=False, gridspec_kw=heights)
+    for axis, (title, mine) in zip(axes[:, 0], panels.items(), strict=True):
+        bars = axis.barh([section.columns[label](r) for r in mine], [section.columns[value](r) for r in mine])
+        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axis.invert_yaxis()
+        axis.axvline(1, color="grey", linewidth=0.8)
+        axis.set_title(f"{title}: {value}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def render(pictures: bool = True, folder: Path = HERE / "results") -> str:
+    """The results as Markdown; with `pictures` each is drawn beside its JSON."""
+    parts = []
+    for section in SECTIONS:
+        rows = section.rows(json.loads((folder / section.file).read_text()))
+        picture = (folder / section.file).with_suffix(".png")
+        if pictures and section.bar:
+            draw(section, rows, picture)
+        shown = f"\n![{section.caption}](results/{picture.name})\n" if section.bar else ""
+        name = section.file.removesuffix(".json")
+        parts.append(f"### {name}\n\n{section.caption}\n\n{table(section, rows)}\n{shown}")
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def page(text: str, results: str) -> str:
+    """A page with what lies between its two marks replaced."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + results + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    readme = HERE / "README.md"
+    readme.write_text(page(readme.read_text(), render("--tables" not in sys.argv)))
