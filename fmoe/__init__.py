@@ -1,26 +1,68 @@
-"""Mixture-of-Experts checkpoints and expert layers as values and pure functions: the public names, nothing else."""
+"""Mixture-of-Experts checkpoints and expert layers as values and pure functions: the public names, nothing else.
+
+Each is imported when it is first used, so that `fmoe --help` needs no torch.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fmoe import families, lora, sharding
-from fmoe.activations import is_gated_activation
-from fmoe.checkpoint import adapter, convert, inspect, load, save, verify
-from fmoe.layer.block import moe
-from fmoe.layer.experts import experts
-from fmoe.layout.adapter import Adapter
-from fmoe.layout.build import alias, drop, either, keep, rename, rule, together
-from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
+if TYPE_CHECKING:  # what a type checker and an editor see
+    from fmoe import activations as activations
+    from fmoe import backends as backends
+    from fmoe import checkpoint as checkpoint
+    from fmoe import codecs as codecs
+    from fmoe import dcp as dcp
+    from fmoe import dispatch as dispatch
+    from fmoe import families as families
+    from fmoe import integrations as integrations
+    from fmoe import lora as lora
+    from fmoe import nn as nn
+    from fmoe import parallel as parallel
+    from fmoe import routing as routing
+    from fmoe import sharding as sharding
+    from fmoe import testing as testing
+    from fmoe.activations import is_gated_activation
+    from fmoe.checkpoint.convert import convert
+    from fmoe.checkpoint.inspect import inspect
+    from fmoe.checkpoint.load import load
+    from fmoe.checkpoint.open import adapter
+    from fmoe.checkpoint.save import save
+    from fmoe.checkpoint.verify import verify
+    from fmoe.integrations.patch import patch
+    from fmoe.layer.block import moe
+    from fmoe.layer.experts import experts
+    from fmoe.layout.adapter import Adapter
+    from fmoe.layout.build import alias, drop, either, keep, rename, rule, together
+    from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
 
 __version__ = "0.1.0"
 
+_MODULES = """activations backends checkpoint codecs dcp dispatch families integrations lora nn parallel routing
+    sharding testing""".split()
+_NAMES = {
+    "types": "AdapterError MoEConfig Params Routing TensorSpec subtree",
+    "layout.adapter": "Adapter",
+    "layout.build": "alias drop either keep rename rule together",
+    "checkpoint": "adapter convert inspect load save verify",
+    "activations": "is_gated_activation",
+    "layer.block": "moe",
+    "layer.experts": "experts",
+    "integrations.patch": "patch",
+}
+_WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("dcp", "integrations", "nn", "parallel", "testing"):  # on first use: testing needs hypothesis, ..
+    if name in _MODULES:
         return import_module(f"fmoe.{name}")
-    if name == "patch":
-        return import_module("fmoe.integrations.patch").patch
-    raise AttributeError(f"module 'fmoe' has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fmoe' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"fmoe.{_WHERE[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_MODULES, *_WHERE, "__version__"])
 
 
 __all__ = [
@@ -43,6 +85,7 @@ __all__ = [
     "load",
     "lora",
     "moe",
+    "patch",
     "rename",
     "rule",
     "save",

@@ -1,8 +1,50 @@
-"""The command line: `fmoe` and `python -m fmoe`."""
+"""The command line: `fmoe` and `python -m fmoe`. What it prints is for people, and with --json for machines."""
+
+import json
+import os
+import sys
 
 
 def main() -> None:
-    """Run the command line; its modules (and torch) are imported here, not before."""
-    from fmoe.cli.app import main as run
+    """Exit codes: 0 done, 1 it cannot be done, 2 wrong usage, 130 interrupted (Ctrl-C), also while it starts.
 
-    run()
+    With --json standard output holds one JSON object in every case. That of a failure is
+    `{"error": {"problems": [...], "keys": [...]}}`, beside the message on standard error.
+    """
+    try:
+        raise SystemExit(_run("--json" in sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("fmoe: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # nobody reads on: that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _run(as_json: bool) -> int:
+    from fmoe.cli.app import UsageError, run  # typer and rich: no torch yet
+
+    try:
+        return run()
+    except UsageError as error:
+        problems, keys, code = [error.format_message()], [], 2
+        if not as_json:
+            error.show()
+    except (ValueError, OSError) as error:
+        problems, keys, code = *_said(error), 1
+        print(f"fmoe: {problems[0] if isinstance(error, OSError) else error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": {"problems": problems, "keys": keys}}))
+    return code
+
+
+def _said(error: ValueError | OSError) -> tuple[list[str], list[str]]:
+    """The problems and keys of an AdapterError; of the system's errors, the file and why. Others are faults of fmoe."""
+    from fmoe.types import AdapterError
+
+    if isinstance(error, AdapterError):
+        return list(error.problems), list(error.keys)
+    if not isinstance(error, OSError):
+        raise error
+    name = error.filename2 or error.filename
+    return [f"{name}: {error.strerror}" if name else str(error)], []

@@ -5,7 +5,9 @@ import os
 import pty
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from command import COMMANDS, PROGRAM, Run, change, demo, runner
@@ -148,9 +150,9 @@ def test_demo_tells_what_it_did_and_keeps_what_it_is_asked_to(run, tmp_path):
 
 @pytest.mark.parametrize("text, size", [("5GB", 5e9), ("200mb", 2e8), ("1 KB", 1e3), ("2TB", 2e12)])
 def test_sizes_are_read_as_people_write_them(text, size, run, kept, tmp_path, monkeypatch):
-    seen = []
+    seen, convert = [], fmoe.convert
     monkeypatch.setattr(
-        "fmoe.checkpoint.convert", lambda *a, **how: seen.append(how["max_shard_size"]) or fmoe.convert(*a, **how)
+        "fmoe.checkpoint.convert", lambda *a, **how: seen.append(how["max_shard_size"]) or convert(*a, **how)
     )
     assert run("convert", kept / "hf", tmp_path / "x", "--max-shard-size", text)[0] == 0 and seen == [size]
 
@@ -174,17 +176,21 @@ def test_the_program_itself_converts_into_a_pipe_and_draws_its_bar_on_a_terminal
     def program(*arguments: object) -> tuple[bytes, bytes]:
         """Standard output (a pipe) and standard error (a terminal)."""
         mine, its = pty.openpty()
-        done = subprocess.run(
-            [PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE, stderr=its, timeout=60, check=True
-        )
-        os.set_blocking(mine, False)
+        drawn: list[bytes] = []
+
+        def look() -> None:  # a terminal that nobody reads fills up, and whoever writes to it waits
+            with suppress(OSError):  # the other end is closed
+                while part := os.read(mine, 100_000):
+                    drawn.append(part)
+
+        eye = Thread(target=look)
+        eye.start()
+        begun = [PROGRAM, *map(str, arguments)]
+        done = subprocess.run(begun, stdout=subprocess.PIPE, stderr=its, timeout=120, check=True)
         os.close(its)
-        try:
-            return done.stdout, os.read(mine, 100_000)
-        except OSError:
-            return done.stdout, b""
-        finally:
-            os.close(mine)
+        eye.join()
+        os.close(mine)
+        return done.stdout, b"".join(drawn)
 
     out, drawn = program("convert", kept / "hf", tmp_path / "x")
     assert out.decode() == f"52 tensors -> 8 in 1 file in {tmp_path / 'x'} (594.4 kB)\n"

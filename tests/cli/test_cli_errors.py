@@ -1,7 +1,12 @@
 """What the command line cannot do, or was asked wrongly: exit code 1 or 2, one message, nothing changed."""
 
+import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,8 +55,13 @@ def test_what_cannot_be_done_is_said_once_on_standard_error(name, flags, run, hf
     before = files(tmp_path)
     arguments, message = CANNOT[name]
     code, out, err = run(*arguments, *flags)
-    assert (code, out) == (1, "")
+    assert code == 1
     assert err.startswith("fmoe: ") and err.endswith("\n") and err.count(message) == 1
+    if flags:
+        error = json.loads(out)["error"]
+        assert message in "\n".join(error["problems"]) and isinstance(error["keys"], list)
+    else:
+        assert out == ""
     assert files(tmp_path) == before and not Path("x").exists()
 
 
@@ -109,6 +119,8 @@ def test_wrong_usage_is_exit_code_2_and_touches_nothing(name, run, hf, tmp_path,
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert message in err.replace("\n", "") and "Traceback" not in err
+    code, out, err = run(*arguments, "--json")
+    assert code == 2 and message in "".join(json.loads(out)["error"]["problems"]).replace("\n", "") and err == ""
     assert files(tmp_path) == before
 
 
@@ -118,3 +130,37 @@ def test_the_program_itself_fails_with_a_message_and_survives_a_closed_pipe(hf):
     piped = f"'{PROGRAM}' plan '{hf}' --json | true"
     done = subprocess.run(["sh", "-c", piped], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_while_it_starts_is_exit_code_130(tmp_path):
+    """Ctrl-C while torch is imported: no traceback."""
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "fmoe", "inspect", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": search},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert begun.stdout.readline() == "importing\n"
+    time.sleep(0.1)
+    begun.send_signal(signal.SIGINT)
+    _, err = begun.communicate(timeout=60)
+    assert begun.returncode == 130 and err == "fmoe: interrupted\n"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-h",), ("--version",), ("convert", "--help"), ()])
+def test_help_and_version_import_no_torch(arguments):
+    code = f"""
+import sys
+sys.argv = ["fmoe", *{arguments!r}]
+from fmoe.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print("loaded:", *(m for m in ("torch", "numpy", "safetensors", "triton") if m in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:"

@@ -1,0 +1,112 @@
+"""Commands that write, or prove what writing would give: convert, verify, demo."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmoe.cli.app import DIRECTORY, Experts, Json, Kept, Quiet, Source, app, count, ranges, size
+from fmoe.cli.progress import bar
+
+if TYPE_CHECKING:
+    from fmoe.checkpoint import Report
+
+SHARD = "the most that a file may hold, as 5GB or 200MB; back to hf, the files are as they were"
+WRITTEN = "the directory to write: a new or an empty one"
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help=DIRECTORY, readable=False)],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help=WRITTEN, readable=False)],
+    to: Annotated[str, typer.Option(help="native, hf, or another family's model type, as mixtral")] = "native",
+    layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
+    experts: Experts = None,
+    quantized: Kept = None,
+    force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
+    checksums: Annotated[bool, typer.Option("--checksums", help="sha256 of every file of both sides")] = False,
+    max_shard_size: Annotated[str, typer.Option(help=SHARD)] = "5GB",
+    fsync: Annotated[bool, typer.Option(help="wait until the disk has everything")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="as many as there are cores, at most 8")] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="to a family: do without what does not carry over")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write SRC in another layout to DST: in bounded memory, with config, tokenizer and index.
+
+    A native directory converts back to the very files that it was made from. Interrupted or killed, the same command
+    goes on where it stopped; until all is written no file in DST bears its own name. To another family, what does not
+    carry over is told on standard error, and refused without --lossy.
+
+        fmoe convert DIR NATIVE                        experts stacked
+        fmoe convert NATIVE BACK --to hf               the files that DIR held
+        fmoe convert DIR FUSED --to hf --layout fused  another Hugging Face layout
+        fmoe convert DIR PART --experts 0:16           the first 16 experts of every layer
+    """
+    how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
+    how |= {n: v for n, v in (("layout", layout), ("quantized", quantized)) if v}
+    how |= ranges(experts) | {"max_shard_size": size(max_shard_size), "lossy": lossy}
+    with bar("converting", quiet or as_json, dst) as progress:
+        from fmoe import checkpoint
+        from fmoe.families import FAMILIES
+
+        if to not in ("native", "hf", *FAMILIES):
+            raise typer.BadParameter(f"--to is {to!r}, expected native, hf or a model type; see `fmoe families`")
+        report = checkpoint.convert(src, dst, to, progress=progress, **how)
+    from fmoe.types import human
+
+    for kind, texts in (("lost", report.lost), ("note", report.notes)):
+        for text in texts:
+            print(f"fmoe: {kind}: {text}", file=sys.stderr)
+    what = f"{count(report.tensors, 'tensor')} -> {report.made:,} in {count(report.files, 'file')}"
+    would = "would be written to" if dry_run else "in"
+    went_on = f", {human(report.resumed)} of it by an earlier run" if report.resumed else ""
+    _say(report, f"{what} {would} {dst} ({human(report.nbytes)}{went_on})", as_json)
+    for path, digest in () if as_json else report.checksums.items():
+        print(f"{digest}  {path}")
+
+
+@app.command()
+def verify(path: Source, quantized: Kept = None, quiet: Quiet = False, as_json: Json = False) -> None:
+    """Prove that every tensor comes back bit for bit from the other layout; nothing is written.
+
+    fmoe verify DIR && fmoe convert DIR NATIVE
+    """
+    with bar("verifying", quiet or as_json) as progress:
+        from fmoe import checkpoint
+
+        report = checkpoint.verify(path, progress, **({"quantized": quantized} if quantized else {}))
+    from fmoe.types import human
+
+    found = f"{report.family}, {count(report.tensors, 'tensor')}, {human(report.nbytes)}"
+    _say(report, f"{found}: everything comes back bit for bit", as_json)
+
+
+@app.command()
+def demo(
+    keep: Annotated[
+        Path | None, typer.Option(help="write the checkpoints here, and leave them", readable=False)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a small checkpoint, convert it, run its experts on every backend here, convert back, compare.
+
+    fmoe demo --keep small && fmoe inspect small/hf
+    """
+    from fmoe.cli.demo import run
+
+    found = run(keep, (lambda line: None) if as_json else print)
+    if as_json:
+        print(json.dumps(found))
+
+
+def _say(report: "Report", text: str, as_json: bool) -> None:
+    facts = {"path": report.path, "model_type": report.family, "tensors": report.tensors, "bytes": report.nbytes}
+    facts |= {"made": report.made, "files": report.files, "read": report.read, "written": report.written}
+    facts |= {"resumed": report.resumed, "checksums": dict(report.checksums)}
+    facts |= {"lost": list(report.lost), "notes": list(report.notes)} if report.notes or report.lost else {}
+    facts |= {"rules": str(report.adapter).split("\n")}
+    print(json.dumps(facts) if as_json else text)
