@@ -47,12 +47,22 @@ def route(params: Params, x: Tensor, config: MoEConfig) -> Routing:
     gate = {name: p for name, p in params.items() if name.startswith("gate.")}
     _check(gate, x, config)
     weight, correction = gate["gate.weight"], gate.get("gate.e_score_correction_bias")
+    logits = gate_logits(x, weight, gate.get("gate.bias"), config)
+    return routing_of(logits, x.dtype, config, correction)
+
+
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
+    """x @ weight^T + bias in the dtype that `route` takes logits in."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if config.score_func != "softmax":
         dtype = torch.promote_types(dtype, torch.float32)
-    bias = gate["gate.bias"].to(dtype) if "gate.bias" in gate else None
-    routing = topk_routing(F.linear(x.to(dtype), weight.to(dtype), bias), config, correction)
-    out = torch.promote_types(x.dtype, torch.float32) if config.router_weights_fp32 else x.dtype
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def routing_of(logits: Tensor, dtype: torch.dtype, config: MoEConfig, correction: Tensor | None) -> Routing:
+    """`topk_routing`, weights in the dtype of x (fp32 if `config.router_weights_fp32`)."""
+    routing = topk_routing(logits, config, correction)
+    out = torch.promote_types(dtype, torch.float32) if config.router_weights_fp32 else dtype
     return routing._replace(weights=routing.weights.to(out))
 
 

@@ -1,9 +1,10 @@
 """Names and shapes of a layer's parameters, checked before anything is multiplied."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from fmoe.types import Params
 
@@ -50,6 +51,17 @@ def check_params(
     ]
     if problems := unknown + missing + wrong + undecoded:
         raise ValueError("\n".join(f"{owner}: {problem}" for problem in problems))
+
+
+def in_shape(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y, which nothing else holds, in another shape: no copy, and to autograd no view, so that it may be added to.
+
+    An in-place operation on a view rewrites the history of its base, and drops the hook that FSDP2 has put on the view.
+
+    >>> in_shape(torch.ones(2, 3, requires_grad=True) * 2, (3, 2))._is_view()
+    False
+    """
+    return y if y.shape == torch.Size(shape) else torch.ops.aten._unsafe_view(y.contiguous(), shape)
 
 
 def _shape(letters: str, sizes: Mapping[str, int]) -> list[int]:

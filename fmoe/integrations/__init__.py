@@ -12,7 +12,7 @@ ours, `bindings` the expert modules that Transformers cannot exchange, `peft` Lo
 from importlib import import_module
 from types import ModuleType
 
-_PARTS = ("automodel", "bindings", "composed", "gates", "patch", "peft", "stacks", "torchtitan", "transformers")
+_PARTS = "automodel bindings composed gates kinds patch peft stacks torchtitan transformers".split()
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from fmoe.backends import Backend
 from fmoe.integrations.composed import layer
 from fmoe.integrations.gates import OWN, Gate, address, applied, gate_of, gate_of_act, glu
+from fmoe.integrations.kinds import held_by, kind_of
 from fmoe.integrations.stacks import stacked
+from fmoe.shapes import in_shape
 from fmoe.sharding import is_dtensor
 from fmoe.types import Routing
 
@@ -46,7 +48,7 @@ def fused(
     gate = gate_of_once(m)
     params = views(m, n_experts) | lora(m, n_experts)
     how = {"apply": applied(m)} | how if gate.own or how.get("after") else how
-    return layer(params, x.reshape(-1, x.shape[-1]), routing, gate, backend=backend, **how).view(x.shape)
+    return in_shape(layer(params, x.reshape(-1, x.shape[-1]), routing, gate, backend=backend, **how), x.shape)
 
 
 def gate_of_once(m: nn.Module) -> Gate:
@@ -81,7 +83,7 @@ def views(m: Any, n_experts: int | None = None) -> dict[str, Tensor]:
 
 def is_transposed(m: nn.Module) -> bool:
     """Are the stacked parameters [E, in, out]?"""
-    return getattr(m, "is_transposed", type(m).__name__ == "Llama4TextExperts")
+    return getattr(m, "is_transposed", kind_of(m).__name__ == "Llama4TextExperts")
 
 
 def lora(m: nn.Module, n_experts: int | None = None) -> dict[str, Tensor]:
@@ -147,7 +149,7 @@ def dbrx(m: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tens
     apply, ups = lambda u: glu(act, u), ("gate_projs", "up_projs")
     routing = Routing(top_k_index, top_k_weights)
     y = layer(params, x, routing, OWN, backend=m._fmoe_backend, apply=apply, ups=ups)
-    return y.view(len(hidden_states), -1, m.hidden_size)
+    return in_shape(y, hidden_states.shape)
 
 
 def switch(m: Any, x: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
@@ -182,12 +184,17 @@ def plain(m: Any, names: tuple[str, ...], kind: type | str) -> None:
     """Are the children that hold parameters what they were, and not wrapped? What wraps them would not be heard."""
     for name in names:
         child = getattr(m, name)
-        if (type(child).__name__ if isinstance(kind, str) else type(child)) != kind:
+        if (held_by(child).__name__ if isinstance(kind, str) else held_by(child)) != kind:
             expected = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
-            raise RuntimeError(
-                f"{type(m).__name__} runs in fmoe on parameters of {name!r}, a {address(child)}, expected {expected}:"
-                " its forward would not be called; `undo()` the patch, or unwrap it"
-            )
+            found = f"{address(child)}, expected {expected}"
+        elif "forward" in child.__dict__ or child._forward_hooks or child._forward_pre_hooks:
+            found = f"{address(child)} with hooks, as accelerate's, expected none"
+        else:
+            continue
+        raise RuntimeError(
+            f"{type(m).__name__} runs in fmoe on parameters of {name!r}, a {found}: its forward would not be called;"
+            " `undo()` the patch, or unwrap it"
+        )
 
 
 UNDECORATED = {
@@ -210,13 +217,15 @@ OTHERS = {
 
 def binding_of(module: nn.Module) -> Any:
     """The entry of `UNDECORATED` for a module, or None."""
-    where = f"{type(module).__module__}.{type(module).__qualname__}"
+    kind = kind_of(module)
+    where = f"{kind.__module__}.{kind.__qualname__}"
     return UNDECORATED.get(where.removeprefix("transformers.models."))
 
 
 def unknown(name: str, module: nn.Module) -> bool:
     """Does a module that is neither decorated nor in any table here hold experts all the same, to go by its name?"""
-    named = name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
-    shared = "shared" in name.lower() or "Shared" in type(module).__name__
+    kind = kind_of(module).__name__
+    named = name.rpartition(".")[2] == "experts" or kind.endswith("Experts")
+    shared = "shared" in name.lower() or "Shared" in kind
     inside = (is_decorated(m) or binding_of(m) is not None for m in module.modules())
     return named and not shared and not any(inside)

@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from fmoe.backends import Backend
 from fmoe.integrations import bindings, stacks, transformers
+from fmoe.integrations.kinds import Registered, kind_of
+from fmoe.sharding import is_dtensor
 
 
 class Bound(NamedTuple):
@@ -63,11 +65,11 @@ def patch(model: nn.Module, backend: str | Backend | None = None) -> Report:
     steps: list[tuple[Callable[[Any, Any], Callable[[], None]], Any, Any]] = []
     bound, passed = list[Bound](), list[Bound]()
     for name, module in model.named_modules():
-        kind = type(module).__name__
+        kind = kind_of(module).__name__
         if kind in bindings.OTHERS:
             passed.append(Bound(name, kind, bindings.OTHERS[kind]))
         elif bindings.is_decorated(module):
-            steps.append((_configure, module, label))
+            steps.append((_configure, module, (label, backend)))
             bound.append(Bound(name, kind, str(bindings.gate_of_once(module)) + _norm(module)))
         elif (forward := bindings.binding_of(module)) is not None:
             _own_forward(name, module)
@@ -98,27 +100,32 @@ def _own_forward(name: str, module: nn.Module) -> None:
         raise ValueError(f"{told}, expected its class's own: fmoe.patch before what replaces it")
 
 
-def _configure(module: Any, label: str) -> Callable[[], None]:
+def _configure(module: Any, what: tuple[str, Any]) -> Callable[[], None]:
     """The module's own copy of its config says which implementation it runs: what wraps its forward still does."""
-    before = module.config
-    module.config = copy.copy(before)
-    module.config._experts_implementation_internal = label
-    return lambda: setattr(module, "config", before)
+    config = copy.copy(module.config)
+    config._experts_implementation_internal = what[0]
+    return _set(module, {"config": config, "_fmoe_registered": Registered(*what)})
 
 
 def _replace(module: nn.Module, what: tuple[Callable[..., Any], Any]) -> Callable[[], None]:
-    before: dict[str, Any] = {
-        name: module.__dict__[name] for name in ("forward", "_fmoe_backend") if name in module.__dict__
-    }
-    module.__dict__ |= {"forward": MethodType(what[0], module), "_fmoe_backend": what[1]}
+    # no bound method: a pickle would look for it under its name on the module
+    restore = _set(module, {"forward": partial(what[0], module), "_fmoe_backend": what[1]})
     if isinstance(module, nn.ModuleDict):  # experts that are modules of their own
-        each = [child for name, child in module.items() if name.startswith("expert_")]
-        for name, _ in each[0].named_parameters():
-            stacks.gather([expert.get_parameter(name) for expert in each])
+        each = [dict(child.named_parameters()) for name, child in module.items() if name.startswith("expert_")]
+        sharded = any(is_dtensor(p) for parameters in each for p in parameters.values())
+        if not sharded and all(parameters.keys() == each[0].keys() for parameters in each):
+            for name in each[0]:
+                stacks.gather([parameters[name] for parameters in each])
+    return restore
+
+
+def _set(module: nn.Module, what: dict[str, Any]) -> Callable[[], None]:
+    before = {name: module.__dict__[name] for name in what if name in module.__dict__}
+    module.__dict__ |= what
 
     def restore() -> None:
-        for name in ("forward", "_fmoe_backend"):
-            module.__dict__.pop(name)
+        for name in what:
+            module.__dict__.pop(name, None)
         module.__dict__ |= before
 
     return restore

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fmoe.backends import NAMES, Backend
 from fmoe.integrations import bindings, peft
 from fmoe.integrations.bindings import FLAGS, OTHERS, binding_of, gate_of_once, is_decorated, unknown
+from fmoe.integrations.kinds import Registered, kind_of
 
 BACKENDS: dict[str, str | Backend | None] = {}
 """The names that are registered in Transformers -> the backend of each."""
@@ -79,7 +80,7 @@ def runs_through_fmoe(module: nn.Module) -> bool:
 def unheard(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of experts that Transformers does not exchange, by their names in the model."""
     for name, module in model.named_modules():
-        if binding_of(module) is not None or type(module).__name__ in OTHERS or unknown(name, module):
+        if binding_of(module) is not None or kind_of(module).__name__ in OTHERS or unknown(name, module):
             yield name, module
 
 
@@ -122,10 +123,12 @@ def _heard(model: nn.Module) -> int:
     """How many modules of experts run through fmoe. Raises ValueError for one that ought to and would not."""
     if deaf := next(unheard(model), None):
         name, module = deaf
-        kind = type(module).__name__
+        kind = kind_of(module).__name__
         why = "Transformers does not exchange these experts; load without experts_implementation, and fmoe.patch(model)"
         raise ValueError(f"{type(model).__name__}.{name} ({kind}) would not run through fmoe: {OTHERS.get(kind, why)}")
-    mine = [m for m in model.modules() if is_decorated(m) and runs_through_fmoe(m)]
+    mine: list[Any] = [m for m in model.modules() if is_decorated(m) and runs_through_fmoe(m)]
     for module in mine:
         gate_of_once(module)
+        told = str(module.config._experts_implementation)
+        module.__dict__["_fmoe_registered"] = Registered(told, BACKENDS[told])
     return len(mine)

@@ -1,6 +1,9 @@
 """A whole Mixture-of-Experts block: router, experts, shared experts, and the latent projections around the experts."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +15,11 @@ from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.layer.experts import experts
 from fmoe.routing import route
-from fmoe.shapes import check_params
-from fmoe.types import MoEConfig, Params
+from fmoe.shapes import check_params, in_shape
+from fmoe.types import MoEConfig, Params, Routing
 
 SHARED_ACTIVATIONS = ("swiglu", "relu2")
+Linear = Callable[[Tensor], Tensor]
 
 
 def moe(
@@ -49,36 +53,56 @@ def moe(
     tensor([[[9.],
              [4.]]])
     """
-    _check(params, x, config, mask)
+    _check(params, config)
+    held = partial(_linear, params)
+    below = _below(params, "experts.")
+    how: dict[str, Any] = dict(backend=backend, dispatcher=dispatcher, recompute=recompute, lora_alpha=lora_alpha)
+    return block(
+        x,
+        config,
+        mask,
+        route=lambda x: route(params, x, config),
+        experts=lambda x, routing: experts(below, x, routing, config, **how),
+        shared=(lambda x: shared(x, config, held)) if "shared_experts.up_proj.weight" in params else None,
+        shared_gate=partial(held, "shared_expert_gate") if "shared_expert_gate.weight" in params else None,
+        latent=(partial(held, "fc1_latent_proj"), partial(held, "fc2_latent_proj")) if config.moe_latent_size else None,
+    )
+
+
+def block(
+    x: Tensor,
+    config: MoEConfig,
+    mask: Tensor | None,
+    *,
+    route: Callable[[Tensor], Routing],
+    experts: Callable[[Tensor, Routing], Tensor],
+    shared: Linear | None = None,
+    shared_gate: Linear | None = None,
+    latent: tuple[Linear, Linear] | None = None,
+) -> Tensor:
+    """The sentence of `moe`, of its parts: functions of rows, which `moe` takes from params and `fmoe.nn.MoE` has."""
+    _check_tokens(x, config, mask)
     tokens, mask = x.reshape(-1, config.dim), None if mask is None else mask.flatten()
     # rows that no expert may see are zeroed here, lest a NaN in them reaches the gradient of the router
     seen = tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
-    routing = route(params, seen, config)._replace(mask=mask)
-    latent = _linear(params, "fc1_latent_proj", seen) if config.moe_latent_size else seen
-    y = experts(
-        _below(params, "experts."),
-        latent,
-        routing,
-        config,
-        backend=backend,
-        dispatcher=dispatcher,
-        recompute=recompute,
-        lora_alpha=lora_alpha,
-    )
-    y = _linear(params, "fc2_latent_proj", y) if config.moe_latent_size else y
-    if "shared_experts.up_proj.weight" in params:
-        y = y + _shared(params, tokens, config)
-    return y.reshape(x.shape)
+    fc1, fc2 = latent or (_same, _same)
+    y = fc2(experts(fc1(seen), route(seen)._replace(mask=mask)))
+    if shared is not None:
+        own = shared(tokens)
+        y = y + (own if shared_gate is None else torch.sigmoid(shared_gate(tokens)) * own)
+    return in_shape(y, x.shape)
 
 
-def _shared(params: Params, x: Tensor, config: MoEConfig) -> Tensor:
-    """sigmoid(gate(x)) * down(act([gate_proj(x), up_proj(x)]))."""
+def shared(x: Tensor, config: MoEConfig, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """down_proj(act([gate_proj(x), up_proj(x)])); linear(name, x): the projection of a name."""
     name = config.shared_expert_activation
     parts = ("gate_proj", "up_proj") if is_gated_activation(name) else ("up_proj",)
-    u = torch.cat([_linear(params, f"shared_experts.{part}", x) for part in parts], -1)
-    h = activation(replace(config, expert_activation=name))(u, None)
-    y = _linear(params, "shared_experts.down_proj", h)
-    return torch.sigmoid(_linear(params, "shared_expert_gate", x)) * y if "shared_expert_gate.weight" in params else y
+    u = torch.cat([linear(f"shared_experts.{part}", x) for part in parts], -1)
+    return linear("shared_experts.down_proj", activation(replace(config, expert_activation=name))(u, None))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _linear(params: Params, name: str, x: Tensor) -> Tensor:
@@ -91,11 +115,14 @@ def _below(params: Params, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
 
 
-def _check(params: Params, x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
+def _check_tokens(x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
     if x.ndim < 1 or x.shape[-1] != config.dim:
         raise ValueError(f"moe: x has shape {list(x.shape)}, expected [.., D={config.dim}]")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
         raise ValueError(f"moe: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool {list(x.shape[:-1])}")
+
+
+def _check(params: Params, config: MoEConfig) -> None:
     rest = {name: p for name, p in params.items() if not name.startswith(("gate.", "experts."))}
     weights = _latent_axes(config) | _shared_axes(rest, config)
     biases = {name.removesuffix("weight") + "bias": axes.split()[0] for name, axes in weights.items()}

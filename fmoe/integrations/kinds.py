@@ -1,0 +1,45 @@
+"""What a module is beneath what has been made of its class, and what a patched one takes along in a pickle."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fmoe.backends import Backend
+
+
+def kind_of(module: nn.Module) -> type:
+    """The class whose forward a module's class has: itself, or what a subclass without one was made of.
+
+    `fully_shard` and `parametrize` make such subclasses. One with a forward of its own computes something else.
+
+    >>> kind_of(type("Made", (nn.Linear,), {})(1, 1)), kind_of(nn.Linear(1, 1))
+    (<class 'torch.nn.modules.linear.Linear'>, <class 'torch.nn.modules.linear.Linear'>)
+    """
+    own = (kind for kind in type(module).__mro__ if "forward" in kind.__dict__ and kind is not nn.Module)
+    return next(own, type(module))
+
+
+def held_by(module: nn.Module) -> type:
+    """The class of a module whose parameters are read, not its forward called: parametrised ones are read as such."""
+    return type(module).__mro__[1] if is_parametrized(module) else type(module)
+
+
+class Registered:
+    """A name that Transformers knows for fmoe's experts: to unpickle it is to register it, in any process."""
+
+    def __init__(self, name: str, backend: "str | Backend | None") -> None:
+        self.name, self.backend = name, backend
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _registered, (self.name, self.backend)
+
+    def __deepcopy__(self, memo: Any) -> "Registered":
+        return self
+
+
+def _registered(name: str, backend: "str | Backend | None") -> Registered:
+    from fmoe.integrations.transformers import register  # on first use: it needs what stands here
+
+    register(name, backend)
+    return Registered(name, backend)

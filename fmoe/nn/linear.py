@@ -1,0 +1,61 @@
+"""The linear maps of a block, each a module of its own: hooks fire, FSDP2, LoRA and parametrisations take it."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fmoe.activations import is_gated_activation
+from fmoe.layer.block import shared
+from fmoe.routing import gate_logits
+from fmoe.types import MoEConfig
+
+
+class Linear(nn.Linear):
+    """x @ weight^T + bias in x's dtype, whatever that of the parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Gate(nn.Linear):
+    """The logits [T, E] of x [T, D], in the dtype that `fmoe.route` takes them in.
+
+    The buffer `e_score_correction_bias` [E], where config asks for it, stays fp32 whatever the module is cast to: its
+    steps are smaller than what 16 bits can tell apart. `train_gate=False` freezes weight and bias.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__(config.dim, config.n_routed_experts, bias=config.router_bias, dtype=config.dtype)
+        self.config = config
+        self.requires_grad_(config.train_gate)
+        if config.gate_bias_update_factor > 0 or config.force_e_score_correction_bias:
+            zeros = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gate_logits(x, self.weight, self.bias, self.config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._buffers.get("e_score_correction_bias")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("e_score_correction_bias")
+        if before is not None and after is not None and after.dtype != before.dtype:
+            self._buffers["e_score_correction_bias"] = before.to(after.device)
+        return self
+
+
+class SharedExperts(nn.Module):
+    """down_proj(act([gate_proj(x), up_proj(x)])): experts that every token goes to."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        S, self.config = config.n_shared_experts * (config.shared_expert_inter_dim or config.moe_inter_dim), config
+        for part in ("gate_proj", "up_proj") if is_gated_activation(config.shared_expert_activation) else ("up_proj",):
+            self.add_module(part, Linear(config.dim, S, bias=False, dtype=config.dtype))
+        self.down_proj = Linear(S, config.dim, bias=False, dtype=config.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return shared(x, self.config, lambda name, x: self.get_submodule(name.rpartition(".")[2])(x))
