@@ -12,6 +12,7 @@ from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.slices import narrowing
+from fmoe.codecs.cast import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank
@@ -97,7 +98,7 @@ def _native(source: Checkpoint, plan: Plan) -> dict[str, Tensor]:
     parts = {n: cut[n](t) if n in cut else t for n, t in given.items()}
     for name, part in parts.items() if cut else ():
         fetch(source, name, part, maps)
-    return {n: part.to(plan.targets[n].dtype) for n, part in parts.items()}
+    return {n: held(n, t, plan.targets[n].dtype) if t.is_floating_point() else t for n, t in parts.items()}
 
 
 def unfilled(plan: Plan, out: Params, what: str) -> list[Problem]:

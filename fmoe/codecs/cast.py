@@ -5,12 +5,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fmoe.codecs import Changed, CodecPlan
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec
+
+
+def held(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype). Raises AdapterError, with the name, where a finite value is beyond what dtype holds."""
+    made = tensor.to(dtype)
+    if tensor.is_meta or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return made
+    lost = made.isinf() & tensor.isfinite()
+    if bool(lost.any()):
+        worst = tensor[lost].abs().max().item()
+        most = torch.finfo(dtype).max
+        kind = str(dtype).removeprefix("torch.")
+        text = f"{name!r} holds {worst:.4g}, expected at most {most:.4g}, which {kind} can hold"
+        raise AdapterError([Problem(f"{text}. Fix: another dtype, as bfloat16", (name,))])
+    return made
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class CastExperts:
             text = f"{some(odd)}: {specs[odd[0]].dtype} is not a value to cast, but part of a quantised one"
             raise AdapterError([Problem(text, odd)])
         targets = dict(specs) | {n: TensorSpec(specs[n].shape, self.dtype) for n in mine}
-        cast = lambda params: {n: t.to(self.dtype) for n, t in params.items()}
+        cast = lambda params: {n: held(n, t, self.dtype) for n, t in params.items()}
         return CodecPlan(targets, tuple(Changed([n], [n], cast, {n: 1}) for n in mine), str(self))
 
     def choices(self) -> dict[str, tuple[str, ...]]:

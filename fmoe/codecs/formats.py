@@ -61,8 +61,14 @@ class Format:
         return self.block == (0, 0) and self.rank != 0
 
     @property
-    def least(self) -> float:
-        """The least scale under which every code comes back from bf16."""
+    def grouped_by_row(self) -> bool:
+        """Whether scales are of whole groups in one row, as those of the microscaling formats."""
+        return self.block[0] == 1 and self.block[1] > 1
+
+    def least(self, dtype: torch.dtype) -> float:
+        """The least scale under which every code comes back from this dtype."""
+        if dtype == torch.float16:  # 2^-24 is its least number, and half of it must be less than half a code
+            return {"e4m3": 2.0**-14, "e2m1": 2.0**-22, "int4": 2.0**-23}[self.code]
         return 2.0**-127 if self.code == "e2m1" else LEAST
 
     # names, shapes and dtypes
@@ -103,7 +109,7 @@ class Format:
         """Whether a tensor of that shape can be stored so: a matrix or more; 4-bit and 1x32 in whole groups."""
         if len(shape) < 2 or self.each and len(shape) != 3:
             return False
-        return self.block[1] != 32 or self.as_stored(shape)[-1] % 32 == 0
+        return not self.grouped_by_row or self.as_stored(shape)[-1] % self.block[1] == 0
 
     def as_stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
@@ -150,7 +156,7 @@ class Format:
         for NaN where codes have none, and for a shape that does not fit.
         """
         if not self.fits(tuple(weight.shape)):
-            raise ValueError(f"{list(weight.shape)}, expected whole groups of 32 columns")
+            raise ValueError(f"{list(weight.shape)}, expected whole groups of {self.block[1]} columns")
         w = weight.mT if self.transposed else weight
         dtype = self.scales[0] if scale is None else scale.dtype
         if weight.is_meta or not weight.numel():
@@ -172,19 +178,21 @@ class Format:
     def _check(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         most = min(torch.finfo(torch.bfloat16).max, torch.finfo(dtype).max) / MOST[self.code]
         least, largest = values.bounds(scale, zero=self.zero)
-        if least >= self.least and largest <= most:
+        if least >= self.least(dtype) and largest <= most:
             return
         factor = values.as_number(scale, zero=self.zero)
         if not (least >= 0 and largest <= most):  # NaN compares false
             worst = factor.flatten()[~((factor >= 0) & (factor <= most)).flatten()][0].item()
             raise ValueError(f"a scale is {worst}, expected finite scales from 0 to {most:.4g}")
-        small = factor < self.least
+        small = factor < self.least(dtype)
         if bool(small.any()):
             ones = torch.where(small, 1.0, 0.0)
             probe = values.decode(codes, ones, self.code, self.block, torch.float32)
             if bool((probe != 0).any()):
                 worst = factor[small].flatten()[0].item()
-                raise ValueError(f"codes under a scale of {worst}, which decode to nothing that leads back to them")
+                kind = str(dtype).removeprefix("torch.")
+                text = f"codes under a scale of {worst}, which decode in {kind} to nothing that leads back to them"
+                raise ValueError(text)
 
     def _flat(self, codes: Tensor) -> Tensor:
         """Codes as `values` takes them: [.., R, C] e4m3, or [.., R, C / 2] bytes."""

@@ -26,14 +26,14 @@ class Quantised:
     """X -> decode(X's parts), its scales beside it, for every X that is stored in one of the formats.
 
     dtype: what tensors decode to. fresh: the formats, and for each the names that a fresh export writes in it.
-    block: the side of square blocks. quantization: None encodes what carries scales, True that and all that is fresh,
+    block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all that is fresh,
     False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which codes must fit.
     declared: the config or the names say that the checkpoint is quantised; where they do not, nothing is lost.
     """
 
     dtype: torch.dtype
     fresh: Fresh
-    block: int = 128
+    block: tuple[int, int] = (128, 128)
     quantization: bool | None = None
     keep: bool = False
     seams: tuple[Seam, ...] = ()
@@ -43,7 +43,7 @@ class Quantised:
     @property
     def formats(self) -> tuple[Format, ...]:
         """Those of the family, of the config's block size."""
-        sized = lambda f: replace(f, block=(self.block, self.block)) if f.block == (128, 128) else f
+        sized = lambda f: replace(f, block=self.block) if f.block == (128, 128) else f
         return tuple(sized(FORMATS[name]) for name, _ in self.fresh)
 
     @property

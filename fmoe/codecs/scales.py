@@ -25,8 +25,7 @@ def with_scales(entries: Iterable[Entry], formats: tuple[Format, ...], *, keep: 
     made: list[Entry] = []
     for entry in entries:
         if isinstance(entry, Either):
-            can = {entry.quantized} - {None} or {n for n, _ in entry.options}
-            options = tuple((n, with_scales(o, formats, keep=keep) if n in can else o) for n, o in entry.options)
+            options = tuple((n, with_scales(o, formats, keep=keep)) for n, o in entry.options)
             made.append(replace(entry, options=options))
         elif isinstance(entry, Together | Rule):
             rules = entry.rules if isinstance(entry, Together) else (entry,)

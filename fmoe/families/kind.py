@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
+from fmoe.codecs.config import quantization_of, weight_block
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
 from fmoe.layout.adapter import Adapter
@@ -90,6 +91,8 @@ class Family:
         for name in choices.keys() - known:
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
             raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype")
+        if said := _contradictions(given, config, self.fields):
+            raise AdapterError(f"{self.model_types[0]}: {said}")
         values = self.values(given)
         sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
@@ -100,9 +103,9 @@ class Family:
         codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
             self.fresh,
-            block=_block(given.get("quantization_config")),
+            block=weight_block(given),
             keep=keep,
-            declared=bool(given.get("quantization_config")),
+            declared=quantization_of(given) is not None,
         )
         tables, codec = _scaled(tables, codec)
         stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
@@ -161,6 +164,21 @@ def _said(config: Mapping[str, Any], names: str) -> Iterator[Any]:
             yield _one(value)
 
 
+COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+
+
+def _contradictions(given: Mapping[str, Any], config: Any, fields: Mapping[str, str]) -> str:
+    """Fields of one config that count the same thing and differ, in a sentence; empty where there are none."""
+    outer = config if isinstance(config, Mapping) else {}
+    for names in (" ".join(COUNTS), fields.get("n_activated_experts", "")):
+        told = {n: v for n in names.split() for v in _said(given, n) if isinstance(v, int)}
+        told |= {f"{n} of the outer config": v for n in told for v in _said(outer, n) if v != told[n]}
+        if len(set(told.values())) > 1:
+            sizes = ", ".join(f"{n} {v}" for n, v in told.items())
+            return f"the config contradicts itself: {sizes}, expected one number. Fix: make config.json say it once"
+    return ""
+
+
 def _one(value: Any) -> Any:
     """A value that is told once for every layer, alike: that value."""
     return value[0] if isinstance(value, list) and value and value == [value[0]] * len(value) else value
@@ -175,11 +193,3 @@ def as_dict(config: Any) -> dict[str, Any]:
     given = config if isinstance(config, Mapping) else config.to_dict()
     inner = as_dict(given.get("text_config")) | as_dict(given.get("ffn_config"))
     return {**given, **{name: value for name, value in inner.items() if value is not None}}
-
-
-def _block(quantization: Any) -> int:
-    """The side of the square blocks that a quantization_config declares; 128 if it says none."""
-    sides = (as_dict(quantization).get("weight_block_size") if quantization else None) or [128, 128]
-    if len(set(sides)) != 1:
-        raise AdapterError(f"quantization_config.weight_block_size is {sides}, expected square blocks")
-    return int(sides[0])

@@ -51,6 +51,7 @@ kimi_linear = replace(
         n_shared_experts="num_shared_experts",
         n_expert_groups="num_expert_group n_group",
         norm_topk_prob="moe_renormalize norm_topk_prob",
+        moe_latent_size="routed_expert_hidden_size",
     ),
     fp8=None,
     source="moonshotai/Kimi-Linear-48B-A3B-Instruct",
