@@ -16,6 +16,8 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import Engine
+from fmoe.codecs.config import quantization_of
+from fmoe.codecs.quantised import agreeing
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
@@ -24,6 +26,7 @@ from fmoe.types import AdapterError
 Progress = Callable[[int, int], None]
 """Called with how many bytes are done, and how many there are: (0, all) once it is known to convert."""
 
+QUANT = "hf_quant_config.json"  # where some writers say again what quantization_config says
 SYNC = 2**30  # bytes from one wait for the disk to the next
 
 
@@ -73,7 +76,9 @@ def convert(
     Or a model type, as "mixtral": the same tensors as that family names them, with a config of its own that has the
     fields that carry over. What does not (a tensor that only one of them has, another router, a field) is an error, in
     full; lossy: is done without, and told in the report.
-    choices: as in `fmoe.adapter`; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read.
+    choices: as in `fmoe.adapter`; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
+    dtype="bfloat16" writes what is quantised decoded and experts in that dtype, and quantize="fp8" (mxfp8, mxfp4, int4)
+    the experts, and what else the family quantises, in codes with fresh scales; config.json says which it is.
 
     Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
     call goes on where it stopped. force: replace the checkpoint that dst holds. dry_run: check everything, write
@@ -107,8 +112,13 @@ def convert(
     plan = plan_from(source, there, **ranges)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), ranges)
     others: dict[str, bytes | Path] = {str(n): source.path / n for n in source.others()}
-    if crossing:
-        others["config.json"] = json.dumps(crossing.config, indent=2, default=str).encode() + b"\n"
+    if to != "native":
+        config = crossing.config if crossing else source.config
+        told = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
+        if crossing or told != config:
+            others["config.json"] = json.dumps(told, indent=2, default=str).encode() + b"\n"
+        if quantization_of(told) is None:
+            others.pop(QUANT, None)
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
     work = _digest(source, to, adapter, ranges, layout, engine)
     claim = lambda: replaced(dst, source.path, force, work=work)

@@ -6,12 +6,14 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
+from fmoe.checkpoint.stream.slices import groups
+from fmoe.codecs.cast import CastExperts
 from fmoe.families import FAMILIES, family
 from fmoe.families.cross import Crossing, cross
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import table
 from fmoe.layout.pipeline import Plan
-from fmoe.types import AdapterError
+from fmoe.types import EXPERT_TENSORS, AdapterError, as_dtype
 
 
 def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = None, **choices: Any) -> Adapter:
@@ -66,24 +68,55 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     """
     if to not in ("native", "hf"):
         raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type ({', '.join(sorted(FAMILIES))})")
-    how = {n: v for n, v in choices.items() if n in ("dtype", "quantized")}
+    how = {n: v for n, v in choices.items() if n in VALUES}
     layout = {n: v for n, v in choices.items() if n not in how}
-    if source.native and to == "hf":
-        made = family(source.model_type).adapter(source.config, **choices) if layout else adapter_of(source, **choices)
-        return made, made.inverse
-    if source.native:
+    quantize = how.pop("quantize", None)
+    if source.native and to == "native":
         raise AdapterError(f"{source.path} is native already")
     if to == "native":
+        if quantize:
+            raise AdapterError(f"quantize={quantize!r} with to='native': expected to='hf', which it is written in")
         made = adapter_of(source, **choices)
         return made, made
-    if not layout and "dtype" not in how:
+    if source.native and not (quantize or "dtype" in how):
+        made = family(source.model_type).adapter(source.config, **choices) if layout else adapter_of(source, **choices)
+        return made, made.inverse
+    if not source.native and not (choices.keys() - {"quantized"}):
         raise AdapterError(f"{source.path} is a Hugging Face checkpoint already: name a choice, as layout='fused'")
-    made, kept = adapter_of(source, **how), {n: v for n, v in how.items() if n == "quantized"}
-    return made, made >> family(source.model_type).adapter(source.config, **layout, **kept).inverse
+    if how.get("quantized") == "keep" and (quantize or "dtype" in how):
+        raise AdapterError("quantized='keep' with dtype or quantize: expected one of both")
+    made = adapter_of(source, **how)
+    if layout or source.native:
+        kept = {n: v for n, v in how.items() if n == "quantized"}
+        back = family(source.model_type).adapter(source.config, quantize=quantize, **layout, **kept)
+        back = back if layout else back.resolve(hf_names(source))
+        back = back.choose(quantization=False) if "dtype" in how and not quantize else back
+        first = Adapter((CastExperts(as_dtype(how["dtype"])),)) if source.native and "dtype" in how else Adapter()
+        return made, (first if source.native else made) >> back.inverse
+    return made, _anew(source, made, quantize)
+
+
+VALUES = ("dtype", "quantized", "quantize")
+"""Choices that say which numbers are written, and not under which names."""
+
+
+def _anew(source: Checkpoint, made: Adapter, quantize: str | None) -> Adapter:
+    """The same names in other numbers, a tensor at a time: decoded, its experts cast, and encoded if asked."""
+    plan = made.plan(source.specs)
+    codec, cast = made.stages[0], [s for s in made.stages if isinstance(s, CastExperts)]
+    inside = groups(Plan(plan.stages[1:], plan.stages[0].targets))
+    experts = {n for g in inside if {t.rpartition(".")[2] for t in g.targets} & {*EXPERT_TENSORS} for n in g.sources}
+    written = family(source.model_type).adapter(source.config, quantize=quantize).stages[0]
+    if not quantize:
+        written = written.choose({"quantization": False})
+    casts = tuple(CastExperts(c.dtype, frozenset(experts)) for c in cast)
+    return Adapter((codec, *casts, written.inverse), config=made.config)
 
 
 def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter, Crossing]:
     """What makes another family's checkpoint of this one, and what that loses."""
+    if "quantize" in choices:
+        raise AdapterError(f"quantize= with to={model_type!r}: expected to='hf'. Fix: convert first, then quantise")
     dtype = {n: v for n, v in choices.items() if n == "dtype"}
     layout = {n: v for n, v in choices.items() if n != "dtype"}
     made = adapter_of(source, **dtype)

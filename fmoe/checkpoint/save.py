@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,8 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
+from fmoe.codecs.quantised import Quantised, agreeing
+from fmoe.codecs.survival import Survival, told
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.sharding import is_dtensor
@@ -36,6 +39,7 @@ def save(
     fsync: bool = True,
     threads: int | None = None,
     progress: Progress = lambda done, of: None,
+    quantization: bool | None = None,
     **axis_ranges: range,
 ) -> Report:
     """path = to_hf(params) as safetensors files of at most max_shard_size, with their index; atomic and deterministic.
@@ -44,6 +48,9 @@ def save(
     gave it, whose config is written as config.json where path has none; without one, that of path's config.json.
     force: replace the checkpoint that path holds; other files in it stay in any case. axis_ranges: which experts these
     parameters hold, as `e=range(16, 32)`, if not all: only their tensors are written, under their own numbers.
+    quantization: as in `Adapter.to_hf`; config.json says what is written. Of weights that were changed since they were
+    decoded, as by a merge, and become codes again, the report's notes say how much of the change survives, and
+    AdapterError where next to nothing does: quantization=False writes them as they are.
 
     Raises AdapterError before anything is written where the parameters do not convert, or path may not be written to.
 
@@ -56,7 +63,9 @@ def save(
     """
     path = Path(path)
     claim = lambda: replaced(path, None, force, bystanders=True)
-    adapter, plan, files, small = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, claim=claim)
+    survived: list[Survival] = []
+    how: Any = dict(claim=claim, quantization=quantization, survived=survived.append)
+    adapter, plan, files, small = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, **how)
     check_space(path, sum(size for _, size in files.heads.values()))
     done, of = 0, plan.nbytes
     progress(0, of)
@@ -75,12 +84,14 @@ def save(
             for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
                 done += nbytes
                 progress(done, of)
+        notes = told(survived)
         for name, text in small.items():
             stage.fill(name, text.encode())
         stage.publish()
     kind = str((adapter.config or {}).get("model_type", ""))
     nbytes = sum(tensor.nbytes for tensor in params.values())
-    return Report(str(path), kind, len(params), nbytes, len(plan.targets), adapter, len(files.heads), 0, done)
+    counts = len(params), nbytes, len(plan.targets), adapter, len(files.heads), 0, done
+    return Report(str(path), kind, *counts, notes=notes)
 
 
 class Job(NamedTuple):
@@ -102,6 +113,8 @@ def prepare(
     *,
     claim: Callable[[], object] = lambda: None,
     sharded: bool = False,
+    quantization: bool | None = None,
+    survived: Callable[[Survival], None] | None = None,
 ) -> Job:
     """All that `save` does before it writes. Raises AdapterError; claim, once parameters may be fit, may do so too."""
     if layout not in ("hf", "native"):
@@ -109,6 +122,8 @@ def prepare(
     if problems := [problem for n, t in params.items() for problem in _unfit(n, t, sharded)]:
         raise AdapterError(problems)
     adapter, ranges = _adapter(path, adapter), axis_ranges or {}
+    adapter = adapter if quantization is None else adapter.choose(quantization=quantization)
+    adapter = replace(adapter, stages=tuple(_telling(s, survived) for s in adapter.stages))
     claim()
     hf = adapter._to_hf_plan(params, None, ranges)
     adapter._plan(hf.targets, ranges, frozenset(ranges))  # and what is written can be read
@@ -117,9 +132,26 @@ def prepare(
     small = {INDEX: files.index} if files.index else {}
     if layout == "native":
         small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges)
-    if adapter.config is not None and not (path / CONFIG).exists():
-        small[CONFIG] = json.dumps(adapter.config, indent=2, sort_keys=True) + "\n"
+    config = _json(path / CONFIG) if (path / CONFIG).exists() else adapter.config
+    if config is not None:
+        agreed = agreeing(config, adapter.inverse, hf.targets)
+        if agreed != config or not (path / CONFIG).exists():
+            small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
     return Job(adapter, plan, files, small)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise AdapterError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path} holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def _telling(stage: Any, survived: Callable[[Survival], None] | None) -> Any:
+    return replace(stage, told=survived) if isinstance(stage, Quantised) else stage
 
 
 def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
@@ -139,7 +171,7 @@ def _adapter(path: Path, adapter: Adapter | None) -> Adapter:
         return adapter
     if not (path / CONFIG).is_file():
         raise AdapterError(f"which family? pass adapter=fmoe.adapter(...), or put a {CONFIG} into {path}")
-    config = json.loads((path / CONFIG).read_bytes())
+    config = _json(path / CONFIG)
     return adapter_at(str(config.get("model_type")), config)
 
 

@@ -25,6 +25,8 @@ def convert(
     layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
     experts: Experts = None,
     quantized: Kept = None,
+    dtype: Annotated[str | None, typer.Option(help="decoded, in bfloat16, float16 or float32")] = None,
+    quantize: Annotated[str | None, typer.Option(help="to hf, encoded afresh: fp8, mxfp8, mxfp4 or int4")] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
     checksums: Annotated[bool, typer.Option("--checksums", help="sha256 of every file of both sides")] = False,
@@ -44,10 +46,13 @@ def convert(
         fmoe convert DIR NATIVE                        experts stacked
         fmoe convert NATIVE BACK --to hf               the files that DIR held
         fmoe convert DIR FUSED --to hf --layout fused  another Hugging Face layout
+        fmoe convert FP8 BF16 --to hf --dtype bfloat16 what is quantised, decoded
+        fmoe convert BF16 FP8 --to hf --quantize fp8   experts in codes with fresh scales
         fmoe convert DIR PART --experts 0:16           the first 16 experts of every layer
     """
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
-    how |= {n: v for n, v in (("layout", layout), ("quantized", quantized)) if v}
+    given = (("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
+    how |= {n: v for n, v in given if v}
     how |= ranges(experts) | {"max_shard_size": size(max_shard_size), "lossy": lossy}
     with bar("converting", quiet or as_json, dst) as progress:
         from fmoe import checkpoint

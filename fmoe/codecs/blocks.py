@@ -46,6 +46,20 @@ def encode(weight: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool
     return found[..., 0::2] | found[..., 1::2] << 4
 
 
+def steps(value: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool = False) -> Tensor:
+    """How far the next code's value is from each of these values, under their scales."""
+    factor = as_number(scale.expand(grid(value.shape, block)), zero=zero)[..., :, None, :, None]
+    x = blocks_of(value, block)
+    at = torch.where(factor == 0, 0.0, x.abs() / factor)
+    if code == "e4m3":
+        step = torch.exp2(torch.frexp(at.clamp(min=2.0**-6)).exponent.float() - 4)
+    elif code == "e2m1":
+        step = torch.where(at >= 4, 2.0, torch.where(at >= 2, 1.0, 0.5))
+    else:
+        step = torch.ones_like(at)
+    return unblocked(step * factor, value.shape)
+
+
 def quantise(
     weight: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype, *, zero: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,13 @@ def held(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class CastExperts:
-    """W -> W.to(dtype) for the tensors named `EXPERT_TENSORS`. Biases of routers and other fp32 holders stay."""
+    """W -> W.to(dtype) for the tensors named `EXPERT_TENSORS`. Biases of routers and other fp32 holders stay.
+
+    names: those to cast instead, where they are not native ones.
+    """
 
     dtype: torch.dtype
+    names: frozenset[str] | None = None
     flipped: bool = False
     lossless: bool = False
 
@@ -42,7 +46,8 @@ class CastExperts:
         return replace(self, flipped=not self.flipped)
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
-        mine = [] if self.flipped else [n for n in specs if n.rpartition(".")[2] in EXPERT_TENSORS]
+        ours = lambda n: n.rpartition(".")[2] in EXPERT_TENSORS if self.names is None else n in self.names
+        mine = [] if self.flipped else [n for n in specs if ours(n)]
         mine = [n for n in mine if specs[n].dtype != self.dtype]
         odd = tuple(n for n in mine if specs[n].dtype.itemsize < 2 or not specs[n].dtype.is_floating_point)
         if odd:
@@ -68,4 +73,5 @@ class CastExperts:
         return self
 
     def __str__(self) -> str:
-        return f"cast {', '.join(EXPERT_TENSORS)} to {self.dtype}" + " (this way: nothing)" * self.flipped
+        what = ", ".join(EXPERT_TENSORS) if self.names is None else "experts"
+        return f"cast {what} to {self.dtype}" + " (this way: nothing)" * self.flipped

@@ -1,12 +1,13 @@
 """What is done to the parts of one quantised tensor: decoded, encoded, kept; which rows of them go together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fmoe.codecs import Change
 from fmoe.codecs.parts import Parts
+from fmoe.codecs.survival import Survival, survival
 from fmoe.types import AdapterError, Problem
 
 
@@ -40,12 +41,14 @@ def decoding(p: Parts, dtype: torch.dtype) -> Change:
     return change
 
 
-def encoding(p: Parts) -> Change:
+def encoding(p: Parts, told: Callable[[Survival], None] | None = None) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             codes, scale = p.format.encode(params[p.name], params.get(p.beside))
         except ValueError as error:
             raise AdapterError([Problem(f"{p.name!r}: {error}", (p.name,))]) from None
+        if told and p.beside in params and (found := survival(p, params[p.name], params[p.beside], codes, scale)):
+            told(found)
         return {p.codes: codes, p.scale: scale} | _made(p, codes)
 
     return change

@@ -1,9 +1,15 @@
 """quantization_config: what it says of blocks, and what it has to say of the tensors that are written."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
-from fmoe.types import AdapterError
+import torch
+
+from fmoe.codecs.parts import Fresh, Parts
+from fmoe.codecs.values import E8M0
+from fmoe.types import AdapterError, TensorSpec
 
 FIELDS = ("quantization_config", "compression_config")
 
@@ -35,5 +41,115 @@ def weight_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
         return 128, 128
     plain = lambda n: isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31
     if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(map(plain, sides)):
-        raise AdapterError(f"quantization_config.weight_block_size is {sides!r}, expected rows and columns, as [128, 128]")
+        raise AdapterError(
+            f"quantization_config.weight_block_size is {sides!r}, expected rows and columns, as [128, 128]"
+        )
     return int(sides[0]), int(sides[1])
+
+
+EXPORTS = {"fp8": "fp8 blocks", "mxfp8": "mxfp8", "mxfp4": "mxfp4 packed", "int4": "int4"}
+"""What `quantize=` may name -> the format that is written where a family has published none of that kind."""
+EXPERTS = r".*\.experts\.(\d+\.\w+\.weight|(gate_up|up|down)_proj)"
+
+
+def exports(fresh: Fresh, quantize: str) -> Fresh:
+    """The formats of a family, those of one kind first and no others to be written.
+
+    >>> exports((("mxfp4 blocks", ".*"), ("fp8 blocks", None)), "mxfp4")
+    (('mxfp4 blocks', '.*'), ('fp8 blocks', None))
+    """
+    if quantize not in EXPORTS:
+        raise AdapterError(f"quantize={quantize!r}: expected one of {', '.join(map(repr, EXPORTS))}")
+    own = [(name, pattern) for name, pattern in fresh if name.startswith(quantize) and pattern is not None]
+    written = own or [(EXPORTS[quantize], EXPERTS)]
+    read = [(name, None) for name, _ in fresh if name not in dict(written)]
+    return (*written, *read)
+
+
+IGNORED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
+
+
+def ignored(config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The modules that a quantization_config leaves as they are: names, their ends, globs, or `re:` and a pattern."""
+    told = quantization_of(config) or {}
+    return tuple(str(n) for field in IGNORED for n in told.get(field) or ())
+
+
+def is_ignored(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a tensor's module is one of those.
+
+    >>> is_ignored("model.layers.0.mlp.gate.weight", ["mlp.gate"]), is_ignored("lm_head.weight", ["re:.*head"])
+    (True, True)
+    """
+    module = name.removesuffix(".weight")
+    for p in patterns:
+        if p.startswith("re:"):
+            if re.match(p[3:], module):
+                return True
+        elif module == p or module.startswith(f"{p}.") or module.endswith(f".{p}") or fnmatchcase(module, p):
+            return True
+    return False
+
+
+def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
+    """The config of a directory of these tensors, of which `found` are quantised: its quantization_config says so.
+
+    What it said before stays, where it speaks of the same method; without quantised tensors it says nothing of any.
+    """
+    made = dict(config)
+    before = quantization_of(config)
+    if not found:
+        return _without(made) if before is not None else made
+    fresh = quantization_config(specs, found)
+    same = lambda field: (before or {}).get(field) == fresh.get(field)
+    if before is not None and same("quant_method") and ("format" not in fresh or same("format")):
+        return made
+    return _without(made) | {"quantization_config": fresh}
+
+
+def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config, whose dtype is this one wherever it says one."""
+    name = str(dtype).removeprefix("torch.")
+    made = {n: name if n in ("dtype", "torch_dtype") and v is not None else v for n, v in config.items()}
+    inner = made.get("text_config")
+    return made | {"text_config": with_dtype(inner, dtype)} if isinstance(inner, Mapping) else made
+
+
+def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
+    """What Transformers and compressed-tensors have to be told of a checkpoint in which these tensors are quantised."""
+    formats = {p.format.name: p for p in found.values()}
+    leader = next(iter(formats.values()))
+    plain = [n.removesuffix(".weight") for n, s in specs.items() if n.endswith(".weight") and len(s.shape) == 2]
+    codes = {p.codes.removesuffix(".weight") for p in found.values()}
+    rest = [n for n in plain if n not in codes]
+    method, name = leader.format.method, leader.format.name
+    if method.startswith("compressed-tensors"):
+        how = method.partition(" ")[2]
+        group = {"targets": ["Linear"], "weights": WEIGHTS[how], "format": how}
+        head = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": how}
+        return head | {"config_groups": {"group_0": group}, "ignore": rest}
+    told: dict[str, Any] = {"quant_method": method}
+    if method == "mxfp4":
+        return told | {"modules_to_not_convert": rest}
+    told |= {"activation_scheme": "static" if any(p.activation for p in found.values()) else "dynamic"}
+    blocks = next((p for p in found.values() if p.format.code == "e4m3"), None)
+    told["weight_block_size"] = list(blocks.format.block) if blocks and blocks.format.block[1] else None
+    if blocks is None:
+        told["weight_block_size"] = [128, 128]
+    if name == "mxfp4 .scale":
+        told |= {"expert_dtype": "fp4"}
+    if any(specs[p.scale].dtype == E8M0 for p in found.values()):
+        told |= {"scale_fmt": "ue8m0"}
+    return told | {"modules_to_not_convert": rest}
+
+
+_INT = dict(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True, dynamic=False)
+_FP4 = dict(num_bits=4, type="float", strategy="group", group_size=32, symmetric=True, dynamic=False)
+WEIGHTS = {"pack-quantized": _INT, "mxfp4-pack-quantized": _FP4}
+"""What compressed-tensors' config says of the weights of each format that a fresh export writes."""
+
+
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    made = {n: v for n, v in config.items() if n not in FIELDS}
+    inner = made.get("text_config")
+    return made | {"text_config": _without(inner)} if isinstance(inner, Mapping) else made

@@ -4,21 +4,24 @@ With `keep`, codes and scales move as they are instead, under the names that dec
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from fmoe.codecs import Changed, CodecPlan
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
+from fmoe.codecs.config import is_ignored, stated, with_dtype
 from fmoe.codecs.formats import FORMATS, Format
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
 from fmoe.codecs.scales import Seam
+from fmoe.codecs.survival import Survival
+from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
-from fmoe.types import AdapterError, Problem, TensorSpec
+from fmoe.types import AdapterError, Problem, TensorSpec, as_dtype
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,12 @@ class Quantised:
     """X -> decode(X's parts), its scales beside it, for every X that is stored in one of the formats.
 
     dtype: what tensors decode to. fresh: the formats, and for each the names that a fresh export writes in it.
-    block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all that is fresh,
-    False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which codes must fit.
+    block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all that
+    is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which codes
+    must fit. told: is called with the `Survival` of each tensor that was changed since it was decoded.
     declared: the config or the names say that the checkpoint is quantised; where they do not, nothing is lost.
+    ignored: modules that a fresh export leaves as they are. alone: only formats with names to write are encoded; what
+    carries scales of another is encoded anew.
     """
 
     dtype: torch.dtype
@@ -38,7 +44,10 @@ class Quantised:
     keep: bool = False
     seams: tuple[Seam, ...] = ()
     declared: bool = False
+    ignored: tuple[str, ...] = ()
+    alone: bool = False
     flipped: bool = False
+    told: Callable[[Survival], None] | None = field(default=None, compare=False, repr=False)
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -130,6 +139,9 @@ class Quantised:
         gone = {p.beside for p in carried.values()} | _activations(carried, 1)
         if self.quantization is False:
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
+        if self.alone:
+            ours = {name for name, pattern in self.fresh if pattern is not None}
+            carried = {n: p for n, p in carried.items() if p.format.name in ours}
         chosen = dict(carried) | (self._chosen(specs, carried) if self.quantization else {})
         targets: dict[str, TensorSpec] = {n: s for n, s in specs.items() if n not in chosen and n not in gone}
         changes, passed = [], {}
@@ -143,17 +155,20 @@ class Quantised:
                 targets[p.activation[0]], passed[p.activation[0]] = specs[p.activation[1]], p.activation[1]
             sources = [p.name, p.beside] if p.name in carried else [p.name]
             whole = p.format.rank == 0 or p.extent is not None
-            changes.append(Changed(sources, p.stored, encoding(p), {} if whole else rows(p), cuts(p, True)))
+            changes.append(Changed(sources, p.stored, encoding(p, self.told), {} if whole else rows(p), cuts(p, True)))
         return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
 
     def _chosen(self, specs: Specs, carried: Mapping[str, Parts]) -> dict[str, Parts]:
         if all(pattern is None for _, pattern in self.fresh):
             raise AdapterError("quantization=True: the family has no quantised form; pass quantization=None")
         made: dict[str, Parts] = {}
+        specs = {n: s for n, s in specs.items() if not is_ignored(n, self.ignored)}
         for n in sorted(n for n, s in specs.items() if n not in carried and s.dtype.is_floating_point):
             for f, (_, pattern) in zip(self.formats, self.fresh, strict=True):
                 shape = specs[n].shape
-                if pattern is None or not re.fullmatch(pattern, n) or len(shape) != 2 and not f.each and not f.grouped:
+                if pattern is None or not re.fullmatch(pattern, n) or len(shape) not in (2, 3):
+                    continue
+                if len(shape) == 3 and not (f.each or f.grouped or self.alone):
                     continue
                 if f.fits(shape) and (p := as_named(n, f, shape)) is not None:
                     made[n] = p
@@ -162,6 +177,9 @@ class Quantised:
         if fused := tuple(n for n in left if n not in made and n not in carried):
             text = f"{some(fused)}: fused experts have no quantised form: choose layout='per_expert' to quantise"
             raise AdapterError([Problem(text, fused)])
+        if self.alone and not made and not carried:
+            told = ", ".join(name for name, pattern in self.fresh if pattern is not None)
+            raise AdapterError(f"no tensor of this checkpoint can be written in {told}: expected experts that fit it")
         return made
 
     def _kept(self, specs: Specs, found: Mapping[str, Parts]) -> CodecPlan:
@@ -202,3 +220,15 @@ class Quantised:
 
 def _activations(found: Mapping[str, Parts], side: int) -> set[str]:
     return {p.activation[side] for p in found.values() if p.activation}
+
+
+def agreeing(
+    config: Mapping[str, Any], adapter: Adapter, specs: Specs, dtype: "torch.dtype | str | None" = None
+) -> dict[str, Any]:
+    """The config of a Hugging Face directory that holds these tensors, as an adapter wrote them.
+
+    Its quantization_config is there where some are quantised, and says how; dtype: what floats have become.
+    """
+    made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
+    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
+    return made if codec is None else stated(made, specs, in_file(specs, codec.formats, codec.fresh)[0])

@@ -19,6 +19,7 @@ from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.engine import write_at
+from fmoe.codecs.survival import Survival, told
 from fmoe.dcp.boxes import first_of_copies, pieces, run_starts, surfacing
 from fmoe.layout.adapter import Adapter
 from fmoe.sharding import is_dtensor
@@ -38,6 +39,7 @@ def save(
     force: bool = False,
     fsync: bool = True,
     process_group: "ProcessGroup | None" = None,
+    quantization: bool | None = None,
 ) -> int:
     """path = to_hf(params), as `fmoe.save`, of DTensors too: one checkpoint, with its index, whatever the mesh.
 
@@ -46,12 +48,13 @@ def save(
     directory for all ranks, and no tensor is gathered. All ranks of the process group call this, with the same names
     and shapes.
 
-    Raises AdapterError, on all ranks, where the parameters do not convert, path may not be written to, or any rank
-    cannot write; path is then as it was.
+    quantization: as in `fmoe.save`. Raises AdapterError, on all ranks, where the parameters do not convert, path may
+    not be written to, any rank cannot write, or what was changed since it was decoded would be lost in codes; path is
+    then as it was.
     """
     with ExitStack() as stack, surfacing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
-        planner = _Planner(params, Path(path), adapter, layout, max_shard_size)
+        planner = _Planner(params, Path(path), adapter, layout, max_shard_size, quantization=quantization)
         writer = _Writer(planner, stack, force, fsync)
         dcp.save({}, storage_writer=writer, planner=planner, process_group=process_group)
     return writer.written
@@ -63,14 +66,16 @@ class _Planner(SavePlanner):
     job: Job
     first = False
 
-    def __init__(self, params: Params, path: Path, *how: Any):
-        self.params, self.path, self.how = params, path, how
+    def __init__(self, params: Params, path: Path, *how: Any, quantization: bool | None):
+        self.params, self.path, self.how, self.quantization = params, path, how, quantization
+        self.survived: list[Survival] = []
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         self.first = is_coordinator
 
     def create_local_plan(self) -> SavePlan:
-        self.job = prepare(self.params, self.path, *self.how, sharded=True)
+        how: Any = dict(sharded=True, quantization=self.quantization, survived=self.survived.append)
+        self.job = prepare(self.params, self.path, *self.how, **how)
         told = f"{sorted(self.job.plan.targets.items())}{self.job.files.files}"
         return SavePlan([], planner_data=hashlib.sha256(told.encode()).hexdigest())
 
@@ -122,6 +127,7 @@ class _Writer(dcp.StorageWriter):
             for name, tensor in made.items():
                 if not is_dtensor(tensor) or first_of_copies(tensor):
                     self._write(parts[job.files.files[name]], job.files.starts[name], tensor)
+        told(self.planner.survived)
         for part in parts.values() if self.fsync else ():
             with open(part, "rb") as file:
                 os.fsync(file.fileno())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
-from fmoe.codecs.config import quantization_of, weight_block
+from fmoe.codecs.config import exports, ignored, quantization_of, weight_block
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
 from fmoe.layout.adapter import Adapter
@@ -75,13 +75,18 @@ class Family:
 
         config: a dict with Hugging Face's field names, or a Transformers config. dtype: cast merged experts to it.
         Other choices name one of the layouts, as `layout="fused"`. quantized="keep": codes and scales move as they are,
-        with no value decoded (`fmoe/codecs/formats.py` has the names). Of LoRA tensors, lora="peft" or "per-expert" is
-        what `to_hf` writes; peft_version, target_parameters and lora_r (the rank, where the config does not count the
-        experts) are as adapter_config.json has them; lora_A="shared" or "separate": whether gate and up have
-        one matrix A. Raises AdapterError for a choice that there is not.
+        with no value decoded (`fmoe/codecs/formats.py` has the names). quantize="fp8", "mxfp8", "mxfp4" or "int4": what
+        `to_hf` writes of experts, and of what else the family quantises, with fresh scales. Of LoRA tensors,
+        lora="peft" or "per-expert" is what `to_hf` writes; peft_version, target_parameters and lora_r (the rank, where
+        the config does not count the experts) are as adapter_config.json has them; lora_A="shared" or "separate":
+        whether gate and up have one matrix A. Raises AdapterError for a choice that there is not.
         """
         given = as_dict(config)
-        dtype = choices.pop("dtype", None)
+        dtype, quantize = choices.pop("dtype", None), choices.pop("quantize", None)
+        if dtype and not (as_dtype(dtype).is_floating_point and as_dtype(dtype).itemsize > 1):
+            raise AdapterError(f"dtype={dtype!r}: expected a float of 16 bits or more. Fix: quantize= writes codes")
+        if quantize and choices.get("quantized") == "keep":
+            raise AdapterError(f"quantize={quantize!r} with quantized='keep': expected one of both")
         lora = {n: choices.pop(n) for n in ("peft_version", "target_parameters", "lora_r") if n in choices}
         if (quantized := choices.pop("quantized", "decode")) not in ("decode", "keep"):
             raise AdapterError(f"quantized={quantized!r}: expected 'decode' or 'keep'")
@@ -102,8 +107,11 @@ class Family:
             raise ValueError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
         codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
-            self.fresh,
+            exports(self.fresh, quantize) if quantize else self.fresh,
             block=weight_block(given),
+            quantization=True if quantize else None,
+            alone=bool(quantize),
+            ignored=ignored(given),
             keep=keep,
             declared=quantization_of(given) is not None,
         )

@@ -96,7 +96,7 @@ class Together:
 class Either:
     """One family, stored in one of several ways; the first is the published one.
 
-    quantized: the option that can hold quantised tensors, where not all can.
+    quantized: the option in which quantised tensors are published, where that is another.
     """
 
     name: str
@@ -179,7 +179,8 @@ def _evident(either: Either, names: Names) -> str | None:
     found = {label: claim for label, claim in claims.items() if claim}
     if not found:
         return None
-    best = max(found, key=lambda label: len(found[label]))
+    scaled = any("_scale" in template.rpartition(".")[2] for claim in found.values() for template in claim)
+    best = max(found, key=lambda label: (len(found[label]), scaled and label == either.quantized))
     for label, claim in found.items():
         if not claim.keys() <= found[best].keys():
             keys = (next(iter(claim.values())), next(iter(found[best].values())))

@@ -1,0 +1,94 @@
+"""How much of a change to decoded weights survives when they are written in codes again.
+
+What was decoded lies on the grid of its scales, and comes back exactly. A merge moves it off; where it moves less than
+half a step, the nearest code is the one that it had, and the change is gone.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmoe.codecs.parts import Parts
+from fmoe.types import AdapterError, Problem
+
+LEAST = 0.05
+"""Below this share of the changed numbers that reach another code, an export is refused."""
+
+
+class Survival(NamedTuple):
+    """Of one tensor, the numbers that lie off the grid that they were decoded from.
+
+    changed: how many. moved: the share that reaches another code, estimated from how far from one they lie. error,
+    size: sums of squares, of what is written less what should be, and of the latter.
+    """
+
+    name: str
+    changed: int
+    moved: float
+    error: float
+    size: float
+
+
+@torch.no_grad()
+def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tensor) -> Survival | None:
+    """Of a weight that was decoded with a scale, and is written as these codes under `used`; None if it is as it was.
+
+    Changes much smaller than a step leave numbers near their codes; larger ones leave them anywhere, a quarter of a
+    step away on average. So the mean distance says how many moved.
+    """
+    if weight.is_meta:
+        return None
+    after = p.format.decode(codes, used, torch.float32)
+    found = Survival(p.name, 0, 0.0, 0.0, 0.0)
+    far = fresh = 0.0
+    for w, a, s in _matrices(p, weight, after, scale):
+        before, step = p.format.nearest(w, s)
+        off = (w != before) & ~(w.isnan() & before.isnan())
+        if not bool(off.any()):
+            continue
+        w, b, a, step = (t[off].double() for t in (w, before, a, step))
+        far += float(((w - b).abs() / step).nan_to_num(nan=0.5).clamp(max=0.5).sum())
+        fresh += float((a - b).abs().gt(step / 16).sum())
+        error, size = found.error + float((a - w).square().sum()), found.size + float(w.square().sum())
+        found = Survival(p.name, found.changed + w.numel(), 0.0, error, size)
+    if not found.changed:
+        return None
+    return found._replace(moved=max(fresh / found.changed, _reaching(far / found.changed)))
+
+
+def _reaching(far: float) -> float:
+    """The share of normal changes that reach another code, where they lie this far from one on average, in steps."""
+    if far >= 0.22:
+        return 1.0
+    deviation = far * (math.pi / 2) ** 0.5
+    return math.erfc(0.5 / (deviation * 2**0.5)) if deviation else 0.0
+
+
+def _matrices(p: Parts, weight: Tensor, after: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Matrix by matrix, so that little memory is taken."""
+    if weight.ndim == 2:
+        yield weight, after, scale
+        return
+    for e in range(weight.shape[0]):
+        yield weight[e : e + 1], after[e : e + 1], scale if p.format.rank == 0 else scale[e : e + 1]
+
+
+def told(found: list[Survival]) -> tuple[str, ...]:
+    """What a report says of it. Raises AdapterError where less than `LEAST` of some tensor's changes survives."""
+    lost = [s for s in found if s.moved < LEAST]
+    if lost:
+        worst = min(lost, key=lambda s: s.moved)
+        text = f"{worst.name!r}: about {worst.moved:.1%} of its {worst.changed:,} changed numbers reach another code"
+        how = f"expected at least {LEAST:.0%}: the change is smaller than the steps of the format, and would be lost"
+        fix = "Fix: quantization=False writes the weights as they are"
+        raise AdapterError([Problem(f"{text} ({len(lost)} such tensors), {how}. {fix}", tuple(s.name for s in lost))])
+    if not found:
+        return ()
+    changed = sum(s.changed for s in found)
+    moved = sum(s.moved * s.changed for s in found) / changed
+    error = (sum(s.error for s in found) / max(1e-300, sum(s.size for s in found))) ** 0.5
+    text = f"{len(found)} tensors were changed since they were decoded, and are written in codes again"
+    return (f"{text}: about {moved:.1%} of their {changed:,} changed numbers reach another code, {error:.2%} off",)
