@@ -51,6 +51,8 @@ EXPORTS = {"fp8": "fp8 blocks", "mxfp8": "mxfp8", "mxfp4": "mxfp4 packed", "int4
 """What `quantize=` may name -> the format that is written where a family has published none of that kind."""
 EXPERTS = r".*\.experts\.(\d+\.\w+\.weight|(gate_up|up|down)_proj)"
 
+EXAMPLES = ("a.mlp.experts.0.up_proj.weight", "a.ffn.experts.0.w1.weight", "a.mlp.experts.gate_up_proj")
+
 
 def exports(fresh: Fresh, quantize: str) -> Fresh:
     """The formats of a family, those of one kind first and no others to be written.
@@ -62,6 +64,8 @@ def exports(fresh: Fresh, quantize: str) -> Fresh:
         raise AdapterError(f"quantize={quantize!r}: expected one of {', '.join(map(repr, EXPORTS))}")
     own = [(name, pattern) for name, pattern in fresh if name.startswith(quantize) and pattern is not None]
     written = own or [(EXPORTS[quantize], EXPERTS)]
+    if not any(re.fullmatch(pattern or "", n) for _, pattern in written for n in EXAMPLES):
+        written = [(name, f"{pattern}|{EXPERTS}") for name, pattern in written]
     read = [(name, None) for name, _ in fresh if name not in dict(written)]
     return (*written, *read)
 
