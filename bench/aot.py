@@ -52,7 +52,7 @@ def launches(kernel: str, variant: str, dtype: torch.dtype, config: Config) -> C
     act = variant.split()[0]
     U = 2 * I if GATED[act] else I
     new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
-    integers = (new(n, dtype=torch.int32) for n in (T * K, T * K, E + 1))
+    integers = (new(n, dtype=torch.int32) for n in (T * K, T * K, T * K, E + 1))
     r, only, scalar = route.Route(*integers, K), Tiling(only=config), Act(act, 1.702, 7.0)
     x, weights, w_up, w_down = new(T, D), new(T * K, dtype=torch.float32), new(E, U, D).mT, new(E, D, I).mT
     a, z = new(T * K, I), new(T * K, U)
@@ -77,7 +77,7 @@ def launches(kernel: str, variant: str, dtype: torch.dtype, config: Config) -> C
 def small(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], object]]:
     """The kernels that have no tiles to choose."""
     new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
-    r = route.Route(*(new(n, dtype=torch.int32) for n in (T * K, T * K, E + 1)), K)
+    r = route.Route(*(new(n, dtype=torch.int32) for n in (T * K, T * K, T * K, E + 1)), K)
     rows, u, p, ids = new(T * K, D), new(T * K, 2 * I), new(T * K, dtype=torch.float32), new(T, K, dtype=torch.int64)
     partial = new(T * K, 6, dtype=torch.float32)
     quantize = {"quantize": lambda: fp8.quantize_rows(rows)} if fp8.served(arch) else {}

@@ -27,8 +27,9 @@ HAS_TRITON = find_spec("triton") is not None
 class Fused:
     """A backend that also takes a whole layer, without sorted rows in between.
 
-    layer(params, x, routing, config, recompute=bool) -> y [T, D], neither rounded nor with LoRA: `fmoe.experts` calls
-    it where nobody moves tokens (`dispatcher=local`) and no LoRA matrix is present, and otherwise `rows`.
+    layer(params, x, routing, config, recompute=bool, wide=bool) -> y [T, D] without LoRA, in x's dtype or, if wide,
+    not rounded: `fmoe.experts` calls it where nobody moves tokens (`dispatcher=local`) and no LoRA matrix is present,
+    and otherwise `rows`.
     """
 
     rows: Backend

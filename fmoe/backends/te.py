@@ -48,8 +48,8 @@ def te(params: Params, rows: Rows, config: MoEConfig, recipe: Any = None) -> Ten
         return mlp(params, rows, config, by="torch_mm", weigh=_weigh(library, params, splits, recipe, None))
     # where each row lies among the padded; rows after the last expert's, which nobody will read, lie nowhere
     ends = torch.tensor([splits, padded]).cumsum(1)
-    shift = (ends[1] - ends[0] - torch.tensor(padded) + torch.tensor(splits)).to(rows.x.device)
-    at = torch.arange(N, device=rows.x.device) + shift.repeat_interleave(rows.counts, output_size=N)
+    shift = ends[1] - ends[0] - torch.tensor(padded) + torch.tensor(splits)
+    at = (torch.arange(N) + shift.repeat_interleave(torch.tensor(splits))).to(rows.x.device)
     lay = lambda t: t.new_zeros(sum(padded), *t.shape[1:]).index_copy(0, at, t[:N])
     counts = torch.tensor(padded, device=rows.counts.device)
     # a bias alone could make more of an empty row than scales allow for

@@ -13,22 +13,25 @@ from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params, Routing
 
 
-def fused(params: Params, x: Tensor, routing: Routing, config: MoEConfig, *, recompute: bool = False) -> Tensor:
+def fused(
+    params: Params, x: Tensor, routing: Routing, config: MoEConfig, *, recompute: bool = False, wide: bool = False
+) -> Tensor:
     """y[t] = sum_k weights[t, k] * mlp_e(x[t]), e = indices[t, k]: the whole of `fmoe.experts`, [T, D] in x's dtype.
 
-    recompute: keep x alone for backward, not the [T K, U] pre-activation. Raises ValueError for LoRA parameters.
+    recompute: keep x alone for backward, not the [T K, U] pre-activation. wide: y in fp32, not rounded. Raises
+    ValueError for LoRA parameters.
     """
     if lora := [name for name in params if name.startswith("lora_")]:
         raise ValueError(f"fused: params hold {lora[0]!r}, expected no LoRA: the backend `triton` takes it, over rows")
-    return _experts(params, x, routing, config, recompute=recompute)
+    return _experts(params, x, routing, config, recompute=recompute, wide=wide)
 
 
 def triton(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
     """out[n] = weights[n] * mlp_e(x[n]), e the expert of row n: [N, D] in the dtype of the weights."""
     if any(name.startswith("lora_") for name in params):
-        return mlp(params, rows, config, by="loop" if rows.x.dtype == torch.float64 else "triton")
-    ids = torch.arange(len(rows.counts), device=rows.x.device)
-    expert = ids.repeat_interleave(rows.counts, output_size=len(rows.x))
+        return mlp(params, rows, config, by="triton")
+    # rows past the last expert's belong to expert E, which is dropped: the host need not know how many there are
+    expert = torch.searchsorted(rows.counts.cumsum(0), torch.arange(len(rows.x), device=rows.x.device), right=True)
     routing = Routing(expert[:, None], rows.weights[:, None])
     return _experts(params, rows.x, routing, config, wide=True).to(rows.weights.dtype)
 

@@ -4,7 +4,8 @@ Both directions go through the T * K slots of the routing. A slot holds one row 
 by a scatter: sums run over the K slots of a token, in one order, in fp32, forward and backward.
 
 Where the host can read the routing, there is a row for each slot that goes somewhere. Where it cannot (under
-torch.compile, export, and a vmap over routings), there is a row for every slot, and those that go nowhere come last.
+torch.compile, export, and a vmap over routings), or would have to wait for a device, there is a row for every slot, and
+those that go nowhere come last.
 """
 
 from typing import NamedTuple
@@ -36,18 +37,19 @@ def plan(routing: Routing, config: MoEConfig) -> Plan:
     >>> plan(Routing(torch.tensor([[1, 0], [1, -1]]), torch.ones(2, 2)), config)
     Plan(slot_ids=tensor([1, 0, 2]), counts=tensor([1, 2]), n_tokens=2, k=2, routed=None)
     """
-    return by_expert(routing.indices, routing.mask, config.n_routed_experts)
+    wait = routing.indices.device.type == "cpu"
+    return by_expert(routing.indices, routing.mask, config.n_routed_experts, wait=wait)
 
 
-def by_expert(indices: Tensor, mask: Tensor | None, E: int) -> Plan:
-    """The plan of indices [T, K] and a mask [T], for experts [0, E)."""
+def by_expert(indices: Tensor, mask: Tensor | None, E: int, wait: bool = True) -> Plan:
+    """The plan of indices [T, K] and a mask [T], for experts [0, E). wait: for the device, to know how many rows."""
     T, K = indices.shape
     goes = (indices >= 0) & (indices < E)
     goes = goes if mask is None else goes & mask[:, None]
     ids, slot_ids = indices.long().masked_fill(~goes, E).flatten().sort(stable=True)
     # integers: whatever the order they are added in, the sum is the same
     counts = ids.new_zeros(E + 1).scatter_add(0, ids, torch.ones_like(ids))
-    n_routed = _on_host(counts[:E].sum())
+    n_routed = _on_host(counts[:E].sum()) if wait else None
     if n_routed is None:
         return Plan(slot_ids, counts[:E], T, K, routed=(ids < E)[:, None])
     return Plan(slot_ids[:n_routed], counts[:E], T, K)

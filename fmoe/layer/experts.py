@@ -82,7 +82,8 @@ def experts(
     with torch.autocast(x.device.type, enabled=False):
         if isinstance(multiply, Fused) and dispatcher is local and not any(name in PAIRS for name in params):
             _check_params(params, config, n_experts=config.n_routed_experts)
-            return multiply.layer(params, h, routing, config, recompute=recompute).to(x.dtype)
+            wide = h.dtype != x.dtype  # y is rounded once, to x's dtype
+            return multiply.layer(params, h, routing, config, recompute=recompute, wide=wide).to(x.dtype)
 
         def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
             rows = dispatcher.dispatch(h, weights, plan)

@@ -76,10 +76,13 @@ def grid_of(x: Tensor, c: Config, tiles: int) -> tuple[int]:
 
 
 def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    kernel[grid](*args, **constants, enable_fp_fusion=True)
+    """Launches on the device of the first argument, whatever the current one is."""
+    first = args[0].base if isinstance(args[0], TensorDescriptor) else args[0]
+    with torch.accelerator.device_index(first.device.index):
+        kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
-def check_device(x: Tensor) -> None:
+def check_runs(x: Tensor) -> None:
     """Raises ValueError where x is on a CPU and kernels are compiled: only the interpreter runs there."""
     if x.device.type == "cpu" and isinstance(_probe, triton.JITFunction):
         raise ValueError(
@@ -99,4 +102,5 @@ def dense(x: Tensor) -> Tensor:
 
 
 def _aligned(t: Tensor, *strides: int) -> bool:
-    return t.data_ptr() % 16 == 0 and all(s * t.itemsize % 16 == 0 for s in strides)
+    """May a descriptor be made? A step of zero, as `expand` leaves it, has none."""
+    return t.data_ptr() % 16 == 0 and all(s > 0 and s * t.itemsize % 16 == 0 for s in strides)

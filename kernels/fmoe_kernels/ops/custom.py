@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fmoe_kernels.host.launch import Act, Tiling, check_device, dense
+from fmoe_kernels.host.check import few_enough
+from fmoe_kernels.host.launch import Act, Tiling, check_runs, dense
 from fmoe_kernels.programs.dact import dact
 from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.gmm import gmm
@@ -26,24 +27,24 @@ def experts_forward(
     w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
     activation: str, alpha: float, limit: float, weight_after_down: bool, start: int, save_z: bool, wide: bool,
     batch_invariant: bool, table: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y [T, D], z [T K, U] or empty, slots [T K], inverse [T K], offsets [E + 1]); y is fp32 if wide, else x's dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y [T, D], z [T K, U] or empty, slots, tokens, inverse [T K], offsets [E + 1]); y is fp32 if wide, else as x.
 
     weights [T, K] fp32. Rows of z past offsets[E] are unspecified.
     """
-    check_device(x)
-    with torch.accelerator.device_index(x.device.index):
-        r = make_route(indices, mask, len(w_up), start)
-        dtype = torch.float32 if wide else x.dtype
-        if indices.numel() == 0:
-            none = x.new_empty(0, w_up.shape[2] if save_z else 0)
-            return x.new_zeros(x.shape, dtype=dtype), none, r.slots, r.inverse, r.offsets
-        act, tiling, flat = Act(activation, alpha, limit), Tiling(table, batch_invariant), weights.flatten()
-        inside = None if weight_after_down else flat
-        a, z = up(dense(x), w_up, b_up, inside, r, act, tiling, save_z)
-        rows = gmm(a, w_down, b_down, inside, r, tiling)
-        y = combine(rows, flat if weight_after_down else None, r, len(x), dtype)
-        return y, x.new_empty(0, 0) if z is None else z, r.slots, r.inverse, r.offsets
+    check_runs(x)
+    few_enough("experts", "the routing", indices.numel())
+    r = make_route(indices, mask, len(w_up), start)
+    dtype = torch.float32 if wide else x.dtype
+    if indices.numel() == 0:
+        none = x.new_empty(0, w_up.shape[2] if save_z else 0)
+        return x.new_zeros(x.shape, dtype=dtype), none, r.slots, r.tokens, r.inverse, r.offsets
+    act, tiling, flat = Act(activation, alpha, limit), Tiling(table, batch_invariant), weights.flatten()
+    inside = None if weight_after_down else flat
+    a, z = up(dense(x), w_up, b_up, inside, r, act, tiling, save_z)
+    rows = gmm(a, w_down, b_down, inside, r, tiling)
+    y = combine(rows, flat if weight_after_down else None, r, len(x), dtype)
+    return y, x.new_empty(0, 0) if z is None else z, r.slots, r.tokens, r.inverse, r.offsets
 
 
 @experts_forward.register_fake
@@ -52,13 +53,13 @@ def _(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, alpha, 
     n = indices.numel()
     y = x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype)
     z = x.new_empty(n if save_z else 0, w_up.shape[2] if save_z else 0)
-    integers = (indices.new_empty(size, dtype=torch.int32) for size in (n, n, w_up.shape[0] + 1))
+    integers = (indices.new_empty(size, dtype=torch.int32) for size in (n, n, n, w_up.shape[0] + 1))
     return y, z, *integers
 
 
 @torch.library.custom_op("fmoe_kernels::experts_backward", mutates_args=())
 def experts_backward(
-    dy: Tensor, x: Tensor, z: Tensor, slots: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
+    dy: Tensor, x: Tensor, z: Tensor, slots: Tensor, tokens: Tensor, inverse: Tensor, offsets: Tensor, weights: Tensor,
     w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
     activation: str, alpha: float, limit: float, batch_invariant: bool, table: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -66,36 +67,35 @@ def experts_backward(
 
     An empty z is computed again from x. The gradients do not depend on where the weight was applied.
     """
-    with torch.accelerator.device_index(x.device.index):
-        grads = _gradients_like(x, weights, w_up, w_down, b_up, b_down, needs)
-        if inverse.numel() == 0:
-            return _six(g.zero_() for g in grads)
-        act, tiling = Act(activation, alpha, limit), Tiling(table, batch_invariant)
-        r = Route(slots, inverse, offsets, weights.shape[1])
-        x, dy, flat = dense(x), dense(dy.to(x.dtype)), weights.flatten()
-        need_x, need_weights, need_up, need_down, need_b_up, need_b_down = needs
-        if z.numel() == 0:
-            _, again = up(x, w_up, b_up, None, r, act, tiling, True)
-            assert again is not None
-            z = again
-        dz, a, partial = dact(dy, w_down, z, flat, r, act, tiling)
-        if need_x:
-            grads[0] = combine(gmm(dz, w_up.mT, None, None, r, tiling), None, r, len(x), x.dtype)
-        if need_weights:
-            grads[1] = dweight(partial, dy, b_down, r).view_as(weights)
-        if need_up:
-            dw(dz, x, r, grads[2].mT, tiling)
-        if need_down:
-            dw(a, dy, r, grads[3], tiling)
-        if need_b_up:
-            grads[4] = bias_gradient(dz, None, r, x.dtype)
-        if need_b_down:
-            grads[5] = bias_gradient(dy, flat, r, x.dtype)
-        return _six(grads)
+    grads = _gradients_like(x, weights, w_up, w_down, b_up, b_down, needs)
+    if inverse.numel() == 0:
+        return _six(g.zero_() for g in grads)
+    act, tiling = Act(activation, alpha, limit), Tiling(table, batch_invariant)
+    r = Route(slots, tokens, inverse, offsets, weights.shape[1])
+    x, dy, flat = dense(x), dense(dy.to(x.dtype)), weights.flatten()
+    need_x, need_weights, need_up, need_down, need_b_up, need_b_down = needs
+    if z.numel() == 0:
+        _, again = up(x, w_up, b_up, None, r, act, tiling, True)
+        assert again is not None
+        z = again
+    dz, a, partial = dact(dy, w_down, z, flat, r, act, tiling)
+    if need_x:
+        grads[0] = combine(gmm(dz, w_up.mT, None, None, r, tiling), None, r, len(x), x.dtype)
+    if need_weights:
+        grads[1] = dweight(partial, dy, b_down, r).view_as(weights)
+    if need_up:
+        dw(dz, x, r, grads[2].mT, tiling)
+    if need_down:
+        dw(a, dy, r, grads[3], tiling)
+    if need_b_up:
+        grads[4] = bias_gradient(dz, None, r, x.dtype)
+    if need_b_down:
+        grads[5] = bias_gradient(dy, flat, r, x.dtype)
+    return _six(grads)
 
 
 @experts_backward.register_fake
-def _(dy, x, z, slots, inverse, offsets, weights, w_up, w_down, b_up, b_down, activation, alpha, limit,
+def _(dy, x, z, slots, tokens, inverse, offsets, weights, w_up, w_down, b_up, b_down, activation, alpha, limit,
       batch_invariant, table, needs):  # fmt: skip
     return tuple(_gradients_like(x, weights, w_up, w_down, b_up, b_down, needs))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
+from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check
 from fmoe_kernels.ops.custom import experts_backward, experts_forward
 from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
 
@@ -52,9 +53,9 @@ def experts(
 
     Raises ValueError for tensors that do not fit, an unknown activation, and tensors on a CPU outside the interpreter.
     """
-    _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation)
+    _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, start)
     device, out_dtype = x.device.type, torch.float32 if wide else x.dtype
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
     b_up, b_down = (None if b is None else b.to(x.dtype) for b in (b_up, b_down))
@@ -67,8 +68,9 @@ def experts(
         p is not None and p.requires_grad for p in (x, weights, w_up, w_down, b_up, b_down)
     )
     options = (activation, float(alpha), bound(activation, limit), weight_after_down, start, tracked and not recompute)
-    y = _experts(x, indices, weights.float(), mask, w_up, w_down, b_up, b_down, *options, wide, batch_invariant, table)
-    return y.to(out_dtype)
+    unrounded = x.dtype != out_dtype  # under autocast too: what has the caller's dtype is rounded once, to that
+    last = (*options, unrounded, batch_invariant, table)
+    return _experts(x, indices, weights.float(), mask, w_up, w_down, b_up, b_down, *last).to(out_dtype)
 
 
 class _Forward(torch.autograd.Function):
@@ -79,10 +81,10 @@ class _Forward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, _, weights, _, w_up, w_down, b_up, b_down, activation, alpha, limit, *_, batch_invariant, table = inputs
-        _, z, slots, inverse, offsets = output
-        ctx.save_for_backward(x, z, slots, inverse, offsets, weights, w_up, w_down, b_up, b_down)
+        _, z, *route = output
+        ctx.save_for_backward(x, z, *route, weights, w_up, w_down, b_up, b_down)
         ctx.options = activation, alpha, limit, batch_invariant, table
-        ctx.mark_non_differentiable(z, slots, inverse, offsets)
+        ctx.mark_non_differentiable(z, *route)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -127,23 +129,19 @@ def _experts(*args: Any) -> Tensor:
 
 def _check(
     x: Tensor, indices: Tensor, weights: Tensor, mask: Maybe, w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
-    activation: str,
+    activation: str, start: int,
 ) -> None:  # fmt: skip
     if activation not in SCALARS:
         raise ValueError(f"experts: activation is {activation!r}, expected one of {', '.join(SCALARS)}")
-    T, D = x.shape if x.ndim == 2 else (-1, -1)
-    E, I = w_down.shape[:2] if w_down.ndim == 3 else (-1, -1)
-    U = 2 * I if GATED[activation] else I
-    shapes: dict[str, tuple[Maybe, str, tuple[int, ...]]]
-    shapes = {"x": (x, "T D", (T, D)), "w_up": (w_up, "E D U", (E, D, U)), "w_down": (w_down, "E I D", (E, I, D))}
-    shapes |= {"weights": (weights, "T K, as indices", tuple(indices.shape)), "mask": (mask, "T", (T,))}
-    shapes |= {"b_up": (b_up, "E U", (E, U)), "b_down": (b_down, "E D", (E, D))}
-    for name, (tensor, axes, expected) in shapes.items():
-        if tensor is not None and tuple(tensor.shape) != expected:
-            raise ValueError(f"experts: {name} is {list(tensor.shape)}, expected [{axes}] = {list(expected)}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"experts: {name} is on {tensor.device}, expected {x.device}, where x is")
-    if indices.ndim != 2 or indices.shape[0] != T or indices.is_floating_point() or indices.device != x.device:
-        raise ValueError(f"experts: indices is {indices.dtype} {list(indices.shape)}, expected integer [T={T}, K] by x")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"experts: x is {x.dtype}, expected float16, bfloat16, float32 or float64")
+    if start < 0:
+        raise ValueError(f"experts: start is {start}, expected 0 or more: the id of the first expert here")
+    given: dict[str, tuple[Maybe, str, tuple[torch.dtype, ...]]]
+    given = {"x": (x, "T D", WIDE), "indices": (indices, "T K", INTEGERS), "weights": (weights, "T K", WIDE)}
+    given |= {"mask": (mask, "T", BOOL)} if mask is not None else {}
+    sizes = check("experts", given | {"w_down": (w_down, "E I D", WIDE)})
+    sizes["U"] = 2 * sizes["I"] if GATED[activation] else sizes["I"]
+    biases = {"b_up": (b_up, "E U", WIDE), "b_down": (b_down, "E D", WIDE)}
+    params = {"w_up": (w_up, "E D U", WIDE)} | {name: b for name, b in biases.items() if b[0] is not None}
+    check("experts", {"x": given["x"], **params}, **sizes)
+    if 0 in (sizes["E"], sizes["D"], sizes["I"]):
+        raise ValueError(f"experts: w_down is {list(w_down.shape)}, expected [E I D] without a zero")

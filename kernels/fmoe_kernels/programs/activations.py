@@ -2,7 +2,7 @@
 
 One kernel forward and one backward serve all of them: the scalar function is an argument. p, the routing weight, is
 one number for each row, broadcastable to [.., 1]; arithmetic is in fp32 (fp64: the eager twin). The eager twin is
-`reference.activate`. Derivatives of derivatives raise NotImplementedError, columns that do not fit ValueError.
+`reference.activate`. Derivatives of derivatives raise NotImplementedError, tensors that do not fit ValueError.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
-from fmoe_kernels.host.launch import check_device, run
+from fmoe_kernels.host.check import WIDE, check_device, check_kind
+from fmoe_kernels.host.launch import check_runs, run
 from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS, bound
 
 Maybe = Tensor | None
@@ -51,11 +52,15 @@ def relu2(u: Tensor, p: Maybe = None) -> Tensor:
 
 
 def _activate(u: Tensor, p: Maybe, name: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
-    if GATED[name] and u.shape[-1] % 2:
-        raise ValueError(f"{name}: u has {u.shape[-1]} columns, expected an even number: gate and up")
+    check_kind(name, "u", u, ".. U", WIDE)
+    if u.ndim == 0 or (GATED[name] and u.shape[-1] % 2):
+        columns = u.shape[-1] if u.ndim else "no"
+        raise ValueError(f"{name}: u has {columns} columns, expected an even number: gate and up")
     shape = u.shape[:-1]
     if p is not None:
-        if p.ndim and p.shape[-1] != 1:
+        check_kind(name, "p", p, ".. 1", WIDE)
+        check_device(name, "p", p, "u", u)
+        if p.ndim > u.ndim or any(n not in (1, m) for n, m in zip(p.shape[::-1], (1, *shape[::-1]), strict=False)):
             raise ValueError(f"{name}: p is {list(p.shape)}, expected one weight for each row: {[*shape, 1]}")
         p = p.expand(*shape, 1)
     if u.dtype == torch.float64:
@@ -127,7 +132,7 @@ def backward_kernel(
 @torch.library.custom_op("fmoe_kernels::act_forward", mutates_args=())
 def act_forward(u: Tensor, p: Maybe, name: str, alpha: float, limit: float) -> Tensor:
     """u [N, U], p [N] fp32 or None -> [N, I]."""
-    check_device(u)
+    check_runs(u)
     y = u.new_empty(len(u), u.shape[1] // (1 + GATED[name]))
     kinds, block = _kinds(name, p, y)
     if y.numel():

@@ -30,9 +30,9 @@ from fmoe_kernels.programs.tiles import (
 
 @triton.jit
 def dact_kernel(
-    dy, slots, weights, w, z, dz, a, partial, tiles, n_tiles, offsets,
+    dy, slots, tokens, weights, w, z, dz, a, partial, tiles, n_tiles, offsets,
     stride_dy, se, sg, sk, sn, stride_z, stride_a, stride_partial,
-    D, I, top_k, alpha, limit,
+    D, I, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     TMA: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN: tl.constexpr,
     SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
@@ -46,7 +46,7 @@ def dact_kernel(
     for i in tl.range(tl.program_id(0), n_row_tiles * n_columns, tl.num_programs(0)):
         e, row, block = pick_tile(i, tiles, n_row_tiles, n_columns, GROUP)
         end = tl.load(offsets + e + 1)
-        rows, inside, slot, token = pick_rows(slots, row, end, top_k, BM)
+        rows, inside, slot, token = pick_rows(slots, tokens, row, end, BM)
         acc = zeros(BM, BN, SWAP)
         for k in tl.range(0, D, BK):
             dy_tile = load_gathered(dy, token, stride_dy, k, D, EVEN_K, BK)
@@ -100,8 +100,8 @@ def dact(
     tiles, n_tiles = r.tiles(c.rows)
     grid = grid_of(dy, c, len(tiles) * triton.cdiv(I, c.columns))
     run(
-        dact_kernel, grid, dy, r.slots, weights, w_arg, rows["z"], rows["dz"], rows["a"], partial, tiles, n_tiles,
-        r.offsets, dy.stride(0), *w4.stride(), U, I, partial.stride(0), D, I, r.top_k, *act[1:],
+        dact_kernel, grid, dy, r.slots, r.tokens, weights, w_arg, rows["z"], rows["dz"], rows["a"], partial, tiles,
+        n_tiles, r.offsets, dy.stride(0), *w4.stride(), U, I, partial.stride(0), D, I, *act[1:],
         ACT=SCALARS[act.name], GATED=gated, INTERLEAVED=interleaved, TMA=tma, TMA_W=tma_w, K_MAJOR=k_major,
         EVEN_K=D % c.depth == 0, EVEN=D % c.depth == 0 and I % c.columns == 0, SWAP=c.swap,
         BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,

@@ -14,8 +14,8 @@ from fmoe_kernels.programs.tiles import columns_of, load_ragged
 
 @triton.jit
 def dw_kernel(
-    left, right, slots, out, offsets,
-    stride_left, stride_right, oe, op, oq, E, P, Q, top_k,
+    left, right, tokens, out, offsets,
+    stride_left, stride_right, oe, op, oq, E, P, Q,
     TMA: tl.constexpr, TMA_OUT: tl.constexpr, P_MAJOR: tl.constexpr, EVEN_Q: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -30,19 +30,20 @@ def dw_kernel(
         start, end = tl.load(offsets + e), tl.load(offsets + e + 1)
         columns = q + tl.arange(0, BQ)
         acc = tl.zeros([BP, BQ], tl.float32)
-        # the slots of the next step are loaded one step ahead: a load inside would eat the pipeline's stages
+        # the tokens of the next step are loaded one step ahead: a load inside would eat the pipeline's stages
         inside = start + tl.arange(0, BK) < end
-        slot = tl.load(slots + start + tl.arange(0, BK), mask=inside, other=0)
+        token = tl.load(tokens + start + tl.arange(0, BK), mask=inside, other=0)
         for row in tl.range(start, end, BK):
-            token = (slot // top_k).to(tl.int64)
             mask = inside[:, None]
             if not EVEN_Q:
                 mask = mask & (columns < Q)[None, :]
-            right_tile = tl.load(right + token[:, None] * stride_right + columns[None, :], mask=mask, other=0.0)
+            right_tile = tl.load(
+                right + token.to(tl.int64)[:, None] * stride_right + columns[None, :], mask=mask, other=0.0
+            )
             left_tile = load_ragged(left, row, end, 0, p, P, stride_left, TMA, BK, BP)
             acc = tl.dot(left_tile.T, right_tile, acc, input_precision="ieee")
             inside = row + BK + tl.arange(0, BK) < end
-            slot = tl.load(slots + row + BK + tl.arange(0, BK), mask=inside, other=0)
+            token = tl.load(tokens + row + BK + tl.arange(0, BK), mask=inside, other=0)
         parts = columns_of(acc, BP, BQ, PARTS)
         for r in tl.static_range(PARTS):
             store_part(out, parts[r], e, p, q + r * PART, P, Q, oe, op, oq, TMA_OUT, P_MAJOR, BP, PART)
@@ -73,8 +74,8 @@ def dw(left: Tensor, right: Tensor, r: Route, out: Tensor, tiling: Tiling) -> Te
     out_arg, tma_out, p_major = weight_descriptor(out[:, None], c, c.rows, c.columns // c.parts)
     grid = grid_of(left, c, E * triton.cdiv(P, c.rows) * triton.cdiv(Q, c.columns))
     run(
-        dw_kernel, grid, rows["left"], right, r.slots, out_arg, r.offsets, left.stride(0), right.stride(0),
-        *out.stride(), E, P, Q, r.top_k, TMA=tma, TMA_OUT=tma_out, P_MAJOR=p_major, EVEN_Q=Q % c.columns == 0,
+        dw_kernel, grid, rows["left"], right, r.tokens, out_arg, r.offsets, left.stride(0), right.stride(0),
+        *out.stride(), E, P, Q, TMA=tma, TMA_OUT=tma_out, P_MAJOR=p_major, EVEN_Q=Q % c.columns == 0,
         BP=c.rows, BQ=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out

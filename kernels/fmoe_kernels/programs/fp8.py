@@ -14,9 +14,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fmoe_kernels.host import configs
+from fmoe_kernels.host.check import ENDS, FLOATS, check, few_enough
 from fmoe_kernels.host.launch import (
     Tiling,
-    check_device,
+    check_runs,
     config,
     dense,
     grid_of,
@@ -37,7 +38,7 @@ from fmoe_kernels.programs.tiles import (
 )
 
 E4M3 = torch.float8_e4m3fn
-BLOCK = 128
+BLOCK, GROUPS = 128, 16  # columns that share a scale; rows that one program quantises
 
 
 @triton.jit
@@ -49,15 +50,22 @@ def nearest(r):
     return tl.where(tl.abs(r) < 0.015625, small, normal)
 
 
-@triton.jit
-def quantize_kernel(x, q, s, stride_x, stride_q, stride_s, K, BLOCK: tl.constexpr):
-    n, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+@triton.jit(do_not_specialize=["N"])
+def quantize_kernel(
+    x, q, s, stride_x, stride_q, stride_s, N, K,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS groups of BLOCK columns, one below the other."""
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1)
     columns = c * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(x + n * stride_x + columns, mask=columns < K, other=0.0).to(tl.float32)
-    most = tl.max(tl.where(row == row, tl.abs(row), 0.0), 0)
+    mask = (n < N)[:, None] & (columns < K)[None, :]
+    rows = tl.load(x + n[:, None] * stride_x + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    most = tl.max(tl.where(rows == rows, tl.abs(rows), 0.0), 1)
     scale = tl.where(most > 0, most / 448.0, 1.0)
-    tl.store(q + n * stride_q + columns, nearest(row / scale).to(q.dtype.element_ty), mask=columns < K)
-    tl.store(s + n * stride_s + c, scale)
+    values = nearest(rows / scale[:, None]).to(q.dtype.element_ty)
+    tl.store(q + n[:, None] * stride_q + columns[None, :], values, mask=mask)
+    tl.store(s + n * stride_s + c, scale, mask=n < N)
 
 
 @triton.jit
@@ -93,25 +101,16 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q, s) with q[n, k] * s[n, k // 128] = x[n, k] to e4m3: x [N, K] -> q [N, K] e4m3, s [N, ceil(K / 128)] fp32.
 
     s is the largest magnitude of its 128 values over 448, and 1 where they are all zero; NaN stays NaN and counts for
-    no scale.
+    no scale. Raises ValueError for x of another dtype or shape.
     """
+    check("fp8.quantize_rows", {"x": (x, "N K", FLOATS)})
     N, K = x.shape
     q, s = torch.empty(N, K, dtype=E4M3, device=x.device), x.new_empty(N, -(-K // BLOCK), dtype=torch.float32)
     if N and K:
         x = dense(x)
-        run(
-            quantize_kernel,
-            (N, s.shape[1]),
-            x,
-            q,
-            s,
-            x.stride(0),
-            q.stride(0),
-            s.stride(0),
-            K,
-            BLOCK=BLOCK,
-            num_warps=1,
-        )
+        grid = triton.cdiv(N, GROUPS), s.shape[1]
+        strides = x.stride(0), q.stride(0), s.stride(0)
+        run(quantize_kernel, grid, x, q, s, *strides, N, K, BLOCK=BLOCK, ROWS=GROUPS, num_warps=4)
     return q, s
 
 
@@ -120,15 +119,20 @@ def gmm(x: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor) -> Tensor:
 
     x [N, K] fp16, bf16 or fp32, quantised here. w [E, K, M] e4m3 of any strides (K dense is fastest), w_scale
     [E, ceil(K / 128), ceil(M / 128)] fp32. offsets [E]: where the rows of each expert end; rows after the last end are
-    unspecified. Waits for nothing. Raises ValueError where the device has no e4m3 matrix units.
+    unspecified, those that fall or lie outside [0, N] are brought there. Waits for nothing. Raises ValueError for
+    tensors that do not fit, and where the device has no e4m3 matrix units.
     """
-    check_device(x)
+    given = {"x": (x, "N K", FLOATS), "w": (w, "E K M", (E4M3,)), "offsets": (offsets, "E", ENDS)}
+    sizes = check("fp8.gmm", given)
+    sizes |= {"k": -(-sizes["K"] // BLOCK), "m": -(-sizes["M"] // BLOCK)}
+    check("fp8.gmm", {"x": given["x"], "w_scale": (w_scale, "E k m", (torch.float32,))}, **sizes)
+    few_enough("fp8.gmm", "x", len(x))
+    check_runs(x)
     if not served(arch := configs.architecture(x.device)):
         raise ValueError(f"fmoe_kernels.fp8: no tiles of e4m3 matrix units for {arch}, expected sm_90 or later")
-    if len(x) == 0:
-        return x.new_empty(0, w.shape[2])
-    with torch.accelerator.device_index(x.device.index):
-        return launch(*quantize_rows(x), w, w_scale, x.dtype, sorted_route(x, offsets), Tiling())
+    if 0 in sizes.values():
+        return x.new_zeros(len(x), w.shape[2])
+    return launch(*quantize_rows(x), w, w_scale, x.dtype, sorted_route(x, offsets), Tiling())
 
 
 def served(arch: str) -> bool:

@@ -22,8 +22,8 @@ from fmoe_kernels.programs.tiles import (
 
 @triton.jit
 def gmm_kernel(
-    a, w, bias, weights, slots, out, tiles, n_tiles, offsets,
-    stride_a, se, sg, sk, sn, be, bn, stride_out, K, N, top_k,
+    a, w, bias, weights, slots, tokens, out, tiles, n_tiles, offsets,
+    stride_a, se, sg, sk, sn, be, bn, stride_out, K, N,
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     TMA: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
@@ -44,7 +44,7 @@ def gmm_kernel(
             columns = n + tl.arange(0, BN)
             b = tl.load(bias + e.to(tl.int64) * be + columns * bn, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if WEIGHTED:
-                rows, inside, slot, token = pick_rows(slots, row, end, top_k, BM)
+                rows, inside, slot, token = pick_rows(slots, tokens, row, end, BM)
                 b = b * tl.load(weights + slot, mask=inside, other=0.0)[:, None]
             acc += b
         parts = columns_of(acc, BM, BN, PARTS)
@@ -67,8 +67,8 @@ def gmm(a: Tensor, w: Tensor, bias: Tensor | None, weights: Tensor | None, r: Ro
     tiles, n_tiles = r.tiles(c.rows)
     grid = grid_of(a, c, len(tiles) * triton.cdiv(N, c.columns))
     run(
-        gmm_kernel, grid, a_arg, w_arg, bias, weights, r.slots, rows["out"], tiles, n_tiles, r.offsets,
-        a.stride(0), *w4.stride(), *(bias.stride() if bias is not None else (0, 0)), N, K, N, r.top_k,
+        gmm_kernel, grid, a_arg, w_arg, bias, weights, r.slots, r.tokens, rows["out"], tiles, n_tiles, r.offsets,
+        a.stride(0), *w4.stride(), *(bias.stride() if bias is not None else (0, 0)), N, K, N,
         BIAS=bias is not None, WEIGHTED=bias is not None and weights is not None, TMA=tma, TMA_W=tma_w,
         K_MAJOR=k_major, EVEN=K % c.depth == 0 and N % c.columns == 0, SWAP=c.swap,
         BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,

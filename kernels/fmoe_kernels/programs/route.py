@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmoe_kernels.host.check import BOOL, INTEGERS, check
 from fmoe_kernels.host.launch import run
 
 
@@ -27,7 +28,8 @@ def load_experts(indices, mask, slot, n_slots, top_k, start, E, MASKED: tl.const
     return tl.where(keep, local, -1).to(tl.int32)
 
 
-@triton.jit
+# sizes that change from call to call are plain numbers to the compiler: one binary serves all of them
+@triton.jit(do_not_specialize=["n_slots", "top_k", "start", "E", "n_blocks"])
 def count_kernel(
     indices, mask, counts, n_slots, top_k, start, E, n_blocks,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, BE: tl.constexpr,
@@ -38,13 +40,13 @@ def count_kernel(
     for first in range(0, E, BE):
         e = first + tl.arange(0, BE)
         hits = (expert[:, None] == e[None, :]).to(tl.int32)
-        tl.store(counts + e * n_blocks + b, tl.sum(hits, 0), mask=e < E)
+        tl.store(counts + e.to(tl.int64) * n_blocks + b, tl.sum(hits, 0), mask=e < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def scan_kernel(counts, totals, n_blocks, BLOCK: tl.constexpr):
     """counts[e, b] becomes the slots of e in the blocks before b; totals[e] their sum."""
-    e = tl.program_id(0)
+    e = tl.program_id(0).to(tl.int64)
     before = tl.zeros([], tl.int32)
     for first in range(0, n_blocks, BLOCK):
         b = first + tl.arange(0, BLOCK)
@@ -54,12 +56,12 @@ def scan_kernel(counts, totals, n_blocks, BLOCK: tl.constexpr):
     tl.store(totals + e, before)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_slots", "top_k", "start", "E", "n_blocks"])
 def place_kernel(
-    indices, mask, counts, totals, slots, inverse, offsets, n_slots, top_k, start, E, n_blocks,
+    indices, mask, counts, totals, slots, tokens, inverse, offsets, n_slots, top_k, start, E, n_blocks,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """slots[row] = slot and inverse[slot] = row (-1 where dropped); offsets [E + 1] are where experts begin."""
+    """slots[row] = slot, tokens[row] = slot // top_k, inverse[slot] = row (-1 where dropped), offsets: first rows."""
     b = tl.program_id(0)
     slot = b * BLOCK + tl.arange(0, BLOCK)
     expert = load_experts(indices, mask, slot, n_slots, top_k, start, E, MASKED)
@@ -69,7 +71,7 @@ def place_kernel(
         e = first + tl.arange(0, BE)
         total = tl.load(totals + e, mask=e < E, other=0)
         ends = before + tl.cumsum(total)
-        base = ends - total + tl.load(counts + e * n_blocks + b, mask=e < E, other=0)
+        base = ends - total + tl.load(counts + e.to(tl.int64) * n_blocks + b, mask=e < E, other=0)
         hits = (expert[:, None] == e[None, :]).to(tl.int32)
         row += tl.sum(hits * (base[None, :] + tl.cumsum(hits, 0) - hits), 1)
         if b == 0:
@@ -80,9 +82,10 @@ def place_kernel(
     found = expert >= 0
     tl.store(inverse + slot, tl.where(found, row, -1), mask=slot < n_slots)
     tl.store(slots + row, slot, mask=found)
+    tl.store(tokens + row, slot // top_k, mask=found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["E"])
 def tiles_kernel(offsets, tiles, n_tiles, E, BM: tl.constexpr, BE: tl.constexpr):
     """tiles[i] = (expert, first row) of every run of up to BM rows of one expert, in order; n_tiles of them."""
     e = tl.program_id(0)
@@ -101,13 +104,18 @@ def tiles_kernel(offsets, tiles, n_tiles, E, BM: tl.constexpr, BE: tl.constexpr)
         tl.store(n_tiles, before + count)
 
 
-class Route(NamedTuple):
-    """slots [N'] int32: the slot of each row. inverse [T K] int32: the row of each slot, or -1. offsets [E + 1] int32.
+BLOCK, SCAN = 256, 256  # slots that one program places; blocks that one step of a scan adds up
 
-    N' = T K is the host's bound on the number of rows, offsets[E] the true number, which only the device knows.
+
+class Route(NamedTuple):
+    """slots, tokens [N'] int32: the slot of each row, and its token. inverse [T K] int32: the row of each slot, or -1.
+
+    offsets [E + 1] int32: where experts begin. N' = T K is the host's bound on the number of rows, offsets[E] the true
+    number, which only the device knows.
     """
 
     slots: Tensor
+    tokens: Tensor
     inverse: Tensor
     offsets: Tensor
     top_k: int
@@ -126,29 +134,31 @@ class Route(NamedTuple):
 
 
 def make_route(indices: Tensor, mask: Tensor | None, n_experts: int, start: int = 0) -> Route:
-    """Slots sorted by expert without waiting for the device; see `reference.route`."""
+    """Slots sorted by expert without waiting for the device; see `reference.route`. Raises ValueError as `check`."""
+    given = {"indices": (indices, "T K", INTEGERS)}
+    check("make_route", given if mask is None else given | {"mask": (mask, "T", BOOL)})
     indices = indices.contiguous()
     n_slots, top_k = indices.numel(), max(indices.shape[1], 1)
-    block, n_blocks = 256, triton.cdiv(n_slots, 256)
-    slots, inverse, offsets = (
-        indices.new_empty(n, dtype=torch.int32) for n in (max(n_slots, 1), n_slots, n_experts + 1)
+    n_blocks = triton.cdiv(n_slots, BLOCK)
+    slots, tokens, inverse, offsets = (
+        indices.new_empty(n, dtype=torch.int32) for n in (n_slots, n_slots, n_slots, n_experts + 1)
     )
     if n_slots == 0:
-        return Route(slots[:0], inverse, offsets.zero_(), top_k)
+        return Route(slots, tokens, inverse, offsets.zero_(), top_k)
     counts = offsets.new_empty(n_experts, n_blocks)
     totals = offsets.new_empty(n_experts)
     masked = mask is not None
     seen = mask.contiguous().view(torch.uint8) if mask is not None else indices
-    scan = min(triton.next_power_of_2(n_blocks), 1024)
     sizes = (n_slots, top_k, start, n_experts, n_blocks)
-    kinds = dict(MASKED=masked, BLOCK=block, BE=min(16, triton.next_power_of_2(n_experts)))
+    kinds = dict(MASKED=masked, BLOCK=BLOCK, BE=min(16, triton.next_power_of_2(n_experts)))
     run(count_kernel, (n_blocks,), indices, seen, counts, *sizes, **kinds)
-    run(scan_kernel, (n_experts,), counts, totals, n_blocks, BLOCK=scan)
-    run(place_kernel, (n_blocks,), indices, seen, counts, totals, slots, inverse, offsets, *sizes, **kinds)
-    return Route(slots, inverse, offsets, top_k)
+    run(scan_kernel, (n_experts,), counts, totals, n_blocks, BLOCK=SCAN)
+    run(place_kernel, (n_blocks,), indices, seen, counts, totals, slots, tokens, inverse, offsets, *sizes, **kinds)
+    return Route(slots, tokens, inverse, offsets, top_k)
 
 
 def sorted_route(x: Tensor, offsets: Tensor) -> Route:
-    """The routing of rows that stand where they belong: row n is slot n of token n."""
+    """The routing of rows that stand where they belong: row n is slot n of token n. Ends rise from 0 to len(x)."""
     slots = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    return Route(slots, slots, F.pad(offsets.int(), (1, 0)), 1)
+    ends = offsets.clamp(0, len(x)).cummax(0).values
+    return Route(slots, slots, slots, F.pad(ends.int(), (1, 0)), 1)

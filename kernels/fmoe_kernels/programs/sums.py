@@ -32,7 +32,7 @@ def combine_kernel(
 
 @triton.jit
 def bias_kernel(
-    y, slots, weights, out, offsets, stride_y, stride_out, W, top_k,
+    y, slots, tokens, weights, out, offsets, stride_y, stride_out, W,
     GATHER: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """out[e] = the sum of y[n] over the rows n of e, or of weight[n] * y[token of n], in fp64."""
@@ -42,7 +42,7 @@ def bias_kernel(
     total = tl.zeros([BC], tl.float64)
     for first in range(start, end, BR):
         if GATHER:
-            _, inside, slot, row = pick_rows(slots, first, end, top_k, BR)
+            _, inside, slot, row = pick_rows(slots, tokens, first, end, BR)
         else:
             row = (first + tl.arange(0, BR)).to(tl.int64)
             inside = row < end
@@ -56,14 +56,14 @@ def bias_kernel(
 
 @triton.jit
 def dweight_kernel(
-    partial, dy, bias, slots, out, tiles, n_tiles, offsets, n_partial, stride_dy, be, bn, D, top_k,
+    partial, dy, bias, slots, tokens, out, tiles, n_tiles, offsets, n_partial, stride_dy, be, bn, D,
     BIAS: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[slot of n] = sum_j partial[n, j] (+ dy[token of n] . bias[e]), in fp64: the two may cancel."""
     i = tl.program_id(0)
     if i < tl.load(n_tiles):
         e, row = tl.load(tiles + 2 * i), tl.load(tiles + 2 * i + 1)
-        rows, inside, slot, token = pick_rows(slots, row, tl.load(offsets + e + 1), top_k, BM)
+        rows, inside, slot, token = pick_rows(slots, tokens, row, tl.load(offsets + e + 1), BM)
         total = tl.zeros([BM], tl.float64)
         for j in range(0, n_partial):
             total += tl.load(partial + rows.to(tl.int64) * n_partial + j, mask=inside, other=0.0).to(tl.float64)
@@ -94,8 +94,8 @@ def bias_gradient(y: Tensor, weights: Tensor | None, r: Route, dtype: torch.dtyp
     W = y.shape[1]
     out = y.new_empty(r.n_experts, W, dtype=dtype)
     run(
-        bias_kernel, (r.n_experts, triton.cdiv(W, 64)), y, r.slots, weights, out, r.offsets,
-        y.stride(0), out.stride(0), W, r.top_k, GATHER=weights is not None, BR=32, BC=64,
+        bias_kernel, (r.n_experts, triton.cdiv(W, 64)), y, r.slots, r.tokens, weights, out, r.offsets,
+        y.stride(0), out.stride(0), W, GATHER=weights is not None, BR=32, BC=64,
     )  # fmt: skip
     return out
 
@@ -105,8 +105,8 @@ def dweight(partial: Tensor, dy: Tensor, bias: Tensor | None, r: Route) -> Tenso
     out = torch.zeros_like(r.inverse, dtype=torch.float32)
     tiles, n_tiles = r.tiles(16)
     run(
-        dweight_kernel, (len(tiles),), partial, dy, bias, r.slots, out, tiles, n_tiles, r.offsets, partial.shape[1],
-        dy.stride(0), *(bias.stride() if bias is not None else (0, 0)), dy.shape[1], r.top_k,
+        dweight_kernel, (len(tiles),), partial, dy, bias, r.slots, r.tokens, out, tiles, n_tiles, r.offsets,
+        partial.shape[1], dy.stride(0), *(bias.stride() if bias is not None else (0, 0)), dy.shape[1],
         BIAS=bias is not None, BM=16, BLOCK=128,
     )  # fmt: skip
     return out

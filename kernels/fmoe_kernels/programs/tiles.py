@@ -25,12 +25,12 @@ def pick_tile(i, tiles, n_row_tiles, n_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def pick_rows(slots, row, end, top_k, BM: tl.constexpr):
+def pick_rows(slots, tokens, row, end, BM: tl.constexpr):
     """(rows, which of them exist, their slots, their tokens); rows past the end stand in for slot 0 of token 0."""
     rows = row + tl.arange(0, BM)
     inside = rows < end
     slot = tl.load(slots + rows, mask=inside, other=0)
-    return rows, inside, slot, (slot // top_k).to(tl.int64)
+    return rows, inside, slot, tl.load(tokens + rows, mask=inside, other=0).to(tl.int64)
 
 
 @triton.jit

@@ -27,9 +27,9 @@ from fmoe_kernels.programs.tiles import (
 
 @triton.jit
 def up_kernel(
-    x, slots, weights, w, bias, z, a, tiles, n_tiles, offsets,
+    x, slots, tokens, weights, w, bias, z, a, tiles, n_tiles, offsets,
     stride_x, se, sg, sk, sn, be, bg, bn, stride_z, stride_a,
-    D, I, top_k, alpha, limit,
+    D, I, alpha, limit,
     ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     SAVE: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -46,7 +46,7 @@ def up_kernel(
         e, row, block = pick_tile(i, tiles, n_row_tiles, n_columns, GROUP)
         end = tl.load(offsets + e + 1)
         n = block * WIDTH
-        rows, inside, slot, token = pick_rows(slots, row, end, top_k, BM)
+        rows, inside, slot, token = pick_rows(slots, tokens, row, end, BM)
         g = zeros(BM, WIDTH, SWAP)
         v = zeros(BM, WIDTH, SWAP)
         for k in tl.range(0, D, BK):
@@ -100,8 +100,8 @@ def up(
     tiles, n_tiles = r.tiles(c.rows)
     grid = grid_of(x, c, len(tiles) * triton.cdiv(I, c.columns))
     run(
-        up_kernel, grid, x, r.slots, weights, w_arg, b3, out.get("z", out["a"]), out["a"], tiles, n_tiles, r.offsets,
-        x.stride(0), *w4.stride(), *(b3.stride() if b3 is not None else (0, 0, 0)), U, I, D, I, r.top_k, *act[1:],
+        up_kernel, grid, x, r.slots, r.tokens, weights, w_arg, b3, out.get("z", out["a"]), out["a"], tiles, n_tiles,
+        r.offsets, x.stride(0), *w4.stride(), *(b3.stride() if b3 is not None else (0, 0, 0)), U, I, D, I, *act[1:],
         ACT=SCALARS[act.name], GATED=gated, INTERLEAVED=interleaved, BIAS=bias is not None,
         WEIGHTED=weights is not None, SAVE=save, TMA=tma, TMA_W=tma_w, K_MAJOR=k_major, EVEN_K=D % c.depth == 0,
         EVEN=D % c.depth == 0 and w4.shape[3] % width == 0, SWAP=c.swap,

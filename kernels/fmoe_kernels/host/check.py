@@ -1,0 +1,82 @@
+"""What kernels are given: shapes, dtypes and devices, checked on the host before anything is launched.
+
+A kernel reads memory by the sizes it is told, so a tensor that does not fit is an error here and nowhere else. What is
+in a tensor only the device knows: there kernels clamp (`programs.route.sorted_route`) or drop (`make_route`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+WIDE = (*FLOATS, torch.float64)
+_SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+BOOL = (torch.bool,)
+ENDS = (torch.int32, torch.int64)
+MOST_ROWS = 2**30 - 1
+"""Rows and slots are int32, and a tile of rows ends at 2^30: see `host.launch.rows_descriptor`."""
+
+Dtypes = tuple[torch.dtype, ...]
+
+
+def check(who: str, given: Mapping[str, tuple[Any, str, Dtypes]], **sizes: int) -> dict[str, int]:
+    """The size of each axis letter, if every tensor fits: {name: (tensor, axes, dtypes)}, letters as first seen.
+
+    A letter that `sizes` has is known beforehand. Raises ValueError, naming who and the tensor, for what is no dense
+    tensor, has another dtype or device than expected, or sizes that contradict those before it.
+
+    >>> check("gmm", {"x": (torch.ones(4, 5), "N K", FLOATS), "w": (torch.ones(2, 5, 3), "E K M", FLOATS)})
+    {'N': 4, 'K': 5, 'E': 2, 'M': 3}
+    >>> check("gmm", {"x": (torch.ones(4, 5), "N K", FLOATS), "w": (torch.ones(2, 9, 3), "E K M", FLOATS)})
+    Traceback (most recent call last):
+        ...
+    ValueError: gmm: w is [2, 9, 3], expected [E K M] = [E, 5, M]
+    """
+    first = next(iter(given))
+    for name, (tensor, axes, dtypes) in given.items():
+        check_kind(who, name, tensor, axes, dtypes)
+        letters = axes.split()
+        expected = [sizes.get(letter, letter) for letter in letters]
+        pairs = zip(tensor.shape, expected, strict=False)
+        if tensor.ndim != len(letters) or not all(
+            isinstance(size, str) or bool(found == size) for found, size in pairs
+        ):
+            told = ", ".join(map(str, expected))
+            raise ValueError(f"{who}: {name} is {list(tensor.shape)}, expected [{axes}] = [{told}]")
+        sizes = dict(zip(letters, tensor.shape, strict=True)) | sizes
+        check_device(who, name, tensor, first, given[first][0])
+    return sizes
+
+
+def check_kind(who: str, name: str, tensor: Any, axes: str, dtypes: Dtypes) -> None:
+    """Raises ValueError for what is no dense tensor, or of another dtype."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        found = str(tensor.layout) if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
+        raise ValueError(f"{who}: {name} is {found}, expected a dense tensor [{axes}]")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{who}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {say(dtypes)} [{axes}]")
+
+
+def check_device(who: str, name: str, tensor: Tensor, first: str, like: Tensor) -> None:
+    """Raises ValueError where a tensor is not where the first is."""
+    if tensor.device != like.device:
+        raise ValueError(f"{who}: {name} is on {tensor.device}, expected {like.device}, where {first} is")
+
+
+def say(dtypes: Dtypes) -> str:
+    """The dtypes as a phrase.
+
+    >>> say(FLOATS)
+    'float16, bfloat16 or float32'
+    """
+    *first, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def few_enough(who: str, name: str, rows: int) -> None:
+    """Raises ValueError for more rows than kernels count."""
+    if rows > MOST_ROWS:
+        raise ValueError(f"{who}: {name} has {rows} rows, expected at most {MOST_ROWS}. Fix: call it for parts of them")
