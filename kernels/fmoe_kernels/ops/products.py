@@ -3,7 +3,6 @@
 Each is the other's derivative, so that any layer, and any order of derivatives, can be made of them.
 """
 
-import torch
 from torch import Tensor
 
 from fmoe_kernels.host.check import ENDS, FLOATS, check, few_enough
