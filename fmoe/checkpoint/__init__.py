@@ -1,6 +1,7 @@
 """Checkpoints on disk: directories opened as values, converted, loaded, saved, verified, and described."""
 
 from fmoe.checkpoint.convert import Report, convert
+from fmoe.checkpoint.diff import diff
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.inspect import inspect
 from fmoe.checkpoint.load import load
@@ -14,6 +15,7 @@ __all__ = [
     "adapter",
     "adapter_of",
     "convert",
+    "diff",
     "inspect",
     "load",
     "open_checkpoint",

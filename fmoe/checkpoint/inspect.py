@@ -7,9 +7,13 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
+from fmoe.checkpoint.sizes import by_kind, by_layer, names_of, parameters
+from fmoe.checkpoint.stream.slices import groups
 from fmoe.families import family
+from fmoe.families.kind import as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
+from fmoe.layout.pipeline import Plan
 from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
 
@@ -39,6 +43,12 @@ def inspect(path: Path | str) -> dict[str, Any]:
         "lossless": None,
         "problems": [],
         "notes": [],
+        "quantised": _quantised(source),
+        "carried": sorted(str(name) for name in source.others()),
+        "parameters": None,
+        "kinds": {},
+        "layers": by_layer(source.specs),
+        "rules_used": [],
     }
     try:
         found |= _experts(source)
@@ -65,7 +75,26 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
     units = (s for s, targets in plan.units() if not stacks.keys().isdisjoint(s if source.native else targets))
     size = sum(source.specs[n].nbytes for sources in units for n in sources)
     facts["experts"] = {"layers": len(layers), "shapes": shapes, "bytes": size}
+    kinds = by_kind(source.specs, names_of(plan.units(), stacks, source.native), native, stacks)
+    moe = None if isinstance(adapter.moe, str) else adapter.moe
+    facts |= {"kinds": kinds, "parameters": parameters(kinds, moe), "rules_used": _used(adapter, plan)}
     return facts | {"layout": _layout(source, adapter)}
+
+
+def _used(adapter: Adapter, plan: Plan) -> list[str]:
+    """The lines of the adapter that say what is done to this checkpoint: its rules with a group, and its keeps."""
+    used = {str(rule) for group in groups(plan) for rule in (group.rule, group.rule.inverse)}
+    return [line for line in str(adapter).split("\n") if line.strip() in used or line.lstrip().startswith("keep")]
+
+
+def _quantised(source: Checkpoint) -> str | None:
+    """What config.json says of quantisation, in a few words."""
+    found = source.config.get("quantization_config") or as_dict(source.config).get("quantization_config")
+    if not isinstance(found, dict):
+        return None
+    facts = [str(found.get("quant_method") or found.get("quant_algo") or "by a method that it does not name")]
+    facts += [f"{name} {found[name]}" for name in ("fmt", "format", "weight_block_size", "bits") if found.get(name)]
+    return ", ".join(facts)
 
 
 def _layout(source: Checkpoint, adapter: Adapter) -> dict[str, str]:

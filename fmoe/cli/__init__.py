@@ -30,7 +30,7 @@ def _run(as_json: bool) -> int:
         problems, keys, code = [error.format_message()], [], 2
         if not as_json:
             error.show()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         problems, keys, code = *_said(error), 1
         print(f"fmoe: {problems[0] if isinstance(error, OSError) else error}", file=sys.stderr)
     if as_json:
@@ -38,13 +38,15 @@ def _run(as_json: bool) -> int:
     return code
 
 
-def _said(error: ValueError | OSError) -> tuple[list[str], list[str]]:
-    """The problems and keys of an AdapterError; of the system's errors, the file and why. Others are faults of fmoe."""
+def _said(error: ValueError | OSError | ImportError) -> tuple[list[str], list[str]]:
+    """The problems and keys of an AdapterError; of the system's, the file and why. Others are faults of fmoe."""
     from fmoe.types import AdapterError
 
     if isinstance(error, AdapterError):
         return list(error.problems), list(error.keys)
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError | ImportError):
         raise error
+    if isinstance(error, ImportError):
+        return [str(error)], []
     name = error.filename2 or error.filename
     return [f"{name}: {error.strerror}" if name else str(error)], []

@@ -49,7 +49,7 @@ def _common(
 
 def run() -> int:
     """The exit code of the command in `sys.argv`. Raises UsageError, and what the command raises."""
-    from fmoe.cli import change, look  # noqa: F401  (they add their commands to `app`)
+    from fmoe.cli import change, compare, look  # noqa: F401  (they add their commands to `app`)
 
     try:
         return app(prog_name="fmoe", standalone_mode=False) or 0

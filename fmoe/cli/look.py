@@ -1,26 +1,51 @@
 """Commands that only look: inspect, plan, families."""
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from fmoe.cli.app import Experts, Json, Source, app, count, ranges
+from fmoe.cli.app import DIRECTORY, Experts, Json, Source, app, ranges
 from fmoe.cli.progress import waiting
+from fmoe.cli.show import dashboard, grid, rows
+
+STATS = ["min", "max", "mean", "nan", "inf"]
 
 
 @app.command("inspect")
-def inspect_(path: Source, as_json: Json = False) -> None:
-    """Family, layout, experts, dtypes, sizes and problems; no tensor is read. Exit code 1 if there are problems."""
+def inspect_(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help=f"{DIRECTORY}; or one safetensors file", readable=False)],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="a tensor's name, or a glob: tensors")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="of NAME: min, max, mean, NaN and Inf; reads them")] = False,
+    rules: Annotated[bool, typer.Option("--rules", help="also the rules that match nothing here")] = False,
+    as_json: Json = False,
+) -> None:
+    """Family, layout, experts, sizes and problems; no tensor is read. Exit code 1 if there are problems.
+
+    fmoe inspect DIR                              the whole checkpoint
+    fmoe inspect DIR '*.experts.0.*' --stats      these tensors: where they lie, and their numbers
+    fmoe inspect model-00001-of-00002.safetensors what one file holds
+    """
     with waiting("reading headers", as_json):
         from fmoe import checkpoint
+        from fmoe.checkpoint.stats import tensors
 
-        found = checkpoint.inspect(path)
+        listed = name is not None or (path.is_file() and path.suffix == ".safetensors")
+        lines = list(tensors(path, name or "*", stats=stats)) if listed else []
+        found = {} if listed else checkpoint.inspect(path)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps({"path": str(path), "tensors": lines} if listed else found))
+    elif listed:
+        titles = list(lines[0])
+        grid(titles, [[_cell(line[title]) for title in titles] for line in lines], ["offset", "bytes", *STATS])
     else:
-        _show(found)
-    raise typer.Exit(1 if found["problems"] else 0)
+        dashboard(found, rules)
+    raise typer.Exit(1 if found.get("problems") else 0)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 @app.command()
@@ -45,41 +70,47 @@ def plan(path: Source, experts: Experts = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def families(as_json: Json = False) -> None:
-    """Every known model type: where its experts lie, what it reads quantised, what was verified against what."""
-    from fmoe.families import FAMILIES, VERIFIED
+def families(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="one model type, with its rules")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every known model type: where its experts lie, what it reads quantised, what was verified against what.
 
-    facts = {
-        name: {
+    fmoe families
+    fmoe families qwen3_moe    its rules, layouts, config fields and sources
+    """
+    from fmoe.families import FAMILIES, VERIFIED, family
+
+    kinds = {name: family(name)} if name else dict(sorted(FAMILIES.items()))
+    facts: dict[str, dict[str, Any]] = {
+        model_type: {
             "layout": kind.layout,
             "quantised": kind.quantised,
             "verified": VERIFIED[kind.verified],
             "source": kind.source,
         }
-        for name, kind in sorted(FAMILIES.items())
+        for model_type, kind in kinds.items()
     }
+    if name:
+        choices = {c: list(o) for stage in kinds[name].rules.stages for c, o in stage.choices().items()}
+        more = {"model_types": list(kinds[name].model_types), "choices": choices, "fields": dict(kinds[name].fields)}
+        facts[name] |= more | {"rules": str(kinds[name].rules).split("\n")}
     if as_json:
         print(json.dumps(facts))
-        return
-    for name, told in facts.items():
-        print(f"{name:<24}{told['layout']}\n{'':<24}quantised: {told['quantised']}; verified: {told['verified']}")
+    elif name:
+        rows([(label, _told(value)) for label, values in facts[name].items() for value in _each(values)])
+    else:
+        titles = ["model type", "gate and up on disk", "quantised", "verified"]
+        grid(titles, [[n, f["layout"], f["quantised"], f["verified"]] for n, f in facts.items()])
 
 
-def _show(found: dict[str, Any]) -> None:
-    from fmoe.types import human
+def _each(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else list(values.items()) if isinstance(values, dict) else [values]
 
-    experts, config, size = found["experts"], found["moe_config"], human(found["bytes"])
-    dtypes = ", ".join(f"{n} {human(nbytes)}" for n, nbytes in found["dtypes"].items())
-    layout = "".join(f", {name}={label}" for name, label in found["layout"].items())
-    rows = [("family", f"{found['model_type']} ({found['format']}{layout})")]
-    rows += [("size", f"{count(found['tensors'], 'tensor')} in {count(found['files'], 'file')}, {size}: {dtypes}")]
-    if experts:
-        shapes = ", ".join(f"{n} {shape}" for n, shape in experts["shapes"].items())
-        rows += [("experts", f"{count(experts['layers'], 'layer')}, {human(experts['bytes'])}, natively {shapes}")]
-    if config:
-        facts = f"E {config['n_routed_experts']}, K {config['n_activated_experts']}, {config['expert_activation']}"
-        rows += [("routing", f"{facts}, {config['score_func']}")]
-    rows += [("rules", line) for line in found["rules"]]
-    rows += [("note", text) for text in found["notes"]] + [("problem", text) for text in found["problems"]]
-    for before, (label, text) in zip([("", ""), *rows], rows, strict=False):
-        print(f"{label if label != before[0] else '':<9}{text}")
+
+def _told(value: Any) -> str:
+    return (
+        f"{value[0]}: {' | '.join(value[1]) if isinstance(value[1], list) else value[1]}"
+        if isinstance(value, tuple)
+        else str(value)
+    )

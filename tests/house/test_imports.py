@@ -41,6 +41,8 @@ checkpoint.files
 checkpoint.staging
 checkpoint.stream
 checkpoint.open
+checkpoint.sizes checkpoint.stats
+checkpoint.diff
 checkpoint.inspect checkpoint.load checkpoint.lora
 checkpoint.convert
 checkpoint.save checkpoint.verify
