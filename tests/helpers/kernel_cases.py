@@ -1,7 +1,7 @@
 """Expert layers for tests of kernels: random problems with every oddity, and errors against fp64.
 
 Where there is no GPU this switches Triton's interpreter on, which has to happen before any kernel is imported: kernels
-then run on the CPU, in numpy, in fp32 and fp16 only (its products of bf16 are wrong).
+then run on the CPU, in numpy. Its products of bf16 are wrong: `interpreted.bf16_products` mends them.
 """
 
 import json
@@ -14,12 +14,17 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
+import interpreted
 from fmoe_kernels import reference
 from fmoe_kernels.host import configs
 from torch import Tensor
 
+if os.environ["TRITON_INTERPRET"] == "1":
+    interpreted.bf16_products()
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
+ALL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # for the few tests that tell what all rest on
 NAMES = ("y", "x", "weights", "w_up", "w_down", "b_up", "b_down")
 
 

@@ -39,6 +39,11 @@ def test_against_fp64(name: str, dtype: torch.dtype) -> None:
     no_worse(run(fmoe_kernels.experts, CASES[name], dtype), CASES[name], dtype)
 
 
+@pytest.mark.parametrize("name", ["biases", "biases, interleaved, after down", "odd sizes"])
+def test_bf16_against_fp64(name: str) -> None:
+    no_worse(run(fmoe_kernels.experts, CASES[name], torch.bfloat16), CASES[name], torch.bfloat16)
+
+
 @DTYPES
 def test_on_average_errors_are_no_larger_than_the_twins(dtype: torch.dtype) -> None:
     """Without a factor: over draws of several layers, the mean square error of every tensor."""

@@ -27,7 +27,7 @@ def example(T: int, K: int, E: int) -> tuple[Tensor, Tensor]:
     return torch.randint(-1, E + 1, (T, K)), torch.rand(T) > 0.3
 
 
-@pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", kernel_cases.ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", SCALARS)
 def test_up_and_dact_are_their_twins(name: str, bias: bool, dtype: torch.dtype) -> None:
