@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from fmoe import codecs as codecs
     from fmoe import dcp as dcp
     from fmoe import dispatch as dispatch
+    from fmoe import docs as docs
     from fmoe import draw as draw
     from fmoe import families as families
     from fmoe import integrations as integrations
@@ -38,8 +39,8 @@ if TYPE_CHECKING:  # what a type checker and an editor see
 
 __version__ = "0.1.0"
 
-_MODULES = """activations backends checkpoint codecs dcp dispatch draw families integrations lora nn parallel routing
-    sharding testing""".split()
+_MODULES = """activations backends checkpoint codecs dcp dispatch docs draw families integrations lora nn parallel
+    routing sharding testing""".split()
 _NAMES = {
     "types": "AdapterError MoEConfig Params Routing TensorSpec subtree",
     "layout.adapter": "Adapter",

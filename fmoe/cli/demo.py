@@ -41,7 +41,7 @@ def run(keep: Path | None, say: Callable[[str], object]) -> dict[str, Any]:
         raise AdapterError(f"{keep} is there and is not an empty directory: name another")
     with nullcontext(str(keep)) if keep else tempfile.TemporaryDirectory(prefix="fmoe-demo-") as folder:
         hf, native, back = (Path(folder) / name for name in ("hf", "native", "back"))
-        _write(hf)
+        write(hf)
         made = checkpoint.convert(hf, native)
         say(f"converted  {made.tensors} HF tensors -> {made.made} native ones, {human(made.nbytes)}")
         opened = checkpoint.open_checkpoint(native)
@@ -65,7 +65,7 @@ def run(keep: Path | None, say: Callable[[str], object]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path) -> None:
+def write(path: Path) -> None:
     """A Qwen3-MoE checkpoint in two files, as Hugging Face stores them."""
     path.mkdir(parents=True, exist_ok=True)
     made = torch.Generator().manual_seed(0)

@@ -66,8 +66,8 @@ surgery
 integrations
 draw
 testing
-docs
 cli
+docs
 """  # these see both columns
 
 

@@ -1,0 +1,35 @@
+"""The documentation: Markdown pages in this folder, each run as a doctest. `python -m fmoe.docs OUT` makes a site.
+
+index       what there is, and where to begin
+notation    a rule, form by form
+compose     your own transforms, and how to test them
+experts     experts as a pure function: grad, vmap, ensembles, per-sample gradients; backends
+train       load, train, export; Transformers; LoRA
+quantised   FP8, MXFP8, MXFP4, INT4: decode, keep, write
+parallel    expert parallelism, FSDP2, distributed checkpoints, weight synchronisation
+glossary, faq, comparison
+"""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+_HELD: list[tempfile.TemporaryDirectory[str]] = []  # temporary folders, gone when the process ends
+
+
+@cache
+def example() -> str:
+    """The path of a small Qwen3-MoE checkpoint as Hugging Face lays it out, written to a temporary folder.
+
+    2 layers, 8 experts one by one, 2 a token, 64 wide, float32.
+
+    >>> import fmoe
+    >>> fmoe.inspect(example())["model_type"]
+    'qwen3_moe'
+    """
+    from fmoe.cli.demo import write
+
+    _HELD.append(tempfile.TemporaryDirectory(prefix="fmoe-docs-"))
+    path = Path(_HELD[-1].name) / "hf"
+    write(path)
+    return str(path)
