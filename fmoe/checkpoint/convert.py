@@ -76,7 +76,8 @@ def convert(
     Or a model type, as "mixtral": the same tensors as that family names them, with a config of its own that has the
     fields that carry over. What does not (a tensor that only one of them has, another router, a field) is an error, in
     full; lossy: is done without, and told in the report.
-    choices: as in `fmoe.adapter`; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
+    choices: as in `fmoe.adapter`; adapter=: one of your own;
+    a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
     dtype="bfloat16" writes what is quantised decoded and experts in that dtype, and quantize="fp8" (mxfp8, mxfp4, int4)
     the experts, and what else the family quantises, in codes with fresh scales; config.json says which it is.
 

@@ -44,7 +44,15 @@ def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = 
 
 
 def adapter_of(checkpoint: Checkpoint, config: Any = None, **choices: Any) -> Adapter:
-    """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's."""
+    """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's.
+
+    adapter=: one of your own in place of the family's; then there are no other choices.
+    """
+    if (own := choices.pop("adapter", None)) is not None:
+        if not isinstance(own, Adapter) or choices or config is not None:
+            told = f"a {type(own).__name__} with {', '.join(choices) or 'a config' * (config is not None) or 'nothing'}"
+            raise AdapterError(f"adapter= is {told}, expected an fmoe.Adapter alone. Fix: adapter.choose(...)")
+        return own.resolve(hf_names(checkpoint))
     if config is None:
         layers_fit(checkpoint.path / "config.json", checkpoint.config, checkpoint.specs)
     kind = family(checkpoint.model_type)
@@ -68,6 +76,11 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     """
     if to not in ("native", "hf"):
         raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type ({', '.join(sorted(FAMILIES))})")
+    if "adapter" in choices:
+        if source.native == (to == "native"):
+            raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
+        made = adapter_of(source, **choices)
+        return made, made.inverse if source.native else made
     how = {n: v for n, v in choices.items() if n in VALUES}
     layout = {n: v for n, v in choices.items() if n not in how}
     quantize = how.pop("quantize", None)

@@ -22,7 +22,8 @@ MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once
 def verify(path: Path | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
     """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
 
-    Nothing is written, and memory does not grow with the directory. Raises AdapterError naming each tensor that comes
+    Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
+    your own. Raises AdapterError naming each tensor that comes
     back different.
 
     >>> import fmoe, tempfile

@@ -1,5 +1,8 @@
 """The Typer application, and the options that several commands share. It imports no torch: help is quick."""
 
+import sys
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +31,24 @@ Source = Annotated[Path, typer.Argument(metavar="DIR", help=DIRECTORY, readable=
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else")]
 Kept = Annotated[str | None, typer.Option("--quantized", help="keep: codes and scales move as they are; or decode")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
+Own = Annotated[str | None, typer.Option("--adapter", help="your own adapter, as package.module:name")]
 Experts = Annotated[str | None, typer.Option(help="only these experts, as 0:16")]
 
-__all__ = ["Experts", "Json", "Kept", "Quiet", "Source", "UsageError", "app", "count", "ranges", "run", "size"]
+__all__ = [
+    "Experts",
+    "Json",
+    "Kept",
+    "Own",
+    "Quiet",
+    "Source",
+    "UsageError",
+    "app",
+    "count",
+    "own",
+    "ranges",
+    "run",
+    "size",
+]
 
 
 def _version(asked: bool) -> None:
@@ -65,6 +83,18 @@ def ranges(experts: str | None) -> dict[str, range]:
     if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
         raise typer.BadParameter(f"--experts is {experts!r}, expected START:STOP, as 0:16")
     return {"e": range(int(start), int(stop))}
+
+
+def own(name: str | None) -> dict[str, Any]:
+    """`--adapter package.module:name` as the choice adapter=; modules of the current directory are found."""
+    if name is None:
+        return {}
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return {"adapter": attrgetter(attribute)(import_module(module))}
+    except (ImportError, AttributeError, ValueError) as error:
+        raise typer.BadParameter(f"--adapter is {name!r}, expected package.module:name: {error}") from None
 
 
 def size(text: str) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmoe.cli.app import DIRECTORY, Experts, Json, Kept, Quiet, Source, app, count, ranges, size
+from fmoe.cli.app import DIRECTORY, Experts, Json, Kept, Own, Quiet, Source, app, count, own, ranges, size
 from fmoe.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def convert(
     quantized: Kept = None,
     dtype: Annotated[str | None, typer.Option(help="decoded, in bfloat16, float16 or float32")] = None,
     quantize: Annotated[str | None, typer.Option(help="to hf, encoded afresh: fp8, mxfp8, mxfp4 or int4")] = None,
+    adapter: Own = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
     checksums: Annotated[bool, typer.Option("--checksums", help="sha256 of every file of both sides")] = False,
@@ -53,7 +54,7 @@ def convert(
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
     given = (("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
     how |= {n: v for n, v in given if v}
-    how |= ranges(experts) | {"max_shard_size": size(max_shard_size), "lossy": lossy}
+    how |= ranges(experts) | own(adapter) | {"max_shard_size": size(max_shard_size), "lossy": lossy}
     with bar("converting", quiet or as_json, dst) as progress:
         from fmoe import checkpoint
         from fmoe.families import FAMILIES
@@ -75,7 +76,9 @@ def convert(
 
 
 @app.command()
-def verify(path: Source, quantized: Kept = None, quiet: Quiet = False, as_json: Json = False) -> None:
+def verify(
+    path: Source, quantized: Kept = None, adapter: Own = None, quiet: Quiet = False, as_json: Json = False
+) -> None:
     """Prove that every tensor comes back bit for bit from the other layout; nothing is written.
 
     fmoe verify DIR && fmoe convert DIR NATIVE
@@ -83,7 +86,7 @@ def verify(path: Source, quantized: Kept = None, quiet: Quiet = False, as_json: 
     with bar("verifying", quiet or as_json) as progress:
         from fmoe import checkpoint
 
-        report = checkpoint.verify(path, progress, **({"quantized": quantized} if quantized else {}))
+        report = checkpoint.verify(path, progress, **own(adapter), **({"quantized": quantized} if quantized else {}))
     from fmoe.types import human
 
     found = f"{report.family}, {count(report.tensors, 'tensor')}, {human(report.nbytes)}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmoe.cli.app import DIRECTORY, Experts, Json, Source, app, ranges
+from fmoe.cli.app import DIRECTORY, Experts, Json, Own, Source, app, own, ranges
 from fmoe.cli.progress import waiting
 from fmoe.cli.show import dashboard, grid, rows
 
@@ -49,7 +49,7 @@ def _cell(value: Any) -> str:
 
 
 @app.command()
-def plan(path: Source, experts: Experts = None, as_json: Json = False) -> None:
+def plan(path: Source, experts: Experts = None, adapter: Own = None, as_json: Json = False) -> None:
     """What a conversion would copy where, proved bijective; no tensor is read.
 
     fmoe plan DIR --experts 0:16
@@ -58,8 +58,8 @@ def plan(path: Source, experts: Experts = None, as_json: Json = False) -> None:
         from fmoe import checkpoint
 
         source = checkpoint.open_checkpoint(path)
-        adapter = checkpoint.adapter_of(source)
-        made = checkpoint.plan_from(source, adapter.inverse if source.native else adapter, **ranges(experts))
+        there = checkpoint.adapter_of(source, **own(adapter))
+        made = checkpoint.plan_from(source, there.inverse if source.native else there, **ranges(experts))
     if as_json:
         targets = {
             n: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for n, s in made.targets.items()

@@ -1,6 +1,8 @@
 """Families as data: Hugging Face's `model_type` -> its `Family`. A new one is a file of rules and a word here."""
 
+import warnings
 from importlib import import_module
+from importlib.metadata import entry_points
 
 from fmoe.families.kind import VERIFIED, Family
 from fmoe.types import AdapterError
@@ -47,3 +49,9 @@ for _folder, _files in _FILES.items():
         for _value in vars(import_module(f"fmoe.families.{_folder}.{_file}")).values():
             if isinstance(_value, Family):
                 register(_value)
+
+for _entry in entry_points(group="fmoe.families"):  # of installed packages: each names a Family of theirs
+    try:
+        register(_entry.load())
+    except Exception as _error:  # one package's fault is not everybody's
+        warnings.warn(f"fmoe.families: entry point {_entry.name!r} ({_entry.value}): {_error}", stacklevel=1)

@@ -1,0 +1,111 @@
+"""Your own adapter, and your own family, drive directories: by call, on the command line, by an installed package."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from command import Run, runner
+from directories import files
+from safetensors.torch import load_file, save_file
+
+import fmoe
+
+MINE = """
+import fmoe
+block = "{pre}blocks.{l}.moe."
+mine = (
+    fmoe.rule(block + "{e}.{g=gate|up}.weight [i d]", block + "experts.gate_and_up_projs [e d (g i)]")
+    | fmoe.rule(block + "{e}.down.weight [d i]", block + "experts.down_projs [e i d]")
+    | fmoe.keep(block + "gate.{rest}")
+    | fmoe.keep("{rest}")
+)
+family = fmoe.families.Family(
+    model_types=("mine",),
+    rules=mine,
+    fields=dict(n_routed_experts="n", n_activated_experts="k", dim="hidden_size", moe_inter_dim="expert_size"),
+)
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Run:
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    """A checkpoint in a layout that no family knows, with a router, beside the module that does."""
+    (tmp_path / "mine_module.py").write_text(MINE)
+    path = tmp_path / "hf"
+    path.mkdir()
+    made = {f"blocks.0.moe.{e}.{p}.weight": torch.randn(6, 4) for e in range(3) for p in ("gate", "up")}
+    made |= {f"blocks.0.moe.{e}.down.weight": torch.randn(4, 6) for e in range(3)}
+    save_file(made | {"blocks.0.moe.gate.weight": torch.randn(3, 4), "norm": torch.ones(4)}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"model_type": "mine_unknown", "hidden_size": 4}))
+    return path
+
+
+def mine():
+    space: dict = {}
+    exec(MINE, space)
+    return space["mine"]
+
+
+def test_by_call(hf, tmp_path):
+    adapter = mine()
+    native = fmoe.load(hf, adapter=adapter)
+    assert native["blocks.0.moe.experts.gate_and_up_projs"].shape == (3, 4, 12)
+    assert fmoe.load(hf, adapter=adapter, e=range(1, 3))["blocks.0.moe.experts.down_projs"].shape == (2, 6, 4)
+    assert fmoe.verify(hf, adapter=adapter).tensors == 11
+    fmoe.convert(hf, tmp_path / "native", adapter=adapter)
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", adapter=adapter)
+    assert files(tmp_path / "back") == files(hf)
+    fmoe.save(native, tmp_path / "saved", adapter.resolve(load_file(hf / "model.safetensors")))
+    assert {n: t.tolist() for n, t in load_file(tmp_path / "saved" / "model.safetensors").items()} == {
+        n: t.tolist() for n, t in load_file(hf / "model.safetensors").items()
+    }
+
+
+def test_what_is_no_adapter_or_comes_with_choices_is_refused(hf, tmp_path):
+    with pytest.raises(fmoe.AdapterError, match="adapter= is a str"):
+        fmoe.load(hf, adapter="mine")
+    with pytest.raises(fmoe.AdapterError, match="layout"):
+        fmoe.verify(hf, adapter=mine(), layout="fused")
+    with pytest.raises(fmoe.AdapterError, match="is a Hugging Face checkpoint already"):
+        fmoe.convert(hf, tmp_path / "x", "hf", adapter=mine())
+
+
+def test_on_the_command_line(hf, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "mine_module:mine"
+    assert run("plan", hf, "--adapter", name)[0] == 0
+    assert run("verify", hf, "--adapter", name)[0] == 0
+    assert run("convert", hf, tmp_path / "native", "--adapter", name)[0] == 0
+    assert run("convert", tmp_path / "native", tmp_path / "back", "--to", "hf", "--adapter", name)[0] == 0
+    assert files(tmp_path / "back") == files(hf)
+    for wrong in ("mine_module", "mine_module:no", "no_such_module:mine"):
+        code, _, err = run("verify", hf, "--adapter", wrong)
+        assert code == 2 and "package.module:name" in err.replace("\n", " ")
+
+
+def test_a_family_of_an_installed_package_is_there(hf, tmp_path):
+    info = tmp_path / "mine_module-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-module\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fmoe.families]\nmine = mine_module:family\n")
+    (hf / "config.json").write_text(
+        json.dumps({"model_type": "mine", "n": 3, "k": 1, "hidden_size": 4, "expert_size": 6})
+    )
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "fmoe", "verify", str(hf), "--json"],
+        env=os.environ | {"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["model_type"] == "mine"
