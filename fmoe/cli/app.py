@@ -34,22 +34,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 Own = Annotated[str | None, typer.Option("--adapter", help="your own adapter, as package.module:name")]
 Experts = Annotated[str | None, typer.Option(help="only these experts, as 0:16")]
 
-__all__ = [
-    "Experts",
-    "Json",
-    "Kept",
-    "Own",
-    "Quiet",
-    "Source",
-    "UsageError",
-    "app",
-    "count",
-    "own",
-    "ranges",
-    "run",
-    "size",
-]
-
 
 def _version(asked: bool) -> None:
     if asked:

@@ -97,9 +97,8 @@ def test_a_family_of_an_installed_package_is_there(hf, tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine-module\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[fmoe.families]\nmine = mine_module:family\n")
-    (hf / "config.json").write_text(
-        json.dumps({"model_type": "mine", "n": 3, "k": 1, "hidden_size": 4, "expert_size": 6})
-    )
+    config = {"model_type": "mine", "n": 3, "k": 1, "hidden_size": 4, "expert_size": 6}
+    (hf / "config.json").write_text(json.dumps(config))
     search = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
         [sys.executable, "-m", "fmoe", "verify", str(hf), "--json"],
