@@ -38,7 +38,8 @@ def load(
 
     device: where they go ("meta": shapes and dtypes only). device_mesh: this rank's experts, as DTensors. out: native
     tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`, such as `dtype=`; adapter=:
-    one of your own; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. Raises AdapterError with every problem found.
+    one of your own; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. Raises AdapterError
+    with every problem found.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
