@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from fmoe import parallel as parallel
     from fmoe import routing as routing
     from fmoe import sharding as sharding
+    from fmoe import systems as systems
     from fmoe import testing as testing
     from fmoe.activations import is_gated_activation
     from fmoe.checkpoint.convert import convert
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
 __version__ = "0.1.0"
 
 _MODULES = """activations backends checkpoint codecs dcp dispatch docs draw families integrations lora nn parallel
-    routing sharding testing""".split()
+    routing sharding systems testing""".split()
 _NAMES = {
     "types": "AdapterError MoEConfig Params Routing TensorSpec subtree",
     "layout.adapter": "Adapter",
@@ -93,6 +94,7 @@ __all__ = [
     "save",
     "sharding",
     "subtree",
+    "systems",
     "together",
     "verify",
 ]

@@ -13,51 +13,63 @@ from fmoe.families.cross import Crossing, cross
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import table
 from fmoe.layout.pipeline import Plan
+from fmoe.systems import adapter as of_system
 from fmoe.types import EXPERT_TENSORS, AdapterError, as_dtype
 
 
-def adapter(path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = None, **choices: Any) -> Adapter:
+def adapter(
+    path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = None, *, system: str = "native", **choices: Any
+) -> Adapter:
     """The adapter of a checkpoint directory, of a `model_type` with its config, or of your own rules side by side.
 
     A directory is resolved: `to_hf` gives back the layout that is there. A model type is open: `from_hf` settles the
     layout for each call, `to_hf` writes the published one. config: a dict with Hugging Face's field names or a
     Transformers config; without one, sizes are taken from the tensors. choices: `dtype=` casts merged experts,
-    `quantized="keep"` moves codes and scales as they are, the others name a layout, as `layout="fused"`. Raises
-    AdapterError for an unknown family, choice or directory.
+    `quantized="keep"` moves codes and scales as they are, the others name a layout, as `layout="fused"`.
+
+    system: whose names and axes `from_hf` gives, one of `fmoe.systems.SYSTEMS`; "native" is ours. That of another
+    system claims the whole model, and `a.inverse >> b` goes from one to another. What has no place there is refused by
+    name; lossy=True leaves it out. Raises AdapterError for an unknown family, system, choice or directory.
 
     >>> config = {"num_experts": 2, "hidden_size": 4, "moe_intermediate_size": 3, "num_experts_per_tok": 1}
     >>> adapter("qwen3_moe", config).moe_config.n_routed_experts
     2
     """
     if isinstance(path_or_model_type, str) and path_or_model_type in FAMILIES:
-        return family(path_or_model_type).adapter(config, **choices)
+        return _made(path_or_model_type, config, system, choices)
     if isinstance(path_or_model_type, str | Path):
         if not Path(path_or_model_type).is_dir():
             known = ", ".join(sorted(FAMILIES))
             raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a model type ({known})")
-        return adapter_of(open_checkpoint(path_or_model_type), config, **choices)
+        return adapter_of(open_checkpoint(path_or_model_type), config, system=system, **choices)
     if isinstance(path_or_model_type, Adapter):
         path_or_model_type = [path_or_model_type]
-    if choices or config is not None:
+    if choices or config is not None or system != "native":
         raise AdapterError("rules of your own take no config and no choices: bind their letters in `rule`")
     return table(path_or_model_type)
 
 
-def adapter_of(checkpoint: Checkpoint, config: Any = None, **choices: Any) -> Adapter:
+def _made(model_type: str, config: Any, system: str, choices: dict[str, Any]) -> Adapter:
+    if system == "native":
+        return family(model_type).adapter(config, **choices)
+    return of_system(system, model_type, config, **choices)
+
+
+def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "native", **choices: Any) -> Adapter:
     """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's.
 
     adapter=: one of your own in place of the family's; then there are no other choices.
     """
     if (own := choices.pop("adapter", None)) is not None:
-        if not isinstance(own, Adapter) or choices or config is not None:
+        if not isinstance(own, Adapter) or choices or config is not None or system != "native":
             told = f"a {type(own).__name__} with {', '.join(choices) or 'a config' * (config is not None) or 'nothing'}"
             raise AdapterError(f"adapter= is {told}, expected an fmoe.Adapter alone. Fix: adapter.choose(...)")
         return own.resolve(hf_names(checkpoint))
     if config is None:
         layers_fit(checkpoint.path / "config.json", checkpoint.config, checkpoint.specs)
-    kind = family(checkpoint.model_type)
+    family(checkpoint.model_type)
     try:
-        made = kind.adapter(checkpoint.config if config is None else config, **choices)
+        made = _made(checkpoint.model_type, checkpoint.config if config is None else config, system, choices)
     except ValueError as error:  # a size or a dtype that is none, or a choice that there is not
         where = "" if config is not None or choices else f"{checkpoint.path / 'config.json'}: "
         raise AdapterError(f"{where}{error}") from None

@@ -1,4 +1,4 @@
-"""Commands that only look: inspect, plan, families."""
+"""Commands that only look: inspect, plan, families, systems."""
 
 import json
 from pathlib import Path
@@ -102,6 +102,32 @@ def families(
     else:
         titles = ["model type", "gate and up on disk", "quantised", "verified"]
         grid(titles, [[n, f["layout"], f["quantised"], f["verified"]] for n, f in facts.items()])
+
+
+@app.command("systems")
+def systems_(as_json: Json = False) -> None:
+    """Every other system whose names are known: its families, its container, what was verified against what."""
+    from fmoe.families import FAMILIES
+    from fmoe.systems import SYSTEMS
+
+    facts: dict[str, dict[str, Any]] = {
+        name: {
+            "families": sorted(FAMILIES if system.native else system.tables),
+            "choices": {n: list(options) for n, options in system.choices.items()},
+            "container": system.container,
+            "verified": system.verified,
+            "source": system.source,
+        }
+        for name, system in SYSTEMS.items()
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for name, told in facts.items():
+        known = "every family" if SYSTEMS[name].native else ", ".join(told["families"])
+        choices = "".join(f"; {n}={' | '.join(map(str, o)) or 'N'}" for n, o in told["choices"].items())
+        print(f"{name:<18}{known}; {told['container']}{choices}")
+        print(f"{'':<18}verified: {told['verified']}; {told['source']}")
 
 
 def _each(values: Any) -> list[Any]:

@@ -55,6 +55,9 @@ def claim(entries: tuple[Entry, ...], names: Names) -> Claims:
         elif isinstance(entry, Drop) and not entry.flipped:
             dropped = [r[0] for _, _, rows in hits(entry.rule, names) for r in rows]
             _own(found, owner, dropped, entry)
+            if entry.refused and dropped:
+                text = f"{some(dropped)}: {entry.because}; lossy=True leaves it out"
+                found.problems.append(Problem(text, tuple(dropped)))
             found.dropped += dropped
     _keep(found, entries, names, owner)
     return found
@@ -122,7 +125,7 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[s
             alike.setdefault(fits.get(name, ()), []).append(name)
         for keeps, same in alike.items():
             why = "no rule claims it" if not keeps else None
-            if keeps and layouts:
+            if keeps and layouts and not any(k.sure for k in keeps):
                 why = _suspicious(template, regions, keeps, names.rows)
             mine = Names(same)
             if keeps and not why and (taken := next((e for r, e in back if any(hits(r, mine))), None)):

@@ -32,7 +32,8 @@ def convert(group: Group, params: Mapping[str, Tensor], *, views: bool = False) 
     if group.rule.stacked and views:
         raise NotAView
     if group.rule.stacked:
-        made = [_stack(group, pieces, axes) for pieces in zip(*spread, strict=True)]
+        theirs = (dict(zip(group.rule.unstacked, at, strict=True)) for at in group.grid(group.rule.unstacked))
+        made = [_stack(group, pieces, axes, at) for pieces, at in zip(zip(*spread, strict=True), theirs, strict=True)]
     else:
         made = [_arrange(group, piece, axes, views) for piece in spread[0]]
     return dict(zip(group.targets, made, strict=True))
@@ -74,22 +75,25 @@ def _arrange(group: Group, piece: Tensor, axes: list[str], views: bool) -> Tenso
     return _permuted(piece, _inverse(group.storage))
 
 
-def _stack(group: Group, pieces: tuple[Tensor, ...], axes: list[str]) -> Tensor:
-    """A target of several sources: one `torch.stack` where they lie in storage one after the other."""
+def _stack(group: Group, pieces: tuple[Tensor, ...], axes: list[str], at: Mapping[str, int]) -> Tensor:
+    """A target of several sources: one `torch.stack` where they lie in storage one after the other.
+
+    at: the target's own coordinates, which say how long its part of a ragged axis is.
+    """
     dims = group.dims(group.rule.target)
     order = [a for i in group.storage for a in dims[i]]
     if order == [*group.stacked, *axes] and not set(group.stacked) & set(group.parts):
         whole = torch.stack(pieces)
     else:
-        sizes = group.held(group.rule.target, {})
+        sizes = group.held(group.rule.target, at)
         whole = pieces[0].new_empty([len(sizes[a]) for a in order])
-        for at, piece in zip(group.grid(group.stacked), pieces, strict=True):
-            taken, box = group.taken(dict(zip(group.stacked, at, strict=True))), whole
+        for here, piece in zip(group.grid(group.stacked), pieces, strict=True):
+            taken, box = group.taken(dict(zip(group.stacked, here, strict=True))), whole
             for i, axis in enumerate(order):
                 if axis in group.stacked:
                     box = box.narrow(i, taken[axis].start - sizes[axis].start, len(taken[axis]))
             box.copy_(piece.permute([axes.index(a) for a in order if a in axes]).reshape(box.shape))
-    sizes = group.held(group.rule.target, {})
+    sizes = group.held(group.rule.target, at)
     shape = [prod(len(sizes[a]) for a in dims[i]) for i in group.storage]
     return _permuted(whole.reshape(shape), _inverse(group.storage))
 

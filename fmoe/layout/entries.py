@@ -14,9 +14,13 @@ from fmoe.types import AdapterError, Problem
 
 @dataclass(frozen=True)
 class Keep:
-    """Names that no rule claims pass through unchanged, where the pattern matches."""
+    """Names that no rule claims pass through unchanged, where the pattern matches.
+
+    sure: whatever they look like, for a stage that is not the only one to claim them.
+    """
 
     pattern: Address
+    sure: bool = False
 
     @property
     def inverse(self) -> "Keep":
@@ -38,11 +42,15 @@ class Keep:
 
 @dataclass(frozen=True)
 class Drop:
-    """HF tensors that have no native counterpart, and why. Nothing brings them back: the adapter is not lossless."""
+    """HF tensors that have no native counterpart, and why. Nothing brings them back: the adapter is not lossless.
+
+    refused: they are a problem where they are found; nothing is dropped.
+    """
 
     pattern: Address
     because: str
     flipped: bool = False
+    refused: bool = False
 
     @property
     def inverse(self) -> "Drop":
@@ -54,7 +62,7 @@ class Drop:
         return Rule(self.pattern, self.pattern)
 
     def __str__(self) -> str:
-        return f"drop {self.pattern}   because {self.because}"
+        return f"{'refuse' if self.refused else 'drop'} {self.pattern}   because {self.because}"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Claimed:
         """The group. Raises Wrong with the keys that are missing, out of range, or do not fit."""
         inside = self.inside or dict(self.found)  # an empty window: sizes from what it leaves out
         self._alike(list(inside.values()))
-        full = dict(self.given)
+        full = self._joined() | self.given
         lengths: dict[str, dict[str, int]] = {p: {} for p in self.rule.ragged.values()}
         reads = inside.items() if lengths else list(inside.items())[:1]
         for at, name in reads:
@@ -114,6 +114,11 @@ class Claimed:
         window = {a: r for a, r in self.window.items() if a in full}
         dtype = self.specs[first].dtype
         return Group(self.rule, shared, full, dtype, self.found, parts, window, self.local & full.keys())
+
+    def _joined(self) -> dict[str, int]:
+        """The length of a ragged axis all of whose parts are bounded."""
+        said = {p: [self.rule.bound.get(label) for label in a.split("|")] for a, p in self.rule.ragged.items()}
+        return {p: sum(len(b) for b in bounds if b is not None) for p, bounds in said.items() if None not in bounds}
 
     def _alike(self, names: list[str]) -> None:
         """One shape and dtype: those that the axes' sizes say, where they do, else those of most."""
@@ -147,8 +152,11 @@ class Claimed:
             raise self._misfit(name, full)
         for size, dim in zip(shape, dims, strict=True):
             atoms = [self.rule.ragged.get(a, a) for a in dim if a != "1"]
-            known = prod(self._held(a, full) for a in atoms if a in full and a not in part)
-            unknown = [a for a in atoms if a not in full or a in part]
+            sized = {a: len(self.rule.bound[part[a]]) for a in atoms if part.get(a) in self.rule.bound}
+            for axis, length in sized.items():
+                lengths[axis][part[axis]] = length
+            known = prod(self._held(a, full) for a in atoms if a in full and a not in part) * prod(sized.values())
+            unknown = [a for a in atoms if a not in sized and (a not in full or a in part)]
             if len(unknown) > 1:
                 raise Wrong(
                     f"{name!r}: the sizes of {', '.join(unknown)} in {self.rule} are unknown: bind all but one", (name,)

@@ -24,7 +24,7 @@ class Table:
 
     @property
     def lossless(self) -> bool:
-        return not any(isinstance(e, Drop) for e in walk(self.entries))
+        return not any(isinstance(e, Drop) and not e.refused for e in walk(self.entries))
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> TablePlan:
         return plan_table(self.entries, specs, names, window, local)

@@ -1,0 +1,89 @@
+"""What another system is: for each family that it knows, a table from Hugging Face's names and axes to its own."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fmoe.codecs.quantised import Quantised
+from fmoe.families import FAMILIES
+from fmoe.families.kind import Family, as_dict
+from fmoe.layout.adapter import Adapter
+from fmoe.systems.facts import Facts
+from fmoe.systems.published import published
+from fmoe.systems.stages import Complete
+from fmoe.types import AdapterError
+
+FAMILY = {"qwen3_5_moe_text": "qwen3_5_moe"}
+ALWAYS = ("lossy", "quantized", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """A trainer, an engine or a file format, with names and axes of its own for the whole model.
+
+    tables: Hugging Face's model type -> the adapter from its published layout. choices: the system's own, with their
+    options, the first by default; an empty tuple takes a whole number. native: the tables go on from our native layout,
+    and a family without one has no other names. container: how it stores a checkpoint: "dcp",
+    "safetensors", "gguf", "orbax", or "memory". kept: the families of which it can hold quantised tensors as they are.
+    verified: what the tables were compared with. source: versions.
+    """
+
+    name: str
+    tables: Mapping[str, Callable[[Facts], Adapter]]
+    container: str
+    verified: str
+    source: str
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    native: bool = False
+
+    def adapter(self, model_type: str, config: Any = None, **choices: Any) -> Adapter:
+        """Hugging Face <-> this system, every tensor claimed.
+
+        lossy=True leaves out what has no place in the system. quantized="keep" moves codes and scales as they are.
+        Raises AdapterError for a family or a choice that the system does not know.
+        """
+        kind, name = _kind(model_type), FAMILY.get(model_type, model_type)
+        if self.native:
+            return self._from_native(model_type, config, choices)
+        if name not in self.tables:
+            raise AdapterError(
+                f"system={self.name!r} does not know {model_type!r}: expected one of {', '.join(self.tables)}"
+            )
+        facts = Facts(self.name, kind, as_dict(config), self._chosen(choices))
+        if facts.keep and name not in self.kept:
+            told = ", ".join(self.kept) or "none"
+            raise AdapterError(
+                f"system={self.name!r} has no quantized='keep' for {model_type!r}: expected one of {told}"
+            )
+        plain = kind.adapter(config, **({"dtype": choices["dtype"]} if choices.get("dtype") else {}))
+        codec = () if facts.keep else tuple(s for s in plain.stages if isinstance(s, Quantised))
+        layouts = {n: v for n, v in choices.items() if n not in self.choices and n not in ALWAYS}
+        made = Adapter((*codec, *published(facts).stages, Complete())) >> self.tables[name](facts)
+        return replace(made, moe=plain.moe, config=plain.config).choose(**layouts)
+
+    def _from_native(self, model_type: str, config: Any, choices: Mapping[str, Any]) -> Adapter:
+        kind = _kind(model_type)
+        made = kind.adapter(config, **{n: v for n, v in choices.items() if n != "lossy"})
+        facts = Facts(self.name, kind, as_dict(config), choices)
+        return made >> self.tables[model_type](facts) if model_type in self.tables else made
+
+    def _chosen(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        made = {n: options[0] if options else None for n, options in self.choices.items()}
+        for name, value in choices.items():
+            options = self.choices.get(name)
+            if options and value not in options:
+                told = " | ".join(map(repr, options))
+                raise AdapterError(f"system={self.name!r}: {name}={value!r}, expected {told}")
+            if options == () and (type(value) is not int or value < 1):
+                raise AdapterError(f"system={self.name!r}: {name}={value!r}, expected a whole number from 1 on")
+            if name == "quantized" and value not in ("decode", "keep"):
+                raise AdapterError(f"quantized={value!r}: expected 'decode' or 'keep'")
+            made[name] = value
+        return made
+
+
+def _kind(model_type: str) -> Family:
+    if model_type not in FAMILIES:
+        raise AdapterError(f"model_type {model_type!r} is unknown: expected one of {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type]
