@@ -14,10 +14,10 @@ from fmoe.codecs import Change, Changed, CodecPlan
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import absent, joined, pairs, rest
-from fmoe.systems.stages import Stateless
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import absent, joined, pairs, rest
+from fmoe.systems.wording.stages import Stateless
 from fmoe.types import TensorSpec
 
 LAYER = "{pre}layers.{l}."

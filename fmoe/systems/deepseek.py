@@ -2,9 +2,9 @@
 
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.engines import beyond
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import L, joined, pairs
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import L, joined, pairs
 
 T = "layers.{l}."
 EXPERTS = "{p=gate_proj|up_proj|down_proj}"

@@ -6,9 +6,9 @@ Hugging Face's names, with q, k, v joined by plain concatenation, gate over up, 
 from collections.abc import Callable
 
 from fmoe.layout.adapter import Adapter
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import L, Rules, absent, joined, pairs, tied
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import L, Rules, absent, joined, pairs, tied
 
 Names = dict[str, str]
 APART = "{} loads the MTP layer as a model of its own"

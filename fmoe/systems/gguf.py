@@ -2,11 +2,11 @@
 
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.engines import beyond
-from fmoe.systems.facts import Facts
-from fmoe.systems.nibbles import Nibbles
-from fmoe.systems.say import L, Rules, absent, joined, pairs, rest, tied
-from fmoe.systems.stages import Value
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.nibbles import Nibbles
+from fmoe.systems.wording.say import L, Rules, absent, joined, pairs, rest, tied
+from fmoe.systems.wording.stages import Value
 
 B = "blk.{l}."
 Names = dict[str, str]

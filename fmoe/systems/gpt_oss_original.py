@@ -1,9 +1,9 @@
 """gpt-oss as OpenAI published it: q, k and v joined, rows of gate and up interleaved; bf16, or MXFP4 as it is."""
 
 from fmoe.layout.adapter import Adapter
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import L, joined, pairs
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import L, joined, pairs
 
 T = "block.{l}."
 TOP = {

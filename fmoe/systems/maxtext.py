@@ -4,10 +4,10 @@ import re
 
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.engines import beyond
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import L, Rules, joined, pairs, rest, tied
-from fmoe.systems.stages import Value
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import L, Rules, joined, pairs, rest, tied
+from fmoe.systems.wording.stages import Value
 from fmoe.types import AdapterError
 
 D = "params-decoder-"

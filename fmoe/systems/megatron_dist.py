@@ -11,10 +11,10 @@ from typing import Any
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import either
 from fmoe.systems import megatron as core
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import NO_COPY, L, Rules, absent, joined, pairs
-from fmoe.systems.stages import Value
+from fmoe.systems import megatron_hybrid as own
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import NO_COPY, L, Rules, absent, joined, pairs
 
 M = core.M
 X = "mlp.experts.experts."
@@ -125,11 +125,10 @@ def deepseek_v3(facts: Facts) -> Adapter:
 
 def hybrid(facts: Facts) -> Adapter:
     """Qwen3-Next and Qwen3.5: always with numbers."""
-    names = core.hybrid(facts, "transformer_layer.")
+    names = own.hybrid(facts, "transformer_layer.")
     kept = [r for r in names if ".mlp.experts." not in str(r)]
-    more = [r for h, t in ((L, M), (core.G, "mtp.layers.{l}.transformer_layer.")) for r in pairs(h, t, experts(False))]
-    shift = Value(r"(decoder|mtp)\..*self_attention\.out_norm\.weight", "shift", -1.0)
-    return core.apart(facts) >> joined(kept, more) >> Adapter((shift,)) >> core.padded(facts)
+    more = [r for h, t in ((L, M), (own.G, "mtp.layers.{l}.transformer_layer.")) for r in pairs(h, t, experts(False))]
+    return own.apart(facts) >> joined(kept, more) >> own.SHIFT >> core.padded(facts)
 
 
 megatron_dist = System(

@@ -2,12 +2,12 @@
 
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.engines import beyond
-from fmoe.systems.facts import Facts
 from fmoe.systems.gguf import kv_apart
-from fmoe.systems.nibbles import Words
-from fmoe.systems.say import L, Rules, absent, joined, pairs, tied
-from fmoe.systems.stages import Value
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.nibbles import Words
+from fmoe.systems.wording.say import L, Rules, absent, joined, pairs, tied
+from fmoe.systems.wording.stages import Value
 from fmoe.types import AdapterError
 
 EXPERTS = "{p=gate_proj|up_proj|down_proj}.weight"

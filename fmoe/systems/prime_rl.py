@@ -4,9 +4,9 @@ A moving target: a week later it had `gate_proj`, `up_proj`, `down_proj` and `ro
 """
 
 from fmoe.layout.adapter import Adapter
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import L, absent, joined, pairs, tied
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import L, absent, joined, pairs, tied
 
 EXPERTS = "{p=gate_proj|up_proj|down_proj}.weight"
 SAME = [

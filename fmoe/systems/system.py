@@ -8,9 +8,9 @@ from fmoe.codecs.quantised import Quantised
 from fmoe.families import FAMILIES
 from fmoe.families.kind import Family, as_dict
 from fmoe.layout.adapter import Adapter
-from fmoe.systems.facts import Facts
-from fmoe.systems.published import published
-from fmoe.systems.stages import Complete
+from fmoe.systems.wording.complete import Complete
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.published import published
 from fmoe.types import AdapterError
 
 FAMILY = {"qwen3_5_moe_text": "qwen3_5_moe"}

@@ -2,10 +2,10 @@
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import alias
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import NO_COPY, L, Rules, absent, joined, pairs, tied
-from fmoe.systems.stages import Fill
 from fmoe.systems.system import System
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import NO_COPY, L, Rules, absent, joined, pairs, tied
+from fmoe.systems.wording.stages import Fill
 
 T = "layers.{l}."
 DENSE = {"mlp.{p=gate_proj|up_proj|down_proj}.weight": "feed_forward.{p=w1|w3|w2}.weight"}

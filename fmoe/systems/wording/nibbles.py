@@ -15,7 +15,7 @@ from fmoe.codecs import Change, Changed, CodecPlan
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
-from fmoe.systems.stages import Stateless
+from fmoe.systems.wording.stages import Stateless
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 

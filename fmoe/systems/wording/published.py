@@ -8,8 +8,8 @@ from typing import Any
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import either, rule
-from fmoe.systems.facts import Facts
-from fmoe.systems.say import L, joined, pairs, rest
+from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.say import L, joined, pairs, rest
 
 TEXT = "{p=layers|embed_tokens|norm}.{rest}"
 
