@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
-from fmoe.checkpoint.files.origin import FORMAT
-from fmoe.checkpoint.files.writer import Layout, shard
+from fmoe.checkpoint.files.disk import bytes_of, identity
+from fmoe.checkpoint.files.origin import FORMAT, head_of, with_checksums
+from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import across, adapter_between, plan_from
+from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.staging.beside import of_the_former, taken_along
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.quantised import agreeing
@@ -55,7 +59,7 @@ class Report:
 
 
 def convert(
-    src: Path | str,
+    src: Where | str,
     dst: Path | str,
     to: Literal["native", "hf"] | str = "native",
     *,
@@ -112,25 +116,27 @@ def convert(
             )
     plan = plan_from(source, there, **ranges)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), ranges)
-    others: dict[str, bytes | Path] = {str(n): source.path / n for n in source.others()}
+    others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
     if to != "native":
         config = crossing.config if crossing else source.config
         told = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
         if crossing or told != config:
             others["config.json"] = json.dumps(told, indent=2, default=str).encode() + b"\n"
-        if quantization_of(told) is None:
-            others.pop(QUANT, None)
+        if quantization_of(told) is None and QUANT in others:
+            del others[QUANT]
+            notes.append(f"not taken along: {QUANT!r}, of the quantised source")
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
     work = _digest(source, to, adapter, ranges, layout, engine)
     claim = lambda: replaced(dst, source.path, force, work=work)
-    claim()
-    beside = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in (*others.values(), *small.values()))
+    notes += of_the_former(dst, claim(), {*layout.heads, *small, *others})
+    beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))
     check_space(dst, sum(size for _, size in layout.heads.values()) + beside)
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
     )
+    report = replace(report, notes=tuple(notes))
     if crossing:
-        report = replace(report, lost=crossing.lost, notes=crossing.notes)
+        report = replace(report, lost=crossing.lost, notes=(*crossing.notes, *notes))
     if dry_run:
         return report
     size, of = source.nbytes, source.nbytes * (3 if checksums else 1)
@@ -140,7 +146,7 @@ def convert(
         stage.begin(layout.heads, [*others, *small])
         if stage.stale is None:
             resumed = sum(item.nbytes for item in engine.items[: stage.done])
-            _carry_out(stage, engine, threads, resumed, carried)
+            _carry_out(stage, engine, threads or source.readers, resumed, carried)
             for name, given in {**others, **small}.items():
                 stage.fill(name, given)
         else:
@@ -148,9 +154,15 @@ def convert(
             carried(resumed)
         if checksums:
             theirs = [*sorted(source.stamps), *others, *(n for n in (INDEX, NATIVE) if (source.path / n).exists())]
-            paths = {str(source.path / n): source.path / n for n in theirs}
-            paths |= {str(dst / n): stage.where(n) for n in stage.names}
-            sums = _checksums(paths, threads, lambda done, all_: progress(size + 2 * size * done // all_, of))
+            paths: dict[str, Where] = {
+                str(source.path / n): source.path / n for n in dict.fromkeys(theirs) if (source.path / n).exists()
+            }
+            paths |= {str(dst / n): stage.where(n) for n in stage.names if n != NATIVE}
+            sums = digests(paths, threads, lambda done, all_: progress(size + 2 * size * done // all_, of))
+            if NATIVE in small:
+                if stage.stale is None:
+                    stage.fill(NATIVE, with_checksums(small[NATIVE], {n: sums[str(dst / n)] for n in layout.heads}))
+                sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
         source.unchanged()
         stage.publish()
     return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
@@ -158,23 +170,26 @@ def convert(
 
 def _layout(
     source: Checkpoint, plan: Plan, to: str, most: int, ranges: Mapping[str, range]
-) -> tuple[Layout, dict[str, bytes | Path]]:
+) -> tuple[Layout, dict[str, bytes | Where]]:
     """Where every tensor goes, and the small files that belong to it; a native directory's way back is its origin."""
     origin = source.origin if source.origin and source.origin["weight_map"].keys() == plan.targets.keys() else None
     files = origin["weight_map"] if origin else shard(plan.targets, most)
-    layout = Layout.of(plan.targets, files, origin["metadata"] if origin else {})
+    heads = {file: head_of(text) for file, text in (origin or {}).get("headers", {}).items()}
+    layout = Layout.of(plan.targets, files, origin["metadata"] if origin else {}, heads)
     index = origin["index"] if origin and origin["bytes"] == plan.nbytes else layout.index
-    small: dict[str, bytes | Path] = {INDEX: index.encode()} if index is not None else {}
+    small: dict[str, bytes | Where] = {INDEX: index.encode()} if index is not None else {}
     return layout, small | ({NATIVE: _origin(source, plan, ranges)} if to == "native" else {})
 
 
 def _origin(source: Checkpoint, plan: Plan, ranges: Mapping[str, range]) -> bytes:
     """What a native directory was made from: enough to give back the same files."""
     index, where, size = source.index, source.files, source.nbytes
+    headers = {} if ranges else other_headers(source)
     if ranges:
         index, where = None, {n: source.files[n] for n in plan.sources}
         size = sum(source.specs[n].nbytes for n in where)
     facts: dict[str, Any] = FORMAT | {"weight_map": where, "metadata": source.metadata, "index": index, "bytes": size}
+    facts |= {"headers": headers} if headers else {}
     if ranges:
         facts["ranges"] = {n: [r.start, r.stop] for n, r in ranges.items()}
     return json.dumps(facts).encode() + b"\n"
@@ -184,8 +199,16 @@ def _digest(
     source: Checkpoint, to: str, adapter: Adapter, ranges: Mapping[str, range], layout: Layout, engine: Engine
 ) -> str:
     """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
-    stamps = {file: [stamp.size, stamp.written] for file, stamp in source.stamps.items()}
-    facts = [str(source.path.resolve()), stamps, to, str(adapter), sorted(map(repr, ranges.items()))]
+    stamps = {file: identity(source.path / file, stamp) for file, stamp in source.stamps.items()}
+    config = json.dumps(source.config, sort_keys=True)
+    facts = [
+        str(source.path if isinstance(source.path, Address) else source.path.resolve()),
+        stamps,
+        config,
+        to,
+        str(adapter),
+        sorted(map(repr, ranges.items())),
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for item in (*sorted(layout.heads.items()), *engine.items):
         digest.update(repr(item).encode())
@@ -211,20 +234,3 @@ def _next(before: "Future[None] | None", after: "Future[None] | None") -> "Futur
     if before is not None:
         before.result()
     return after
-
-
-def _checksums(paths: Mapping[str, Path], threads: int | None, progress: Progress) -> dict[str, str]:
-    """sha256 of every file, by the same keys."""
-
-    def digest(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    sizes = [path.stat().st_size for path in paths.values()]
-    found, done = {}, 0
-    with pool(threads) as executor:
-        for name, size, (_, digested) in zip(paths, sizes, in_order(executor, digest, paths.values()), strict=True):
-            found[name] = digested
-            done += size
-            progress(done, sum(sizes))
-    return found

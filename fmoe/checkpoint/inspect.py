@@ -7,6 +7,7 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
+from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.sizes import by_kind, by_layer, names_of, parameters
 from fmoe.checkpoint.stream.slices import groups
 from fmoe.families import family
@@ -18,7 +19,7 @@ from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
 
 
-def inspect(path: Path | str) -> dict[str, Any]:
+def inspect(path: Where | str) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.
 
     problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
@@ -54,7 +55,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
         found |= _experts(source)
     except AdapterError as error:
         found["problems"] = list(error.problems)
-    if unread := sorted({p.name for p in source.path.glob("*.safetensors")} - set(source.files.values())):
+    if unread := [str(p) for p in source.others() if p.suffix == ".safetensors" and p.parent == Path()]:
         found["notes"] = [*found["notes"], f"not in the index, so not read: {some(unread)}"]
     return found
 

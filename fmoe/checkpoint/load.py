@@ -10,8 +10,9 @@ from torch import Tensor
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.open import adapter_of, plan_from
+from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
-from fmoe.checkpoint.stream.slices import narrowing
+from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.codecs.cast import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
@@ -23,18 +24,21 @@ if TYPE_CHECKING:
 
 
 def load(
-    path: Path | str,
+    path: Where | str,
     device: "torch.device | str | None" = None,
     device_mesh: "DeviceMesh | None" = None,
     *,
     out: Params | None = None,
+    mmap: bool = True,
     threads: int | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
     """The native parameters of a directory, Hugging Face's or native: `from_hf` of its tensors.
 
     Tensors that are views of the files stay so: mapped into memory, read when they are looked at, never written back
-    (the files must stay as they are for as long as the tensors live). Stacks of experts are made in memory.
+    (the files must stay as they are for as long as the tensors live). Stacks of experts are made in memory. mmap=False:
+    everything is read into memory, so that a file cut short on a network disk is an error, and not the end of the
+    process.
 
     device: where they go ("meta": shapes and dtypes only). device_mesh: this rank's experts, as DTensors. out: native
     tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`, such as `dtype=`; adapter=:
@@ -63,8 +67,9 @@ def load(
     if held and ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     plan = Plan((), source.specs) if held else adapter.plan(specs, **ranges)
+    maps = Maps() if mmap and isinstance(source.path, Path) else None
     if out is not None:
-        return _fill(source, adapter, plan, out, ranges)
+        return _fill(source, adapter, plan, out, ranges, maps)
     if device is not None and torch.device(device).type == "meta" and device_mesh is None:
         return {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in plan.targets.items()}
     finish: Callable[[str, Tensor], Any] = lambda n, t: t if device is None else t.to(device)
@@ -72,18 +77,22 @@ def load(
         place = torch.device(device or device_mesh.device_type)
         finish = lambda n, t: distributed(t.to(place), device_mesh, stacks[n].shape) if n in stacks else t.to(place)
     if source.native:
-        return {n: finish(n, t) for n, t in _native(source, plan).items()}
+        return {n: finish(n, t) for n, t in _native(source, plan, maps).items()}
     made: dict[str, Any] = {}
-    maps = Maps()
     run = lambda unit: plan.run(inputs(source, plan, unit[0], maps), unit[1])
-    with pool(threads) as executor:
-        for _, tensors in in_order(executor, run, plan.units(), ahead=4):
+    with pool(threads or source.readers) as executor:
+        for _, tensors in in_order(executor, run, plan.units(), ahead=2 * source.readers if source.readers else 4):
             made |= {n: finish(n, t) for n, t in tensors.items()}
     return {n: made[n] for n in plan.targets}
 
 
-def inputs(source: Checkpoint, plan: Plan, names: list[str], maps: Maps) -> dict[str, Tensor]:
-    """The tensors of these names; of a range, what will be looked at is on its way, and nothing beside it."""
+def inputs(source: Checkpoint, plan: Plan, names: list[str], maps: Maps | None) -> dict[str, Tensor]:
+    """The tensors of these names; of a range, what will be looked at is on its way, and nothing beside it.
+
+    maps: the files that are mapped; None to read them.
+    """
+    if maps is None:
+        return read(source, names, narrowing(plan, "sources") if plan.narrowed else {})
     given = mapped(source, names, maps)
     if plan.narrowed:
         cut = narrowing(plan, "sources")
@@ -92,13 +101,17 @@ def inputs(source: Checkpoint, plan: Plan, names: list[str], maps: Maps) -> dict
     return given
 
 
-def _native(source: Checkpoint, plan: Plan) -> dict[str, Tensor]:
+def _native(source: Checkpoint, plan: Plan, maps: Maps | None) -> dict[str, Tensor]:
     """What a native directory holds, less what the plan's ranges leave out, in the plan's dtypes."""
-    cut, maps = narrowing(plan, "targets"), Maps()
-    given = mapped(source, plan.targets, maps)
-    parts = {n: cut[n](t) if n in cut else t for n, t in given.items()}
-    for name, part in parts.items() if cut else ():
-        fetch(source, name, part, maps)
+    cut = narrowing(plan, "targets")
+    if maps is None:
+        found = read(source, plan.targets, cut)
+        parts = {n: cut[n](t).clone() if n in cut else t for n, t in found.items()}
+    else:
+        given = mapped(source, plan.targets, maps)
+        parts = {n: cut[n](t) if n in cut else t for n, t in given.items()}
+        for name, part in parts.items() if cut else ():
+            fetch(source, name, part, maps)
     return {n: held(n, t, plan.targets[n].dtype) if t.is_floating_point() else t for n, t in parts.items()}
 
 
@@ -118,20 +131,20 @@ def unfilled(plan: Plan, out: Params, what: str) -> list[Problem]:
 
 @torch.no_grad()
 def _fill(
-    source: Checkpoint, adapter: Adapter, plan: Plan, out: Params, ranges: Mapping[str, range]
+    source: Checkpoint, adapter: Adapter, plan: Plan, out: Params, ranges: Mapping[str, range], maps: Maps | None
 ) -> dict[str, Tensor]:
     """out, with the plan's tensors in it: through views of it under HF names, or tensor by tensor where it has none."""
     if problems := unfilled(plan, out, "out"):
         raise AdapterError(problems)
     if source.native:
-        for name, tensor in _native(source, plan).items():
+        for name, tensor in _native(source, plan, maps).items():
             out[name].copy_(tensor)
         return dict(out)
     try:
         views = adapter.views(out, **ranges)
     except AdapterError:  # decoded, or cast: no view of what is stored
         views = None
-    cut, maps = narrowing(plan, "sources"), Maps()
+    cut = narrowing(plan, "sources")
     for sources, targets in plan.units():
         given = inputs(source, plan, sources, maps)
         if views is not None and views.keys() >= given.keys():

@@ -38,7 +38,7 @@ def adapter(
     if isinstance(path_or_model_type, str) and path_or_model_type in FAMILIES:
         return _made(path_or_model_type, config, system, choices)
     if isinstance(path_or_model_type, str | Path):
-        if not Path(path_or_model_type).is_dir():
+        if "://" not in str(path_or_model_type) and not Path(path_or_model_type).is_dir():
             known = ", ".join(sorted(FAMILIES))
             raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a model type ({known})")
         return adapter_of(open_checkpoint(path_or_model_type), config, system=system, **choices)

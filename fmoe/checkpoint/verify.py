@@ -1,7 +1,7 @@
 """Proof by doing: everything goes to the other layout and back in memory, a few experts at a time."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,22 +9,25 @@ from torch import Tensor
 
 from fmoe.checkpoint.convert import Progress, Report
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
-from fmoe.checkpoint.files.mapped import mapped
 from fmoe.checkpoint.open import adapter_of, plan_from
-from fmoe.checkpoint.stream.slices import groups, narrowing
+from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.stream.digests import other_bytes
+from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError, Problem, bits
 
+UNKNOWN = "whether these are the values that were written is not known: fmoe.json has no digests (--checksums)"
 MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once
 
 
-def verify(path: Path | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
+def verify(path: Where | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
     """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
 
-    Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
-    your own. Raises AdapterError naming each tensor that comes
-    back different.
+    A native directory whose `fmoe.json` has digests is compared with them; of one without, a note of the report says
+    that its values are not vouched for. Nothing is written, and memory does not grow with the directory. choices: as in
+    `fmoe.adapter`, or adapter=, one of your own. Raises AdapterError naming each tensor that comes back different, and
+    each file that has other bytes than were written.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -39,7 +42,9 @@ def verify(path: Path | str, progress: Progress = lambda done, of: None, **choic
     there = adapter.inverse if source.native else adapter
     plan = plan_from(source, there)
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
-    wrong = [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
+    digests = (source.origin or {}).get("checksums", {})
+    wrong = other_bytes(source.path, digests)
+    wrong += [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
     wrong += [Problem(f"{n!r} comes back, and was not there", (n,)) for n in back.targets if n not in source.specs]
     done, size = 0, source.nbytes
     progress(done, size)
@@ -48,10 +53,13 @@ def verify(path: Path | str, progress: Progress = lambda done, of: None, **choic
         wrong += [Problem(f"{n!r} comes back with other bits", (n,)) for n in found]
         done += checked
         progress(min(done, size), size)
+    source.unchanged()
     if wrong:
         raise AdapterError(dict.fromkeys(wrong))
     progress(size, size)
-    return Report(str(path), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
+    report = Report(str(path), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
+    notes = (UNKNOWN,) if source.native and not digests else ()
+    return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 
 
 def _held(plan: Plan) -> dict[str, range]:
@@ -84,8 +92,7 @@ def _changed(source: Checkpoint, there: Adapter, plan: Plan, names: set[str] | N
     for sources, targets in plan.units():
         if names is not None and names.isdisjoint(sources):
             continue
-        source.unchanged()
-        given = mapped(source, sources)
+        given = read(source, sources, cut)  # and not mapped: a file cut short would end the process
         found = back.run(plan.run(given, targets), [n for n in sources if n in back.targets])
         for name, tensor in found.items():
             was = cut[name](given[name]) if name in cut else given[name]

@@ -3,7 +3,6 @@
 import sys
 from importlib import import_module
 from operator import attrgetter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,7 @@ HELP = """Mixture-of-Experts checkpoints: look into them, convert them, prove th
     fmoe convert DIR NATIVE            experts stacked, in bounded memory
     fmoe convert NATIVE BACK --to hf   byte for byte what DIR was
 """
-DIRECTORY = "a checkpoint directory, Hugging Face's or native: safetensors files and a config.json"
+DIRECTORY = "a checkpoint, Hugging Face's or native: its directory, or hf://ORG/NAME, https://..., s3://..."
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # of click, or of the copy that typer has
 
@@ -27,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[Path, typer.Argument(metavar="DIR", help=DIRECTORY, readable=False)]
+Source = Annotated[str, typer.Argument(metavar="DIR", help=DIRECTORY)]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on standard output, and nothing else")]
 Kept = Annotated[str | None, typer.Option("--quantized", help="keep: codes and scales move as they are; or decode")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]

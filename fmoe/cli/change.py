@@ -19,7 +19,7 @@ WRITTEN = "the directory to write: a new or an empty one"
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help=DIRECTORY, readable=False)],
+    src: Annotated[str, typer.Argument(metavar="SRC", help=DIRECTORY)],
     dst: Annotated[Path, typer.Argument(metavar="DST", help=WRITTEN, readable=False)],
     to: Annotated[str, typer.Option(help="native, hf, or another family's model type, as mixtral")] = "native",
     layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
@@ -90,7 +90,13 @@ def verify(
     from fmoe.types import human
 
     found = f"{report.family}, {count(report.tensors, 'tensor')}, {human(report.nbytes)}"
-    _say(report, f"{found}: everything comes back bit for bit", as_json)
+    proved = "; ".join(
+        [
+            "everything comes back bit for bit" if not report.notes else "the layout comes back bit for bit",
+            *report.notes,
+        ]
+    )
+    _say(report, f"{found}: {proved}", as_json)
 
 
 @app.command()

@@ -146,12 +146,14 @@ def test_a_cache_of_links_without_index_with_folders_and_odd_files_comes_back(wr
     fmoe.convert(source, tmp_path / "native", max_shard_size=50_000)
     fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
     assert files(tmp_path / "back") == files(blobs)
-    for file in ("pytorch_model.bin", "old.safetensors.part"):  # and these are not taken along
+    for file in ("pytorch_model.bin", "old.safetensors.part"):
         (source / file).write_bytes(b"weights")
     (source / ".gitattributes").write_text("x")
-    fmoe.convert(source, tmp_path / "clean")
+    report = fmoe.convert(source, tmp_path / "clean")
+    assert report.notes == ("not taken along: '.gitattributes', 'old.safetensors.part'",)
     assert files(tmp_path / "clean").keys() == {
         "config.json",
+        "pytorch_model.bin",
         "chat_template.jinja",
         "assets/a.txt",
         "fmoe.json",

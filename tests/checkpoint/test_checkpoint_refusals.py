@@ -57,8 +57,8 @@ def listed(file: str) -> Change:
 
 
 def dangling(path: Path) -> None:
-    (path / INDEX).unlink()
-    (path / "x.safetensors").symlink_to("y")
+    (path / ONE).unlink()
+    (path / ONE).symlink_to("y")
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object], file: str = ONE) -> Change:
@@ -85,7 +85,7 @@ def no_weights(path: Path) -> None:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "a file that is not there": (lambda path: (path / TWO).unlink(), f"{TWO} is not there, and {INDEX} names it"),
-    "a link to nowhere": (dangling, "x.safetensors is not there$"),
+    "a link to nowhere": (dangling, f"{ONE} is not there"),
     "a file outside": (listed(f"../source/{ONE}"), f"'../source/{ONE}'"),
     "a folder above": (listed(".."), "'..'"),
     "a file by its whole path": (listed("/etc/passwd"), "'/etc/passwd'"),
@@ -122,8 +122,14 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a missing expert": (tensors(lambda t: t.pop(EXPERT)), f"missing .*'{EXPERT}'"),
     "an expert of another shape": (tensors(lambda t: t.update({EXPERT: torch.ones(3, 3)})), EXPERT),
     "an expert of another dtype": (tensors(lambda t: t.update({EXPERT: t[EXPERT].half()})), EXPERT),
-    "more experts than config says": (update("config.json", num_experts=7), "layers.0.mlp.experts.7.gate_proj.weight"),
-    "fewer experts than config says": (update("config.json", num_experts=9), "layers.0.mlp.experts.8.gate_proj.weight"),
+    "more experts than config says": (
+        update("config.json", num_experts=7, num_local_experts=7),
+        "layers.0.mlp.experts.7.gate_proj.weight",
+    ),
+    "fewer experts than config says": (
+        update("config.json", num_experts=9, num_local_experts=9),
+        "layers.0.mlp.experts.8.gate_proj.weight",
+    ),
     "a size in words": (update("config.json", num_experts="eight"), "config.json: .*experts is 'eight'"),
     "a dtype that is none": (update("config.json", dtype="float99"), "config.json: dtype is 'float99'"),
 }

@@ -402,10 +402,10 @@ def test_layers_that_fit(name):
 
 
 @pytest.mark.parametrize("beside", ["pytorch_model.bin", "consolidated.pth", "model.gguf"])
-def test_pickles_beside_safetensors_are_neither_read_nor_taken_along(beside, source):
+def test_pickles_beside_safetensors_are_taken_along_and_never_read(beside, source):
     (source / beside).write_bytes(b"\x80\x04.")
     opened = open_checkpoint(source)
-    assert len(opened.specs) == 23 and Path(beside) not in opened.others()
+    assert len(opened.specs) == 23 and Path(beside) in opened.others()
     fmoe.verify(source)
 
 

@@ -189,8 +189,10 @@ def test_convert_and_verify_tell_a_machine_one_object(run, kept, tmp_path):
 
 
 def test_verify_says_what_was_proved(run, kept):
-    told = run("verify", kept / "native")
-    assert told == (0, "qwen3_moe, 8 tensors, 594.4 kB: everything comes back bit for bit\n", "")
+    told = run("verify", kept / "hf")
+    assert told == (0, "qwen3_moe, 52 tensors, 594.4 kB: everything comes back bit for bit\n", "")
+    code, out, err = run("verify", kept / "native")
+    assert (code, err) == (0, "") and "the layout comes back bit for bit; whether these are the values" in out
 
 
 def test_force_replaces_a_checkpoint(run, kept, tmp_path):
@@ -268,7 +270,7 @@ def test_the_program_itself_converts_into_a_pipe_and_draws_its_bar_on_a_terminal
     assert b"converting" in drawn and b"594.4/594.4 kB" in drawn
     out, drawn = program("convert", tmp_path / "x", tmp_path / "y", "--to", "hf", "--json")
     assert json.loads(out)["made"] == 52 and drawn == b""
-    assert program("verify", tmp_path / "x", "--quiet") == (
-        b"qwen3_moe, 8 tensors, 594.4 kB: everything comes back bit for bit\n",
+    assert program("verify", kept / "hf", "--quiet") == (
+        b"qwen3_moe, 52 tensors, 594.4 kB: everything comes back bit for bit\n",
         b"",
     )

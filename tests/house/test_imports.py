@@ -37,6 +37,7 @@ codecs
 lowrank
 families
 systems
+checkpoint.remote
 checkpoint.files
 checkpoint.staging
 checkpoint.stream

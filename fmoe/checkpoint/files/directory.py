@@ -5,30 +5,32 @@ them together here: an index, the files that it names and their headers say the 
 """
 
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
-from fmoe.checkpoint.files.header import DTYPES, PICKLE, Header, read_header
+from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import MOST, parse
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, UNFINISHED, chosen, instead
+from fmoe.checkpoint.remote.address import Address, Where, look, where
+from fmoe.checkpoint.remote.spans import scattered
+from fmoe.checkpoint.remote.stores import AT_ONCE
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
-__all__ = ["DTYPES", "INDEX", "NATIVE", "Checkpoint", "open_checkpoint", "read_header"]
+__all__ = ["DTYPES", "INDEX", "JOURNAL", "NATIVE", "Checkpoint", "open_checkpoint", "read_header"]
 
-INDEX = "model.safetensors.index.json"
-NATIVE = "fmoe.json"
-JOURNAL = "fmoe.journal"
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".part"} | PICKLES
-_SHARD = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)")
+
+Spans = Sequence[tuple[int, int]]
+"""(where it begins in a tensor, how many bytes) of every part."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class Checkpoint:
     """What a directory holds.
 
     offsets: where in its file each tensor's bytes begin. stamps: what each file was when its header was read.
-    index: the text of its index file. origin: of a native one, what it was made from: the HF `weight_map`, the files'
-    metadata, the index and the size; None for a HF one.
+    heads: its bytes before the data, as they were. index: the text of its index file, if that speaks of these files.
+    origin: of a native one, what it was made from: the HF `weight_map`, the files' metadata, the index and the size;
+    None for a HF one.
     """
 
-    path: Path
+    path: Where
     config: dict[str, Any]
     specs: dict[str, TensorSpec]
     files: dict[str, str]
@@ -49,6 +52,7 @@ class Checkpoint:
     index: str | None = None
     origin: dict[str, Any] | None = None
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    heads: dict[str, bytes] = field(default_factory=dict, repr=False)
 
     @property
     def native(self) -> bool:
@@ -61,11 +65,17 @@ class Checkpoint:
         return str(self.config["model_type"])
 
     @property
+    def readers(self) -> int | None:
+        """How many threads read at once, if not as many as there are cores: a server is waited for."""
+        return 8 if isinstance(self.path, Address) else None
+
+    @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors of these names, in memory of their own.
+    def read(self, names: Iterable[str], parts: Mapping[str, Spans] = MappingProxyType({})) -> dict[str, Tensor]:
+        """The tensors of these names, in memory of their own. parts: of some of them only these bytes are read; what
+        lies beside them is never touched, and so takes no memory.
 
         Raises AdapterError where a file is no longer what it was when it was opened: cut short, replaced, written to.
         """
@@ -74,68 +84,128 @@ class Checkpoint:
         for file in dict.fromkeys(self.files[n] for n in names):
             path = self.path / file
             with disk.reading(path, self.stamps[file]) as descriptor:
+                wanted = []
                 for name in (n for n in names if self.files[n] == file):
                     shape, dtype = self.specs[name]
                     data = torch.empty(self.specs[name].nbytes, dtype=torch.uint8)
-                    disk.read_at(path, descriptor, data.numpy().data, self.offsets[name])
+                    view, at = data.numpy().data, self.offsets[name]
+                    wanted += [(at + i, view[i : i + size]) for i, size in parts.get(name, [(0, data.numel())])]
                     out[name] = data.view(dtype).view(shape)
+                if isinstance(descriptor, Address):
+                    scattered(descriptor, wanted)
+                    continue
+                for at, view in wanted:
+                    disk.read_at(path, descriptor, view, at)
                 disk.unchanged(path, descriptor, self.stamps[file])
         return {n: out[n] for n in names}
 
     def unchanged(self) -> None:
         """Raises AdapterError where a file is no longer the one whose header was read."""
+        if isinstance(self.path, Address):
+            self.path.known.facts.clear()
+            look(self.path, [*self.stamps])
         for file, stamp in self.stamps.items():
-            with disk.reading(self.path / file, stamp):
-                pass
+            with disk.reading(self.path / file) as descriptor:
+                disk.unchanged(self.path / file, descriptor, stamp)
 
     def others(self) -> list[Path]:
-        """Every other file of the directory, relative to it: tokenizer, config and so on, but no weights.
+        """Every other file below the directory, relative to it, that goes where the checkpoint goes, weights too.
 
         Raises AdapterError for one that may not be copied, as a link that leads out of the directory.
         """
-        ours = {INDEX, NATIVE}
-        return list(disk.others(self.path, lambda p: p.suffix not in WEIGHTS and p.name not in ours))
+        ours = {INDEX, NATIVE, JOURNAL, *self.stamps}
+        if isinstance(self.path, Address):
+            there = map(Path, self.path.names())
+            return [p for p in there if str(p) not in ours and p.suffix not in UNFINISHED and str(p)[0] != "."]
+        return list(disk.others(self.path, lambda p: str(p) not in ours and p.suffix not in UNFINISHED))
+
+    def left(self) -> list[str]:
+        """What goes nowhere: hidden files and folders, what is unfinished, an index that speaks of other files."""
+        if isinstance(self.path, Address):
+            away = self.path.names()
+            gone = [n for n in away if n[0] == "." or n.endswith(UNFINISHED) or n == INDEX and self.index is None]
+            return gone if self.path.listed else [*gone, "whatever else lies there: it cannot be listed"]
+        there = sorted(os.listdir(self.path))
+        hidden = [n for n in there if n.startswith(".")]
+        below = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.suffix in UNFINISHED)
+        unfinished = [str(p) for p in below if not p.parts[0].startswith(".")]
+        stale = [INDEX] if INDEX in there and self.index is None else []
+        return [*hidden, *unfinished, *stale]
 
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+def open_checkpoint(path: Where | str) -> Checkpoint:
     """The checkpoint in a directory of safetensors files with a config.json, HF or native; only headers are read.
+
+    path: of this machine, or an address: hf://org/name[@revision], https://..., s3://... and whatever fsspec knows.
 
     Raises AdapterError naming the file: none there, an index that disagrees with the files, a header that is not one.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise AdapterError(f"{path} is {'no directory' if path.exists() else 'not there'}")
-    try:
-        there = sorted(os.listdir(path))
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read: {error.strerror}") from None
+    path = where(path)
+    there = _listed(path)
     if JOURNAL in there:
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
     config, _ = _json(path / "config.json", infinite=True)
     index = mapped = origin = None
     if INDEX in there:
-        found, index = _json(path / INDEX)
-        mapped = weight_map(path / INDEX, found)
+        mapped, index = _index(path / INDEX, beside=SINGLE in there)
     if NATIVE in there:
         origin = origin_of(path / NATIVE, _json(path / NATIVE)[0])
-    files = _found(path, there) if mapped is None else sorted(set(mapped.values()))
+    files, indexed = chosen(path, there, mapped, config)
+    if not indexed:
+        index = mapped = None
     missing = "is not there" if mapped is None else f"is not there, and {INDEX} names it"
-    headers = {file: read_header(path / file, missing) for file in files}
-    where = _where(path, headers)
-    if not where:
-        raise AdapterError(f"{path} holds no tensors in safetensors files{_instead(there)}")
-    if mapped is not None and mapped != where:
-        wrong = tuple(n for n in {**mapped, **where} if mapped.get(n) != where.get(n))
+    headers = _headers(path, files, missing)
+    holds = _where(path, headers)
+    if not holds:
+        raise AdapterError(f"{path} holds no tensors in safetensors files{instead(there)}")
+    if files == [SINGLE] and mapped != holds:
+        index = mapped = None  # it is read as it is, as Transformers does
+    if mapped is not None and mapped != holds:
+        wrong = tuple(n for n in {**mapped, **holds} if mapped.get(n) != holds.get(n))
         text = f"{path / INDEX} and the files' headers disagree on where these are: {some(wrong)}"
         raise AdapterError([Problem(text, wrong)])
     specs = {n: spec for header in headers.values() for n, spec in header.specs.items()}
     offsets = {n: at for header in headers.values() for n, at in header.offsets.items()}
     stamps = {file: header.stamp for file, header in headers.items()}
     metadata = {file: header.metadata for file, header in headers.items()}
-    return Checkpoint(path, config, specs, where, offsets, stamps, index, origin, metadata)
+    heads = {file: header.text for file, header in headers.items()}
+    return Checkpoint(path, config, specs, holds, offsets, stamps, index, origin, metadata, heads)
 
 
-def _where(path: Path, headers: Mapping[str, Header]) -> dict[str, str]:
+def _listed(path: Where) -> list[str]:
+    if isinstance(path, Address):
+        if there := sorted(n for n in path.names() if "/" not in n):
+            return there
+        raise AdapterError(f"{path} holds nothing that fmoe reads, or is not there")
+    if not path.is_dir():
+        raise AdapterError(f"{path} is {'no directory' if path.exists() else 'not there'}")
+    try:
+        return sorted(os.listdir(path))
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _headers(path: Where, files: list[str], missing: str) -> dict[str, Header]:
+    """Of every file; those of another machine are asked for in parallel."""
+    if not isinstance(path, Address):
+        return {file: read_header(path / file, missing) for file in files}
+    look(path, files)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(files, pool.map(lambda f: read_header(path / f, missing), files), strict=True))
+
+
+def _index(path: Where, *, beside: bool) -> tuple[dict[str, str] | None, str | None]:
+    """The weight_map of an index, and its text. beside: model.safetensors is there, and then it may be anything."""
+    try:
+        found, text = _json(path)
+        return weight_map(path, found), text
+    except AdapterError:
+        if beside:
+            return None, None
+        raise
+
+
+def _where(path: Where, headers: Mapping[str, Header]) -> dict[str, str]:
     """The file of each tensor. Raises AdapterError where two files hold the same one."""
     where: dict[str, str] = {}
     for file, header in headers.items():
@@ -145,26 +215,7 @@ def _where(path: Path, headers: Mapping[str, Header]) -> dict[str, str]:
     return where
 
 
-def _found(path: Path, there: Iterable[str]) -> list[str]:
-    """The safetensors files of a directory without an index. Raises AdapterError where some of N are missing."""
-    files = [n for n in there if n.endswith(".safetensors")]
-    for file in files:
-        if not file.isprintable():
-            raise AdapterError(f"{path} has a file named {file!r}: rename it")
-        if shard := _SHARD.fullmatch(file):
-            stem, _, end, count = shard.groups()
-            wanted = (f"{stem}{i + 1:05d}{end}" for i in range(int(count)))
-            if missing := next((n for n in wanted if n not in files), None):
-                raise AdapterError(f"{path / missing} is not there, and {file} is: download it, or {INDEX}")
-    return files
-
-
-def _instead(there: Iterable[str]) -> str:
-    pickles = [n for n in there if Path(n).suffix in PICKLES]
-    return f", but {some(pickles)}: {PICKLE}" if pickles else ""
-
-
-def _json(path: Path, *, infinite: bool = False) -> tuple[dict[str, Any], str]:
+def _json(path: Where, *, infinite: bool = False) -> tuple[dict[str, Any], str]:
     """What a file of JSON holds, and its text."""
     missing = "is missing: a checkpoint directory has one"
     with disk.reading(path, missing=missing) as file:

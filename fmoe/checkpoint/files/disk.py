@@ -4,43 +4,92 @@ A file is a regular one (a pipe would wait, a device has no end), lies in the di
 each reading the one that it was when its header was read. Everything else is an AdapterError naming the file.
 """
 
+import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.remote.trouble import Unreadable
+from fmoe.checkpoint.remote.web import Facts
 from fmoe.types import AdapterError
 
+Opened = int | Address
 AGAIN = "download or copy it again"
 
 
-class Unreadable(AdapterError):
-    """A file that the system did not let us read: nothing is wrong with what it holds, and later it may go."""
-
-
 class Stamp(NamedTuple):
-    """What a file was when it was opened: another file, size or time of writing later on means other bytes."""
+    """What a file was when it was opened: another file, size or time of writing later on means other bytes.
 
-    device: int
-    inode: int
-    size: int
-    written: int
+    written: what anybody may set back (tar and rsync do). changed: what the system alone sets. tag: what a server
+    says instead of all that.
+    """
+
+    device: int = 0
+    inode: int = 0
+    size: int = 0
+    written: int = 0
+    changed: int = 0
+    tag: str = ""
 
     @classmethod
-    def of(cls, descriptor: int) -> "Stamp":
+    def of(cls, descriptor: Opened) -> "Stamp":
+        if isinstance(descriptor, Address):
+            return cls(size=descriptor.size, tag=(descriptor.facts() or Facts(0, "")).tag)
         found = os.fstat(descriptor)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def identity(path: Where, stamp: Stamp) -> list[int | str]:
+    """What tells this file from any other that ever lies at path; where the file system has nothing, its digest."""
+    if isinstance(path, Address):
+        return [stamp.size, stamp.tag or os.urandom(8).hex()]  # what cannot be told is never the same
+    if stamp.inode and stamp.changed:
+        return [stamp.inode, stamp.size, stamp.written, stamp.changed]
+    return [stamp.size, digest(path, stamp)]
+
+
+def digest(path: Where, stamp: Stamp | None = None) -> str:
+    """sha256 of a whole file."""
+    if isinstance(path, Address):
+        found = hashlib.sha256()
+        for block in path.blocks():
+            found.update(block)
+        return found.hexdigest()
+    with reading(path, stamp) as descriptor, open(cast(int, descriptor), "rb", buffering=0, closefd=False) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copied(path: Where, to: Path) -> None:
+    """to = a file of this machine or another."""
+    if not isinstance(path, Address):
+        shutil.copyfile(path, to)
+        return
+    with open(to, "wb") as out:
+        for block in path.blocks():
+            out.write(block)
+
+
+def bytes_of(path: Where) -> int:
+    return path.size if isinstance(path, Address) else path.stat().st_size
 
 
 @contextmanager
-def reading(path: Path, was: Stamp | None = None, missing: str = "is not there") -> Iterator[int]:
+def reading(path: Where, was: Stamp | None = None, missing: str = "is not there") -> Iterator[Opened]:
     """A descriptor of the regular file at path; was: and still the one of that stamp. missing: said if not.
 
     Never waits. Raises AdapterError where there is none, where a link leads out of the directory, where it may not be
     read, or where it has changed.
     """
+    if isinstance(path, Address):
+        if not path.exists():
+            raise AdapterError(f"{path} {missing}")
+        yield path
+        return
     try:
         descriptor = _open(path)
     except FileNotFoundError:
@@ -54,16 +103,21 @@ def reading(path: Path, was: Stamp | None = None, missing: str = "is not there")
         os.close(descriptor)
 
 
-def unchanged(path: Path, descriptor: int, was: Stamp | None) -> None:
-    """Raises AdapterError where the file is no longer the one of that stamp."""
+def unchanged(path: Where, descriptor: Opened, was: Stamp | None) -> None:
+    """Raises AdapterError where the file is no longer the one of that stamp. A server is asked again."""
+    if isinstance(descriptor, Address):
+        descriptor.facts(again=True)
     now = Stamp.of(descriptor)
     if was is not None and now != was:
         what = f"{was.size:,} bytes, now {now.size:,}" if now.size != was.size else "the same size, written later"
         raise AdapterError(f"{path} has changed since it was opened ({what}): nothing else may write to it; run again")
 
 
-def read_at(path: Path, descriptor: int, into: memoryview, at: int) -> None:
+def read_at(path: Where, descriptor: Opened, into: memoryview, at: int) -> None:
     """into = the bytes of the file from at on, all of them. Raises AdapterError where it ends before, or fails."""
+    if isinstance(descriptor, Address):
+        descriptor.read_at(into, at)
+        return
     done, size = 0, len(into)
     try:
         while done < size:

@@ -3,9 +3,9 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from fmoe.checkpoint.remote.address import Where
 from fmoe.families.kind import as_dict
 from fmoe.types import AdapterError
 
@@ -14,7 +14,7 @@ BEYOND = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 """The config's names for layers that some families number on after the last one."""
 
 
-def layers_fit(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+def layers_fit(path: Where, config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raises AdapterError where a layer of the config has no tensor, or a tensor a layer beyond them.
 
     A config that does not say num_hidden_layers, and names that number no layers, are left alone; so are the layers

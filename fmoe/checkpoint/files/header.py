@@ -6,13 +6,14 @@ so is what it lets pass and a conversion would lose: a tensor described twice, f
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from fmoe.checkpoint.files.disk import AGAIN, Stamp, read_at, reading
+from fmoe.checkpoint.files.disk import AGAIN, Opened, Stamp, read_at, reading
 from fmoe.checkpoint.files.strict import MOST, parse, short, too_long
+from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.remote.kept import keep, kept
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 DTYPES = {
@@ -36,6 +37,7 @@ DTYPES = {
 }
 _PACKED = {"F4", "F6_E2M3", "F6_E3M2"}  # elements of less than a byte
 _FIELDS = {"dtype", "shape", "data_offsets"}
+FIRST = 2**16  # bytes of a file elsewhere that are asked for at once: most headers are shorter
 _RANK = 64  # dimensions, as in NumPy
 _BEYOND = 2**63  # the first number that is no size to torch
 
@@ -51,42 +53,64 @@ _KINDS = {
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of itself. offsets: where in the file each tensor's bytes begin."""
+    """What a safetensors file says of itself. offsets: where in the file each tensor's bytes begin. end: where the
+    last ends. text: the bytes before the data.
+    """
 
     specs: dict[str, TensorSpec]
     metadata: dict[str, str]
     offsets: dict[str, int]
-    stamp: Stamp
+    end: int
+    text: bytes
+    stamp: Stamp = Stamp()
 
 
-def read_header(path: Path, missing: str = "is not there") -> Header:
+def read_header(path: Where, missing: str = "is not there") -> Header:
     """The header of a safetensors file. Raises AdapterError where the header is none, or not the file's."""
     with reading(path, missing=missing) as file:
         stamp = Stamp.of(file)
-        first = bytearray(min(stamp.size, 64))
-        read_at(path, file, memoryview(first), 0)
-        length = int.from_bytes(first[:8], "little")
-        if len(first) < 8 or 8 + length > stamp.size or length > MOST:
-            why = _kind(first, f"cut short, or no safetensors file: {AGAIN}")
-            raise AdapterError(f"{path} has {stamp.size:,} bytes, and its header would have {length:,}: {why}")
-        text = bytearray(length)
-        read_at(path, file, memoryview(text), 8)
+        text = kept(file) if isinstance(file, Address) else None
+        if text is None:
+            text = _text(path, file, stamp)
+            if isinstance(file, Address):
+                keep(file, text)
+    found = described(path, text)
+    if found.end != stamp.size:
+        why = f"cut short: {AGAIN}" if found.end > stamp.size else "no tensor has the rest"
+        raise AdapterError(f"{path} has {stamp.size:,} bytes, its header says {found.end:,}: {why}")
+    return found._replace(stamp=stamp)
+
+
+def _text(path: Where, file: Opened, stamp: Stamp) -> bytes:
+    """The bytes before the data."""
+    first = bytearray(min(stamp.size, FIRST if isinstance(file, Address) else 64))
+    read_at(path, file, memoryview(first), 0)
+    length = int.from_bytes(first[:8], "little")
+    if len(first) < 8 or 8 + length > stamp.size or length > MOST:
+        why = _kind(first, f"cut short, or no safetensors file: {AGAIN}")
+        raise AdapterError(f"{path} has {stamp.size:,} bytes, and its header would have {length:,}: {why}")
+    text = bytearray(8 + length)
+    held = min(len(first), len(text))
+    text[:held] = first[:held]
+    read_at(path, file, memoryview(text)[held:], held)
+    return bytes(text)
+
+
+def described(path: Where, text: bytes) -> Header:
+    """What the bytes before the data say; path: of whom. Raises AdapterError where they are no header."""
+    length = len(text) - 8
     try:
-        header = parse(bytes(text))
+        header = parse(text[8:])
         metadata = _texts(header.pop("__metadata__", None))
     except (ValueError, TypeError) as error:
-        raise AdapterError(
-            f"{path} has no safetensors header: {error if length else _kind(first, str(error))}"
-        ) from None
+        why = error if length else _kind(text, str(error))
+        raise AdapterError(f"{path} has no safetensors header: {why}") from None
     specs = _specs(path, header)
     end = 8 + length + _tiled(path, header, specs)
-    if end != stamp.size:
-        why = f"cut short: {AGAIN}" if end > stamp.size else "no tensor has the rest"
-        raise AdapterError(f"{path} has {stamp.size:,} bytes, its header says {end:,}: {why}")
-    return Header(specs, metadata, {n: 8 + length + h["data_offsets"][0] for n, h in header.items()}, stamp)
+    return Header(specs, metadata, {n: 8 + length + h["data_offsets"][0] for n, h in header.items()}, end, text)
 
 
-def _kind(first: bytearray, otherwise: str) -> str:
+def _kind(first: bytes | bytearray, otherwise: str) -> str:
     """What a file that is no safetensors seems to be instead."""
     return next((kind for magic, kind in _KINDS.items() if first.startswith(magic)), otherwise)
 
@@ -99,7 +123,7 @@ def _texts(metadata: Any) -> dict[str, str]:
     return metadata
 
 
-def _specs(path: Path, header: Mapping[str, Any]) -> dict[str, TensorSpec]:
+def _specs(path: Where, header: Mapping[str, Any]) -> dict[str, TensorSpec]:
     specs, problems = {}, []
     for name, entry in header.items():
         if wrong := too_long(name) or _wrong(entry):
@@ -140,7 +164,7 @@ def _counts(found: Any) -> bool:
     return True
 
 
-def _tiled(path: Path, header: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> int:
+def _tiled(path: Where, header: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> int:
     """Where the data ends. Raises AdapterError where the tensors do not lie side by side, each as long as its spec."""
     at, before = 0, "the header"
     for (start, stop), name in sorted((entry["data_offsets"], name) for name, entry in header.items()):

@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Maps:
             if file not in self._held:
                 stamp = source.stamps[file]
                 with disk.reading(source.path / file, stamp) as descriptor:
-                    pages = mmap.mmap(descriptor, stamp.size, access=mmap.ACCESS_COPY)
+                    pages = mmap.mmap(cast(int, descriptor), stamp.size, access=mmap.ACCESS_COPY)
                 self._held[file] = pages, torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
             return self._held[file]
 
@@ -63,4 +64,4 @@ def fetch(source: Checkpoint, name: str, part: Tensor, maps: Maps) -> None:
     maps(source, file)[0].madvise(mmap.MADV_RANDOM, first, end - first)  # a page looked at brings no others with it
     with disk.reading(source.path / file, source.stamps[file]) as descriptor:
         for at in range(start, end, _STEP):
-            os.posix_fadvise(descriptor, at, min(_STEP, end - at), os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(cast(int, descriptor), at, min(_STEP, end - at), os.POSIX_FADV_WILLNEED)

@@ -2,19 +2,23 @@
 which keeps that index, and all else that the files held beside tensors, for the way back.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmoe.checkpoint.files.header import PICKLE
+from fmoe.checkpoint.files.header import PICKLE, described
 from fmoe.checkpoint.files.strict import parse, short, too_long
+from fmoe.checkpoint.remote.address import Where
 from fmoe.types import AdapterError
 
+# weight_map, metadata, index, bytes: of the source. headers: its files' headers that are not as fmoe writes them.
+# checksums: sha256 of the native directory's own files.
 ORIGIN = {"weight_map": dict, "metadata": dict, "index": str | None, "bytes": int}
 FORMAT = {"format": "fmoe native", "version": 1}
 
 
-def weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+def weight_map(path: Where, index: Mapping[str, Any]) -> dict[str, str]:
     """The weight_map of an index, which is at path: names to safetensors files in the same directory."""
     found = index.get("weight_map")
     if not isinstance(found, dict):
@@ -32,7 +36,7 @@ def weight_map(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def origin_of(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
     """What `fmoe.json` at path says a native directory was made from. Raises AdapterError where it could not be."""
     for field, value in FORMAT.items():
         if found.get(field, value) != value:
@@ -48,6 +52,14 @@ def origin_of(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     for file, texts in found["metadata"].items():
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise AdapterError(f"{path} has for {short(file)} the metadata {short(texts)}, expected texts by name")
+    for field in ("headers", "checksums"):
+        texts = found.get(field, {})
+        if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+            raise AdapterError(f"{path} has {field} {short(texts)}, expected texts by file")
+    for file, text in found.get("headers", {}).items():
+        inside = {n for n, where in files.items() if where == file}
+        if described(path.parent / file, head_of(text)).specs.keys() != inside:
+            raise AdapterError(f"{path} keeps a header of {short(file)} with other tensors: convert the source again")
     if found["index"] is not None:
         try:
             index = parse(found["index"].encode())
@@ -56,6 +68,17 @@ def origin_of(path: Path, found: dict[str, Any]) -> dict[str, Any]:
         if index.get("weight_map") != files:
             raise AdapterError(f"{path} keeps an index whose weight_map is not its own: convert the source again")
     return found
+
+
+def head_of(text: str) -> bytes:
+    """The bytes before the data of a file whose header is this text."""
+    return len(text.encode()).to_bytes(8, "little") + text.encode()
+
+
+def with_checksums(text: bytes | Where, digests: Mapping[str, str]) -> bytes:
+    """An origin's text, with the sha256 of the files that it lies beside."""
+    assert isinstance(text, bytes)
+    return json.dumps(json.loads(text) | {"checksums": dict(digests)}).encode() + b"\n"
 
 
 def _range(ends: Any) -> bool:

@@ -1,14 +1,17 @@
 """Safetensors files before their data: the header needs only specs, so no shard is ever held in memory.
 
-Tensors lie in the order in which the safetensors library lays them (widest dtype first, then by name), so that a
-checkpoint written back is the same file, byte for byte.
+Tensors lie in the order in which the safetensors library lays them (widest dtype first, then by name); where another
+writer had them in another order, or its header in other words, that header is kept, so that a checkpoint written back
+is the same file, byte for byte.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from fmoe.checkpoint.files.directory import DTYPES
+from fmoe.checkpoint.files.directory import DTYPES, Checkpoint
+from fmoe.checkpoint.files.header import described
 from fmoe.types import TensorSpec
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -60,15 +63,22 @@ class Layout:
 
     @classmethod
     def of(
-        cls, specs: Mapping[str, TensorSpec], files: Mapping[str, str], metadata: Mapping[str, Mapping[str, str]]
+        cls,
+        specs: Mapping[str, TensorSpec],
+        files: Mapping[str, str],
+        metadata: Mapping[str, Mapping[str, str]],
+        heads: Mapping[str, bytes] = {},
     ) -> "Layout":
-        """Tensors in these files, which hold these texts (by default `{"format": "pt"}`, as Transformers has it)."""
-        held: dict[str, dict[str, TensorSpec]] = {file: {} for file in sorted(set(files.values()))}
+        """Tensors in these files, which hold these texts (by default `{"format": "pt"}`, as Transformers has it).
+
+        heads: file -> the bytes before its data, where that says the same of the same tensors, in any order.
+        """
+        held: dict[str, dict[str, TensorSpec]] = {file: {} for file in sorted({*files.values(), *heads})}
         for name, file in files.items():
             held[file][name] = specs[name]
         made, starts = {}, dict[str, int]()
         for file, inside in held.items():
-            head, at = header(inside, metadata.get(file, {"format": "pt"}))
+            head, at = _kept(file, inside, heads) or header(inside, metadata.get(file, {"format": "pt"}))
             made[file] = (head, len(head) + sum(spec.nbytes for spec in inside.values()))
             starts |= at
         return cls(dict(files), made, starts)
@@ -78,6 +88,25 @@ class Layout:
         """The text of their index; one file needs none."""
         total = sum(size - len(head) for head, size in self.heads.values())
         return index_text(self.files, total) if len(self.heads) > 1 else None
+
+
+def _kept(
+    file: str, specs: Mapping[str, TensorSpec], heads: Mapping[str, bytes]
+) -> tuple[bytes, dict[str, int]] | None:
+    """The header that a file had, where it fits these tensors."""
+    if file not in heads:
+        return None
+    found = described(Path(file), heads[file])
+    return (heads[file], found.offsets) if found.specs == specs else None
+
+
+def other_headers(source: Checkpoint) -> dict[str, str]:
+    """The headers of its files that another writer made in its own way, or that have no tensors; by file."""
+    held: dict[str, dict[str, TensorSpec]] = {file: {} for file in source.heads}
+    for name, file in source.files.items():
+        held[file][name] = source.specs[name]
+    ours = {file: header(inside, source.metadata[file])[0] for file, inside in held.items() if inside}
+    return {file: head[8:].decode() for file, head in source.heads.items() if ours.get(file) != head}
 
 
 def index_text(files: Mapping[str, str], total: int) -> str:

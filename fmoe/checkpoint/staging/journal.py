@@ -7,10 +7,13 @@ of the machine did, and of what the disk failed to take, only what was known to 
 import errno
 import json
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmoe.checkpoint.files.directory import JOURNAL
+from fmoe.checkpoint.files.weights import JOURNAL
+from fmoe.types import AdapterError
 
 ONCE = "once"  # work that begins anew when it is interrupted
 _HEAD = {"work", "boot", "files", "replaces", "fresh"}
@@ -27,11 +30,16 @@ class Told(NamedTuple):
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """Of the journal in this directory, from its last beginning on; without what an interruption cut short."""
+    """Of the journal in this directory, from its last beginning on; without what an interruption cut short.
+
+    Raises AdapterError where it is no file, as a link that leads elsewhere.
+    """
     try:
-        text = (path / JOURNAL).read_text(encoding="utf-8", errors="replace")
+        descriptor = opened(path, os.O_RDONLY)
     except FileNotFoundError:
         return []
+    with open(descriptor, encoding="utf-8", errors="replace") as file:
+        text = file.read()
     found: list[dict[str, Any]] = []
     for line in text.split("\n"):
         try:
@@ -43,6 +51,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
         elif isinstance(said, dict) and found:
             found.append(said)
     return found
+
+
+def opened(path: Path, flags: int) -> int:
+    """A descriptor of the journal in this directory. Raises AdapterError where that name is no file; OSError."""
+    journal = path / JOURNAL
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(journal).st_mode):
+            raise AdapterError(f"{journal} is a link, or no file: fmoe writes to nothing but a file there: remove it")
+    return os.open(journal, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def told(found: list[dict[str, Any]]) -> Told:

@@ -2,14 +2,21 @@
 
 import errno
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from fmoe.checkpoint.files.directory import INDEX, JOURNAL, NATIVE
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE
+from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.staging.beside import replaceable
 from fmoe.checkpoint.staging.journal import ONCE, lines
+from fmoe.checkpoint.staging.locks import LEASE
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 
+_MODEL = re.compile(r"(pytorch_model|tf_model|flax_model)\b.*\.(bin|h5|msgpack|json)|adapter_(config\.json|model\..*)")
+"""What, beside safetensors files, Transformers would read as a model that lies where one is saved."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -32,14 +39,14 @@ def size_of(text: int | str) -> int:
     return size
 
 
-def replaced(dst: Path, source: Path | None, force: bool, *, work: str = ONCE, bystanders: bool = False) -> set[str]:
+def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, bystanders: bool = False) -> set[str]:
     """The files in dst that a new checkpoint replaces. Raises AdapterError where dst may not be written to.
 
     work: what is about to be done, which may go on where it was interrupted. bystanders: files that are no weights,
-    such as a config, may be there.
+    such as a config and a tokenizer, may be there and stay; without, nothing of the model that was there does.
     """
-    if source is not None and source.resolve() in (dst.resolve(), *dst.resolve().parents):
-        raise AdapterError(f"{dst} is the source itself, or lies inside it: name another directory")
+    if isinstance(source, Path):
+        _apart(dst, source)
     if (dst.exists() or dst.is_symlink()) and not dst.is_dir():
         raise AdapterError(f"{dst} is {'a file' if dst.exists() else 'a link to nowhere'}: name a directory")
     home = _home(dst)
@@ -47,22 +54,39 @@ def replaced(dst: Path, source: Path | None, force: bool, *, work: str = ONCE, b
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(dst))
     if not os.access(home, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
-    there = sorted(p.name for p in dst.iterdir() if p.name != JOURNAL) if home == dst else []
-    old = {n for n in there if n.endswith(".safetensors") or n in (INDEX, NATIVE)}
+    there = sorted(p.name for p in dst.iterdir() if p.name not in (JOURNAL, LEASE)) if home == dst else []
+    weights = {n for n in there if n.endswith(".safetensors") or n in (INDEX, NATIVE)}
+    old = weights | {n for n in there if _MODEL.match(n)} if bystanders else weights and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
             raise AdapterError(f"{dst} holds the beginnings of other work ({why}): --force to start anew")
-        if (new := sorted(old.difference(begun[0]["files"], begun[0]["replaces"]))) and not force:
+        if (new := sorted(weights.difference(begun[0]["files"], begun[0]["replaces"]))) and not force:
             raise AdapterError(f"{dst} has got {some(new)} since it was begun: move that, or --force to replace it")
         return old
-    if bystanders and not old:
+    if bystanders and not weights:
         return set()
     if there and not force:
         raise AdapterError(f"{dst} is not empty: name another directory, or --force to replace the checkpoint in it")
-    if there and not old and not all(n.endswith(".part") for n in there):
+    if there and not weights and not all(n.endswith(".part") for n in there):
         raise AdapterError(f"{dst} holds no checkpoint, but {some(there)}: refusing to replace that")
     return old
+
+
+def _apart(dst: Path, source: Path) -> None:
+    """Raises AdapterError where one of them is the other, or lies inside it, by whatever name."""
+    here, there = (list(_ids(p)) for p in (dst, source))
+    if there[0] in here:
+        raise AdapterError(f"{dst} is the source itself, or lies inside it: name another directory")
+    if dst.exists() and here[0] in there:
+        raise AdapterError(f"{dst} has the source {source} inside it: name another directory")
+
+
+def _ids(path: Path) -> Iterator[tuple[int, int] | str]:
+    """What the file system calls a path and everything above it."""
+    real = path.resolve()
+    for folder in (real, *real.parents):
+        yield (found.st_dev, found.st_ino) if folder.exists() and (found := folder.stat()) else str(folder)
 
 
 def check_space(dst: Path, needed: int) -> None:

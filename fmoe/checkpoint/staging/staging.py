@@ -3,17 +3,17 @@
 A journal beside them says what is done, so that whoever is killed goes on where it stopped.
 """
 
-import fcntl
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fmoe.checkpoint.files.directory import INDEX, JOURNAL, NATIVE
-from fmoe.checkpoint.files.disk import Unreadable
-from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, told
+from fmoe.checkpoint.files.disk import Unreadable, copied
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE
+from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, opened, told
+from fmoe.checkpoint.staging.locks import locked
 from fmoe.types import AdapterError
 
 
@@ -35,9 +35,13 @@ class Staging:
         self._journal, self._fresh = journal, fresh
 
     def part(self, name: str) -> Path:
-        """Where to write a file that gets this name in the end."""
-        self._part(name).parent.mkdir(parents=True, exist_ok=True)
-        return self._part(name)
+        """Where to write a file that gets this name in the end. Raises AdapterError where a link leads elsewhere."""
+        part = self._part(name)
+        for folder in [f for f in part.parents if self.path in f.parents]:
+            if folder.is_symlink():
+                raise AdapterError(f"{folder} is a link: fmoe writes into folders of {self.path} only: remove it")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        return part
 
     def where(self, name: str) -> Path:
         """Where that file is now."""
@@ -70,17 +74,18 @@ class Staging:
     def _resume(self, found: list[dict[str, Any]]) -> bool:
         done, stale = told(found)
         held = {n: self._part(n) for n in self.sizes} if stale is None else {n: self.where(n) for n in self.names}
-        sizes = {n: path.stat().st_size if path.exists() else -1 for n, path in held.items()}
+        sizes = {n: path.stat().st_size if path.is_file() and not path.is_symlink() else -1 for n, path in held.items()}
         if (done is None and stale is None) or any(s < 0 or s != self.sizes.get(n, s) for n, s in sizes.items()):
             return False
         self._note(boot=boot())
         self.done, self.stale = done or 0, stale
         return True
 
-    def fill(self, name: str, given: bytes | Path) -> None:
+    def fill(self, name: str, given: bytes | Where) -> None:
         """A file written whole, of these bytes or as a copy."""
         with naming(self.part(name)) as part:
-            part.write_bytes(given) if isinstance(given, bytes) else shutil.copyfile(given, part)
+            part.unlink(missing_ok=True)  # an earlier run's, or a link that leads elsewhere
+            part.write_bytes(given) if isinstance(given, bytes) else copied(given, part)
 
     def mark(self, done: int) -> None:
         """The first `done` jobs are done."""
@@ -103,14 +108,22 @@ class Staging:
             self._note(publishing=self.stale, safe=self.fsync)
             self._settled([self.path / JOURNAL])
         for name in sorted(self.stale, key=lambda n: n not in (INDEX, NATIVE)):
-            if name not in self.names or self._part(name).exists():  # else it is a new one already
+            weights = name.endswith(".safetensors") or name in (INDEX, NATIVE)
+            if name not in self.names or weights and self._part(name).exists():  # else it is a new one already
                 (self.path / name).unlink(missing_ok=True)
+                self._emptied((self.path / name).parent)
         for name in sorted(self.names, key=lambda n: (n == INDEX, n.endswith(".safetensors"), n)):
             if self._part(name).exists():
                 os.replace(self._part(name), self.path / name)
         self._settled(folders)
         (self.path / JOURNAL).unlink()
         self._settled([self.path])
+
+    def _emptied(self, folder: Path) -> None:
+        """A folder of the former model goes with its last file."""
+        if folder != self.path:
+            with suppress(OSError):
+                folder.rmdir()
 
     def abandon(self) -> None:
         """Nothing of this work is left; all of other work is."""
@@ -165,21 +178,34 @@ def staging(
     """
     fresh = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    journal = os.open(path / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    journal = opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
-        _lock(path, journal)
-        stage = Staging(path, work, journal, fresh=fresh, fsync=fsync)
-        try:
-            stage.old = claim()
-            yield stage
-        except BaseException as error:
-            wrong = isinstance(error, AdapterError) and not isinstance(error, Unreadable)
-            bad = wrong or not resumable
-            if stage.stale is None and (bad or not stage.begun):
-                stage.abandon()
-            raise
+        with _alone(path, journal):
+            stage = Staging(path, work, journal, fresh=fresh, fsync=fsync)
+            try:
+                stage.old = claim()
+                yield stage
+            except BaseException as error:
+                wrong = isinstance(error, AdapterError) and not isinstance(error, Unreadable)
+                bad = wrong or not resumable
+                if stage.stale is None and (bad or not stage.begun):
+                    stage.abandon()
+                raise
     finally:
         os.close(journal)
+
+
+@contextmanager
+def _alone(path: Path, journal: int) -> Iterator[None]:
+    """Locked; where no lock is to be had, a journal that nobody has written to does not stay behind."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, journal))
+        except OSError:
+            if not os.fstat(journal).st_size:
+                (path / JOURNAL).unlink(missing_ok=True)
+            raise
+        yield
 
 
 @contextmanager
@@ -190,20 +216,6 @@ def naming(path: Path) -> Iterator[Path]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
-
-
-def _lock(path: Path, journal: int) -> None:
-    try:
-        with naming(path / JOURNAL):
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise AdapterError(f"{path}: another process is writing to it: let it end, or stop it") from None
-    try:
-        same = os.path.samestat(os.fstat(journal), os.stat(path / JOURNAL))
-    except FileNotFoundError:
-        same = False
-    if not same:
-        raise AdapterError(f"{path}: another process has just finished writing to it")
 
 
 def _prune(path: Path) -> None:

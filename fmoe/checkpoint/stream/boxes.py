@@ -9,6 +9,8 @@ from itertools import product
 from math import isqrt, prod
 from typing import NamedTuple
 
+from fmoe.layout.axes import Copy
+
 LARGE = 4  # times the limit that a part may have which can only be cut into short runs
 RUN = 8192  # bytes from which on a contiguous run is worth a read or a write of its own
 
@@ -95,6 +97,14 @@ def box(
             merged.append((t, s, n))
     t_, s_, n_ = zip(*reversed(merged), strict=True) if merged else ((), (), ())
     return Box(source, to, n_, at, s_, to_at, t_, item)
+
+
+def box_of(copy: Copy, place: Place, start: int, to: Place, to_start: int) -> Box:
+    """A copy between tensors that begin at these bytes of their places."""
+    item = copy.dtype.itemsize
+    size = lambda strides: [n * item for n in strides]
+    at, to_at = start + copy.source_offset * item, to_start + copy.target_offset * item
+    return box(place, to, copy.shape, at, size(copy.source_strides), to_at, size(copy.target_strides), item)
 
 
 def jobs(boxes: Iterable[Box], limit: int) -> list[Job]:

@@ -8,22 +8,25 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.remote.spans import Gate
 from fmoe.checkpoint.staging.staging import naming
+from fmoe.checkpoint.stream.ahead import fetched
 from fmoe.checkpoint.stream.arrange import frame, move, ranges
-from fmoe.checkpoint.stream.boxes import Box, Job, Place, box, jobs
+from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, jobs
 from fmoe.checkpoint.stream.flow import Step, flow
-from fmoe.layout.axes import Copy
 from fmoe.layout.pipeline import Plan
 from fmoe.types import bits
 
 LIMIT = 16 * 2**20
+FLIGHT = 16 * LIMIT  # bytes on their way from another machine, and what is made of them
 
 
 class Unit(NamedTuple):
@@ -44,6 +47,7 @@ class Engine:
         self.source, self.plan, self.flow, self.starts = source, plan, flow(plan), starts
         self.paths = {path.name: path for path, _ in starts.values()}
         self.limit, self.read, self.written = limit, 0, 0
+        self.gate = Gate(FLIGHT)
         self._lock, self._alone = threading.Lock(), threading.Lock()
         self._here = threading.local()  # a thread's buffers, and the files that its job has open
         boxes = []
@@ -53,7 +57,7 @@ class Engine:
                 place, start = Place(source.files[copy.source]), source.offsets[copy.source]
             else:
                 place, start = Place(copy.source, step), 0
-            boxes.append(_box(copy, place, start, Place(path.name), at))
+            boxes.append(box_of(copy, place, start, Place(path.name), at))
         size = lambda targets: sum(plan.targets[t].nbytes for t in targets)
         units = [Unit(sources, targets, size(targets)) for sources, targets in self.flow.units]
         self.items: list[Job | Unit] = [*jobs((b for b in boxes if b.nbytes), limit), *units]
@@ -62,8 +66,14 @@ class Engine:
         """Everything that an item moves. Raises AdapterError where a source file is not what it was; OSError."""
         self._here.opened = {}
         try:
-            self._make(item) if isinstance(item, Unit) else self._move(item)
+            if isinstance(item, Unit):
+                self._make(item)
+                return
+            with self.gate.passing(2 * item.nbytes) if isinstance(self.source.path, Address) else nullcontext():
+                self._here.fetched = fetched(item, self.source, self.flow)
+                self._move(item)
         finally:
+            self._here.fetched = {}
             for _, stack in self._here.opened.values():
                 stack.close()
 
@@ -107,7 +117,7 @@ class Engine:
             data = torch.empty(spec.nbytes, dtype=torch.uint8)
             for copy in step.gather[name]:
                 place = Place(self.source.files[copy.source])
-                self._take(_box(copy, place, self.source.offsets[copy.source], Place(name, 0), 0), data)
+                self._take(box_of(copy, place, self.source.offsets[copy.source], Place(name, 0), 0), data)
             given[name] = data.view(spec.dtype).view(spec.shape)
         return {n: bits(t) for n, t in step.change(given).items()}
 
@@ -144,7 +154,7 @@ class Engine:
         """A contiguous run: inside the kernel as far as it can, the rest through a buffer, which knows what failed."""
         done = 0
         try:
-            while done < b.nbytes:
+            while done < b.nbytes and isinstance(self.source.path, Path):
                 ends = self._source(b.source), self._target(b.to)
                 n = os.copy_file_range(*ends, b.nbytes - done, b.at + done, b.to_at + done)
                 if not n:
@@ -159,24 +169,26 @@ class Engine:
             self._write(b.to, buffer, b.to_at + done)
 
     def _read(self, place: Place, into: Tensor, at: int) -> None:
-        disk.read_at(self.source.path / place.name, self._source(place), into.numpy().data, at)
+        held, view = self._here.fetched.get(place.name), into.numpy().data
+        if held is None or not held.read(view, at):
+            disk.read_at(self.source.path / place.name, self._source(place), view, at)
         self._count(into.numel(), 0)
 
     def _write(self, place: Place, data: Tensor, at: int) -> None:
         write_at(self.paths[place.name], self._target(place), data, at)
         self._count(0, data.numel())
 
-    def _source(self, place: Place) -> int:
+    def _source(self, place: Place) -> Any:
         path, stamp = self.source.path / place.name, self.source.stamps[place.name]
         return self._opened(path, lambda: disk.reading(path, stamp))
 
-    def _target(self, place: Place) -> int:
+    def _target(self, place: Place) -> Any:
         path = self.paths[place.name]
         return self._opened(path, lambda: _writing(path))
 
-    def _opened(self, path: Path, opening: Callable[[], AbstractContextManager[int]]) -> int:
+    def _opened(self, path: Where, opening: Callable[[], AbstractContextManager[disk.Opened]]) -> disk.Opened:
         """This thread's descriptor of a file; it holds but a few, those that it used last."""
-        opened: dict[Path, tuple[int, ExitStack]] = self._here.opened
+        opened: dict[Where, tuple[disk.Opened, ExitStack]] = self._here.opened
         if path in opened:
             opened[path] = opened.pop(path)
         else:
@@ -215,10 +227,3 @@ def write_at(path: Path, descriptor: int, data: Tensor, at: int) -> None:
     with naming(path):
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], at + done)
-
-
-def _box(copy: Copy, place: Place, start: int, to: Place, to_start: int) -> Box:
-    item = copy.dtype.itemsize
-    size = lambda strides: [n * item for n in strides]
-    at, to_at = start + copy.source_offset * item, to_start + copy.target_offset * item
-    return box(place, to, copy.shape, at, size(copy.source_strides), to_at, size(copy.target_strides), item)

@@ -1,16 +1,39 @@
 """The part of a whole tensor that a plan's ranges speak of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.stream.arrange import frame
 from fmoe.codecs import CodecPlan
 from fmoe.layout.axes import Dims, Group, flat
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.plan import TablePlan
+from fmoe.types import TensorSpec
+
+
+def read(source: Checkpoint, names: Iterable[str], cut: Mapping[str, "Narrow"]) -> dict[str, Tensor]:
+    """The tensors of these names, read and not mapped; of what is cut, the bytes that stay, the rest is undefined."""
+    names = list(names)
+    parts = {n: spans for n in names if n in cut and (spans := _spans(source.specs[n], cut[n])) is not None}
+    return source.read(names, parts)
+
+
+def _spans(spec: TensorSpec, narrow: "Narrow") -> list[tuple[int, int]] | None:
+    """(where, how many) bytes of a tensor that a part of it covers; None where that is no view of it."""
+    part, item = narrow(torch.empty(spec.shape, dtype=spec.dtype, device="meta")), spec.dtype.itemsize
+    if not part._is_view():
+        return None
+    if not part.numel():
+        return []
+    runs, size, _ = frame(tuple(part.shape), tuple(s * item for s in part.stride()), item)
+    return [(int(part.storage_offset()) * item + at, size) for at in runs]
+
 
 Narrow = Callable[[Tensor], Tensor]
 

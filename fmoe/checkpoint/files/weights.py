@@ -1,0 +1,97 @@
+"""Which files of a directory are the checkpoint, as Transformers decides it, and which lie beside it.
+
+`model.safetensors` if it is there, whatever an index says; else the shards that `model.safetensors.index.json` names.
+Where there is neither, which Transformers does not read, all safetensors files whose name bears no other purpose.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fmoe.checkpoint.files.header import PICKLE
+from fmoe.checkpoint.remote.address import Where
+from fmoe.layout.claims import some
+from fmoe.types import AdapterError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NATIVE = "fmoe.json"
+JOURNAL = "fmoe.journal"
+UNFINISHED = (".part", ".incomplete")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".part"} | PICKLES
+FOLDERS = {"original", "metal", "additional_chat_templates", "onnx", "openvino", "coreml"}
+"""Folders that model repositories have: what lies in them is part of the model."""
+
+_SHARD = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)")
+_OTHER = re.compile(r"(.*[^a-z])?(adapter|consolidated|optimizer|optim|scheduler|ema|training|rng)(?![a-z]).*")
+_CODE = "modeling|modular|configuration|tokenization|tokenizer|processing|processor|image_processing|image_processor"
+_KINDS = re.compile(
+    rf"({_CODE}|video_processing|video_processor|feature_extraction|generation)_.*\.py"
+    r"|config\.json|params\.json|tekken\.json|special_tokens_map\.json|added_tokens\.json|chat_template.*"
+    r"|.*_config\.json|.*\.index\.json|(tokenizer|vocab).*\.json|(vocab|merges|dict)\.txt|.*\.jinja"
+    r"|.*\.(model|tiktoken|spm|bpe|codes)"
+)
+
+
+class Chosen(NamedTuple):
+    """files: those that hold the tensors. indexed: whether the index that is there speaks of them."""
+
+    files: list[str]
+    indexed: bool
+
+
+def chosen(path: Where, there: Iterable[str], mapped: Mapping[str, str] | None, config: Mapping[str, Any]) -> Chosen:
+    """The files of the checkpoint among those in a directory. mapped: the index's weight_map, if there is one.
+
+    Raises AdapterError where that cannot be told, or some of N shards are missing.
+    """
+    named = config.get("transformers_weights")
+    if named not in (None, SINGLE, INDEX):
+        raise AdapterError(f"{path / 'config.json'} has transformers_weights {named!r}: name the file {SINGLE}")
+    there = sorted(there)
+    if SINGLE in there and (mapped is None or set(mapped.values()) != {SINGLE}):
+        return Chosen([SINGLE], False)
+    if mapped is not None:
+        return Chosen(sorted(set(mapped.values())), True)
+    files = [n for n in there if n.endswith(".safetensors")]
+    if odd := next((n for n in files if not n.isprintable()), None):
+        raise AdapterError(f"{path} has a file named {odd!r}: rename it")
+    shards = [n for n in files if (m := _SHARD.fullmatch(n)) and m[1] == "model-"]
+    found = shards or [n for n in files if not _OTHER.fullmatch(n.removesuffix(".safetensors"))]
+    if files and not found:
+        raise AdapterError(f"{path} has no {SINGLE} and no {INDEX}, but {some(files)}, which is no model by its name")
+    for file in found:
+        _sound(path, file, files)
+    return Chosen(found, False)
+
+
+def _sound(path: Where, file: str, files: Iterable[str]) -> None:
+    if shard := _SHARD.fullmatch(file):
+        stem, _, end, count = shard.groups()
+        wanted = (f"{stem}{i + 1:05d}{end}" for i in range(int(count)))
+        if missing := next((n for n in wanted if n not in files), None):
+            raise AdapterError(f"{path / missing} is not there, and {file} is: download it, or {INDEX}")
+
+
+def instead(there: Iterable[str]) -> str:
+    """What a directory without weights has in their place."""
+    pickles = [n for n in there if Path(n).suffix in PICKLES]
+    return f", but {some(pickles)}: {PICKLE}" if pickles else ""
+
+
+def former(path: Path, code: Iterable[str] = ()) -> set[str]:
+    """What a model in this directory consists of: weights of every kind, and what else Transformers would read with it.
+
+    code: names of its remote code besides the usual ones. Folders with a purpose of their own are left alone.
+    """
+    found: set[str] = set()
+    for entry in os.scandir(path):
+        if entry.is_dir(follow_symlinks=False):
+            inside = (p for p in Path(entry.path).rglob("*") if not p.is_dir()) if entry.name in FOLDERS else ()
+            found |= {str(p.relative_to(path)) for p in inside}
+        elif Path(entry.name).suffix in WEIGHTS - {".part"} or _KINDS.fullmatch(entry.name) or entry.name in code:
+            found.add(entry.name)
+    return found | ({NATIVE} if (path / NATIVE).exists() else set())
