@@ -1,6 +1,6 @@
 """Compile every kernel with every shipped tile for GPUs that are not here, and read what the compiler made of it.
 
-    python bench/aot.py [--arch sm_90] [--hot] [--json [FILE]]
+    python bench/aot.py [--arch sm_90] [--hot | --brief] [--json [FILE]]
 
 A launch on `meta` tensors is caught before it reaches a device, so what is compiled is what would run, specialisations
 included. Columns: registers of a thread, bytes spilled, bytes of shared memory, and how often the code has: a matrix
@@ -21,21 +21,16 @@ from typing import Any
 
 import torch
 import triton
+from fake_gpu import TARGETS
 from fmoe_kernels.host import configs
 from fmoe_kernels.host.configs import Config
 from fmoe_kernels.host.launch import Act, Tiling
 from fmoe_kernels.programs import activations, dact, dw, fp8, gmm, route, sums, up
 from fmoe_kernels.programs.scalars import GATED, SCALARS
-from triton.backends.compiler import GPUTarget
+from sass import counts
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # sm_80's table also serves sm_86, sm_89
 VARIANTS = {
     "up": [*SCALARS, "swiglu bias", "quick_geglu bias"],
@@ -43,13 +38,18 @@ VARIANTS = {
     "dact": [*SCALARS],
 }
 HOT = {"large", "narrow"}
+Row = tuple[str, str, Config | None, bool, str, torch.dtype]
 FIELDS = "kernel arch config hot variant registers spills shared mma wgmma tma_load tma_store async_wait".split()
-T, D, I, E, K = 8192, 2048, 768, 128, 8  # Qwen3-30B-A3B
+FIELDS += ["loop", "epilogue"]
+T, WIDTH, INNER, E, K = 8192, 2048, 768, 128, 8  # Qwen3-30B-A3B
 
 
 def launches(kernel: str, variant: str, dtype: torch.dtype, config: Config) -> Callable[[], object]:
-    """A call that launches this kernel, and others that are ignored. variant: an activation, perhaps with ` bias`."""
-    act = variant.split()[0]
+    """A call that launches this kernel, and others that are ignored.
+
+    variant: an activation, perhaps with ` bias`, perhaps with ` odd`: widths of which no row but the first is aligned.
+    """
+    act, D, I = variant.split()[0], *((1001, 1003) if "odd" in variant else (WIDTH, INNER))
     U = 2 * I if GATED[act] else I
     new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     integers = (new(n, dtype=torch.int32) for n in (T * K, T * K, T * K, E + 1))
@@ -78,6 +78,7 @@ def small(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[
     """The kernels that have no tiles to choose."""
     new = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     r = route.Route(*(new(n, dtype=torch.int32) for n in (T * K, T * K, T * K, E + 1)), K)
+    D, I = WIDTH, INNER
     rows, u, p, ids = new(T * K, D), new(T * K, 2 * I), new(T * K, dtype=torch.float32), new(T, K, dtype=torch.int64)
     partial = new(T * K, 6, dtype=torch.float32)
     quantize = {"quantize": lambda: fp8.quantize_rows(rows)} if fp8.served(arch) else {}
@@ -92,7 +93,15 @@ def small(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[
     }
 
 
-def rows(archs: list[str], hot_only: bool = False) -> Iterator[tuple[str, str, Config | None, bool, str, torch.dtype]]:
+def brief() -> Iterator[Row]:
+    """What is compiled in every run of the tests: the tiles of large shapes on Hopper and those of odd widths, once."""
+    for arch, kernel, config, hot, variant, dtype in rows(["sm_90"]):
+        large = configs.load()[arch].get(kernel, {}).get("large")
+        if (config is not None and config == large and variant == "swiglu") or variant == "swiglu odd":
+            yield arch, kernel, config, hot, variant, dtype
+
+
+def rows(archs: list[str], hot_only: bool = False) -> Iterator[Row]:
     """(arch, kernel, config, hot, variant, dtype): each shipped tile once; hot ones with every activation and bias."""
     for arch in archs:
         for kernel, buckets in configs.load()[arch].items():
@@ -101,6 +110,7 @@ def rows(archs: list[str], hot_only: bool = False) -> Iterator[tuple[str, str, C
                 hot, dtype = bool(names & HOT), torch.float32 if names == {"fp32"} else torch.bfloat16
                 if hot or not hot_only:
                     variants = VARIANTS.get(kernel, ["swiglu"]) if hot else ["swiglu"]
+                    variants = ["swiglu odd", "quick_geglu bias odd"] if names == {"odd"} else variants
                     yield from ((arch, kernel, config, hot, variant, dtype) for variant in variants)
         for kernel in [] if hot_only else small(arch):
             yield arch, kernel, None, False, "swiglu", torch.bfloat16
@@ -171,8 +181,8 @@ def type_of(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def measure(kernel: Any, arch: str) -> dict[str, int]:
-    """What the machine code needs and has."""
+def measure(kernel: Any, arch: str) -> dict[str, Any]:
+    """What the machine code needs and has; on Hopper also what it spends, by `sass.counts`."""
     asm = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     count = lambda pattern: len(re.findall(pattern, asm))
     registers, spills = _nvidia(kernel.asm["cubin"]) if "ptx" in kernel.asm else _amd(asm)
@@ -185,6 +195,7 @@ def measure(kernel: Any, arch: str) -> dict[str, int]:
         tma_load=count(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global"),
         tma_store=count(r"cp\.async\.bulk\.tensor\S*\.global\.shared::"),
         async_wait=count(r"(?:wgmma|cp\.async)\.wait_group\S*\s+[1-9]"),
+        **(counts(kernel.asm["cubin"]) if arch == "sm_90" else {}),
     )
 
 
@@ -208,14 +219,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--hot", action="store_true", help="only tiles of large shapes")
+    parser.add_argument("--brief", action="store_true", help="few kernels on Hopper: what the tests compile")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="records instead of a table")
     options = parser.parse_args()
-    found = [r for row in rows(options.arch or list(TARGETS), options.hot) for r in record(*row)]
+    chosen = brief() if options.brief else rows(options.arch or list(TARGETS), options.hot)
+    found = [r | {"triton": triton.__version__} for row in chosen for r in record(*row)]
     if options.json:
         text = json.dumps(found, indent=1)
         print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
         return
-    lines = [FIELDS] + [[str(r[f]) for f in FIELDS] for r in found]
+    lines = [FIELDS] + [[str(r.get(f, "-")) for f in FIELDS] for r in found]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())

@@ -1,36 +1,23 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: tests, errors against fp64, every kernel, whole layers, memory, graphs.
-#   bench/gpu.sh [FOLDER]        writes FOLDER/*.json, *.png and report.txt (bench/results)
-#   FMOE_DRY=1 bench/gpu.sh F    the same on a CPU, tiny, without the tests: do the scripts work?
-# A step that fails is said at the end, and does not stop the others.
+# Everything that needs a GPU, in ten minutes at most: whatever it has reached by then is in $OUT/records.jsonl.
+#   OUT=FOLDER bench/gpu.sh [STEP ..]    all steps of bench/gpu/run.py, most valuable first, or those named
+#   FMOE_DRY=1 OUT=F bench/gpu.sh        the same on a CPU, tiny: do all steps start, keep their limits, leave records?
+# Before, on a CPU: python bench/gpu/precompile.py, and carry build/triton-cache; wheels of peers in build/wheels.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-folder=${1:-bench/results}
-mkdir -p "$folder"
-export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
-failed=()
-
-step() {
-    local name=$1
-    shift
-    echo "== $name"
-    "$@" || failed+=("$name")
-}
-
-[[ ${FMOE_DRY:-} ]] && export TRITON_INTERPRET=1 || step tests python -m pytest -q -p no:cacheprovider tests/kernels/test_kernels_{backend,fp8,layer,ops,transforms,twins}.py
-[[ ${FMOE_DRY:-} ]] || for edge in te:transformer_engine deep_ep:deep_ep; do
-    if python -c "import importlib.util as u; exit(u.find_spec('${edge#*:}') is None)"; then
-        step "${edge%:*}" python -m pytest -q -p no:cacheprovider "tests/gpu/gpu_${edge%:*}.py"
-    else
-        echo "== ${edge%:*}: ${edge#*:} is not installed"
-    fi
-done
-step correct python bench/gpu/correct.py --json "$folder/correct.json"
-step kernels python bench/gpu/each_kernel.py --json "$folder/kernels.json" --sweep "$folder/tiles.json"
-step layers python bench/gpu/layers.py --json "$folder/layers.json"
-step report bash -c "python bench/gpu/report.py '$folder' > '$folder/report.txt' && cat '$folder/report.txt'"
-
-if ((${#failed[@]})); then
-    echo "failed: ${failed[*]}"
-    exit 1
+export OUT=${OUT:-bench/results/gpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+mkdir -p "$OUT"
+export PYTHONPATH=.:kernels:bench/gpu:/tmp/fmoe-wheels${PYTHONPATH:+:$PYTHONPATH}
+if [[ ${FMOE_DRY:-} ]]; then
+    export TRITON_INTERPRET=1
+    limit=200
+else
+    limit=600
+    export TRITON_CACHE_DIR=${FMOE_CACHE:-/tmp/fmoe-triton-cache}
+    mkdir -p build/triton-cache
+    ln -sfn "$PWD/build/triton-cache" "$TRITON_CACHE_DIR"
+    shopt -s nullglob
+    wheels=(build/wheels/*.whl)
+    ((${#wheels[@]})) && timeout 20 python -m pip install -q --no-index --no-deps --target /tmp/fmoe-wheels "${wheels[@]}"
 fi
+exec timeout --kill-after=3 "$((limit - SECONDS))" python bench/gpu/run.py "$@"

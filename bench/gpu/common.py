@@ -1,11 +1,10 @@
-"""What the GPU measurements share: shapes, random layers, timing, counting.
+"""What the GPU measurements share: shapes, random layers, timing by events, and records that survive a kill.
 
 Shapes are those of published models and papers. FLOPs follow everybody's convention: a gated layer does 6 T K D I
 forward and twice that backward. Data is random (zeros run faster than life); routing is a softmax's top-k, or skewed.
 With FMOE_DRY set everything runs once on the CPU, tiny and in Triton's interpreter: that the scripts work, no figures.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -34,32 +33,51 @@ class Shape(NamedTuple):
     @property
     def saved_bytes(self) -> int:
         """x, z, the routing and its weights, in bf16."""
-        return 2 * self.T * self.D + self.T * self.K * (4 * self.I + 24)
+        return 2 * self.T * self.D + self.T * self.K * (4 * self.I + 28)
 
 
 DRY = bool(os.environ.get("FMOE_DRY"))
 DEVICE = "cpu" if DRY else "cuda"
 DTYPE = torch.float32 if DRY else torch.bfloat16  # the interpreter's products of bf16 are wrong
 
-SHAPES = {
+SHAPES = {  # the first three first: they are what the goals are about
     "qwen3-30b 32k": Shape(32768, 2048, 768, 128, 8),
-    "qwen3-30b 8k": Shape(8192, 2048, 768, 128, 8),
+    "sonic-120b": Shape(32768, 4096, 1024, 128, 8),
+    "mixtral 8k": Shape(8192, 4096, 14336, 8, 2),
     "qwen3-30b 1k": Shape(1024, 2048, 768, 128, 8),
-    "qwen3-235b": Shape(32768, 4096, 1536, 128, 8),
-    "qwen3-next": Shape(32768, 2048, 512, 512, 10),
-    "qwen3.5-35b": Shape(32768, 2048, 512, 256, 8),
-    "olmoe": Shape(32768, 2048, 1024, 64, 8),
-    "sonic-7b a": Shape(24576, 1536, 256, 128, 8),
-    "sonic-30b b": Shape(32768, 4096, 512, 128, 8),
-    "sonic-120b b": Shape(32768, 4096, 1024, 128, 8),
-    "deepseek-v3": Shape(16384, 7168, 2048, 256, 8),
+    "sonic-30b": Shape(32768, 4096, 512, 128, 8),
     "gpt-oss-20b": Shape(32768, 2880, 2880, 32, 4),
-    "mixtral-8x7b": Shape(16384, 4096, 14336, 8, 2),
+    "deepseek-v3": Shape(16384, 7168, 2048, 256, 8),
 }
 DECODE = {f"qwen3-30b T={T}": Shape(T, 2048, 768, 128, 8) for T in (1, 4, 16, 64, 256)}
-SWEPT = ("qwen3-30b 32k", "qwen3-30b 1k", "qwen3-30b T=16")  # one shape of each class of tiles
 if DRY:
-    SHAPES, DECODE, SWEPT = {"tiny": Shape(24, 32, 16, 4, 2)}, {"tiny T=1": Shape(1, 32, 16, 4, 2)}, ("tiny T=1",)
+    SHAPES, DECODE = {"tiny": Shape(4, 16, 16, 2, 1)}, {"tiny T=1": Shape(1, 16, 16, 2, 1)}
+MAIN = list(SHAPES)[:3]
+
+Record = Callable[..., None]
+
+
+def records(step: str) -> Record:
+    """record(shape=.., kernel=.., ms=..): one line of records.jsonl under OUT, written at once."""
+    path = Path(os.environ["OUT"]) / "records.jsonl"
+
+    def record(**values: Any) -> None:
+        line = json.dumps(dict(step=step, dtype=str(DTYPE).removeprefix("torch."), at=time.time()) | values)
+        with path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(line, flush=True)
+
+    return record
+
+
+def tried(record: Record, measure: Callable[[], dict[str, Any]], **what: Any) -> None:
+    """Records what was measured, or the reason why it was not."""
+    try:
+        record(**what, **measure())
+    except Exception as error:  # a peer that is missing or fails is a result, not the end of the run
+        record(**what, reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
 
 
 def layer(s: Shape, dtype: torch.dtype = DTYPE, skew: bool = False) -> tuple[Tensor, ...]:
@@ -73,55 +91,38 @@ def layer(s: Shape, dtype: torch.dtype = DTYPE, skew: bool = False) -> tuple[Ten
     return new(s.T, s.D), indices, weights, new(s.E, 2 * s.I, s.D).mT / s.D**0.5, new(s.E, s.D, s.I).mT / s.I**0.5
 
 
-def seconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """The median time of a call on the device, its L2 cache flushed before each."""
+def seconds(call: Callable[[], object], before: Callable[[], object] = lambda: None, budget: float = 0.4) -> float:
+    """The median time of a call between two events on the device, its L2 cache flushed, `before` done and not timed.
+
+    A sleep on the device is queued first, so that all of the call is queued before it starts: no host in the figure.
+    """
     if DRY:
+        before()
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
-    for _ in range(3):
-        call()
     flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    until = time.perf_counter() + budget
+    for i in range(2 + 20):
+        before()
         flush.zero_()
+        torch.cuda._sleep(5_000_000)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+        times += [start.elapsed_time(end) / 1e3] if i > 1 else []
+        if len(times) > 2 and time.perf_counter() > until:
+            break
     return statistics.median(times)
 
 
-def tried(record: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The record with what was measured, or with why it could not be."""
-    try:
-        return record | measure()
-    except Exception as error:  # a peer that is missing or fails is a result, not the end of the run
-        return record | {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+def leaves(args: tuple[Tensor, ...]) -> list[Tensor]:
+    """The arguments of a layer, those that are floating to be differentiated."""
+    return [a.detach().requires_grad_() if a.is_floating_point() else a for a in args]
 
 
-def device() -> dict[str, Any]:
-    import triton
-
-    versions = dict(torch=torch.__version__, triton=triton.__version__)
-    if DRY:
-        return dict(device="none: a dry run", multiprocessors=0, **versions)
-    found = torch.cuda.get_device_properties(0)
-    return dict(device=found.name, multiprocessors=found.multi_processor_count, **versions)
-
-
-def main(doc: str | None, measure: Callable[[argparse.Namespace], list[dict[str, Any]]], **options: Any) -> None:
-    """Prints each record, and writes {device, records} where --json says."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    for name, settings in options.items():
-        parser.add_argument(f"--{name}", **settings)
-    arguments = parser.parse_args()
-    records = measure(arguments)
-    for record in records:
-        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**device(), "records": records}, indent=1) + "\n")
+def trained(args: list[Tensor]) -> list[Tensor]:
+    return [a for a in args if a.requires_grad]

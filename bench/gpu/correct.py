@@ -1,25 +1,23 @@
-"""Errors of the kernels against fp64 at real widths, beside those of the eager twin in the same dtype.
+"""Errors of the kernels against fp64 at real widths, beside those of the eager twin; twice, for the same bits.
 
-    python bench/gpu/correct.py [--json FILE]
-
-Relative norms, forward and every gradient. `ratio` is ours over the twin's; `repeats` that a second run gave the same
-bits; unwritten memory is NaN, as are masked tokens.
+Relative norms, forward and every gradient. `ratio` is ours over the twin's; unwritten memory is NaN, as are masked
+tokens. bf16 and swiglu first: what a run is about.
 """
 
-import argparse
 from typing import Any
 
 import fmoe_kernels
 import torch
-from common import DEVICE, DRY, main, tried
+from common import DEVICE, DRY, Record, tried
 from fmoe_kernels import reference
 from fmoe_kernels.programs.scalars import GATED, SCALARS
 
 NAMES = ("y", "x", "weights", "w_up", "w_down", "b_up", "b_down")
 WIDTHS = {"qwen3": (2048, 768, 16, 4, 1500), "gpt-oss": (2880, 2880, 4, 2, 600), "decode": (2048, 768, 32, 8, 4)}
+WIDTHS |= {"odd": (1001, 503, 8, 2, 300)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 if DRY:
-    WIDTHS, DTYPES = {"tiny": (32, 16, 4, 2, 24)}, DTYPES[1:]
+    WIDTHS, DTYPES = {"tiny": (16, 16, 2, 1, 4)}, DTYPES[2:]
 
 
 def run(f: Any, dtype: torch.dtype, act: str, sizes: tuple[int, ...], after: bool) -> list[torch.Tensor]:
@@ -44,31 +42,22 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def measure(_: argparse.Namespace) -> list[dict[str, Any]]:
+def compared(act: str, sizes: tuple[int, ...], after: bool, dtype: torch.dtype) -> dict[str, Any]:
+    exact = run(reference.experts, torch.float64, act, sizes, after)
+    ours, again = (run(fmoe_kernels.experts, dtype, act, sizes, after) for _ in range(2))
+    twin = run(reference.experts, dtype, act, sizes, after)
+    errors = {n: error(a, b) for n, a, b in zip(NAMES, ours, exact, strict=True)}
+    ratio = max(errors[n] / max(error(a, b), 1e-30) for n, a, b in zip(NAMES, twin, exact, strict=True))
+    return dict(ratio=ratio, repeats=all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), **errors)
+
+
+def main(record: Record) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.backends.cuda.matmul.allow_tf32 = False
-    records = []
-    for name, sizes in WIDTHS.items():
-        for act in SCALARS:
-            for after in (False, True):
-                exact = run(reference.experts, torch.float64, act, sizes, after)
-                for dtype in DTYPES:
-                    record = dict(widths=name, activation=act, after_down=after, dtype=str(dtype).split(".")[1])
-
-                    def one(act=act, sizes=sizes, after=after, dtype=dtype, exact=exact) -> dict[str, Any]:
-                        ours, again = (run(fmoe_kernels.experts, dtype, act, sizes, after) for _ in range(2))
-                        twin = run(reference.experts, dtype, act, sizes, after)
-                        errors = {n: error(a, b) for n, a, b in zip(NAMES, ours, exact, strict=True)}
-                        ratio = max(
-                            errors[n] / max(error(a, b), 1e-30) for n, a, b in zip(NAMES, twin, exact, strict=True)
-                        )
-                        repeats = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-                        return dict(ratio=ratio, repeats=repeats, **errors)
-
-                    records.append(tried(record, one))
-    return records
-
-
-if __name__ == "__main__":
-    main(__doc__, measure)
+    order = [("swiglu", False), ("quick_geglu", True)] + [(act, False) for act in SCALARS if act != "swiglu"]
+    for dtype in DTYPES:
+        for act, after in order[:1] if DRY else order:
+            for name, sizes in WIDTHS.items():
+                what = dict(shape=name, activation=act, after_down=after, dtype=str(dtype).split(".")[1])
+                tried(record, lambda a=act, s=sizes, f=after, d=dtype: compared(a, s, f, d), **what)

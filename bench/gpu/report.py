@@ -1,81 +1,114 @@
-"""Tables and plots of what `gpu.sh` wrote.
+"""Tables and a picture of what `gpu.sh` wrote, beside what `model.py` predicted.
 
     python bench/gpu/report.py [FOLDER]
 
-Reads layers.json and kernels.json in FOLDER (bench/results), prints tables, and writes layers.png (TFLOP/s forward and
-backward by shape, with the roofline) and memory.png (saved for backward against the formula).
+Reads FOLDER/records.jsonl (bench/results/gpu), however far it got; prints and writes report.txt, and layers.png:
+TFLOP/s of every layer by shape, the roofline and the model's range.
 """
 
+import contextlib
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# an H200: TFLOP/s of a large dense bf16 product, and TB/s of a copy, both measured
-PEAK, BANDWIDTH = 790.0, 4.3
+import model
+
+Row = dict[str, Any]
+COLUMNS = {
+    "clocks": ["kernel", "ms", "tflops", "gbps", "clocks"],
+    "correct": ["shape", "activation", "after_down", "dtype", "ratio", "repeats", "y", "x", "w_up"],
+    "layers": ["shape", "layer", "skew", "forward_ms", "inference_ms", "backward_ms"]
+    + ["forward_tflops", "inference_tflops", "backward_tflops", "both_tflops"],
+    "waits": ["shape", "kind", "waits", "graph_repeats", "ms", "saved_bytes", "saved_bytes_formula", "peak_bytes"],
+    "kernels": ["shape", "kernel", "ms", "tflops", "gbps"],
+    "sweep": ["shape", "kernel", "tiles", "ms"],
+    "decode": ["shape", "layer", "us", "weights_gbps"],
+    "fp8": ["shape", "bf16_tflops", "fp8_tflops", "speedup", "apart"],
+    "races": ["kind", "hazards", "code", "said"],
+    "tests": ["kind", "code", "said"],
+}
+COLUMNS["layers, swept tiles"] = COLUMNS["layers"]
 
 
-def roofline(shape: str) -> float:
-    """TFLOP/s forward if every kernel ran at the peak of what limits it, and gathers at the speed of a copy."""
-    from common import DECODE, SHAPES
-
-    s = (SHAPES | DECODE)[shape]
-    compute = s.forward_flops / (PEAK * 1e12)
-    combine = 2.0 * (s.T * s.K + s.T) * s.D / (BANDWIDTH * 1e12)
-    weights = 6.0 * min(s.E, s.T * s.K) * s.D * s.I / (BANDWIDTH * 1e12)
-    return s.forward_flops / (max(compute, weights) + combine) / 1e12
+def read(folder: Path) -> list[Row]:
+    """The records; a last line that a kill has cut short is not one."""
+    found = []
+    for line in (folder / "records.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
-def table(records: list[dict[str, Any]], columns: list[str]) -> str:
+def table(rows: list[Row], columns: list[str]) -> str:
+    """The rows as text, with the reason instead of figures where there are none."""
     say = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
-    rows = [columns] + [
-        [say(r.get(c, r.get("error", "-") if c == columns[-1] else "-")) for c in columns] for r in records
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    cells = [[say(row.get(c, "")) for c in columns] + [row.get("reason", "")] for row in rows]
+    cells = [[*columns, ""], *cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns) + 1)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def bars(records: list[dict[str, Any]], values: list[str], path: Path, title: str, roof: bool = False) -> None:
+def text(rows: list[Row]) -> str:
+    out = io.StringIO()
+    say: Callable[[str], Any] = lambda line: print(line, file=out)
+    machine = next((r for r in rows if "device" in r), {})
+    say(f"{machine.get('device', 'no device')}, torch {machine.get('torch')}, triton {machine.get('triton')}")
+    for step, columns in COLUMNS.items():
+        here = [r for r in rows if r["step"] == step]
+        ends = [r for r in here if r.get("end") or set(r) == {"step", "dtype", "at", "reason"}]
+        if here:
+            told = "; ".join(
+                [f"{r['seconds']} s" for r in ends if "seconds" in r] + [r["reason"] for r in ends if "reason" in r]
+            )
+            say(f"\n== {step} ({told or 'did not end'})")
+        if kept := [r for r in here if r not in ends and "device" not in r]:
+            say(table(kept, columns))
+    say("\n== predicted by model.py, H200, TFLOP/s: low and high")
+    say(model.text())
+    return out.getvalue()
+
+
+def picture(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys(r["shape"] for r in records))
-    layers = list(dict.fromkeys(r["layer"] for r in records if any(v in r for v in values)))
-    figure, axes = pyplot.subplots(len(values), 1, figsize=(max(8, 1.3 * len(shapes)), 4 * len(values)), squeeze=False)
-    for axis, value in zip(axes[:, 0], values, strict=True):
+    rows = [r for r in rows if r["step"].startswith("layers") and "forward_tflops" in r and not r.get("skew")]
+    if not rows:
+        return
+    shapes, layers = (list(dict.fromkeys(r[key] for r in rows)) for key in ("shape", "layer"))
+    figure, axes = pyplot.subplots(2, 1, figsize=(max(8, 2.2 * len(shapes)), 9))
+    for axis, value in zip(axes, ("forward_tflops", "backward_tflops"), strict=True):
         for i, who in enumerate(layers):
-            found = {r["shape"]: r.get(value, 0) for r in records if r["layer"] == who and not r.get("skew")}
+            found = {r["shape"]: r[value] for r in rows if r["layer"] == who}
             at = [x + (i - len(layers) / 2) * 0.8 / len(layers) for x in range(len(shapes))]
             axis.bar(at, [found.get(s, 0) for s in shapes], 0.8 / len(layers), label=who, align="edge")
-        if roof:
-            axis.plot(range(len(shapes)), [roofline(s) for s in shapes], "k_", markersize=24, label="roofline, forward")
-        axis.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
+        for x, shape in enumerate(shapes):
+            if shape in model.SHAPES:
+                low, high = (model.layer(model.SHAPES[shape], feed)[value] for feed in model.FEEDS)
+                axis.plot([x, x], [low, high], "k-", linewidth=3, label="predicted" if x == 0 else None)
+                axis.plot(
+                    [x], [model.roofline(model.SHAPES[shape])], "k_", markersize=24, label="roof" if x == 0 else None
+                )
+        axis.set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
         axis.set_ylabel(value.replace("_", " "))
         axis.legend(fontsize=7)
-    figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def main(folder: Path) -> None:
-    layers = json.loads((folder / "layers.json").read_text())
-    title = f"{layers['device']}, torch {layers['torch']}, triton {layers['triton']}"
-    print(title)
-    speeds = ["forward_ms", "both_ms", "forward_tflops", "backward_tflops", "both_tflops"]
-    print(table(layers["records"], ["shape", "layer", "skew", *speeds, "saved_bytes", "peak_bytes"]))
-    timed = [r for r in layers["records"] if "forward_ms" in r]
-    bars(timed, ["forward_tflops", "backward_tflops"], folder / "layers.png", title, roof=True)
-    bars(timed, ["saved_bytes", "peak_bytes"], folder / "memory.png", title)
-    if (folder / "kernels.json").exists():
-        kernels = json.loads((folder / "kernels.json").read_text())
-        print(table(kernels["records"], ["shape", "kernel", "tiles", "ms", "tflops", "gbps"]))
-    if (folder / "correct.json").exists():
-        correct = json.loads((folder / "correct.json").read_text())
-        print(table(correct["records"], ["widths", "activation", "after_down", "dtype", "ratio", "repeats", "y", "x"]))
+def main(record: Callable[..., None], folder: str) -> None:
+    rows = read(Path(folder))
+    told = text(rows)
+    (Path(folder) / "report.txt").write_text(told)
+    print(told)
+    picture(rows, Path(folder) / "layers.png")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "results")
+    main(print, sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parents[1] / "results" / "gpu"))

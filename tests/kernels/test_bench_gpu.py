@@ -1,28 +1,109 @@
-"""The measurements for a GPU, dry: that the scripts run before the hour in which a GPU is there."""
+"""The measurements for a GPU, dry: that the steps run, keep their limits and leave what they had when killed."""
 
 import json
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+STEPS = "clocks correct layers waits kernels sweep decode fp8 races tests report".split()
 MISSING = ("No module named 'scattermoe'", "No module named 'liger_kernel'")
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_gpu_sh_runs_dry(tmp_path: Path) -> None:
-    environment = os.environ | {"FMOE_DRY": "1", "TRITON_INTERPRET": "1"}
-    run = subprocess.run(["bash", ROOT / "bench" / "gpu.sh", tmp_path], env=environment, capture_output=True, text=True)
+    environment = os.environ | {"FMOE_DRY": "1", "OUT": str(tmp_path)}
+    began = time.monotonic()
+    run = subprocess.run(["bash", ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True)
+    assert time.monotonic() - began < 210
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    for name, fields in {"correct": "ratio repeats", "kernels": "ms", "layers": "forward_ms saved_bytes"}.items():
-        records = json.loads((tmp_path / f"{name}.json").read_text())["records"]
-        assert records, name
-        for record in records:
-            missing = any(text in record.get("error", "") for text in MISSING)
-            assert missing or all(field in record for field in fields.split()), record
-    table = json.loads((tmp_path / "tiles.json").read_text())
-    assert table["cpu"]["up"]["fp32"]["rows"] == 16
-    assert (tmp_path / "layers.png").stat().st_size > 10_000 and "tiny" in (tmp_path / "report.txt").read_text()
+    found = records(tmp_path)
+    assert {r["step"] for r in found} >= {*STEPS, "layers, swept tiles"}
+    for r in found:
+        assert any(text in r["reason"] for text in MISSING) if "reason" in r else True, r
+    told = (tmp_path / "report.txt").read_text()
+    assert "tiny" in told and "predicted by model.py" in told
+    assert (tmp_path / "layers.png").stat().st_size > 10_000 and len(list(tmp_path.iterdir())) <= 8
+
+
+STEP = """
+import subprocess, time
+def main(record, what="nothing"):
+    record(kernel="before")
+    if what == "hangs":
+        subprocess.Popen(["sleep", "60"])
+        time.sleep(60)
+    if what == "fails":
+        raise RuntimeError("no such kernel")
+    if what == "dies":
+        import os; os.abort()
+    record(kernel="after")
+"""
+DRIVER = """
+import run
+run.STEPS = {what: run.Step("planted", limit, (what,)) for what, limit in %s.items()}
+run.main()
+"""
+
+
+def drive(tmp_path: Path, steps: dict[str, float]) -> subprocess.Popen[str]:
+    (tmp_path / "planted.py").write_text(STEP)
+    path = os.pathsep.join(map(str, (tmp_path, ROOT / "bench" / "gpu", ROOT, ROOT / "kernels")))
+    environment = os.environ | {"FMOE_DRY": "1", "OUT": str(tmp_path / "out"), "PYTHONPATH": path}
+    return subprocess.Popen([sys.executable, "-c", DRIVER % steps], env=environment, text=True)
+
+
+def test_a_step_that_hangs_fails_or_dies_stops_no_other(tmp_path: Path) -> None:
+    assert drive(tmp_path, {"hangs": 3, "fails": 20, "dies": 20, "works": 20}).wait(200) == 0
+    found = records(tmp_path / "out")
+    told = {r["step"]: r["reason"] for r in found if "reason" in r}
+    assert told["hangs"] == "stopped at its limit of 3 s" and told["dies"] == "ended with -6"
+    reasons = [r["reason"] for r in found if r["step"] == "fails" and "reason" in r]
+    assert reasons == ["RuntimeError: no such kernel", "ended with 1"]
+    for step in ("hangs", "fails", "dies", "works"):
+        kept = [r["kernel"] for r in found if r["step"] == step and "kernel" in r]
+        assert kept == (["before", "after"] if step == "works" else ["before"])
+    assert next(r for r in found if r["step"] == "hangs" and r.get("end"))["seconds"] < 6
+    assert (tmp_path / "out" / "report.txt").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_kill_loses_nothing_that_was_measured(how: signal.Signals, tmp_path: Path) -> None:
+    run = drive(tmp_path, {"works": 20, "hangs": 60})
+    path, until = tmp_path / "out" / "records.jsonl", time.monotonic() + 150
+    while not (path.exists() and '"hangs"' in path.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    run.send_signal(how)
+    run.wait(20)
+    kept = [(r["step"], r["kernel"]) for r in records(tmp_path / "out") if "kernel" in r]
+    assert kept == [("works", "before"), ("works", "after"), ("hangs", "before")]
+
+
+def test_the_model_names_a_bottleneck_for_every_kernel_and_ranks_tiles() -> None:
+    code = """
+import model
+from fmoe_kernels.host.configs import Config
+s = model.SHAPES["qwen3-30b 32k"]
+low, high = (model.layer(s, feed) for feed in model.FEEDS)
+assert 400 < low["forward_tflops"] < high["forward_tflops"] < model.roofline(s) < 790
+assert all(bound in ("tensor", "L2 feed", "issue", "epilogue", "HBM") for _, _, bound in low["kernels"].values())
+small = model.layer(s, model.FEEDS[0], {"gmm": Config(64, 64, 64, 4, 4)})
+assert small["kernels"]["dx"][1] < low["kernels"]["dx"][1]
+assert "qwen3-30b 32k" in model.text()
+print("fits")
+"""
+    path = os.pathsep.join(map(str, (ROOT / "bench" / "gpu", ROOT, ROOT / "kernels")))
+    environment = {k: v for k, v in os.environ.items() if k != "FMOE_DRY"} | {"PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "fits", run.stderr[-2000:]

@@ -79,14 +79,23 @@ def _number(arch: str) -> int:
     return int(arch.removeprefix("gfx"), 16) if arch.startswith("gfx") else int(arch.removeprefix("sm_"))
 
 
-def bucket(dtype: torch.dtype, rows: int, n_experts: int, depth: int, batch_invariant: bool) -> str:
-    """The shape class: by dtype, then (unless batch_invariant) rows for each expert, then the depth of the product.
+def bucket(
+    dtype: torch.dtype, rows: int, n_experts: int, depth: int, batch_invariant: bool, aligned: bool = True
+) -> str:
+    """The shape class: by dtype, alignment, (unless batch_invariant) rows for each expert, and the product's depth.
+
+    aligned: do all rows start at multiples of 16 bytes? What moves element by element takes registers for addresses,
+    and so smaller tiles.
 
     >>> bucket(torch.bfloat16, 64, 128, 2048, False), bucket(torch.bfloat16, 64, 128, 2048, True)
     ('decode', 'large')
+    >>> bucket(torch.bfloat16, 64, 128, 1001, True, aligned=False)
+    'odd'
     """
     if dtype == torch.float32:
         return "fp32"
+    if not aligned:
+        return "odd"
     if not batch_invariant and rows <= 32 * n_experts:
         return "decode"
     if not batch_invariant and rows <= 192 * n_experts:
@@ -96,9 +105,9 @@ def bucket(dtype: torch.dtype, rows: int, n_experts: int, depth: int, batch_inva
 
 def pick(
     kernel: str, device: torch.device, dtype: torch.dtype, rows: int, n_experts: int, depth: int,
-    batch_invariant: bool = False, path: str = "",
+    batch_invariant: bool = False, path: str = "", aligned: bool = True,
 ) -> Config:  # fmt: skip
     """The tiles of a kernel for this shape on this device; a kernel without a class of its own takes `large`."""
     table = load(path)
     buckets = table[nearest(architecture(device), table)][kernel]
-    return buckets.get(bucket(dtype, rows, n_experts, depth, batch_invariant)) or buckets["large"]
+    return buckets.get(bucket(dtype, rows, n_experts, depth, batch_invariant, aligned)) or buckets["large"]

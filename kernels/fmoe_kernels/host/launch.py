@@ -32,11 +32,14 @@ class Tiling(NamedTuple):
     only: Config | None = None
 
 
-def config(kernel: str, x: Tensor, n_rows: int, n_experts: int, depth: int, tiling: Tiling) -> Config:
-    """The tiles of a kernel that multiplies n_rows rows of x's dtype, `depth` deep."""
+def config(
+    kernel: str, x: Tensor, n_rows: int, n_experts: int, depth: int, tiling: Tiling, moved: tuple[Tensor, ...]
+) -> Config:
+    """The tiles of a kernel that multiplies n_rows rows of x's dtype, `depth` deep, and moves tiles of `moved`."""
     if tiling.only:
         return tiling.only
-    return configs.pick(kernel, x.device, x.dtype, n_rows, n_experts, depth, tiling.batch_invariant, tiling.table)
+    aligned, (table, invariant, _) = all(map(_even, moved)), tiling
+    return configs.pick(kernel, x.device, x.dtype, n_rows, n_experts, depth, invariant, table, aligned)
 
 
 def row_descriptors(tensors: dict[str, tuple[Tensor, int, int]], c: Config) -> tuple[dict[str, Tile], bool]:
@@ -99,6 +102,12 @@ def _probe() -> None:
 def dense(x: Tensor) -> Tensor:
     """x [N, D] with dense rows, as gathers read them; an expanded gradient is written out here."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _even(t: Tensor) -> bool:
+    """Is t dense along rows or columns, and does each of these start at a multiple of 16 bytes?"""
+    *others, row, column = t.stride()
+    return (column == 1 or row == 1) and _aligned(t, *others, max(row, column))
 
 
 def _aligned(t: Tensor, *strides: int) -> bool:

@@ -89,7 +89,7 @@ def dact(
     gated, interleaved = GATED[act.name], INTERLEAVED[act.name]
     G = 2 if gated and not interleaved else 1
     dz, a = torch.empty_like(z), z.new_empty(len(z), I)
-    c = config("dact", dy, len(r.slots), r.n_experts, D, tiling)
+    c = config("dact", dy, len(r.slots), r.n_experts, D, tiling, (dy, w, z, a))
     partial = z.new_empty(len(z), triton.cdiv(I, c.columns), dtype=torch.float32)
     w4 = w.mT[:, None]
     w_arg, tma_w, k_major = weight_descriptor(w4, c, c.depth, c.columns)

@@ -69,7 +69,7 @@ def store_part(
 def dw(left: Tensor, right: Tensor, r: Route, out: Tensor, tiling: Tiling) -> Tensor:
     """out [E, P, Q] of any strides = the sum over the rows n of e of left[n]^T [P] right[token of n] [Q]."""
     E, P, Q = out.shape
-    c = config("dw", left, len(r.slots), r.n_experts, len(left) // E, tiling)
+    c = config("dw", left, len(r.slots), r.n_experts, len(left) // E, tiling, (left, right, out))
     rows, tma = row_descriptors({"left": (left[:, None], c.depth, c.rows)}, c)
     out_arg, tma_out, p_major = weight_descriptor(out[:, None], c, c.rows, c.columns // c.parts)
     grid = grid_of(left, c, E * triton.cdiv(P, c.rows) * triton.cdiv(Q, c.columns))

@@ -149,7 +149,7 @@ def launch(q: Tensor, s: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype,
     """out [N', M] = (q [N', K] * s) @ (w[e] [K, M] * w_scale[e])."""
     _, K, N = w.shape
     out = q.new_empty(len(q), N, dtype=dtype)
-    c = config("gmm_fp8", q, len(r.slots), r.n_experts, K, tiling)
+    c = config("gmm_fp8", q, len(r.slots), r.n_experts, K, tiling, ())
     w4 = w[:, None]
     w_arg, tma_w, k_major = weight_descriptor(w4, c, c.depth, c.columns)
     rows, tma = row_descriptors(

@@ -56,7 +56,7 @@ def gmm(a: Tensor, w: Tensor, bias: Tensor | None, weights: Tensor | None, r: Ro
     """out [N', N] = a [N', K] @ w[e] [K, N] + bias[e], the bias weighted if weights is given."""
     E, K, N = w.shape
     out = a.new_empty(len(a), N)
-    c = config("gmm", a, len(r.slots), r.n_experts, K, tiling)
+    c = config("gmm", a, len(r.slots), r.n_experts, K, tiling, (a, w, out))
     w4 = w[:, None]
     w_arg, tma_w, k_major = weight_descriptor(w4, c, c.depth, c.columns)
     # what is read must be aligned as what is written is

@@ -87,7 +87,7 @@ def up(
     I = U // 2 if gated else U
     a = x.new_empty(len(r.slots), I)
     z = x.new_empty(len(r.slots), U) if save else None
-    c = config("up", x, len(r.slots), r.n_experts, D, tiling)
+    c = config("up", x, len(r.slots), r.n_experts, D, tiling, (x, w, a))
     w4 = halves(w, gated and not interleaved)
     b3 = halves(bias[:, None], gated and not interleaved)[:, :, 0] if bias is not None else None
     parts = min(2 * c.parts, 4) if interleaved else c.parts  # of as many columns of z, in whatever order

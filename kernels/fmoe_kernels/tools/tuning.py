@@ -1,9 +1,11 @@
 """Measure tiles on this device and write the table that `experts(table=...)` reads. Never runs by itself."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -20,15 +22,25 @@ from fmoe_kernels.programs.route import make_route
 from fmoe_kernels.programs.scalars import GATED
 from fmoe_kernels.programs.up import up
 
+SHARED = 232448  # bytes of shared memory that a program may have, on the largest devices
+HALVES = {"up": 2}  # tiles of weights, and of sums, for one column block
 
-def candidates(tma: bool) -> list[Config]:
-    """Tiles worth timing: sizes that peers' tables hold; those that do not fit the device fail to launch."""
-    sizes = product((16, 64, 128), (64, 128, 256), (32, 64, 128), ((4, 1), (8, 1), (4, 2)), (2, 3, 4), (1, 2, 4))
-    return [
-        Config(rows, columns, depth, warps, stages, parts, 8, ctas, swap=tma and rows < 64, tma=tma)
-        for rows, columns, depth, (warps, ctas), stages, parts in sizes
-        if 1024 <= rows * columns <= 32768 and warps * 4096 >= rows * columns and columns // parts >= 32
-    ]
+
+def candidates(kernel: str, tma: bool) -> list[Config]:
+    """Tiles worth timing: sizes that peers' tables hold, if their operands fit in shared memory and sums in registers.
+
+    What does not launch all the same is left out when it is tried.
+    """
+    sizes = [(16, 64), (16, 128), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256)]
+    halves, made = HALVES.get(kernel, 1), []
+    for (rows, columns), depth, warps, stages in product(sizes, (64, 128), (4, 8), (3, 4)):
+        sums = rows * columns * halves / (32 * warps)  # registers of a thread
+        ctas = 2 if warps == 4 and rows > 16 else 1
+        fits = 2 * stages * depth * (rows + halves * columns) * ctas <= SHARED and 8 <= sums <= 128
+        if fits and depth == (128 if rows == 16 else 64) and not (rows == 16 and kernel == "dw"):
+            parts = 4 if kernel == "dact" and rows > 16 else 2 if rows * columns >= 8192 else 1
+            made.append(Config(rows, columns, depth, warps, stages, parts, 8, ctas, swap=tma and rows < 64, tma=tma))
+    return made
 
 
 def tune(
@@ -43,23 +55,27 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
     among: Iterable[Config] | None = None,
+    limit: float = 60.0,
 ) -> dict[str, dict[str, float]]:
     """Writes to path the shipped table with the fastest tiles for [n_tokens, dim] x [n_experts, dim, width] layers.
 
     Returns {kernel: {str(config): seconds}}; what cannot be launched is left out. A file that is already at path is
-    taken further, so that several shapes go into one table. among: the tiles to try. Raises RuntimeError where no
-    tiles of a kernel launch.
+    taken further, so that several shapes go into one table. among: the tiles to try. They are compiled side by side
+    and timed by events on the device; no more are timed after `limit` seconds. Raises RuntimeError where no tiles of a
+    kernel launch.
     """
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     arch = configs.architecture(where)
     table = configs.load(str(path)) if Path(path).exists() else configs.load()
     table = {a: {k: dict(buckets) for k, buckets in kernels.items()} for a, kernels in table.items()}
     table.setdefault(arch, {k: dict(b) for k, b in table[configs.nearest(arch, table)].items()})
-    tries = list(candidates(table[arch]["up"]["large"].tma) if among is None else among)
+    tma, given = table[arch]["up"]["large"].tma, None if among is None else list(among)
+    until = time.monotonic() + limit
     rows, timings = n_tokens * top_k, {}
     depths = {"up": dim, "gmm": width, "dact": dim, "dw": rows // n_experts}
     for kernel, call in _calls(n_tokens, dim, width, n_experts, top_k, activation, dtype, where).items():
-        seconds = {c: s for c in tries if (s := _seconds(call, c)) is not None}
+        tries = candidates(kernel, tma) if given is None else given
+        seconds = {c: _seconds(call, c) for c in _launched(call, tries, where) if time.monotonic() < until}
         if not seconds:
             raise RuntimeError(f"tune: none of {len(tries)} tiles of {kernel} launches on {arch}")
         best = min(seconds, key=lambda c: seconds[c])
@@ -94,22 +110,34 @@ def _calls(
     }
 
 
-def _seconds(call: Callable[[Config], object], config: Config, repeats: int = 10) -> float | None:
-    """The median time of a launch, or None where this device cannot run it."""
-    try:
-        call(config)
-    except (TritonError, RuntimeError):
-        return None
+def _launched(call: Callable[[Config], object], tries: list[Config], device: torch.device) -> list[Config]:
+    """Those that this device can run, each compiled and run once; side by side, but for the interpreter."""
+
+    def launches(c: Config) -> bool:
+        try:
+            call(c)
+        except (TritonError, RuntimeError):
+            return False
+        return True
+
+    with ThreadPoolExecutor(1 if device.type == "cpu" else min(14, os.cpu_count() or 1)) as pool:
+        return [c for c, fits in zip(tries, pool.map(launches, tries), strict=True) if fits]
+
+
+def _seconds(call: Callable[[Config], object], config: Config, repeats: int = 7) -> float:
+    """The median time of a launch between two events, with nothing of the host's in it; on a CPU, by the clock."""
     times = []
-    for _ in range(repeats):
-        _wait()
-        start = time.perf_counter()
+    for _ in range(repeats if torch.cuda.is_available() else 1):
+        if not torch.cuda.is_available():
+            start = time.perf_counter()
+            call(config)
+            times.append(time.perf_counter() - start)
+            continue
+        torch.cuda._sleep(1_000_000)  # until all of the launch is queued
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         call(config)
-        _wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
+        end.record()
         torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
