@@ -107,11 +107,13 @@ def rows(archs: list[str], hot_only: bool = False) -> Iterator[Row]:
         for kernel, buckets in configs.load()[arch].items():
             for config in dict.fromkeys(buckets.values()):
                 names = {b for b, c in buckets.items() if c == config}
-                hot, dtype = bool(names & HOT), torch.float32 if names == {"fp32"} else torch.bfloat16
-                if hot or not hot_only:
+                hot, dtype = bool(names & HOT), torch.float32 if "fp32" in names else torch.bfloat16
+                if names != {"odd"} and (hot or not hot_only):
                     variants = VARIANTS.get(kernel, ["swiglu"]) if hot else ["swiglu"]
-                    variants = ["swiglu odd", "quick_geglu bias odd"] if names == {"odd"} else variants
                     yield from ((arch, kernel, config, hot, variant, dtype) for variant in variants)
+                if "odd" in names and not hot_only:
+                    for variant in ("swiglu odd", "quick_geglu bias odd"):
+                        yield arch, kernel, config, False, variant, torch.bfloat16
         for kernel in [] if hot_only else small(arch):
             yield arch, kernel, None, False, "swiglu", torch.bfloat16
 
