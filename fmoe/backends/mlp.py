@@ -6,7 +6,6 @@ from torch import Tensor
 
 from fmoe.activations import activation
 from fmoe.backends.products import gmm
-from fmoe.backends.raw.loop import few, in_one_order
 from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params
 
@@ -30,24 +29,24 @@ def mlp(params: Params, rows: Rows, config: MoEConfig, by: str, weigh: Product |
     [4.0, 45.0]
     """
     x, w, act = rows.x, rows.weights[:, None], activation(config)
-    ones, offsets = x.new_ones(x.shape[0], 1), rows.counts.cumsum(0).int()
+    offsets = rows.counts.cumsum(0).int()
 
     def product(h: Tensor, name: str) -> Tensor:
-        w = params[name].to(x.dtype)
-        return gmm(h, in_one_order(w) if w.device.type == "cpu" and not few(h, w) else w, offsets, by)
+        return gmm(h, params[name], offsets, by)
 
     def project(h: Tensor, weight: str, lora: str) -> Tensor:
         out = weigh(h, weight, offsets) if weigh else product(h, weight)
         return out + product(product(h, f"{lora}_A"), f"{lora}_B") if f"{lora}_A" in params else out
 
-    def biased(out: Tensor, name: str, weights: Tensor) -> Tensor:
+    def biased(out: Tensor, name: str, weights: Tensor | None = None) -> Tensor:
         if name not in params:
             return out
+        weights = x.new_ones(x.shape[0], 1) if weights is None else weights
         # a bias is a product too: of one column, the weights, and one row for each expert
         return out + gmm(weights, params[name].to(x.dtype).to(weights.dtype)[:, None], offsets, by)
 
-    u = biased(project(x, "gate_and_up_projs", "lora_gate_and_up"), "gate_up_proj_bias", ones)
+    u = biased(project(x, "gate_and_up_projs", "lora_gate_and_up"), "gate_up_proj_bias")
     if config.apply_router_weight_after_down:
-        out = biased(project(act(u, None), "down_projs", "lora_down"), "down_proj_bias", ones)
+        out = biased(project(act(u, None), "down_projs", "lora_down"), "down_proj_bias")
         return w * out.to(w.dtype)
     return biased(project(act(u, w), "down_projs", "lora_down").to(w.dtype), "down_proj_bias", w)

@@ -15,19 +15,30 @@ from fmoe_kernels.host.batch import one_by_one
 from torch import Tensor
 
 from fmoe.backends.raw import RAW
+from fmoe.dispatch.watched import unwatched
 
 
 @torch._dynamo.allow_in_graph
 def gmm(x: Tensor, w: Tensor, offsets: Tensor, by: str) -> Tensor:
-    """out[n] = x[n] @ w[e]: x [N, K], w [E, K, M] of one dtype and any strides -> [N, M].
+    """out[n] = x[n] @ w[e]: x [N, K], w [E, K, M] of any strides and dtype -> [N, M] in x's dtype, which multiplies.
 
     offsets [E] int32: where the rows of each expert end; rows after the last end are unspecified, here and in
-    gradients. by: a name in `RAW`. No gradient is computed that is not needed.
+    gradients. by: a name in `RAW`. No gradient is computed that is not needed; that of w has its strides, so that
+    autograd keeps it as it is.
 
     >>> gmm(torch.ones(3, 1), torch.tensor([[[1.0]], [[5.0]]]), torch.tensor([1, 3]).int(), "loop").flatten().tolist()
     [1.0, 5.0, 5.0]
     """
-    return _Gmm.apply(x, w, offsets, by)
+    return RAW[by].gmm(x, w, offsets) if _alone(x, w) else _Gmm.apply(x, w, offsets, by)
+
+
+def _tgmm(x: Tensor, y: Tensor, offsets: Tensor, by: str) -> Tensor:
+    return RAW[by].tgmm(x, y, offsets) if _alone(x, y) else _Tgmm.apply(x, y, offsets, by)
+
+
+def _alone(*tensors: Tensor) -> bool:
+    """Does nobody listen, neither to autograd nor to operators? Then what is behind them is called itself."""
+    return unwatched(*tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
 @torch.library.custom_op("fmoe::gmm", mutates_args=())
@@ -65,14 +76,13 @@ class _Gmm(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return gmm_op(*args)
+        return RAW[args[3]].gmm(*args[:3]) if _alone(*args[:2]) else gmm_op(*args)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, offsets = ctx.saved_tensors
-        dx = _Gmm.apply(dy, w.mT, offsets, ctx.by) if ctx.needs_input_grad[0] else None
-        dw = _Tgmm.apply(x, dy, offsets, ctx.by) if ctx.needs_input_grad[1] else None
-        return dx, dw, None, None
+        dx = gmm(dy, w.mT, offsets, ctx.by) if ctx.needs_input_grad[0] else None
+        return dx, _weight_grad(x, dy, w, offsets, ctx.by) if ctx.needs_input_grad[1] else None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dw: Tensor | None, *_: None) -> Tensor:
@@ -92,7 +102,7 @@ class _Tgmm(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return tgmm_op(*args)
+        return RAW[args[3]].tgmm(*args[:3]) if _alone(*args[:2]) else tgmm_op(*args)
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,6 +122,14 @@ class _Tgmm(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return one_by_one(_Tgmm, info, in_dims, args)
+
+
+def _weight_grad(x: Tensor, dy: Tensor, w: Tensor, offsets: Tensor, by: str) -> Tensor:
+    """tgmm(x, dy), stored in the order of w."""
+    transposed = w.stride(1) < w.stride(2)
+    a, b = (dy, x) if transposed else (x, dy)
+    dw = _tgmm(a, b, offsets, by)
+    return (dw.mT if transposed else dw).to(w.dtype)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor:

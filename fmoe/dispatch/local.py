@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmoe.dispatch.moves import gather, spread
 from fmoe.dispatch.rows import Dispatcher, Rows
 from fmoe.types import MoEConfig, Routing
 
@@ -64,6 +65,10 @@ def dispatch(x: Tensor, weights: Tensor, plan: Plan) -> Rows:
     [1.0, 1.0, 2.0]
     """
     wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
+    if _everywhere(plan):
+        return Rows(
+            spread(x, plan.slot_ids, plan.k), weights.flatten().index_select(0, plan.slot_ids).to(wide), plan.counts
+        )
     # the transpose of `expand` is one sum over k, rounded once; that of x[token_ids] is a scatter, in any order
     copies = x[:, None].expand(-1, plan.k, -1).flatten(0, 1)[plan.slot_ids]
     sent = weights.flatten()[plan.slot_ids].to(wide)
@@ -79,10 +84,17 @@ def combine(rows: Tensor, plan: Plan) -> Tensor:
     >>> combine(torch.tensor([[1.0], [1.0], [2.0]]), plan).flatten().tolist()
     [2.0, 2.0]
     """
+    if _everywhere(plan):
+        return gather(rows, plan.slot_ids, plan.k)
     rows = rows if plan.routed is None else _only(rows, plan.routed)
     slots = rows.new_zeros(plan.n_tokens * plan.k, rows.shape[1]).index_copy(0, plan.slot_ids, rows)
     wide = torch.promote_types(rows.dtype, torch.float32)
     return slots.unflatten(0, (plan.n_tokens, plan.k)).sum(1, dtype=wide)
+
+
+def _everywhere(plan: Plan) -> bool:
+    """Does every slot go somewhere, and the host knows it?"""
+    return plan.routed is None and 0 < plan.slot_ids.shape[0] == plan.n_tokens * plan.k
 
 
 def _only(rows: Tensor, routed: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _mlp(params: Params, rows: Rows, ups: Sequence[str], apply: Apply, after: Ap
     unrouted = torch.arange(len(x), device=x.device)[:, None] >= offsets[-1]
 
     def project(h: Tensor, weight: str, bias: str, lora: str) -> Tensor:
-        product = lambda h, name: gmm(h, params[name].to(x.dtype), offsets, by)
+        product = lambda h, name: gmm(h, params[name], offsets, by)
         out = product(h, weight)
         if f"{lora}_A" in params:
             out = out + product(product(h, f"{lora}_A"), f"{lora}_B")

@@ -1,7 +1,7 @@
 """Products by `torch.nn.functional.grouped_mm`: one call for all experts, and on a GPU no wait for the device.
 
 It takes bf16, fp16 and fp32 whose rows start at multiples of 16 bytes: what does not is padded with zeros here. fp64,
-which it does not take, and on a CPU sums over rows alone and fewer rows than experts, run as in `loop.py`.
+which it does not take, and all on a CPU, where it is a loop over experts itself, run as in `loop.py`.
 """
 
 import torch
@@ -18,15 +18,15 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     tensor([[ 2.],
             [30.]])
     """
-    if x.dtype == torch.float64 or (x.device.type == "cpu" and loop.few(x, w)):
+    if x.dtype == torch.float64 or x.device.type == "cpu":
         return loop.gmm(x, w, offsets)
-    x, w, M = _padded(x, 1), _padded(w, 2), w.shape[2]
+    x, w, M = _padded(x, 1), _padded(w.to(x.dtype), 2), w.shape[2]
     return _own(F.grouped_mm(_aligned(x), _aligned(w), offs=offsets)[:, :M])
 
 
 def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """As `loop.tgmm`; on a GPU, sums over rows alone are fp32."""
-    if x.dtype == torch.float64 or (x.shape[1] == 1 and x.device.type == "cpu"):
+    if x.dtype == torch.float64 or x.device.type == "cpu":
         return loop.tgmm(x, y, offsets)
     K, M = x.shape[1], y.shape[1]
     return _own(F.grouped_mm(_aligned(_padded(x, 1)).mT, _aligned(_padded(y, 1)), offs=offsets)[:, :K, :M])

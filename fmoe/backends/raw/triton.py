@@ -9,7 +9,7 @@ from fmoe.backends.raw import loop
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """As `loop.gmm`."""
-    return loop.gmm(x, w, offsets) if x.dtype == torch.float64 else fmoe_kernels.products.gmm(x, w, offsets)
+    return loop.gmm(x, w, offsets) if x.dtype == torch.float64 else fmoe_kernels.products.gmm(x, w.to(x.dtype), offsets)
 
 
 def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""Rows of tokens and back, each in one pass over memory: two linear maps, each the other's transpose.
+
+    spread(x)[n] = x[slots[n] // k]                      [T, D] -> [N, D]
+    gather(rows)[t] = the sum of rows[n] with slots[n] // k == t, k ascending, in fp32 (fp64 stays)
+
+Where every slot has a row, on the host. They differentiate in every way; a compiler never sees them.
+"""
+
+from typing import Any
+
+import torch
+from fmoe_kernels.host.batch import one_by_one
+from torch import Tensor
+
+from fmoe.dispatch.watched import unwatched
+
+
+def spread(x: Tensor, slots: Tensor, k: int) -> Tensor:
+    """x[slots[n] // k] for each row n; slots [N] int64 is a permutation of the T k slots.
+
+    >>> spread(torch.tensor([[1.0], [2.0]]), torch.tensor([2, 0, 1, 3]), 2).flatten().tolist()
+    [2.0, 1.0, 1.0, 2.0]
+    """
+    return _spread(x, slots, k) if unwatched(x) else _Spread.apply(x, slots, k)
+
+
+def gather(rows: Tensor, slots: Tensor, k: int) -> Tensor:
+    """The sum of the k rows of each token, in fp32 or fp64.
+
+    >>> gather(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([2, 0, 1, 3]), 2).flatten().tolist()
+    [5.0, 5.0]
+    """
+    return _gather(rows, slots, k) if unwatched(rows) else _Gather.apply(rows, slots, k)
+
+
+def _spread(x: Tensor, slots: Tensor, k: int) -> Tensor:
+    return x.index_select(0, slots // k)
+
+
+def _gather(rows: Tensor, slots: Tensor, k: int) -> Tensor:
+    row = torch.empty_like(slots)
+    row[slots] = torch.arange(len(slots), device=slots.device)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if k == 1:
+        return rows.index_select(0, row).to(wide)
+    return rows.index_select(0, row).unflatten(0, (-1, k)).sum(1, dtype=wide)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, slots, ctx.k = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(slots)
+        ctx.save_for_forward(slots)
+
+
+class _Spread(_Linear):
+    @staticmethod
+    def forward(x: Tensor, slots: Tensor, k: int) -> Tensor:
+        return _spread(x, slots, k)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return gather(dy, ctx.saved_tensors[0], ctx.k).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _Spread.apply(dx, ctx.saved_tensors[0], ctx.k)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_Spread, info, in_dims, args)
+
+
+class _Gather(_Linear):
+    @staticmethod
+    def forward(rows: Tensor, slots: Tensor, k: int) -> Tensor:
+        return _gather(rows, slots, k)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return spread(dy.to(ctx.dtype), ctx.saved_tensors[0], ctx.k), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, drows: Tensor, *_: None) -> Tensor:
+        return _Gather.apply(drows, ctx.saved_tensors[0], ctx.k)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_Gather, info, in_dims, args)

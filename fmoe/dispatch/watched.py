@@ -1,0 +1,24 @@
+"""Whether anybody listens: what nobody hears of may take the short way, which costs a tenth of the long one."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Are these plain tensors with data, and no autograd of either mode, no transform and no tracer about?
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> unwatched(x), unwatched(x.detach())
+    (False, True)
+    """
+    about = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    if about or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        return False
+    recorded = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in PLAIN or t.is_meta or (recorded and t.requires_grad):
+            return False
+    return True
