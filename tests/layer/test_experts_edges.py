@@ -88,14 +88,17 @@ def test_what_is_not_routed_never_leaks(poison: float, config: MoEConfig, backen
 @every_backend
 @both_weightings
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_strides_and_repetition_change_no_bit(dtype: torch.dtype, config: MoEConfig, backend: str) -> None:
+def test_repetition_changes_no_bit_and_strides_nothing_but_rounding(
+    dtype: torch.dtype, config: MoEConfig, backend: str
+) -> None:
     config = replace(config, dim=128, moe_inter_dim=64)
     params, (x, routing) = draw(config, dtype), tokens(config, T=12, dtype=dtype)
     views = {name: p.mT.contiguous().mT if p.ndim == 3 else p for name, p in params.items()}
     assert not views["down_projs"].is_contiguous()
     run = lambda params: experts(MappingProxyType(params), x, routing, config, backend=backend)
     before = {name: p.clone() for name, p in params.items()}
-    assert torch.equal(run(params), run(views)) and torch.equal(run(params), run(params))
+    assert torch.equal(run(params), run(params)) and torch.equal(run(views), run(views))
+    near(run(views), run(params), {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype])
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     first, again = (grads_of(experts, views, x, routing, config=config, backend=backend)[1] for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
