@@ -18,10 +18,10 @@ from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.planning import plan_stages, resolve_stages
-from fmoe.layout.running import run, specs_of, without
+from fmoe.layout.proved.back import loose_parts
+from fmoe.layout.running import Views, run, specs_of, without
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
 from fmoe.layout.stage import Stage
-from fmoe.layout.views import Views
 from fmoe.types import AdapterError, MoEConfig, Params, TensorSpec
 
 if TYPE_CHECKING:
@@ -57,11 +57,13 @@ class Adapter:
     def __rshift__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
+        _check_parts(self, other)
         return Adapter(self.stages + other.stages, self._moe(other), self.config or other.config)
 
     def __or__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
+        _check_parts(self, other)
         return Adapter(beside(self.stages, other.stages), self._moe(other), self.config or other.config)
 
     def _moe(self, other: "Adapter") -> MoEConfig | str:
@@ -179,12 +181,33 @@ class Adapter:
         return list(without(run(plan, {fqn: tensor}), exclude_key_regex).items())
 
     def iter_hf(
-        self, params: Params, *, quantization: bool | None = None, **axis_ranges: range
+        self,
+        params: Params,
+        *,
+        quantization: bool | None = None,
+        contiguous: bool = False,
+        detach: bool = False,
+        **axis_ranges: range,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yields what `to_hf` returns, lazily, one native tensor at a time: for weight synchronisation."""
+        """Yields the items of `to_hf`, lazily, one native tensor at a time: for weight synchronisation.
+
+        In the order of `to_hf`, which the native names alone settle: native tensors sorted by their first HF name,
+        numbers by value, and of each its HF tensors expert by expert. So ranks can broadcast what they iterate.
+        contiguous: fresh memory where a tensor is a strided view, as NCCL and IPC ask. detach: without their graphs.
+
+        >>> import fmoe, torch
+        >>> native = {"w": torch.eye(2), "v": torch.ones(1, 2)}
+        >>> adapter = fmoe.rule("w.{e} [d]", "w [e d]") | fmoe.rule("v.{e} [d]", "v [e d]")
+        >>> [(name, tensor.tolist()) for name, tensor in adapter.iter_hf(native)]
+        [('v.0', [1.0, 1.0]), ('w.0', [1.0, 0.0]), ('w.1', [0.0, 1.0])]
+        """
         plan = self._to_hf_plan(params, quantization, axis_ranges)
-        units = (plan.run({n: params[n] for n in sources}, targets) for sources, targets in plan.units())
-        return (item for made in units for item in made.items())
+
+        def made(sources: list[str], targets: list[str]) -> dict[str, Tensor]:
+            return run(plan, {n: params[n] for n in sources}, targets, contiguous=contiguous)
+
+        items = (item for sources, targets in plan.units() for item in made(sources, targets).items())
+        return ((name, tensor.detach()) for name, tensor in items) if detach else items
 
     def views(self, native: Params, **axis_ranges: range) -> Views:
         """The native tensors' storage under HF names and shapes: write into these and the native tensors are loaded.
@@ -210,3 +233,10 @@ class Adapter:
         local = run(self._plan(hf, {"e": mine}), hf, cut, **how) if cut else {}
         made |= {n: distributed(t, mesh, stacks[n].shape) for n, t in local.items()}
         return {n: made[n] for n in whole.targets if n in made}
+
+
+def _check_parts(*adapters: Adapter) -> None:
+    """A ragged axis with parts of unknown length is refused where adapters are joined, before any tensor is there."""
+    rules = (r for a in adapters for stage in a.stages for r in getattr(stage, "rules", tuple)())
+    if problems := list(dict.fromkeys(filter(None, map(loose_parts, rules)))):
+        raise AdapterError(problems)

@@ -1,7 +1,7 @@
 """Two adapters side by side: each takes the names that its own entries claim or spell, and no name is taken by both."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
+from fmoe.layout.notation import Rule
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.planning import plan_stages, resolve_stages
 from fmoe.layout.stage import Stage
@@ -63,6 +64,17 @@ class Beside:
 
     left: Stages
     right: Stages
+    guards: tuple[bool, bool] = field(default=(True, True), compare=False, repr=False, kw_only=True)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(getattr(stage, "has_experts", False) for stage in self.left + self.right)
+
+    def rules(self) -> list[Rule]:
+        return [r for stage in self.left + self.right for r in getattr(stage, "rules", list)()]
+
+    def guarded(self, there: bool, back: bool) -> "Beside":
+        return replace(self, guards=(there, back))
 
     @property
     def inverse(self) -> "Beside":
@@ -95,7 +107,7 @@ class Beside:
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> BesidePlan:
         left, right = (
-            plan_stages(stages, {n: specs[n] for n in mine}, window, local)
+            plan_stages(stages, {n: specs[n] for n in mine}, window, local, self.guards)
             for stages, mine in zip((self.left, self.right), self._split(names), strict=True)
         )
         if twice := [n for n in left.targets if n in right.targets]:

@@ -15,8 +15,9 @@ from fmoe.layout.notation import Address, Capture, Rule
 from fmoe.types import AdapterError, Problem
 
 BLANK = "\0"
-_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")  # a whole segment, canonical: 07 is no index
-_DOTTED = re.compile(r"\.(0|[1-9][0-9]*)(?![^.\n])")  # the same where a dot stands before every segment: far faster
+_DIGITS = "0|[1-9][0-9]{0,8}"  # canonical: 07 is no index, and what has ten digits counts nothing
+_NUMBER = re.compile(rf"(?<![^.])(?:{_DIGITS})(?![^.])")  # a whole segment
+_DOTTED = re.compile(rf"\.({_DIGITS})(?![^.\n])")  # the same where a dot stands before every segment: far faster
 
 Value = int | str
 Numbers = tuple[str, ...]
@@ -29,6 +30,8 @@ class Names:
 
     def __init__(self, names: Iterable[str]):
         self.names = list(names)
+        if odd := [n for n in self.names if not isinstance(n, str)]:
+            raise AdapterError(f"{odd[0]!r}: a key that is a {type(odd[0]).__name__}, expected a name")
         text = "." + "\n.".join(self.names)
         if BLANK in text or text.count("\n") != max(len(self.names) - 1, 0):
             bad = tuple(n for n in self.names if "\n" in n or BLANK in n)
@@ -82,7 +85,7 @@ class Pattern:
         if capture.choices:
             return "|".join(re.escape(_blanked(c, before, after)) for c in capture.choices)
         if capture.name in self.indexed:
-            return BLANK if before in ("", ".") and after in ("", ".") else r"0|[1-9][0-9]*"
+            return BLANK if before in ("", ".") and after in ("", ".") else _DIGITS
         if not before and after not in ("", "."):
             return r"(?:.+?\.)?"  # a free prefix: nothing, or whole segments with their dot
         return "[^.]+" if before and after else ".+"

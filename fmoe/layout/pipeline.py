@@ -10,6 +10,7 @@ from fmoe.layout.axes import Copy, Group
 from fmoe.layout.grouping import Specs
 from fmoe.layout.plan import TablePlan
 from fmoe.layout.stage import StagePlan
+from fmoe.layout.units import Unit, in_order, joined
 from fmoe.types import TensorSpec, human
 
 
@@ -28,10 +29,11 @@ class Plan:
         """The axes of which only a range comes out."""
         return frozenset().union(*(stage.narrowed for stage in self.stages))
 
-    @property
+    @cached_property
     def targets(self) -> dict[str, TensorSpec]:
-        """The abstract result: the name, shape and dtype of everything that comes out."""
-        return self.stages[-1].targets if self.stages else dict(self.specs)
+        """The abstract result: the name, shape and dtype of everything that comes out, in the order of `units`."""
+        made = self.stages[-1].targets if self.stages else self.specs
+        return {name: made[name] for _, targets in self._units for name in targets}
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -63,32 +65,15 @@ class Plan:
     def units(self) -> Iterator[tuple[list[str], list[str]]]:
         """(sources, targets) that depend on each other and on nothing else: what can be converted alone.
 
-        Usually one native tensor and the HF tensors that make it.
+        Usually one native tensor and the HF tensors that make it. In the order of the first target's name, where a
+        number counts by its value (`layers.2` before `layers.10`); the targets of one unit in the order of their rule:
+        expert by expert. The names alone settle it, so it is the same in every process.
         """
-        if len(self.stages) < 2:
-            yield from self.stages[0].units() if self.stages else (([n], [n]) for n in self.specs)
-            return
-        parent: dict[tuple[int, str], tuple[int, str]] = {}
+        return iter(self._units)
 
-        def root(x: tuple[int, str]) -> tuple[int, str]:
-            while (up := parent.get(x, x)) != x:
-                parent[x] = up = parent.get(up, up)
-                x = up
-            return x
-
-        used = self._used
-        for k, stage in enumerate(self.stages):
-            for sources, targets in stage.units():
-                if used[k] is None or not used[k].isdisjoint(targets):  # type: ignore[union-attr]
-                    nodes = [(k, s) for s in sources] + [(k + 1, t) for t in targets]
-                    first = root(nodes[0])
-                    for node in nodes:
-                        parent[root(node)] = first
-        last, grouped = len(self.stages), dict[tuple[int, str], tuple[list[str], list[str]]]()
-        for node in list(parent):
-            if node[0] in (0, last):
-                grouped.setdefault(root(node), ([], []))[node[0] == last].append(node[1])
-        yield from grouped.values()
+    @cached_property
+    def _units(self) -> list[Unit]:
+        return in_order(joined(self.stages, self._used) if self.stages else (([n], [n]) for n in self.specs))
 
     def gathered(self, axis: str) -> set[str]:
         """The inputs that are each a part along an axis of one tensor that comes out."""
@@ -108,34 +93,37 @@ class Plan:
         return found
 
     @cached_property
-    def _used(self) -> list[set[str] | None]:
+    def _used(self) -> list[dict[str, None] | None]:
         """For each stage, the targets that later stages need: None for all, as where no axis is restricted."""
-        used: list[set[str] | None] = [None] * len(self.stages)
+        used: list[dict[str, None] | None] = [None] * len(self.stages)
         if self.narrowed:
             for k in range(len(self.stages) - 1, 0, -1):
                 need = used[k]
-                units = (s for s, t in self.stages[k].units() if need is None or not need.isdisjoint(t))
-                used[k - 1] = {name for sources in units for name in sources}
+                units = (s for s, t in self.stages[k].units() if need is None or not need.keys().isdisjoint(t))
+                used[k - 1] = dict.fromkeys(name for sources in units for name in sources)
         return used
 
     def run(
         self, params: Mapping[str, Tensor], only: Iterable[str] | None = None, *, views: bool = False
     ) -> dict[str, Tensor]:
-        """The targets (or only those of some units), from tensors of the planned names; writes to no argument."""
-        if not self.stages:
-            return {n: params[n] for n in (self.targets if only is None else only)}
+        """The targets (or only those of some units), from tensors of the planned names; writes to no argument.
+
+        In the order of `targets`, or of `only`. Of DTensors, what lives wholly on other ranks is left out.
+        """
+        asked = self.targets if only is None else dict.fromkeys(only)
         wanted: list[Iterable[str] | None] = [*self._used]
-        if only is not None:
-            wanted[-1] = set(only)
+        if only is not None and wanted:
+            wanted[-1] = asked
             for k in range(len(self.stages) - 1, 0, -1):
-                wanted[k - 1] = {source for target in wanted[k] or () for source in self._back[k][target]}
+                needed = (source for target in wanted[k] or () for source in self._back[k][target])
+                wanted[k - 1] = dict.fromkeys(needed)
         for k, stage in enumerate(self.stages):
             names, made = wanted[k], wanted[k - 1] if k else ()
             gone = set(self.stages[k - 1].targets if made is None else made) - params.keys()
             if gone:  # what only other ranks have of DTensors, and all that depends on it
                 names = [t for t in (stage.targets if names is None else names) if gone.isdisjoint(self._back[k][t])]
             params = stage.run(params, names, views=views)
-        return dict(params)
+        return {n: params[n] for n in asked if n in params}
 
     @cached_property
     def _back(self) -> list[dict[str, list[str]]]:

@@ -2,13 +2,13 @@
 
 The proof. A rule relates atomic axes one to one, so the copies of a group tile its tensors exactly when (1) the
 sources are the whole grid of stacked captures, once each, (2) every source has the shape that the axes say, and one
-dtype; over the whole plan, (3) each name is claimed once and (4) no two targets share a name. All are linear in the
-names.
+dtype; over the whole plan, (3) each name is claimed once and (4) no two targets share a name. And the way back is
+planned too (`proved/back.py`): it claims every target for what made it, and can split what was merged. All are linear
+in the names.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from fmoe.layout.axes import Copy, Group
 from fmoe.layout.claims import Claims, claim, some
 from fmoe.layout.converting import NotAView, convert
-from fmoe.layout.entries import Alias, Entry, Together
+from fmoe.layout.entries import Alias, Entry
 from fmoe.layout.grouping import Claimed, Specs, Window, Wrong
-from fmoe.layout.names import Names, Value, patterns
-from fmoe.layout.notation import Rule
+from fmoe.layout.names import Names
+from fmoe.layout.proved.back import way_back
+from fmoe.layout.proved.together import apart, unequal
 from fmoe.layout.sharded.shards import convert_sharded, same_parts
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, TensorSpec, human
@@ -122,20 +123,26 @@ class TablePlan:
 
 
 def plan_table(
-    entries: tuple[Entry, ...], specs: Specs, names: Names, window: Window, local: frozenset[str]
+    entries: tuple[Entry, ...],
+    specs: Specs,
+    names: Names,
+    window: Window,
+    local: frozenset[str],
+    guards: tuple[bool, bool] = (True, True),
 ) -> TablePlan:
     """The plan of a table with no open choice. window: ranges to read; local: axes of which sources hold only that.
 
+    guards: whether names that look like an expert's may not just be kept, on the way there and on the way back.
     Raises AdapterError with every problem found.
     """
-    claims = claim(entries, names)
+    claims = claim(entries, names, guard=guards[0])
     problems, groups = claims.problems, []
     for (i, shared), found in claims.groups.items():
         try:
             groups.append(Claimed(claims.rules[i], shared, found, specs, window, local).group())
         except Wrong as wrong:
             problems.append(wrong.problem)
-    problems += _apart(entries, claims) + _unequal(entries, groups) + _collisions(groups, claims.pairs)
+    problems += apart(entries, claims) + unequal(entries, groups) + _collisions(groups, claims.pairs)
     problems += _aliases(claims, specs)
     targets = {t: spec for group in groups for t, spec in group.target_specs().items()}
     targets |= {t: specs[s] for s, t in claims.pairs.items()}
@@ -143,69 +150,10 @@ def plan_table(
     given = [a for a in aliases if a.flipped and a.name in targets]
     problems += [Problem(f"{a.name!r} is there, and is written as an alias of {a.of!r}", (a.name, a.of)) for a in given]
     targets |= {a.name: targets[a.of] for a in aliases if a.flipped}
+    problems = problems or way_back(entries, claims, groups, targets, guards[1])
     if problems:
         raise AdapterError(dict.fromkeys(problems))
     return TablePlan(specs, tuple(groups), claims.pairs, targets, aliases, tuple(claims.dropped))
-
-
-def _apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
-    """Rules that come together: a layer that has one must have all."""
-    problems = []
-    for entry in entries:
-        if not isinstance(entry, Together) or entry.flipped:
-            continue
-        mine = [i for i, rule in enumerate(claims.rules) if rule in entry.rules]
-        there = {i: {key for j, key in claims.groups if j == i} for i in mine}
-        for i in mine:
-            for key in set().union(*there.values()) - there[i]:
-                rule, beside = claims.rules[i], next(r for j, r in enumerate(claims.rules) if key in there.get(j, ()))
-                absent = patterns(rule)[0].render(_open(rule) | dict(zip(rule.shared, key, strict=True)))
-                near = next(iter(claims.groups[mine[[claims.rules[m] for m in mine].index(beside)], key].values()))
-                problems.append(Problem(f"missing {absent!r}, which must stand beside {near!r}", (absent, near)))
-    return problems
-
-
-def _unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
-    """Rules that come together, in all layers of one tower: a letter has one size throughout."""
-    bundled = {rule for entry in entries if isinstance(entry, Together) for rule in entry.rules}
-    towers: dict[tuple[str, Value], list[Group]] = {}
-    for group in groups:
-        if group.rule in bundled:
-            for letter in group.sizes:
-                towers.setdefault((letter, _tower(group)), []).append(group)
-    problems = []
-    for (letter, _), having in sorted(towers.items()):
-        usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
-        for group in having:
-            if (size := group.sizes[letter]) != usual:
-                near = next(g for g in having if g.sizes[letter] == usual)
-                absent = _absent(group, letter, min(size, usual)) if size < usual else _absent(near, letter, usual)
-                text = f"{some(group.sources, 3)}: {letter} is {size}, but {usual} at {some(near.sources, 1)}"
-                text += f"; missing {some(absent)}" if absent else ""
-                problems.append(Problem(text, (*group.sources, *absent)))
-    return problems
-
-
-def _tower(group: Group) -> str:
-    """The text that indexes a group, such as its prefix, with blanks for numbers: `thinker.` and `talker.` differ."""
-    captures = group.rule.source.captures
-    text = {n: v for n, v in group.shared.items() if not group.rule.indexed(n)}
-    said = (captures[n].choices[int(v)] if captures[n].choices else str(v) for n, v in text.items())
-    return next(iter(Names([" ".join(said)]).rows))
-
-
-def _absent(group: Group, letter: str, size: int) -> list[str]:
-    """The names that a stack would need to be longer by one along a letter that its names count."""
-    if letter not in group.rule.stacked:
-        return []
-    longer = replace(group, sizes=group.sizes | {letter: size + 1}, window={letter: range(size, size + 1)})
-    grid = [dict[str, Value](zip(group.stacked, at, strict=True)) for at in longer.grid(group.stacked)]
-    return [patterns(group.rule)[0].render(group.shared | at) for at in grid]
-
-
-def _open(rule: Rule) -> dict[str, Value]:
-    """The first coordinates of what a rule stacks: enough to spell an example."""
-    return {n: 0 for n in rule.source.captures}
 
 
 def _collisions(groups: list[Group], pairs: Mapping[str, str]) -> list[Problem]:

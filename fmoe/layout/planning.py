@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
@@ -10,21 +11,36 @@ from fmoe.layout.stage import Stage, StagePlan
 from fmoe.types import AdapterError, Problem
 
 
-def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: frozenset[str]) -> Plan:
-    """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come."""
+def plan_stages(
+    stages: tuple[Stage, ...],
+    specs: Specs,
+    window: Window,
+    local: frozenset[str],
+    guards: tuple[bool, bool] = (True, True),
+) -> Plan:
+    """The stages' plans in a row, each made for what comes out of the one before; open choices settled as they come.
+
+    guards: as in `plan_table`. The first stage with a rule for experts, in each direction, has the guard: what it does
+    not claim is refused there, and what it made is an expert's by right. Where no stage has one, all tables have it.
+    """
     plans, settled, problems = list[StagePlan](), list[Stage](), list[Problem]()
     at, names = specs, Names(specs)
-    for stage in stages:
+    experts = [k for k, stage in enumerate(stages) if getattr(stage, "has_experts", False)]
+    for k, stage in enumerate(stages):
         if plans:
             was, at = at, plans[-1].targets
             names = names if at.keys() == was.keys() else Names(at)
         try:
-            settled.append(stage.resolve(names, default=True))
-            plans.append(settled[-1].plan(at, names, window, local))
+            stage = stage.resolve(names, default=True)
+            if hasattr(stage, "guarded"):
+                there, back = (guards[0], guards[1]) if not experts else (k == experts[0], k == experts[-1])
+                stage = stage.guarded(there and guards[0], back and guards[1])
+            settled.append(stage)
+            plans.append(stage.plan(at, names, window, local))
             if (within := getattr(plans[-2:][0], "within", None)) and isinstance(plans[-1], TablePlan):
                 plans[-2:] = within(plans[-1])  # a codec makes no more than the table takes
         except AdapterError as error:
-            problems += _traced(error.found, settled[: len(plans)], plans)
+            problems += _traced(error.found, settled[: len(plans)], plans, len(stages))
             if error.rest is None:
                 break
             plans.append(error.rest)
@@ -34,13 +50,28 @@ def plan_stages(stages: tuple[Stage, ...], specs: Specs, window: Window, local: 
     return Plan(tuple(plans), specs)
 
 
-def _traced(problems: Iterable[Problem], stages: list[Stage], plans: list[StagePlan]) -> list[Problem]:
-    """The problems told in the names that went into the first stage, where a name goes back to just one."""
-    told = list(problems)
-    for stage, plan in zip(reversed(stages), reversed(plans), strict=True):
-        origins = {t: s[0] for s, targets in plan.units() if len(s) == 1 for t in targets}
-        told = [_renamed(problem, stage.inverse, origins) for problem in told]
-    return told
+def _traced(problems: Iterable[Problem], stages: list[Stage], plans: list[StagePlan], of: int) -> Iterable[Problem]:
+    """The problems of a stage. After codecs alone in the names that went into the first stage.
+
+    After tables, which name things anew: in the names that go into the stage, those that they came from beside them.
+    """
+    before = list(zip(reversed(stages), reversed(plans), strict=True))
+    if not any(hasattr(stage, "has_experts") for stage in stages):
+        for stage, plan in before:
+            origins = {t: s[0] for s, targets in plan.units() if len(s) == 1 for t in targets}
+            problems = [_renamed(problem, stage.inverse, origins) for problem in problems]
+        return problems
+    made = [(stage.inverse, {t: s for s, targets in plan.units() for t in targets}) for stage, plan in before]
+    return [_beside(problem, made, f"stage {len(stages) + 1} of {of}: ") for problem in problems]
+
+
+def _beside(problem: Problem, made: list[tuple[Stage, dict[str, list[str]]]], stage: str) -> Problem:
+    origins = problem.keys
+    for back, sources in made:
+        found = (sources.get(n) or back.rename(Names([n])) or [n] for n in origins)
+        origins = tuple(dict.fromkeys(name for names in found for name in names))
+    text = stage + problem.text + (f"; from {some(origins, 3)}" if origins != problem.keys else "")
+    return Problem(text, origins)
 
 
 def _renamed(problem: Problem, back: Stage, origins: Mapping[str, str]) -> Problem:

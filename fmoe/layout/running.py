@@ -1,31 +1,67 @@
-"""An adapter's plan run on what a user gave: tensors checked on the way in, fresh or contiguous on the way out."""
+"""A plan run on what a user gave: tensors checked on the way in; fresh, contiguous or views on the way out."""
 
 import re
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fmoe.layout.claims import some
 from fmoe.layout.pipeline import Plan
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 
-def specs_of(values: Mapping[str, Any]) -> dict[str, TensorSpec]:
-    """Every value's shape and dtype. Raises AdapterError naming each that is no tensor and no TensorSpec."""
+def specs_of(values: Any) -> dict[str, TensorSpec]:
+    """Every value's shape and dtype, sorted by name, so that nothing that follows depends on the order of a dict.
+
+    Raises AdapterError for what is no mapping of names to tensors, and naming each that is no tensor and no TensorSpec.
+    """
+    if not isinstance(values, Mapping):
+        raise AdapterError(f"a {type(values).__name__}, expected a dict of names to tensors{_instead(values)}")
     try:
-        return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}
-    except (AttributeError, TypeError):
-        problems = [p for name, value in values.items() for p in _no_tensor(name, value)]
-        raise AdapterError(problems) from None
+        specs = {name: TensorSpec(tuple(values[name].shape), values[name].dtype) for name in sorted(values)}
+        sound = all(map(_is_tensor, values.values())) and all(map(_is_sized, set(specs.values())))
+    except (AttributeError, TypeError, RuntimeError):
+        sound = False
+    if not sound:
+        raise AdapterError([p for name, value in values.items() for p in _no_tensor(name, value)])
+    return specs
+
+
+def _instead(values: Any) -> str:
+    if isinstance(values, str | PathLike):
+        return f". Fix: fmoe.load({str(values)!r}) reads a directory"
+    return ". Fix: pass its state_dict()" if isinstance(values, torch.nn.Module) else ""
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value) is TensorSpec or isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _is_sized(spec: TensorSpec) -> bool:
+    return (
+        isinstance(spec.dtype, torch.dtype)
+        and all(isinstance(n, int | torch.SymInt) for n in spec.shape)
+        and (min(spec.shape, default=0) >= 0 and spec.numel < 1 << 63)
+    )
 
 
 def _no_tensor(name: object, value: Any) -> list[Problem]:
     if not isinstance(name, str):
         return [Problem(f"{name!r}: a key that is a {type(name).__name__}, expected a name", (str(name),))]
-    if isinstance(getattr(value, "dtype", None), torch.dtype) and hasattr(value, "shape"):
-        return []
-    return [Problem(f"{name!r}: a {type(value).__name__}, expected a tensor or a TensorSpec", (name,))]
+    what = type(value).__name__
+    try:
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            what = f"tensor of layout {value.layout}"
+        elif _is_tensor(value) and _is_sized(TensorSpec(tuple(value.shape), value.dtype)):
+            return []
+    except (AttributeError, TypeError, RuntimeError):
+        pass
+    what += " of sizes that no tensor has" if isinstance(value, TensorSpec) else ""
+    return [Problem(f"{name!r}: a {what}, expected a tensor or a TensorSpec", (name,))]
 
 
 def run(
@@ -36,7 +72,7 @@ def run(
     contiguous: bool = False,
 ) -> dict[str, Any]:
     if any(isinstance(v, TensorSpec) for v in params.values()):
-        return dict(plan.targets)
+        return {n: plan.targets[n] for n in (plan.targets if only is None else only)}
     out = plan.run(params, only)
     if copy:
         storage = lambda t: (t.to_local() if is_dtensor(t) else t).untyped_storage()._cdata
@@ -46,4 +82,37 @@ def run(
 
 
 def without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
-    return {n: t for n, t in tensors.items() if not (exclude_key_regex and re.match(exclude_key_regex, n))}
+    if exclude_key_regex is None:
+        return tensors
+    try:
+        pattern = re.compile(exclude_key_regex)
+    except (re.error, TypeError) as error:
+        raise AdapterError(
+            f"exclude_key_regex is {exclude_key_regex!r}, expected a regular expression: {error}"
+        ) from None
+    return {n: t for n, t in tensors.items() if not pattern.match(n)}
+
+
+class Views(dict[str, Tensor]):
+    """HF name -> strided view into native storage: whoever writes into it has loaded the model.
+
+    >>> import fmoe, torch
+    >>> adapter = fmoe.rule("w.{e} [d]", "w [e d]")
+    >>> native = {"w": torch.zeros(2, 3)}
+    >>> views = adapter.views(native)
+    >>> _ = views["w.1"].fill_(7)
+    >>> native["w"][1].tolist(), views.written(["w.1"]), views.written(["w.0", "w.1"])
+    ([7.0, 7.0, 7.0], (), ('w',))
+    """
+
+    units: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = ()
+
+    def written(self, names: Iterable[str] | None = None) -> tuple[str, ...]:
+        """The native names that are wholly written once these HF names (default: all) are.
+
+        Raises AdapterError for a name that there is no view of.
+        """
+        done = set(self if names is None else names)
+        if unknown := tuple(sorted(done - self.keys())):
+            raise AdapterError([Problem(f"{some(unknown)}: no view has this name, expected a HF name", unknown)])
+        return tuple(n for natives, hf in self.units if done.issuperset(hf) for n in natives)

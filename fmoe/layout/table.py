@@ -1,7 +1,7 @@
 """The stage that is a table of entries: planned, resolved, and turned round as one."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fmoe.layout.claims import claim
@@ -10,6 +10,7 @@ from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.plan import TablePlan, plan_table
+from fmoe.layout.proved.suspects import of_experts
 
 
 @dataclass(frozen=True)
@@ -17,17 +18,31 @@ class Table:
     """Entries side by side: every name is claimed by exactly one of them."""
 
     entries: tuple[Entry, ...] = ()
+    guards: tuple[bool, bool] = field(default=(True, True), compare=False, repr=False, kw_only=True)
+    """Whether a name like an expert's must be spelled to be kept: on the way there, on the way back (`planning.py`)."""
 
     @property
     def inverse(self) -> "Table":
         return Table(tuple(e.inverse for e in self.entries))
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a rule for experts is among its entries, those of all options included."""
+        return any(map(of_experts, self.rules()))
+
+    def rules(self) -> list[Rule]:
+        """Its rules, those of all options and bundles included."""
+        return [e for e in walk(self.entries) if isinstance(e, Rule)]
+
+    def guarded(self, there: bool, back: bool) -> "Table":
+        return replace(self, guards=(there, back))
+
+    @property
     def lossless(self) -> bool:
         return not any(isinstance(e, Drop) and not e.refused for e in walk(self.entries))
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> TablePlan:
-        return plan_table(self.entries, specs, names, window, local)
+        return plan_table(self.entries, specs, names, window, local, self.guards)
 
     def resolve(self, names: Names, *, default: bool) -> "Table":
         return Table(settle(self.entries, names, default=default))
@@ -70,8 +85,7 @@ class Table:
         return {e.name: tuple(label for label, _ in e.options) for e in self.entries if isinstance(e, Either)}
 
     def axes(self) -> frozenset[str]:
-        rules = [e for e in walk(self.entries) if isinstance(e, Rule)]
-        return frozenset(a for r in rules for side in (r.source, r.target) for a in side.atoms if "|" not in a)
+        return frozenset(a for r in self.rules() for side in (r.source, r.target) for a in side.atoms if "|" not in a)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.entries))

@@ -208,7 +208,7 @@ class LoraTable(Table):
 
     def _planned(self, job: Job, specs: Specs, window: Window, local: frozenset[str]) -> TablePlan:
         """A job's plan. With one A for gate and up, the tensor under up's name is an alias of that under gate's."""
-        plan = plan_table(job.entries, specs, Names(job.names), window, local)
+        plan = plan_table(job.entries, specs, Names(job.names), window, local, self.guards)
         if not job.twins or not self.flipped and self.shared is False:
             return plan
         if self.flipped:
@@ -218,7 +218,7 @@ class LoraTable(Table):
             ups = twins(self.forms.per_expert, Names(job.names))
             gates = [n for n in job.names if n not in ups]
             rules = tuple(shared(r) if isinstance(r, Rule) else r for r in job.entries)
-            plan = plan_table(rules, specs, Names(gates), window, local)
+            plan = plan_table(rules, specs, Names(gates), window, local, self.guards)
             targets = plan.targets
         aliases = tuple(Alias(up, gate, self.flipped) for up, gate in made.items())
         return replace(plan, aliases=aliases, targets=targets) if made else plan

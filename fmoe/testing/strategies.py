@@ -17,6 +17,7 @@ from fmoe.layout.entries import Alias, Drop, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, Value, hits, patterns
 from fmoe.layout.notation import Address, Capture, Rule
 from fmoe.layout.planning import plan_stages
+from fmoe.layout.proved.back import loose_parts
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, TensorSpec
@@ -130,8 +131,8 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
     for entry in entries:
         if isinstance(entry, Rule | Together):
             bundle = entry.rules if isinstance(entry, Together) else (entry,)
-            for each in bundle:
-                _check_ragged(each)
+            if told := next(filter(None, map(loose_parts, bundle)), None):
+                raise AdapterError(told)
             optional = any(r.source.name.endswith(SUFFIX) for r in bundle)  # scales have no meaning alone
             for _ in range(0 if optional else draw(st.integers(0, 2))):
                 shared = {n: draw(_shared(r, n)) for r in bundle for n in r.shared}
@@ -149,13 +150,6 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
                 specs.setdefault(alias.of, TensorSpec((size("kept"), 2), dtype))
             specs |= {alias.name: specs[alias.of]} if alias.of in specs else {}
     return specs
-
-
-def _check_ragged(rule: Rule) -> None:
-    for atom in rule.ragged:
-        if len(unknown := [label for label in atom.split("|") if label not in rule.bound]) > 1:
-            told = f"bind {', '.join(unknown)}, or all but one of them"
-            raise AdapterError(f"rule {rule}: the way back cannot know how long {', '.join(unknown)} are: {told}")
 
 
 def _hit(rules: Iterable[Rule], name: str) -> bool:

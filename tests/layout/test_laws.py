@@ -94,13 +94,15 @@ def test_ragged_concatenation_keeps_every_law(hf, native, sizes, turn, data):
 
 def test_ragged_parts_lie_in_the_order_of_the_composite():
     q, k, v = torch.full((2, 1), 1.0), torch.full((1, 1), 2.0), torch.full((3, 1), 3.0)
-    adapter = fmoe.rule("{p=q|k|v}.w [p d]", "qkv [(v|q|k) d]")
-    native = adapter.from_hf({"q.w": q, "k.w": k, "v.w": v})
-    assert native["qkv"].flatten().tolist() == [3, 3, 3, 1, 1, 2]
-    with pytest.raises(fmoe.AdapterError, match="qkv.*parts"):
-        adapter.to_hf(native)
+    loose = fmoe.rule("{p=q|k|v}.w [p d]", "qkv [(v|q|k) d]")
+    with pytest.raises(fmoe.AdapterError, match="bind v, q, k"):
+        loose.from_hf({"q.w": q, "k.w": k, "v.w": v})
     sized = fmoe.rule("{p=q|k|v}.w [p d]", "qkv [(v|q|k) d]", q=2, k=1)
+    native = sized.from_hf({"q.w": q, "k.w": k, "v.w": v})
+    assert native["qkv"].flatten().tolist() == [3, 3, 3, 1, 1, 2]
     same(sized.to_hf(native), {"q.w": q, "k.w": k, "v.w": v})
+    with pytest.raises(fmoe.AdapterError, match="qkv.*parts"):
+        sized.to_hf({"qkv": native["qkv"][:2]})
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

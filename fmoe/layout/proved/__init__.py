@@ -1,0 +1,1 @@
+"""What makes a plan a proof: the way back of every name, sizes that can be split again, rules that come together."""

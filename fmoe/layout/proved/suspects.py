@@ -1,0 +1,94 @@
+"""The guard: `{rest}` alone does not keep a name that looks like an expert's, or like part of a quantised tensor.
+
+A keep that spells such a name keeps it: its text before or between captures, or the segment that looks so.
+"""
+
+import re
+from collections.abc import Container, Iterable
+from typing import NamedTuple
+
+from fmoe.layout.entries import Entry, Keep, walk
+from fmoe.layout.names import Pattern, patterns
+from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.types import EXPERT_TENSORS
+
+_EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that experts stand under
+_STACKED = re.compile(
+    r"(^|\.)((block_sparse_)?moe\.(gate|up|down)_proj|(block_sparse_moe|mlp)\.(in|out)put_linear)\."
+)  # experts in one tensor, under no such segment
+_QUANTISED = re.compile(
+    r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|weight_packed|qscale_\w+|\.(qweight|qzeros|absmax))$"
+)
+_PAIRED = {"_blocks": "_scales", "_scales": "_blocks"}  # MXFP4 in two tensors; one alone has an ordinary name
+
+
+class Region(NamedTuple):
+    """Names that begin as an expert rule's do; word: the last literal segment of that beginning."""
+
+    word: str
+    pattern: Pattern
+
+
+def watched(entries: Iterable[Entry]) -> list[Region] | None:
+    """The regions of a table's expert rules; None where no rule has axes: then nothing is suspicious."""
+    layouts = [e for e in walk(entries) if isinstance(e, Rule) and e.source.axes]
+    return [region for rule in layouts if of_experts(rule) for region in _region(rule)] if layouts else None
+
+
+def of_experts(rule: Rule) -> bool:
+    """Whether a rule relates experts' tensors: it has the letter e, or a name of its has a segment like an expert's."""
+    text = [p if isinstance(p, str) else "" for side in (rule.source, rule.target) for p in side.parts]
+    return bool(rule.source.axes) and ("e" in rule.letters or any(map(_like, ".".join(text).split("."))))
+
+
+def _like(segment: str) -> bool:
+    return bool(_EXPERT.fullmatch(segment)) or segment in EXPERT_TENSORS
+
+
+def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], there: Container[str]) -> str | None:
+    """Why these keeps may not pass this name on, and the line to add. there: the templates of all names."""
+    segments = template.split(".")
+    end = next((end for end in _PAIRED if template.endswith(end)), None)
+    packed = _QUANTISED.search(template) or end and template.removesuffix(end) + _PAIRED[end] in there
+    if packed and not any(_spells(k) or _QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
+        why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
+        return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{segments[-1]}")'
+    near = {s: None for s in segments if _like(s)}
+    near |= {word: None for word, region in regions if region.match(template)}
+    if found := _STACKED.search(template):
+        near[found[2].partition(".")[0]] = None
+    if not near or any(_spells(k) or near.keys() <= set(k.spelled.split(".")) for k in keeps):
+        return None
+    first = next((s for s in segments if s in near), segments[-1])
+    line = f"{{pre}}{first}" + ".{rest}" * (first != segments[-1])
+    return f'no rule claims it, and it looks like an expert\'s. Fix: add a rule for it, or | keep("{line}")'
+
+
+def _spells(keep: Keep) -> bool:
+    """Whether a keep has text of its own, other than the end of names after a free beginning."""
+    first, *others = keep.pattern.parts
+    texts = [isinstance(p, str) or bool(p.choices) for p in others[:-1]]
+    return isinstance(first, str) or bool(first.choices) or any(texts)
+
+
+def _region(rule: Rule) -> list[Region]:
+    """Names that begin as the rule's do, up to the segment with the first capture that counts experts or halves."""
+    parts: list[str | Capture] = []
+    for part in rule.source.parts:
+        if isinstance(part, Capture) and part.name in rule.stacked and (part.choices or part.name == "e"):
+            break
+        parts.append(part)
+    else:
+        return []
+    while parts and not (isinstance(parts[-1], str) and "." in parts[-1]):
+        parts.pop()
+    if not parts:
+        return []
+    stem = str(parts[-1]).rpartition(".")[0]
+    word, tail = stem.rpartition(".")[2], "rest"
+    while tail in rule.source.captures:
+        tail += "_"
+    if not word:
+        return []
+    beginning = Address((*parts[:-1], stem + ".", Capture(tail)))
+    return [Region(word, Pattern(beginning, patterns(rule)[0].indexed - {tail}))]

@@ -1,0 +1,72 @@
+"""Rules that come together: a layer that has one has all, and a letter has one size in all layers of one tower."""
+
+from collections import Counter
+from dataclasses import replace
+
+from fmoe.layout.axes import Group
+from fmoe.layout.claims import Claims, some
+from fmoe.layout.entries import Entry, Together
+from fmoe.layout.names import Names, Value, patterns
+from fmoe.layout.notation import Rule
+from fmoe.types import Problem
+
+
+def apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
+    """Rules that come together: a layer that has one must have all."""
+    problems = []
+    for entry in entries:
+        if not isinstance(entry, Together) or entry.flipped:
+            continue
+        mine = [i for i, rule in enumerate(claims.rules) if rule in entry.rules]
+        there = {i: {key: None for j, key in claims.groups if j == i} for i in mine}
+        anywhere = {key: None for keys in there.values() for key in keys}
+        for i in mine:
+            for key in (key for key in anywhere if key not in there[i]):
+                rule, beside = claims.rules[i], next(r for j, r in enumerate(claims.rules) if key in there.get(j, ()))
+                absent = patterns(rule)[0].render(_open(rule) | dict(zip(rule.shared, key, strict=True)))
+                near = next(iter(claims.groups[mine[[claims.rules[m] for m in mine].index(beside)], key].values()))
+                problems.append(Problem(f"missing {absent!r}, which must stand beside {near!r}", (absent, near)))
+    return problems
+
+
+def unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
+    """Rules that come together, in all layers of one tower: a letter has one size throughout."""
+    bundled = {rule for entry in entries if isinstance(entry, Together) for rule in entry.rules}
+    towers: dict[tuple[str, Value], list[Group]] = {}
+    for group in groups:
+        if group.rule in bundled:
+            for letter in group.sizes:
+                towers.setdefault((letter, _tower(group)), []).append(group)
+    problems = []
+    for (letter, _), having in sorted(towers.items()):
+        usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
+        for group in having:
+            if (size := group.sizes[letter]) != usual:
+                near = next(g for g in having if g.sizes[letter] == usual)
+                absent = _absent(group, letter, min(size, usual)) if size < usual else _absent(near, letter, usual)
+                text = f"{some(group.sources, 3)}: {letter} is {size}, but {usual} at {some(near.sources, 1)}"
+                text += f"; missing {some(absent)}" if absent else ""
+                problems.append(Problem(text, (*group.sources, *absent)))
+    return problems
+
+
+def _tower(group: Group) -> str:
+    """The text that indexes a group, such as its prefix, with blanks for numbers: `thinker.` and `talker.` differ."""
+    captures = group.rule.source.captures
+    text = {n: v for n, v in group.shared.items() if not group.rule.indexed(n)}
+    said = (captures[n].choices[int(v)] if captures[n].choices else str(v) for n, v in text.items())
+    return next(iter(Names([" ".join(said)]).rows))
+
+
+def _absent(group: Group, letter: str, size: int) -> list[str]:
+    """The names that a stack would need to be longer by one along a letter that its names count."""
+    if letter not in group.rule.stacked:
+        return []
+    longer = replace(group, sizes=group.sizes | {letter: size + 1}, window={letter: range(size, size + 1)})
+    grid = [dict[str, Value](zip(group.stacked, at, strict=True)) for at in longer.grid(group.stacked)]
+    return [patterns(group.rule)[0].render(group.shared | at) for at in grid]
+
+
+def _open(rule: Rule) -> dict[str, Value]:
+    """The first coordinates of what a rule stacks: enough to spell an example."""
+    return {n: 0 for n in rule.source.captures}
