@@ -25,9 +25,12 @@ sharding
 layout.notation
 layout.names
 layout.entries layout.axes
+layout.proved.suspects
 layout.claims layout.converting layout.sharded.placements
-layout.grouping layout.views layout.sharded.shards
+layout.grouping layout.sharded.shards
+layout.proved
 layout.plan layout.stage
+layout.units
 layout.pipeline layout.table
 layout.planning layout.running layout.sharded.mesh
 layout.beside
