@@ -177,16 +177,16 @@ class MoEConfig:
 def as_dtype(value: "torch.dtype | str | None") -> torch.dtype:
     """The dtype of a name: "bf16", "bfloat16" and "torch.bfloat16" in any case; None is bf16.
 
-    Raises ValueError for a name that is no dtype.
+    Raises AdapterError, which is a ValueError, for a name that is no dtype.
     """
     if value is None:
         return torch.bfloat16
     if isinstance(value, torch.dtype):
         return value
-    name = str(value).lower().removeprefix("torch.")
+    name = value.lower().removeprefix("torch.") if isinstance(value, str) else ""
     dtype = getattr(torch, "bfloat16" if name == "bf16" else name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype is {value!r}, expected a torch.dtype or its name, such as 'bfloat16'")
+        raise AdapterError(f"dtype is {brief(value)}, expected a torch.dtype or its name, such as 'bfloat16'")
     return dtype
 
 
@@ -198,6 +198,19 @@ def bits(tensor: Tensor) -> Tensor:
     """
     flat = tensor.detach().contiguous()  # one element counts as contiguous whatever its stride: hence as_strided
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+
+
+def brief(value: object, most: int = 80) -> str:
+    """`repr`, cut short: for messages about values that may be huge.
+
+    >>> brief(range(10**5000)), brief("a" * 100, most=10)
+    ('a range', "'aaaaaa...")
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def human(nbytes: float) -> str:

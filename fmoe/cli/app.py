@@ -63,8 +63,9 @@ def ranges(experts: str | None) -> dict[str, range]:
     if experts is None:
         return {}
     start, colon, stop = experts.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-        raise typer.BadParameter(f"--experts is {experts!r}, expected START:STOP, as 0:16")
+    numbers = start.isdecimal() and stop.isdecimal() and max(len(start), len(stop)) < 10
+    if not (colon and numbers and int(start) < int(stop)):
+        raise typer.BadParameter(f"--experts is {experts[:40]!r}, expected START:STOP, as 0:16")
     return {"e": range(int(start), int(stop))}
 
 
@@ -84,8 +85,8 @@ def size(text: str) -> int:
     """`--max-shard-size 200MB` in bytes."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
-    if unit not in units or not number.strip().isdecimal() or not int(number):
-        raise typer.BadParameter(f"--max-shard-size is {text!r}, expected a whole number and KB, MB, GB or TB")
+    if unit not in units or not number.strip().isdecimal() or len(number) > 15 or not int(number):
+        raise typer.BadParameter(f"--max-shard-size is {text[:40]!r}, expected a whole number and KB, MB, GB or TB")
     return int(number) * units[unit]
 
 

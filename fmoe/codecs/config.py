@@ -9,7 +9,7 @@ import torch
 
 from fmoe.codecs.parts import Fresh, Parts
 from fmoe.codecs.values import E8M0
-from fmoe.types import AdapterError, TensorSpec
+from fmoe.types import AdapterError, TensorSpec, brief
 
 FIELDS = ("quantization_config", "compression_config")
 
@@ -24,7 +24,7 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if (found := config.get(field)) is not None and found != {}:
             found = found.to_dict() if hasattr(found, "to_dict") else found
             if not isinstance(found, Mapping):
-                raise AdapterError(f"{field} is {found!r}, expected an object with its quant_method")
+                raise AdapterError(f"{field} is {brief(found)}, expected an object with its quant_method")
             return dict(found)
     inner = config.get("text_config")
     return quantization_of(inner) if isinstance(inner, Mapping) else None
@@ -42,7 +42,7 @@ def weight_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
     plain = lambda n: isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**31
     if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(map(plain, sides)):
         raise AdapterError(
-            f"quantization_config.weight_block_size is {sides!r}, expected rows and columns, as [128, 128]"
+            f"quantization_config.weight_block_size is {brief(sides)}, expected rows and columns, as [128, 128]"
         )
     return int(sides[0]), int(sides[1])
 
@@ -76,7 +76,21 @@ IGNORED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exc
 def ignored(config: Mapping[str, Any] | None) -> tuple[str, ...]:
     """The modules that a quantization_config leaves as they are: names, their ends, globs, or `re:` and a pattern."""
     told = quantization_of(config) or {}
-    return tuple(str(n) for field in IGNORED for n in told.get(field) or ())
+    names: list[str] = []
+    for field in IGNORED:
+        found = told.get(field) or []
+        if not isinstance(found, list | tuple) or not all(isinstance(n, str) and _readable(n) for n in found):
+            raise AdapterError(f"quantization_config.{field} is {brief(found)}, expected a list of module names")
+        names += found
+    return tuple(names)
+
+
+def _readable(name: str) -> bool:
+    try:
+        re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+    except re.error:
+        return False
+    return True
 
 
 def is_ignored(name: str, patterns: Iterable[str]) -> bool:

@@ -104,7 +104,7 @@ class Family:
         sizes |= {letter: next(_said(given, names), None) for letter, names in self.sizes.items()}
         bounds = {a: n for a, n in sizes.items() if isinstance(n, int)}
         if large := [a for a, n in bounds.items() if n >= 2**63]:
-            raise ValueError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
+            raise AdapterError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
         codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
             exports(self.fresh, quantize) if quantize else self.fresh,

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fmoe.layout.beside import beside
+from fmoe.layout.claims import some
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.planning import plan_stages, resolve_stages
 from fmoe.layout.proved.back import loose_parts
-from fmoe.layout.running import Views, run, specs_of, without
+from fmoe.layout.eager.running import Views, run, specs_of, without
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
 from fmoe.layout.stage import Stage
-from fmoe.types import AdapterError, MoEConfig, Params, TensorSpec
+from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec, brief
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -95,6 +96,8 @@ class Adapter:
         if unknown := choices.keys() - known.keys() - {"quantization"}:
             told = "; ".join(f"{n}={' | '.join(map(repr, options))}" for n, options in known.items())
             raise AdapterError(f"no choice {', '.join(sorted(unknown))}: expected {told or 'none, all are made'}")
+        if (asked := choices.get("quantization")) not in (None, True, False):
+            raise AdapterError(f"quantization={brief(asked)}: expected None, True or False")
         return replace(self, stages=tuple(stage.choose(choices) for stage in self.stages))
 
     def plan(self, specs: Mapping[str, Any], **axis_ranges: range) -> Plan:
@@ -113,8 +116,11 @@ class Adapter:
     def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
         axes = frozenset().union(*(stage.axes() for stage in self.stages))
         for axis, asked in window.items():
-            if axis not in axes or not isinstance(asked, range) or asked.step != 1:
-                raise AdapterError(f"{axis}={asked!r}: expected a range of one of the axes {', '.join(sorted(axes))}")
+            sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
+            if axis not in axes or not sound:
+                raise AdapterError(
+                    f"{axis}={brief(asked)}: expected a range of one of the axes {', '.join(sorted(axes))}"
+                )
         stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
         return plan_stages(stages, specs_of(values), window, local)
 
@@ -142,6 +148,8 @@ class Adapter:
                 [1., 1.]])}
         """
         if device_mesh is not None:
+            if not hasattr(device_mesh, "mesh_dim_names"):
+                raise AdapterError(f"device_mesh is {brief(device_mesh)}, expected a DeviceMesh")
             if axis_ranges:
                 raise AdapterError(f"{', '.join(axis_ranges)}: the device mesh says which experts are this rank's")
             return self._sharded(hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
@@ -215,6 +223,8 @@ class Adapter:
         Raises AdapterError naming each HF tensor that is no view (stacked of several, merged across strides, decoded).
         """
         plan = self._to_hf_plan(native, None, axis_ranges)
+        if specs := [name for name, value in native.items() if isinstance(value, TensorSpec)]:
+            raise AdapterError([Problem(f"{some(specs)}: a TensorSpec has no storage: expected tensors", tuple(specs))])
         views = Views(plan.run(native, views=True))
         views.units = tuple((tuple(s), tuple(n for n in t if n in views)) for s, t in plan.units())
         return views

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import Alias, Drop, Either, Entry, Keep, Together, rules_of
-from fmoe.layout.notation import Rule, parse
+from fmoe.layout.notation import Rule
+from fmoe.layout.parsing import parse
 from fmoe.layout.table import Table
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 
 def rule(hf: str, native: str, **bounds: int | Iterable[int]) -> Adapter:
@@ -74,6 +75,9 @@ def rename(old: str, new: str) -> Adapter:
     >>> rename("model.", "policy.").from_hf({"model.a": torch.zeros(1), "b": torch.zeros(1)}).keys()
     dict_keys(['policy.a', 'b'])
     """
+    for name in (old, new):
+        if not isinstance(name, str):
+            raise AdapterError(f"rename: {brief(name)} is no name, expected text")
     if "{" in old + new:
         return rule(old, new) | keep("{rest}")
     if old.endswith(".") or new.endswith(".") or not (old and new):
@@ -102,6 +106,8 @@ def table(adapters: Iterable[Adapter]) -> Adapter:
 
 
 def _entries(adapter: Adapter) -> tuple[Entry, ...]:
+    if not isinstance(adapter, Adapter):
+        raise AdapterError(f"{brief(adapter)} is no adapter: expected what rule, keep, drop, alias or either return")
     if len(adapter.stages) > 1 or not all(isinstance(s, Table) for s in adapter.stages):
         raise AdapterError(f"only a single table can stand here, not:\n{adapter}")
     return tuple(e for s in adapter.stages if isinstance(s, Table) for e in s.entries)

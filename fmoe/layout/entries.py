@@ -9,7 +9,7 @@ from functools import cached_property
 
 from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Address, Rule
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Problem, brief
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Alias:
     flipped: bool = False
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and isinstance(self.of, str)):
+            raise AdapterError(f"alias {brief(self.name)} of {brief(self.of)}: expected names")
         if self.name == self.of:
             raise AdapterError(f"alias {self.name!r} of itself: expected the name of another tensor")
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from fmoe.layout.notation import Address, Capture, Rule
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Problem, brief
 
 BLANK = "\0"
 _DIGITS = "0|[1-9][0-9]{0,8}"  # canonical: 07 is no index, and what has ten digits counts nothing
@@ -29,9 +29,11 @@ class Names:
     """A set of names, by template. `rows[template]` lists each name with its numbers, in order."""
 
     def __init__(self, names: Iterable[str]):
+        if not isinstance(names, Iterable):
+            raise AdapterError(f"{brief(names)}: expected key names")
         self.names = list(names)
         if odd := [n for n in self.names if not isinstance(n, str)]:
-            raise AdapterError(f"{odd[0]!r}: a key that is a {type(odd[0]).__name__}, expected a name")
+            raise AdapterError(f"{brief(odd[0])}: a key that is a {type(odd[0]).__name__}, expected a name")
         text = "." + "\n.".join(self.names)
         if BLANK in text or text.count("\n") != max(len(self.names) - 1, 0):
             bad = tuple(n for n in self.names if "\n" in n or BLANK in n)
@@ -139,6 +141,8 @@ def _reader(capture: Capture, indexed: bool, text: str, span: slice) -> Value | 
 
 
 def _blanked(choice: str, before: str, after: str) -> str:
+    """A choice with blanks for the whole segments of it that are numbers, between these neighbours."""
+    before, after = (beside if beside in ("", ".") else "x" for beside in (before, after))
     return _NUMBER.sub(BLANK, before + choice + after)[len(before) :].removesuffix(after)
 
 

@@ -7,19 +7,15 @@ A name captured on both sides indexes the relation; captured on one side only, i
 letter occurs once per side, a rule is a bijection, and its inverse is the pair swapped: nobody writes one.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 Atom = str  # an axis letter, "1", or the labels "q|k|v" of a ragged concatenation
 Bound = range | tuple[int, ...]
-
-_CAPTURE = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
-_AFFINE = re.compile(r"(\w+)\s*([+-])\s*(\d+|[A-Z])")
-_ADDRESS = re.compile(r"(?P<name>[^\s\[\]]+)\s*(?:\[(?P<axes>[^\[\]]*)\])?")
+_MOST = 10**9  # numbers in names have nine digits at most
 
 
 @dataclass(frozen=True)
@@ -80,52 +76,6 @@ class Address:
         return f"{self.name} [{' '.join(dims)}]"
 
 
-def parse(text: str) -> Address:
-    """The address that a text spells: a name, then optionally its axes in brackets.
-
-    >>> parse("layers.{l}.experts.{g=gate|up}.weight [e (g i)]").axes
-    (('e',), ('g', 'i'))
-
-    Raises AdapterError for unbalanced brackets or a capture that cannot be read.
-    """
-    match = _ADDRESS.fullmatch(text.strip())
-    if not match:
-        raise AdapterError(f"cannot read address {text!r}: expected a name without blanks, then optionally [axes]")
-    parts: list[str | Capture] = []
-    at = 0
-    for found in _CAPTURE.finditer(match["name"]):
-        parts += [match["name"][at : found.start()]] if found.start() > at else []
-        parts.append(_capture(found[1], found[2], text))
-        at = found.end()
-    parts += [match["name"][at:]] if at < len(match["name"]) else []
-    if any("{" in p or "}" in p for p in parts if isinstance(p, str)):
-        raise AdapterError(f"cannot read address {text!r}: a capture is {{name}}, {{name=a|b}} or {{label=name+1}}")
-    return Address(tuple(parts), None if match["axes"] is None else _dims(match["axes"], text))
-
-
-def _capture(name: str, body: str | None, text: str) -> Capture:
-    if body is None:
-        return Capture(name)
-    if (affine := _AFFINE.fullmatch(body)) and affine[3].isalpha():
-        if affine[2] == "-":
-            raise AdapterError(f"cannot read address {text!r}: a size is added, as in {{k=e+E}}")
-        return Capture(affine[1], label=name, by=affine[3])
-    if affine:
-        return Capture(affine[1], offset=int(affine[2] + affine[3]), label=name)
-    choices = tuple(body.split("|"))
-    if len(set(choices)) < len(choices):
-        raise AdapterError(f"cannot read address {text!r}: the choices of {{{name}}} must differ")
-    return Capture(name, choices=choices)
-
-
-def _dims(text: str, whole: str) -> tuple[tuple[Atom, ...], ...]:
-    tokens = re.findall(r"\([^()]*\)|[\w|]+|\S", text)
-    dims = tuple(tuple(t.strip("()").split()) for t in tokens)
-    if not all(d and all(re.fullmatch(r"1|[A-Za-z_]\w*(\|[A-Za-z_]\w*)*", a) for a in d) for d in dims):
-        raise AdapterError(f"cannot read axes [{text}] of {whole!r}: expected letters, 1, (a b) or (q|k|v)")
-    return dims
-
-
 @dataclass(frozen=True)
 class Rule:
     """source <-> target: one relation between tensors of two layouts; `bounds` says which values a letter takes."""
@@ -144,7 +94,7 @@ class Rule:
 
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
-        new = {k: range(v) if isinstance(v, int) else _bound(v) for k, v in sizes.items() if k in self.letters}
+        new = {k: _size(k, v) for k, v in sizes.items() if k in self.letters}
         bounds = tuple(sorted({**dict(self.bounds), **new}.items()))
         return Rule(self.source.bind(sizes), self.target.bind(sizes), bounds)
 
@@ -234,7 +184,22 @@ def _one_sided(here: Address, there: Address) -> tuple[str, ...]:
     return tuple(n for n in names if n in here.captures)
 
 
-def _bound(values: Iterable[int]) -> Bound:
+def _size(name: str, values: object) -> Bound:
+    """The values that a letter takes, from a size or from what it may be."""
+    if isinstance(values, int) and not isinstance(values, bool):
+        values = range(values) if 0 <= values <= _MOST else (values,)
+    if isinstance(values, range):
+        ends = [values.start, values.stop - values.step]
+    elif isinstance(values, Iterable) and not isinstance(values, str | bytes):
+        values = ends = list(values)
+    else:
+        raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or some numbers")
+    if values and not all(isinstance(v, int) and not isinstance(v, bool) and -1 <= v < _MOST for v in ends):
+        raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or numbers below {_MOST}")
+    return _bound(values)
+
+
+def _bound(values: range | list[int]) -> Bound:
     if isinstance(values, range):
         return values
     found = tuple(sorted(set(values)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmoe.layout.axes import Copy, Group
 from fmoe.layout.claims import Claims, claim, some
-from fmoe.layout.converting import NotAView, convert
+from fmoe.layout.eager.converting import NotAView, convert
 from fmoe.layout.entries import Alias, Entry
 from fmoe.layout.grouping import Claimed, Specs, Window, Wrong
 from fmoe.layout.names import Names
@@ -115,6 +115,12 @@ class TablePlan:
 
     def _convert(self, group: Group, params: Mapping[str, Tensor], views: bool) -> dict[str, Tensor]:
         sharded = any(is_dtensor(params[n]) for n in group.sources)
+        devices = {params[n].device for n in group.sources} if group.rule.stacked else ()
+        if len(devices) > 1:
+            text = (
+                f"{some(group.sources, 3)}: on {', '.join(sorted(map(str, devices)))}, expected one device for a stack"
+            )
+            raise AdapterError([Problem(text, tuple(group.sources))])
         try:
             return (convert_sharded if sharded else convert)(group, params, views=views)
         except NotAView:

@@ -101,7 +101,7 @@ def derive(entries: Iterable[Entry], unwrapped: str = "", marked: bool = True) -
     {pre}layers.{l}.mlp.experts.{e}.down_proj.lora_B.weight [d r]  <->  {pre}layers.{l}.mlp.experts.lora_down_B [e r d]
     """
     found = [(label, rule) for label, rule in _labelled(entries) if _is_weight(rule)]
-    single = [r for _, r in found if _experts(r) in r.stacked and str(r.source.parts[-1]).endswith(".weight")]
+    single = [r for _, r in found if _is_matrix(r) and str(r.source.parts[-1]).endswith(".weight")]
     fused = [(label, r) for label, r in found if not r.stacked and (r.source.axes or ((),))[0] == (_experts(r),)]
     memory = [r for label, r in fused if label == "fused"] or [r for label, r in fused if not label]
     per_expert = [m for r in single or _one_by_one(r for _, r in found) for m in _matrices(r)]
@@ -122,7 +122,14 @@ def shared(rule: Rule) -> Rule:
 
 
 def _is_weight(rule: Rule) -> bool:
-    return _last(rule.target.parts) in NATIVE and [len(dim) for dim in rule.target.axes or ()][:1] == [1]
+    dims = rule.target.axes or ()
+    return _last(rule.target.parts) in NATIVE and len(dims) == 3 and len(dims[0]) == 1
+
+
+def _is_matrix(rule: Rule) -> bool:
+    """Whether a weight rule's sources are one expert's matrices, of which one dimension is the native input's."""
+    dims, inward = rule.source.axes or (), set(_native_dims(rule)[0])
+    return _experts(rule) in rule.stacked and len(dims) == 2 and sum(set(dim) == inward for dim in dims) == 1
 
 
 def _labelled(entries: Iterable[Entry], label: str = "") -> Iterator[tuple[str, Rule]]:

@@ -23,16 +23,16 @@ CHECKPOINTS = """
 types
 sharding
 layout.notation
-layout.names
+layout.names layout.parsing
 layout.entries layout.axes
 layout.proved.suspects
-layout.claims layout.converting layout.sharded.placements
+layout.claims layout.eager.converting layout.sharded.placements
 layout.grouping layout.sharded.shards
 layout.proved
 layout.plan layout.stage
 layout.units
 layout.pipeline layout.table
-layout.planning layout.running layout.sharded.mesh
+layout.planning layout.eager.running layout.sharded.mesh
 layout.beside
 layout.adapter
 layout.build

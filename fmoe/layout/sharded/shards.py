@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmoe.layout.axes import Group
 from fmoe.layout.claims import some
-from fmoe.layout.converting import convert
+from fmoe.layout.eager.converting import convert
 from fmoe.layout.sharded.placements import cuts_of, follow, fused
 from fmoe.sharding import get_submesh, is_dtensor
 from fmoe.types import AdapterError, Problem, bits

@@ -1,0 +1,1 @@
+"""What happens to tensors: groups converted, whole plans run, views handed out."""
