@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fmoe.layout.beside import beside
+from fmoe.layout.beside import beside, check_parts
 from fmoe.layout.claims import some
+from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, without
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.planning import plan_stages, resolve_stages
-from fmoe.layout.proved.back import loose_parts
-from fmoe.layout.eager.running import Views, run, specs_of, without
-from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
 from fmoe.layout.stage import Stage
 from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec, brief
 
@@ -58,13 +56,13 @@ class Adapter:
     def __rshift__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
-        _check_parts(self, other)
+        check_parts(self.stages + other.stages)
         return Adapter(self.stages + other.stages, self._moe(other), self.config or other.config)
 
     def __or__(self, other: "Adapter") -> "Adapter":
         if not isinstance(other, Adapter):
             return NotImplemented
-        _check_parts(self, other)
+        check_parts(self.stages + other.stages)
         return Adapter(beside(self.stages, other.stages), self._moe(other), self.config or other.config)
 
     def _moe(self, other: "Adapter") -> MoEConfig | str:
@@ -152,7 +150,8 @@ class Adapter:
                 raise AdapterError(f"device_mesh is {brief(device_mesh)}, expected a DeviceMesh")
             if axis_ranges:
                 raise AdapterError(f"{', '.join(axis_ranges)}: the device mesh says which experts are this rank's")
-            return self._sharded(hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
+            plan = lambda window: self._plan(hf_state_dict, window)
+            return on_mesh(plan, hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
         return run(self._plan(hf_state_dict, axis_ranges), hf_state_dict, copy=copy, contiguous=contiguous)
 
     def to_hf(
@@ -232,21 +231,3 @@ class Adapter:
     def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
         back = (self if quantization is None else self.choose(quantization=quantization)).inverse
         return back._plan(params, window, frozenset(window))
-
-    def _sharded(self, hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool) -> dict[str, Any]:
-        whole = self._plan(hf, {})
-        if any(isinstance(v, TensorSpec) for v in hf.values()):
-            return dict(whole.targets)
-        stacks, mine = experts_of_rank(whole, mesh)
-        cut = stacks.keys() - placed(whole, hf, stacks)
-        made = run(whole, hf, [n for n in whole.targets if n not in cut], **how)
-        local = run(self._plan(hf, {"e": mine}), hf, cut, **how) if cut else {}
-        made |= {n: distributed(t, mesh, stacks[n].shape) for n, t in local.items()}
-        return {n: made[n] for n in whole.targets if n in made}
-
-
-def _check_parts(*adapters: Adapter) -> None:
-    """A ragged axis with parts of unknown length is refused where adapters are joined, before any tensor is there."""
-    rules = (r for a in adapters for stage in a.stages for r in getattr(stage, "rules", tuple)())
-    if problems := list(dict.fromkeys(filter(None, map(loose_parts, rules)))):
-        raise AdapterError(problems)

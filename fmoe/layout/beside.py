@@ -13,6 +13,7 @@ from fmoe.layout.names import Names
 from fmoe.layout.notation import Rule
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.planning import plan_stages, resolve_stages
+from fmoe.layout.proved.back import loose_parts
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, Problem, TensorSpec
@@ -27,6 +28,13 @@ def beside(left: Stages, right: Stages) -> Stages:
     if len(left) == 1 and isinstance(left[0], Beside) and _is_table(left[0].right) and _is_table(right):
         return (Beside(left[0].left, beside(left[0].right, right)),)
     return (Beside(left, right),)
+
+
+def check_parts(stages: Stages) -> None:
+    """A ragged axis with parts of unknown length is refused where adapters are joined, before any tensor is there."""
+    rules = (r for stage in stages for r in getattr(stage, "rules", list)())
+    if problems := list(dict.fromkeys(filter(None, map(loose_parts, rules)))):
+        raise AdapterError(problems)
 
 
 def _is_table(stages: Stages) -> bool:

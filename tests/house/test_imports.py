@@ -32,7 +32,8 @@ layout.proved
 layout.plan layout.stage
 layout.units
 layout.pipeline layout.table
-layout.planning layout.eager.running layout.sharded.mesh
+layout.planning layout.sharded.mesh
+layout.eager
 layout.beside
 layout.adapter
 layout.build

@@ -1,17 +1,21 @@
 """A plan run on what a user gave: tensors checked on the way in; fresh, contiguous or views on the way out."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fmoe.layout.claims import some
 from fmoe.layout.pipeline import Plan
+from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, TensorSpec
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def specs_of(values: Any) -> dict[str, TensorSpec]:
@@ -79,6 +83,24 @@ def run(
         given = set(map(storage, params.values()))
         out = {n: t.clone() if storage(t) in given else t for n, t in out.items()}
     return {n: t.contiguous() for n, t in out.items()} if contiguous else out
+
+
+def on_mesh(
+    plan: Callable[[dict[str, range]], Plan], hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool
+) -> dict[str, Any]:
+    """This rank's part of what comes out, as DTensors on the mesh: its experts, and its slice along `ep_shard`.
+
+    plan: the plan for ranges of axes.
+    """
+    whole = plan({})
+    if any(isinstance(v, TensorSpec) for v in hf.values()):
+        return dict(whole.targets)
+    stacks, mine = experts_of_rank(whole, mesh)
+    cut = stacks.keys() - placed(whole, hf, stacks)
+    made = run(whole, hf, [n for n in whole.targets if n not in cut], **how)
+    local = run(plan({"e": mine}), hf, [n for n in whole.targets if n in cut], **how) if cut else {}
+    made |= {n: distributed(t, mesh, stacks[n].shape) for n, t in local.items()}
+    return {n: made[n] for n in whole.targets if n in made}
 
 
 def without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
