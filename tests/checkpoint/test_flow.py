@@ -206,9 +206,9 @@ def test_digits_that_do_not_nest_and_boxes_that_carry_are_told_apart():
         with pytest.raises(_Crossed):
             compose(middle, Copy("n", "b", (2, 3), 0, (3, 1), 0, (1, 2), torch.int8))
     for adapter in (  # then `Plan.run` makes it
-        fmoe.rule("x [(a b)]", "y [a b]", a=2, b=3) >> fmoe.rule("y [a b]", "y [(a b)]")
+        fmoe.rule("x [(a b)]", "y [a b]", a=2, b=3) >> fmoe.rule("y [a b]", "y [(a b)]", a=2)
         >> fmoe.rule("y [(c d)]", "z [d c]", c=3, d=2),
-        fmoe.rule("x [(a b)]", "y [b a]", a=2, b=3) >> fmoe.rule("y [b a]", "z [(b a)]")
+        fmoe.rule("x [(a b)]", "y [b a]", a=2, b=3) >> fmoe.rule("y [b a]", "z [(b a)]", a=2)
         >> fmoe.rule("z [(c d)]", "z [d c]", c=2, d=3),
     ):  # fmt: skip
         held = {"x": torch.arange(6.0)}

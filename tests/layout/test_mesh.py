@@ -245,7 +245,7 @@ def torch_gathers_what_we_make(mesh: DeviceMesh) -> None:
             assert torch.equal(whole_of(tensor), x), (a, b)
     hf = {f"x.{g}": cut(torch.arange(96.0).view(48, 2), mesh, [Shard(0), Shard(0)]) for g in range(2)}
     with pytest.raises(fmoe.AdapterError, match="which torch gathers in another order"):
-        fmoe.rule("x.{g} [i d]", "y [d (g i)]").from_hf(hf)
+        fmoe.rule("x.{g} [i d]", "y [d (g i)]", g=2).from_hf(hf)
     same(
         gathered(fmoe.rule("x.{g} [i d]", "y [g d i]").from_hf(hf)),
         {"y": torch.stack([t.full_tensor().T for t in hf.values()])},
