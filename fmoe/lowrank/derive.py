@@ -127,9 +127,9 @@ def _is_weight(rule: Rule) -> bool:
 
 
 def _is_matrix(rule: Rule) -> bool:
-    """Whether a weight rule's sources are one expert's matrices, of which one dimension is the native input's."""
-    dims, inward = rule.source.axes or (), set(_native_dims(rule)[0])
-    return _experts(rule) in rule.stacked and len(dims) == 2 and sum(set(dim) == inward for dim in dims) == 1
+    """Whether its sources are matrices of one expert, with the native input as a dimension."""
+    dims = [set(dim) for dim in rule.source.axes or ()]
+    return _experts(rule) in rule.stacked and len(dims) == 2 and dims.count(set(_native_dims(rule)[0])) == 1
 
 
 def _labelled(entries: Iterable[Entry], label: str = "") -> Iterator[tuple[str, Rule]]:
@@ -177,7 +177,9 @@ def _one_by_one(rules: Iterable[Rule]) -> Iterator[Rule]:
         gates = Capture("g", ("gate_proj", "up_proj"))
         name: Parts = ("down_proj",) if bare == "down_projs" else (gates,) if "g" in out else ("up_proj",)
         axes = (tuple(a for a in out if a != "g"), inward)
-        yield Rule(Address(_joined((*stem, *name, ".weight")), axes), rule.target, _without(rule.bounds, "g"))
+        yield Rule(
+            Address(_joined((*stem, *name, ".weight")), axes), rule.target, tuple(b for b in rule.bounds if b[0] != "g")
+        )
 
 
 def _wrapper(rule: Rule) -> Wrapper:
@@ -246,7 +248,3 @@ def _joined(parts: Iterable[str | Capture]) -> Parts:
         elif part != "":
             made.append(part)
     return tuple(made)
-
-
-def _without(bounds: tuple[tuple[str, object], ...], name: str) -> tuple:
-    return tuple(b for b in bounds if b[0] != name)
