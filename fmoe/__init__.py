@@ -18,10 +18,12 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from fmoe import families as families
     from fmoe import integrations as integrations
     from fmoe import lora as lora
+    from fmoe import losses as losses
     from fmoe import nn as nn
     from fmoe import parallel as parallel
     from fmoe import routing as routing
     from fmoe import sharding as sharding
+    from fmoe import surgery as surgery
     from fmoe import systems as systems
     from fmoe import testing as testing
     from fmoe.activations import is_gated_activation
@@ -36,20 +38,22 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from fmoe.layer.experts import experts
     from fmoe.layout.adapter import Adapter
     from fmoe.layout.build import alias, drop, either, keep, rename, rule, together
-    from fmoe.types import AdapterError, MoEConfig, Params, Routing, TensorSpec, subtree
+    from fmoe.routing.choose import route
+    from fmoe.types import AdapterError, MoEConfig, Params, Routed, Routing, TensorSpec, subtree
 
 __version__ = "0.1.0"
 
-_MODULES = """activations backends checkpoint codecs dcp dispatch docs draw families integrations lora nn parallel
-    routing sharding systems testing""".split()
+_MODULES = """activations backends checkpoint codecs dcp dispatch docs draw families integrations lora losses nn
+    parallel routing sharding surgery systems testing""".split()
 _NAMES = {
-    "types": "AdapterError MoEConfig Params Routing TensorSpec subtree",
+    "types": "AdapterError MoEConfig Params Routed Routing TensorSpec subtree",
     "layout.adapter": "Adapter",
     "layout.build": "alias drop either keep rename rule together",
     "checkpoint": "adapter convert inspect load save verify",
     "activations": "is_gated_activation",
     "layer.block": "moe",
     "layer.experts": "experts",
+    "routing": "route",
     "integrations.patch": "patch",
 }
 _WHERE = {name: module for module, names in _NAMES.items() for name in names.split()}
@@ -73,6 +77,7 @@ __all__ = [
     "AdapterError",
     "MoEConfig",
     "Params",
+    "Routed",
     "Routing",
     "TensorSpec",
     "adapter",
@@ -87,9 +92,12 @@ __all__ = [
     "keep",
     "load",
     "lora",
+    "losses",
     "moe",
     "patch",
     "rename",
+    "route",
+    "routing",
     "rule",
     "save",
     "sharding",

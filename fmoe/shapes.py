@@ -1,10 +1,11 @@
-"""Names and shapes of a layer's parameters, checked before anything is multiplied."""
+"""Names, shapes, dtypes, devices and kinds of a layer's tensors, checked before anything is multiplied."""
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fmoe.types import Params
 
@@ -15,6 +16,7 @@ def check_params(
     axes: Mapping[str, str],
     sizes: Mapping[str, int],
     *,
+    where: torch.device,
     optional: Collection[str] = (),
     coded: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
@@ -22,15 +24,18 @@ def check_params(
 
     The `_scale_inv` that a decoded FP8 parameter carries along is passed over; an 8-bit one, not decoded, is refused
     unless `coded` has its name with its dtype.
-    axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number.
+    axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number. where:
+    the device of x, which has to be that of every parameter; each is a plain tensor, see `odd`.
     Raises ValueError with one line for each problem: what was found, what was expected.
 
     >>> import torch
-    >>> check_params("experts", {"down_projs": torch.ones(2, 5, 3)}, {"down_projs": "E I D"}, dict(E=2, I=4, D=3))
+    >>> params, axes, where = {"down_projs": torch.ones(2, 5, 3)}, {"down_projs": "E I D"}, torch.device("cpu")
+    >>> check_params("experts", params, axes, dict(E=2, I=4, D=3), where=where)
     Traceback (most recent call last):
     ValueError: experts: parameter 'down_projs' has shape [2, 5, 3], expected [E=2, I=4, D=3]
     """
-
+    if foreign := [f"parameter {n!r} is a {type(p).__name__}" for n, p in params.items() if not isinstance(p, Tensor)]:
+        raise ValueError("\n".join(f"{owner}: {told}, expected a tensor" for told in foreign))
     known = {*axes, *(name + "_scale_inv" for name in axes)}
     unknown = [f"unknown parameter {name!r}, expected only {', '.join(axes)}" for name in params if name not in known]
     undecoded = [
@@ -49,8 +54,47 @@ def check_params(
         for name, letters in axes.items()
         if name in params and list(params[name].shape) != _shape(letters, sizes)
     ]
-    if problems := unknown + missing + wrong + undecoded:
+    strange = [f"parameter {told}" for told in odd(params, where)]
+    if problems := unknown + missing + wrong + undecoded + strange:
         raise ValueError("\n".join(f"{owner}: {problem}" for problem in problems))
+
+
+QUANTISERS = ("bitsandbytes", "torchao")
+"""Libraries whose tensors are numbers of another format, whatever their dtype says."""
+
+
+def odd(tensors: Mapping[str, Tensor], where: torch.device) -> list[str]:
+    """Which tensors cannot be computed with beside an x on the device `where`, and why: a line for each.
+
+    They are on another device, have no strides, or are of a class that answers operators itself, as the quantised
+    weights of torchao do: their numbers are not those of their storage.
+
+    >>> odd({"down_projs": torch.ones(1, device="meta")}, torch.device("cpu"))
+    ["'down_projs' is on meta, where tensors have no data, expected cpu, where x is. Fix: load its data first"]
+    """
+    return [told for told in [_odd(name, tensor, where) for name, tensor in tensors.items()] if told]
+
+
+def _odd(name: str, tensor: Tensor, where: torch.device) -> str:
+    kind = type(tensor)
+    if kind not in (Tensor, Parameter) and _is_wrapper(kind):
+        fix = "dequantise it, or load the checkpoint with fmoe.load, which decodes"
+        return f"{name!r} is a {kind.__module__}.{kind.__qualname__}, expected a plain tensor. Fix: {fix}"
+    if tensor.layout != torch.strided:
+        return f"{name!r} is {tensor.layout}, expected a strided tensor. Fix: .to_dense()"
+    if tensor.device != where:
+        empty = ", where tensors have no data" if tensor.device.type == "meta" else ""
+        fix = "load its data first" if empty else "move it there"
+        return f"{name!r} is on {tensor.device}{empty}, expected {where}, where x is. Fix: {fix}"
+    return ""
+
+
+def _is_wrapper(kind: type) -> bool:
+    """Is it a class of tensors, not of PyTorch itself, that answers operators, or a quantiser's?"""
+    if kind.__module__.startswith(QUANTISERS):
+        return True
+    own = (c for c in kind.__mro__ if not issubclass(Tensor, c) and not c.__module__.startswith("torch."))
+    return any("__torch_dispatch__" in vars(c) for c in own)
 
 
 def in_shape(y: Tensor, shape: Sequence[int]) -> Tensor:

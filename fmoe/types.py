@@ -4,6 +4,7 @@
     TensorSpec  the shape and dtype of a tensor that need not exist
     MoEConfig   the static facts of an expert layer, under the seed's field names
     Routing     who goes where
+    Routed      a routing with the logits, scores and counts that it was made of
 
 Axes, here and everywhere: `T` tokens, `D` expert width (model or latent), `I` expert hidden width, `E` experts,
 `K` experts per token, `N` routed rows, `U` = 2I gated or I non-gated, `r` LoRA rank. In rules the same letters in
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+"""What expert ids may be."""
 
 EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
 """The bare native names of one layer's expert tensors: [E, D, U], [E, I, D], [E, U], [E, D]."""
@@ -75,6 +79,20 @@ class Routing(NamedTuple):
     indices: Tensor
     weights: Tensor
     mask: Tensor | None = None
+
+
+class Routed(NamedTuple):
+    """A routing, and what it was made of: all that losses and statistics ask for.
+
+    logits [T, E]: what the gate says. scores [T, E]: what selection ranks before any bias; the logits themselves where
+    softmax comes after the choice of K. counts [E] int64: the slots that each expert gets; masked tokens and dropped
+    slots count for none. logits, scores and routing.weights differentiate.
+    """
+
+    routing: Routing
+    logits: Tensor
+    scores: Tensor
+    counts: Tensor
 
 
 class AdapterError(ValueError):

@@ -27,9 +27,9 @@ HAS_TRITON = find_spec("triton") is not None
 class Fused:
     """A backend that also takes a whole layer, without sorted rows in between.
 
-    layer(params, x, routing, config, recompute=bool, wide=bool) -> y [T, D] without LoRA, in x's dtype or, if wide,
-    not rounded: `fmoe.experts` calls it where nobody moves tokens (`dispatcher=local`) and no LoRA matrix is present,
-    and otherwise `rows`.
+    layer(params, x, routing, config, recompute=, wide=, batch_invariant=) -> y [T, D], without LoRA, in fp32 if wide
+    and otherwise in x's dtype: `fmoe.experts` calls it where nobody moves tokens (`dispatcher=local`), no LoRA matrix
+    is present and nothing is fp64, and otherwise `rows`.
     """
 
     rows: Backend

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fmoe_kernels.host.batch import one_by_one
+from fmoe_kernels.host.flops import formula
 from fmoe_kernels.programs import fp8 as kernels
 from torch import Tensor
 
@@ -71,6 +72,11 @@ def gmm_fp8_op(x: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor) -> Tensor
 @gmm_fp8_op.register_fake
 def _(x: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[2])
+
+
+@formula(torch.ops.fmoe.gmm_fp8)
+def _(x: list[int], w: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x[0] * x[1] * w[2]
 
 
 @torch._dynamo.allow_in_graph

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from fmoe_kernels.host.batch import one_by_one
+from fmoe_kernels.host.flops import formula
 from torch import Tensor
 
 from fmoe.backends.raw import RAW
@@ -63,6 +64,17 @@ def _(x: Tensor, w: Tensor, offsets: Tensor, by: str) -> Tensor:
 @tgmm_op.register_fake
 def _(x: Tensor, y: Tensor, offsets: Tensor, by: str) -> Tensor:
     return x.new_empty(offsets.shape[0], x.shape[1], y.shape[1])
+
+
+@formula(torch.ops.fmoe.gmm)
+def _(x: list[int], w: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """2 N K M: every row, also those that go nowhere where no host could count."""
+    return 2 * x[0] * x[1] * w[2]
+
+
+@formula(torch.ops.fmoe.tgmm)
+def _(x: list[int], y: list[int], *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return 2 * x[0] * x[1] * y[1]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

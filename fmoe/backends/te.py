@@ -40,6 +40,8 @@ def te(params: Params, rows: Rows, config: MoEConfig, recipe: Any = None) -> Ten
     if rows.x.dtype not in DTYPES:
         told = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(f"backend 'te': x is {rows.x.dtype}, expected {told}")
+    if rows.x.is_meta:
+        raise ValueError("backend 'te': x is on meta, expected data: Transformer Engine runs on nothing less")
     align, library = alignment(recipe), transformer_engine()
     splits = rows.counts.tolist()
     padded = [-(-n // align) * align for n in splits]

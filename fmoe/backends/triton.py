@@ -13,22 +13,20 @@ from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params, Routing
 
 
-def fused(
-    params: Params, x: Tensor, routing: Routing, config: MoEConfig, *, recompute: bool = False, wide: bool = False
-) -> Tensor:
+def fused(params: Params, x: Tensor, routing: Routing, config: MoEConfig, **how: bool) -> Tensor:
     """y[t] = sum_k weights[t, k] * mlp_e(x[t]), e = indices[t, k]: the whole of `fmoe.experts`, [T, D] in x's dtype.
 
-    recompute: keep x alone for backward, not the [T K, U] pre-activation. wide: y in fp32, not rounded. Raises
-    ValueError for LoRA parameters.
+    how: recompute: keep x alone for backward, not the [T K, U] pre-activation; wide: y stays fp32; batch_invariant: the
+    same tiles for every number of rows. Raises ValueError for LoRA parameters.
     """
     if lora := [name for name in params if name.startswith("lora_")]:
         raise ValueError(f"fused: params hold {lora[0]!r}, expected no LoRA: the backend `triton` takes it, over rows")
-    return _experts(params, x, routing, config, recompute=recompute, wide=wide)
+    return _experts(params, x, routing, config, **how)
 
 
 def triton(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
     """out[n] = weights[n] * mlp_e(x[n]), e the expert of row n: [N, D] in the dtype of the weights."""
-    if any(name.startswith("lora_") for name in params):
+    if rows.weights.dtype == torch.float64 or any(name.startswith("lora_") for name in params):
         return mlp(params, rows, config, by="triton")
     # rows past the last expert's belong to expert E, which is dropped: the host need not know how many there are
     expert = torch.searchsorted(rows.counts.cumsum(0), torch.arange(len(rows.x), device=rows.x.device), right=True)

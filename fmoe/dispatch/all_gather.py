@@ -72,7 +72,7 @@ def all_gather(group: "ProcessGroup | None" = None) -> Dispatcher:
 
 
 def _plan(ctx: Context, routing: Routing, config: MoEConfig) -> Plan:
-    indices, _, mask = routing
+    indices, mask = routing.indices.long(), routing.mask
     told = torch.full((ctx.size, room(ctx)), len(indices), dtype=torch.int64, device=indices.device)
     lengths = tuple(agree(ctx, facts(routing, config), told)[:, 0].tolist())
     n_mine = share(ctx, config.n_routed_experts)

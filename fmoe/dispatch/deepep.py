@@ -92,11 +92,11 @@ def deepep(
 
 
 def _plan(wire: Wire, routing: Routing, config: MoEConfig) -> Plan:
-    indices, _, mask = routing
+    indices, mask = routing.indices.long(), routing.mask
     (T, K), E = indices.shape, config.n_routed_experts
     goes = (indices >= 0) & (indices < E)
     goes = goes if mask is None else goes & mask[:, None]
-    ids = indices.long().masked_fill(~goes, -1)
+    ids = indices.masked_fill(~goes, -1)
     wire.check_plan(ids, routing, config)
     # where a row comes from: the order of one device, in which sums are repeatable, whatever the order of arrival
     source = torch.zeros(T, 4, dtype=torch.int64, device=ids.device)

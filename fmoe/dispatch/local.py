@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fmoe.dispatch.moves import gather, spread
 from fmoe.dispatch.rows import Dispatcher, Rows
@@ -45,9 +46,10 @@ def plan(routing: Routing, config: MoEConfig) -> Plan:
 def by_expert(indices: Tensor, mask: Tensor | None, E: int, wait: bool = True) -> Plan:
     """The plan of indices [T, K] and a mask [T], for experts [0, E). wait: for the device, to know how many rows."""
     T, K = indices.shape
+    indices = indices.long()  # a narrow dtype may not hold E
     goes = (indices >= 0) & (indices < E)
     goes = goes if mask is None else goes & mask[:, None]
-    ids, slot_ids = indices.long().masked_fill(~goes, E).flatten().sort(stable=True)
+    ids, slot_ids = indices.masked_fill(~goes, E).flatten().sort(stable=True)
     # integers: whatever the order they are added in, the sum is the same
     counts = ids.new_zeros(E + 1).scatter_add(0, ids, torch.ones_like(ids))
     n_routed = _on_host(counts[:E].sum()) if wait else None
@@ -104,7 +106,7 @@ def _only(rows: Tensor, routed: Tensor) -> Tensor:
 
 def _on_host(n: Tensor) -> int | None:
     """n as an int, or None where no host can know it."""
-    if torch.compiler.is_compiling() or _batched(n):
+    if torch.compiler.is_compiling() or _batched(n) or n.is_meta or isinstance(n, FakeTensor):
         return None
     return int(n)
 

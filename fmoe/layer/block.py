@@ -13,10 +13,10 @@ from fmoe.activations import activation, is_gated_activation
 from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
-from fmoe.layer.experts import experts
-from fmoe.routing import route
-from fmoe.shapes import check_params, in_shape
-from fmoe.types import MoEConfig, Params, Routing
+from fmoe.layer.experts import as_routing, experts
+from fmoe.routing import count, route, routed
+from fmoe.shapes import check_params, in_shape, odd
+from fmoe.types import MoEConfig, Params, Routed, Routing
 
 SHARED_ACTIVATIONS = ("swiglu", "relu2")
 Linear = Callable[[Tensor], Tensor]
@@ -32,7 +32,10 @@ def moe(
     mask: Tensor | None = None,
     recompute: bool = False,
     lora_alpha: float = 32.0,
-) -> Tensor:
+    routing: Routing | None = None,
+    indices: Tensor | None = None,
+    return_routed: bool = False,
+) -> Any:
     """y = fc2(experts(fc1(x), route(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x).
 
     Only `gate` and `experts` have to be there; what is not drops out of the sentence. x [.., D], y alike. mask bool
@@ -41,7 +44,15 @@ def moe(
     [D, S] (no gate_proj for relu2); `shared_expert_gate` [1, D]; `fc1_latent_proj` [L, D] and `fc2_latent_proj`
     [D, L] if `config.moe_latent_size` is L. Each of these projections is a `.weight` and where present a `.bias`.
     backend, dispatcher, recompute and lora_alpha are those of `experts`.
-    Raises ValueError for unknown, missing and misshapen parameters, and as `route` and `experts`.
+
+    indices [.., K]: experts that were chosen before, weighted by this gate, as in `route` (router replay). routing: a
+    whole Routing from outside, of all tokens in a row; the gate is not asked, and need not be there. return_routed:
+    (y, Routed) comes back, with what `fmoe.losses` asks for, the gate's logits and scores also where the routing came
+    from outside. Losses are the caller's: `config.aux_loss_coeff` and `gate_bias_update_factor` are honoured by
+    `fmoe.nn.MoE`, which trains.
+
+    Raises ValueError for unknown, missing and misshapen parameters, for a routing and indices at once, and as `route`
+    and `experts`.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
     >>> params = {
@@ -53,19 +64,24 @@ def moe(
     tensor([[[9.],
              [4.]]])
     """
-    _check(params, config)
+    _check(params, config, x.device)
     held = partial(_linear, params)
     below = _below(params, "experts.")
-    how: dict[str, Any] = dict(backend=backend, dispatcher=dispatcher, recompute=recompute, lora_alpha=lora_alpha)
+    how: Any = dict(backend=backend, dispatcher=dispatcher, recompute=recompute, lora_alpha=lora_alpha)
     return block(
         x,
         config,
         mask,
-        route=lambda x: route(params, x, config),
+        route=lambda x, indices, mask: (routed if return_routed else route)(
+            params, x, config, indices=indices, mask=mask
+        ),
         experts=lambda x, routing: experts(below, x, routing, config, **how),
         shared=(lambda x: shared(x, config, held)) if "shared_experts.up_proj.weight" in params else None,
         shared_gate=partial(held, "shared_expert_gate") if "shared_expert_gate.weight" in params else None,
         latent=(partial(held, "fc1_latent_proj"), partial(held, "fc2_latent_proj")) if config.moe_latent_size else None,
+        routing=routing,
+        indices=indices,
+        return_routed=return_routed,
     )
 
 
@@ -74,23 +90,48 @@ def block(
     config: MoEConfig,
     mask: Tensor | None,
     *,
-    route: Callable[[Tensor], Routing],
+    route: Callable[[Tensor, Tensor | None, Tensor | None], Routing | Routed],
     experts: Callable[[Tensor, Routing], Tensor],
     shared: Linear | None = None,
     shared_gate: Linear | None = None,
     latent: tuple[Linear, Linear] | None = None,
-) -> Tensor:
-    """The sentence of `moe`, of its parts: functions of rows, which `moe` takes from params and `fmoe.nn.MoE` has."""
+    routing: Routing | None = None,
+    indices: Tensor | None = None,
+    return_routed: bool = False,
+) -> Any:
+    """The sentence of `moe`, of its parts: functions of rows, which `moe` takes from params and `fmoe.nn.MoE` has.
+
+    route(x [T, D], indices, mask): a Routing, or where return_routed a Routed.
+    """
     _check_tokens(x, config, mask)
+    if routing is not None and indices is not None:
+        raise ValueError("moe: a routing and indices are given, expected one of them: a routing has its indices")
     tokens, mask = x.reshape(-1, config.dim), None if mask is None else mask.flatten()
     # rows that no expert may see are zeroed here, lest a NaN in them reaches the gradient of the router
     seen = tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
+    flat = None if indices is None else indices.flatten(0, -2)
+    found = route(seen, flat, mask) if routing is None or return_routed else routing
+    if routing is not None:
+        found = _from_outside(routing, found, mask, config)
     fc1, fc2 = latent or (_same, _same)
-    y = fc2(experts(fc1(seen), route(seen)._replace(mask=mask)))
+    y = fc2(experts(fc1(seen), found.routing if isinstance(found, Routed) else found))
     if shared is not None:
         own = shared(tokens)
         y = y + (own if shared_gate is None else torch.sigmoid(shared_gate(tokens)) * own)
-    return in_shape(y, x.shape)
+    y = in_shape(y, x.shape)
+    return (y, found) if return_routed else y
+
+
+def _from_outside(
+    routing: Routing, found: Routing | Routed, mask: Tensor | None, config: MoEConfig
+) -> Routing | Routed:
+    """The routing instead of the gate's own, its tokens masked where either mask says so."""
+    given = as_routing(routing)
+    own = given.mask if mask is None else mask if given.mask is None else given.mask & mask
+    given = Routing(given.indices.flatten(0, -2), given.weights.flatten(0, -2), own)
+    if not isinstance(found, Routed):
+        return given
+    return found._replace(routing=given, counts=count(given, config.n_routed_experts))
 
 
 def shared(x: Tensor, config: MoEConfig, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -120,9 +161,11 @@ def _check_tokens(x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
         raise ValueError(f"moe: x has shape {list(x.shape)}, expected [.., D={config.dim}]")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
         raise ValueError(f"moe: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool {list(x.shape[:-1])}")
+    if mask is not None and (strange := odd({"mask": mask}, x.device)):
+        raise ValueError(f"moe: {strange[0]}")
 
 
-def _check(params: Params, config: MoEConfig) -> None:
+def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
     rest = {name: p for name, p in params.items() if not name.startswith(("gate.", "experts."))}
     weights = _latent_axes(config) | _shared_axes(rest, config)
     biases = {name.removesuffix("weight") + "bias": axes.split()[0] for name, axes in weights.items()}
@@ -130,7 +173,7 @@ def _check(params: Params, config: MoEConfig) -> None:
     width = (config.n_shared_experts or 1) * (config.shared_expert_inter_dim or config.moe_inter_dim)
     up = rest.get("shared_experts.up_proj.weight")
     sizes = dict(D=config.dim, L=config.expert_dim, S=width if up is None else up.shape[0])
-    check_params("moe", rest, weights | biases, sizes, optional=(*biases, *gate))
+    check_params("moe", rest, weights | biases, sizes, where=where, optional=(*biases, *gate))
 
 
 def _latent_axes(config: MoEConfig) -> dict[str, str]:

@@ -6,6 +6,7 @@ Who multiplies (`backend`) and who moves tokens (`dispatcher`) are plain argumen
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -17,10 +18,11 @@ from fmoe.activations import is_gated_activation
 from fmoe.backends import Backend, Coded, Fused, find
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
+from fmoe.layer.invariant import one_by_one
 from fmoe.layer.recompute import recompute as again
-from fmoe.shapes import check_params
+from fmoe.shapes import check_params, odd
 from fmoe.sharding import is_dtensor
-from fmoe.types import MoEConfig, Params, Routing
+from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 
 AXES = {
     "gate_and_up_projs": "E D U",
@@ -32,7 +34,6 @@ AXES = {
     "lora_down_A": "E I r",
     "lora_down_B": "E r D",
 }
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 PAIRS = {f"lora_{part}_{a}": f"lora_{part}_{b}" for part in ("gate_and_up", "down") for a, b in ("AB", "BA")}
 
 
@@ -46,6 +47,7 @@ def experts(
     dispatcher: Dispatcher = local,
     recompute: bool = False,
     lora_alpha: float = 32.0,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """y[t] = sum_k (act(x[t] @ Wup[e] + bup[e]) * w[t, k]) @ Wdown[e] + w[t, k] * bdown[e], with e = indices[t, k].
 
@@ -65,6 +67,11 @@ def experts(
     Autocast: products are taken in autocast's dtype, as those of `torch.nn.functional.linear` are (fp64 stays);
     everything else, the dtype of y included, is as without. backend: a name in `fmoe.backends.NAMES`, a function, or
     None: triton on a GPU, otherwise torch_mm. recompute: keep the arguments alone for backward, no row of them.
+    batch_invariant: the result of a token does not depend on its neighbours, bit for bit, nor on their number. Triton's
+    fused kernels take the same tiles for every number of rows; all else multiplies one row at a time, which is slow.
+
+    All arguments on `meta`, or fake tensors: nothing is computed, shapes and dtypes come out (so one learns memory, and
+    with `torch.utils.flop_counter` the cost). As no routing can be read there, each slot counts as one row.
 
     Raises ValueError for an unknown backend, and for parameters or tensors that do not fit the config; ImportError for
     a backend whose library is not installed.
@@ -75,21 +82,25 @@ def experts(
     >>> experts(params, torch.tensor([[3.0], [2.0], [9.0]]), routing, config).flatten().tolist()
     [45.0, 4.0, 0.0]
     """
-    routing = _as_routing(routing)
+    routing = as_routing(routing)
     _check_tokens(x, routing, config)
     multiply = find(backend, x.device)
     h = x.to(_product_dtype(x))
-    with torch.autocast(x.device.type, enabled=False):
-        if isinstance(multiply, Fused) and dispatcher is local and not any(name in PAIRS for name in params):
-            _check_params(params, config, n_experts=config.n_routed_experts)
-            wide = h.dtype != x.dtype  # y is rounded once, to x's dtype
-            return multiply.layer(params, h, routing, config, recompute=recompute, wide=wide).to(x.dtype)
+    coded = multiply.coded if isinstance(multiply, Coded) else {}
+    fused = multiply if dispatcher is local and not any(name in PAIRS for name in params) else None
+    with without_autocast(x.device):
+        # what is computed in fp64 is computed by plain torch, whose products take it
+        if isinstance(fused, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
+            _check_params(params, config, x.device, n_experts=config.n_routed_experts)
+            how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
+            return fused.layer(params, h, routing, config, **how).to(x.dtype)
+        product = one_by_one(multiply) if batch_invariant else multiply
 
         def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
-            rows = dispatcher.dispatch(h, weights, plan)
-            coded = multiply.coded if isinstance(multiply, Coded) else {}
-            _check_params(params, config, n_experts=rows.counts.shape[0], coded=coded)
-            return dispatcher.combine(multiply(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
+            with without_autocast(x.device):  # computed again, it may stand in another autocast
+                rows = dispatcher.dispatch(h, weights, plan)
+                _check_params(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
+                return dispatcher.combine(product(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
 
         # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
         told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)
@@ -97,21 +108,28 @@ def experts(
         return again(layer, *args) if recompute else layer(*args)
 
 
-def _as_routing(routing: Routing) -> Routing:
+def as_routing(routing: Routing) -> Routing:
+    """A Routing of such a tuple, ids in int64. Raises ValueError for anything else."""
     if not isinstance(routing, tuple) or len(routing) not in (2, 3):
         found = f"{type(routing).__name__} of {len(routing)}" if isinstance(routing, tuple) else type(routing).__name__
         raise ValueError(f"experts: routing is a {found}, expected Routing(indices, weights, mask) or such a tuple")
     for name, t in Routing(*routing)._asdict().items():
         if not isinstance(t, Tensor) and (name, t) != ("mask", None):
             raise ValueError(f"experts: routing.{name} is a {type(t).__name__}, expected a tensor")
-    return Routing(*routing)
+    indices, weights, mask = Routing(*routing)
+    return Routing(indices.long() if indices.dtype in INTEGERS else indices, weights, mask)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def without_autocast(where: torch.device) -> AbstractContextManager[Any]:
+    """A region without autocast; on `meta` there is none to begin with."""
+    return nullcontext() if where.type == "meta" else torch.autocast(where.type, enabled=False)
 
 
 def _scaled(params: Params, alpha: float) -> Params:
@@ -142,10 +160,18 @@ def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
         raise ValueError(
             "\n".join(f"experts: {name} is {_say(found[name])}, expected {expected[name]}" for name in wrong)
         )
+    given = {"x": x} | {f"routing.{name}": t for name, t in routing._asdict().items() if t is not None}
+    if strange := odd(given, x.device):
+        raise ValueError("\n".join(f"experts: {told}" for told in strange))
 
 
 def _check_params(
-    params: Params, config: MoEConfig, *, n_experts: int, coded: Mapping[str, torch.dtype] = MappingProxyType({})
+    params: Params,
+    config: MoEConfig,
+    where: torch.device,
+    *,
+    n_experts: int,
+    coded: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
     if named := [name for name, p in params.items() if is_dtensor(p)]:
         told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
@@ -157,11 +183,13 @@ def _check_params(
             raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
     matrices = {name: p for name, p in params.items() if name in PAIRS and name.endswith("_A")}
     sizes["r"] = next((p.shape[-1] for p in matrices.values()), 0)
+    if matrices and not sizes["r"]:
+        raise ValueError(f"experts: {next(iter(matrices))!r} has rank r=0, expected r >= 1. Fix: leave the pair out")
     if uneven := [name for name, p in matrices.items() if p.ndim == 4 or p.shape[-1] != sizes["r"]]:
         told = f"{list(matrices[uneven[0]].shape)}, expected [E, n, r={sizes['r']}] of one rank"
         raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale) makes such of any others")
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    check_params("experts", params, AXES, sizes, optional=(*biases, *PAIRS), coded=coded)
+    check_params("experts", params, AXES, sizes, where=where, optional=(*biases, *PAIRS), coded=coded)
 
 
 def _say(t: Tensor | None) -> str:

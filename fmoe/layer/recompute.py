@@ -58,3 +58,17 @@ class _Recompute(torch.autograd.Function):
         vjp = torch.func.vjp(of_needed, *(leaves[i] for i in needed))[1]
         grads = dict(zip(needed, vjp(dy), strict=True))
         return None, *(grads.get(i) for i in range(len(leaves)))
+
+
+def recomputing() -> bool:
+    """Is this a forward that is computed again for a backward, after it had been computed with gradients?
+
+    torch.utils.checkpoint without reentrance does that, in the hooks of saved tensors. (With it, the first computation
+    has no gradients, and the second is the one that counts.) Inside transforms of torch.func, where nothing outside may
+    be written to, the answer is yes. A compiler's recomputation repeats no side effect: there it is no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch._C._current_graph_task_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

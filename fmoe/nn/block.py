@@ -1,16 +1,22 @@
 """`MoE`: the parameters of a whole block, attached to the functions of `fmoe.layer.block`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fmoe.backends import Backend
 from fmoe.layer.block import block
+from fmoe.layer.recompute import recomputing
+from fmoe.losses import attach, load_balancing
 from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import Gate, Linear, SharedExperts
-from fmoe.routing import routing_of
-from fmoe.types import MoEConfig, Routing
+from fmoe.routing import routed_of, update_bias
+from fmoe.routing.usage import summed
+from fmoe.types import MoEConfig, Routed, Routing
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MoE(nn.Module):
@@ -46,12 +52,34 @@ class MoE(nn.Module):
         if L := c.moe_latent_size:
             self.fc1_latent_proj = Linear(c.dim, L, bias=c.expert_bias, dtype=c.dtype)
             self.fc2_latent_proj = Linear(L, c.dim, bias=c.expert_bias, dtype=c.dtype)
+        if c.gate_bias_update_factor > 0:
+            zeros = torch.zeros(c.n_routed_experts, dtype=torch.int64)
+            self.register_buffer("expert_counts", zeros, persistent=False)
         self.init_weights()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """y [.., D] of x [.., D]; mask bool [..] (True: a token) or None."""
-        parts = dict(self.named_children())
-        return block(
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        routing: Routing | None = None,
+        indices: Tensor | None = None,
+        return_routed: bool = False,
+        count: bool | None = None,
+    ) -> Any:
+        """y [.., D] of x [.., D]; mask bool [..] (True: a token) or None.
+
+        routing, indices and return_routed are those of `fmoe.moe`. While it trains (`training`, with gradients),
+        `config.aux_loss_coeff` times the "switch" loss of `fmoe.losses.load_balancing` is attached to y, and where
+        `config.gate_bias_update_factor` is set the slots of each expert are counted for `update_gate_bias`: once, also
+        where a checkpoint computes forward again. count: whether they are, whatever the rule says.
+        """
+        parts, c = dict(self.named_children()), self.config
+        trains = self.training and torch.is_grad_enabled()
+        counts = (trains and not recomputing()) if count is None else count
+        counts = counts and "expert_counts" in self._buffers
+        asked = return_routed or counts or (trains and c.aux_loss_coeff > 0)
+        out = block(
             x,
             self.config,
             mask,
@@ -60,11 +88,36 @@ class MoE(nn.Module):
             shared=parts.get("shared_experts"),
             shared_gate=parts.get("shared_expert_gate"),
             latent=(parts["fc1_latent_proj"], parts["fc2_latent_proj"]) if self.config.moe_latent_size else None,
+            routing=routing,
+            indices=indices,
+            return_routed=asked,
         )
+        if not asked:
+            return out
+        y, routed = out
+        if counts:
+            self.expert_counts += routed.counts
+        if trains and c.aux_loss_coeff > 0:
+            y = attach(y, c.aux_loss_coeff * load_balancing(routed, c))
+        return (y, routed) if return_routed else y
 
-    def route(self, x: Tensor) -> Routing:
-        """`fmoe.route` of x [T, D], by the gate as it is: wrapped, hooked or not."""
-        return routing_of(self.gate(x), x.dtype, self.config, self._correction())
+    def route(self, x: Tensor, indices: Tensor | None = None, mask: Tensor | None = None) -> Routed:
+        """`fmoe.routing.routed` of x [T, D], by the gate as it is: wrapped, hooked or not."""
+        return routed_of(self.gate(x), x.dtype, self.config, self._correction(), indices, mask)
+
+    @torch.no_grad()
+    def update_gate_bias(self, group: "ProcessGroup | None" = None) -> None:
+        """The correction bias by `fmoe.routing.update_bias`, rate config.gate_bias_update_factor; the count begins again.
+
+        It looks at what forward has counted since the last time, on all ranks of `group`, each of which makes the call.
+        Raises ValueError where config.gate_bias_update_factor is 0.
+        """
+        bias, counts = self._correction(), self._buffers.get("expert_counts")
+        if bias is None or counts is None:
+            raise ValueError("MoE.update_gate_bias: config.gate_bias_update_factor is 0, expected more: there is no rate")
+        seen = counts if group is None else summed(counts, group)
+        bias.copy_(update_bias(bias, seen, self.config.gate_bias_update_factor))
+        counts.zero_()
 
     def _correction(self) -> Tensor | None:
         """The gate's correction bias, also where something wraps the gate."""
@@ -75,6 +128,8 @@ class MoE(nn.Module):
     def init_weights(self, buffer_device: torch.device | None = None, init_std: float = 0.02) -> None:
         """Weights ~ Normal(0, init_std), biases 0."""
         self.experts.init_weights(buffer_device, init_std)
+        if (counts := self._buffers.get("expert_counts")) is not None:
+            counts.zero_()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, init_std)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check
+from fmoe_kernels.ops import flops  # noqa: F401  its formulas, for whoever counts
 from fmoe_kernels.ops.custom import experts_backward, experts_forward
 from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
 

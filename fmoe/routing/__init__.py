@@ -1,0 +1,27 @@
+"""Who goes where, as pure functions: a routing is made, counted, balanced, cut to a capacity, and made again.
+
+route, topk_routing     a routing, also of experts that were chosen before (router replay)
+routed                  with the logits, scores and counts that losses ask for
+count, load             who gets how much
+update_bias             balance without a loss, as DeepSeek-V3 has it
+drop                    experts of a capacity
+"""
+
+from fmoe.routing.choose import gate_logits, route, routed, routed_of, routing_of, topk_routing
+from fmoe.routing.scores import SCORES, Score
+from fmoe.routing.usage import count, drop, load, update_bias
+
+__all__ = [
+    "SCORES",
+    "Score",
+    "count",
+    "drop",
+    "gate_logits",
+    "load",
+    "route",
+    "routed",
+    "routed_of",
+    "routing_of",
+    "topk_routing",
+    "update_bias",
+]

@@ -1,0 +1,199 @@
+"""Top-k routers: logits -> scores -> the K best experts -> weights.
+
+Selection sees the correction bias and the groups; weights are the scores of what was selected. Selection passes no
+gradient, weights do. The seed treated an unknown score function as "sigmoid"; here it is an error.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
+from fmoe.routing.usage import count
+from fmoe.shapes import check_params, odd
+from fmoe.types import INTEGERS, MoEConfig, Params, Routed, Routing
+
+
+def route(
+    params: Params, x: Tensor, config: MoEConfig, *, indices: Tensor | None = None, mask: Tensor | None = None
+) -> Routing:
+    """topk_routing(x @ gate.weight^T + gate.bias), weights in x's dtype (fp32 if `config.router_weights_fp32`).
+
+    x [T, D] with D = config.dim. params: `gate.weight` [E, D]; `gate.bias` [E] and `gate.e_score_correction_bias` [E]
+    where the config asks for them, or where they are present. Names that do not start with "gate." are left alone.
+    "softmax" logits are taken in the wider dtype of x and gate.weight, all others at least in fp32, as Transformers
+    does. `train_gate=False` in config: no gradient reaches the gate's parameters; x gets its own.
+
+    indices [T, K], any integer dtype: the experts that were chosen before. Nothing is selected, and the weights are
+    what this gate gives those experts, exactly as if it had selected them. A slot outside [0, E), such as -1, weighs 0
+    and takes no part in normalisation. mask [T] bool: a token whose mask is False goes nowhere, and nothing of it, not
+    even a NaN, reaches a gradient.
+
+    Raises ValueError for unknown, missing and misshapen parameters, and as `topk_routing`.
+
+    >>> config = MoEConfig(n_routed_experts=3, n_activated_experts=2, dim=2, moe_inter_dim=4)
+    >>> params, x = {"gate.weight": torch.tensor([[1.0, 0], [0, 1], [2, 0]])}, torch.tensor([[1.0, 1.5]])
+    >>> route(params, x, config)
+    Routing(indices=tensor([[2, 1]]), weights=tensor([[0.6225, 0.3775]]), mask=None)
+    >>> route(params, x, config, indices=torch.tensor([[0, -1]])).weights
+    tensor([[1., 0.]])
+    """
+    logits, correction = _logits(params, x, config, indices, mask)
+    routing = routing_of(logits, x.dtype, config, correction, indices)
+    return routing._replace(mask=mask)
+
+
+def routed(
+    params: Params, x: Tensor, config: MoEConfig, *, indices: Tensor | None = None, mask: Tensor | None = None
+) -> Routed:
+    """`route`, with the logits, the scores and the counts.
+
+    >>> config = MoEConfig(n_routed_experts=3, n_activated_experts=2, dim=2, moe_inter_dim=4)
+    >>> found = routed({"gate.weight": torch.tensor([[1.0, 0], [0, 1], [2, 0]])}, torch.tensor([[1.0, 1.5]]), config)
+    >>> found.logits.tolist(), found.counts.tolist()
+    ([[1.0, 1.5, 2.0]], [0, 1, 1])
+    """
+    logits, correction = _logits(params, x, config, indices, mask)
+    return routed_of(logits, x.dtype, config, correction, indices, mask)
+
+
+def _logits(
+    params: Params, x: Tensor, config: MoEConfig, indices: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(logits, correction bias)."""
+    gate = {name: p for name, p in params.items() if name.startswith("gate.")}
+    _check(gate, x, config, {"indices": indices, "mask": mask})
+    seen = x if mask is None else x.masked_fill(~mask[:, None], 0)
+    logits = gate_logits(seen, gate["gate.weight"], gate.get("gate.bias"), config)
+    return logits, gate.get("gate.e_score_correction_bias")
+
+
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
+    """x @ weight^T + bias in the dtype that `route` takes logits in."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if config.score_func != "softmax":
+        dtype = torch.promote_types(dtype, torch.float32)
+    if not config.train_gate:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def routing_of(
+    logits: Tensor, dtype: torch.dtype, config: MoEConfig, correction: Tensor | None, indices: Tensor | None = None
+) -> Routing:
+    """`topk_routing`, weights in the dtype of x (fp32 if `config.router_weights_fp32`)."""
+    routing = topk_routing(logits, config, correction, indices)
+    out = torch.promote_types(dtype, torch.float32) if config.router_weights_fp32 else dtype
+    return routing._replace(weights=routing.weights.to(out))
+
+
+def routed_of(
+    logits: Tensor,
+    dtype: torch.dtype,
+    config: MoEConfig,
+    correction: Tensor | None,
+    indices: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Routed:
+    """The Routed of logits [T, E] that a gate has made of x of this dtype."""
+    routing = routing_of(logits, dtype, config, correction, indices)._replace(mask=mask)
+    return Routed(routing, logits, score_of(config).rank(_wide(logits)), count(routing, config.n_routed_experts))
+
+
+def topk_routing(
+    logits: Tensor, config: MoEConfig, correction_bias: Tensor | None = None, indices: Tensor | None = None
+) -> Routing:
+    """indices[t] = the K best of score(logits[t]) + correction_bias; weights[t] = the scores there, without that bias.
+
+    logits [T, E]; correction_bias [E] or None; indices: as in `route`. Everything is computed and returned in fp32
+    (fp64 stays). `config.score_func` names the score, see `SCORES`; "softmax" is taken over the K selected logits
+    unless `softmax_before_topk`. With `n_expert_groups` > 1 only the best `n_limited_groups` groups of neighbouring
+    experts take part, a group being worth its two best biased scores (DeepSeek-V3) or, without correction bias, its
+    best one (DeepSeek-V2). `norm_topk_prob` divides weights by their sum + 1e-20, then `route_scale` multiplies them.
+    Raises ValueError for an unknown score function, impossible groups, K > E, or a correction bias that the score
+    function does not take ("softmax") or lacks ("softmax_with_bias", "sigmoid_with_bias").
+
+    >>> config = MoEConfig(n_routed_experts=3, n_activated_experts=2, dim=2, moe_inter_dim=4, score_func="sigmoid")
+    >>> topk_routing(torch.tensor([[0.0, 1.0, 2.0]]), config, torch.tensor([9.0, 0.0, 0.0]))
+    Routing(indices=tensor([[0, 2]]), weights=tensor([[0.5000, 0.8808]]), mask=None)
+    """
+    _check_choice(logits, config, correction_bias)
+    score = score_of(config)
+    scores = score.rank(_wide(logits))
+    biased = scores if correction_bias is None else scores + correction_bias.to(scores.dtype)
+    if indices is None:
+        best_of = score.group_of or (1 if correction_bias is None else 2)
+        indices = _in_best_groups(biased.detach(), config, best_of).topk(config.n_activated_experts, -1).indices
+        gone = None
+    else:
+        indices = indices.long()
+        gone = (indices < 0) | (indices >= config.n_routed_experts)
+    at = indices if gone is None else indices.masked_fill(gone, 0)
+    weights = (biased if config.router_weight_uses_score_correction_bias else scores).gather(-1, at)
+    if score.weigh is not None:
+        # the least number, not -inf, of which a softmax of nothing else would make NaN
+        weights = score.weigh(weights if gone is None else weights.masked_fill(gone, torch.finfo(weights.dtype).min))
+    if gone is not None:
+        weights = weights.masked_fill(gone, 0)
+    if config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return Routing(indices, weights * config.route_scale)
+
+
+def score_of(config: MoEConfig) -> Score:
+    """The row of `SCORES` that a config names. Raises ValueError for an unknown name."""
+    if config.score_func not in SCORES:
+        raise ValueError(f"score_func is {config.score_func!r}, expected one of {', '.join(SCORES)}")
+    before = config.score_func == "softmax" and config.softmax_before_topk
+    return BEFORE_TOPK if before else SCORES[config.score_func]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _in_best_groups(scores: Tensor, config: MoEConfig, best_of: int) -> Tensor:
+    """scores [T, E] where the expert's group is one of the best, -inf elsewhere; a group is the sum of its best."""
+    if config.n_expert_groups <= 1:
+        return scores
+    # -inf, not 0 as in the seed: a biased score may be negative, and a loser must not beat it
+    groups = scores.unflatten(-1, (config.n_expert_groups, -1))
+    worth = groups.topk(min(best_of, groups.shape[-1]), -1).values.sum(-1)
+    best = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(config.n_limited_groups, -1).indices, True)
+    return groups.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+
+
+def _check(gate: Params, x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:
+    if x.ndim != 2 or x.shape[1] != config.dim:
+        raise ValueError(f"route: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
+    T, K = x.shape[0], config.n_activated_experts
+    indices, mask = given["indices"], given["mask"]
+    if indices is not None and (indices.shape != (T, K) or indices.dtype not in INTEGERS):
+        raise ValueError(f"route: indices are {indices.dtype} {list(indices.shape)}, expected integer [T={T}, K={K}]")
+    if mask is not None and (mask.shape != (T,) or mask.dtype != torch.bool):
+        raise ValueError(f"route: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [T={T}]")
+    if strange := odd({name: t for name, t in given.items() if t is not None}, x.device):
+        raise ValueError("\n".join(f"route: {told}" for told in strange))
+    axes = {"gate.weight": "E D", "gate.bias": "E", "gate.e_score_correction_bias": "E"}
+    corrected = config.force_e_score_correction_bias or config.gate_bias_update_factor > 0
+    corrected = corrected or config.score_func.endswith("_with_bias")
+    promised = {"gate.bias": config.router_bias, "gate.e_score_correction_bias": corrected}
+    sizes = {"E": config.n_routed_experts, "D": config.dim}
+    optional = [name for name, asked in promised.items() if not asked]
+    check_params("route", gate, axes, sizes, where=x.device, optional=optional)
+
+
+def _check_choice(logits: Tensor, config: MoEConfig, correction_bias: Tensor | None) -> None:
+    E, K = config.n_routed_experts, config.n_activated_experts
+    G, g = config.n_expert_groups, config.n_limited_groups
+    name, score = config.score_func, score_of(config)
+    if logits.shape[-1] != E or K > E:
+        raise ValueError(f"logits have shape {list(logits.shape)}, expected [T, E={E}] with E >= K={K}")
+    if correction_bias is not None and score.bias == "none":
+        raise ValueError(f"score_func {name!r} takes no e_score_correction_bias, expected 'softmax_with_bias'")
+    if correction_bias is None and score.bias == "needed":
+        raise ValueError(f"score_func {name!r} needs an e_score_correction_bias [E={E}], found none")
+    if G > 1 and (E % G or not 1 <= g <= G or g * (E // G) < K):
+        raise ValueError(
+            f"n_expert_groups={G}, n_limited_groups={g}: expected G to divide E={E}, and g of G groups to hold K={K}"
+        )
