@@ -24,6 +24,8 @@ def one_by_one(backend: Backend) -> Backend:
 
     def alone(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
         N, E = len(rows.x), len(rows.counts)
+        if N == 0:
+            return backend(params, rows, config)
         ids = torch.arange(E, device=rows.x.device)
         # the expert of each row; E, which is none, for those after the last expert's
         expert = (torch.arange(N, device=rows.x.device)[:, None] >= rows.counts.cumsum(0)).sum(1)
@@ -32,6 +34,6 @@ def one_by_one(backend: Backend) -> Backend:
             backend(params, Rows(x.clone(), w.clone(), count), config)
             for x, w, count in zip(rows.x.split(1), rows.weights.split(1), counts, strict=True)
         ]
-        return torch.cat(each) if N else backend(params, rows, config)
+        return torch.cat(each)
 
     return alone

@@ -71,4 +71,7 @@ def recomputing() -> bool:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return torch._C._current_graph_task_id() != -1 and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return (
+        torch._C._current_graph_task_id() != -1
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )

@@ -39,11 +39,11 @@ def _sqrtsoftplus(logits: Tensor) -> Tensor:
 SCORES: dict[str, Score] = {
     "softmax": Score(_same, weigh=_softmax, bias="none"),
     "softmax_with_bias": Score(_softmax, bias="needed"),
-    "softmax_in_groups": Score(_softmax, group_of=2, bias="none"),  # Mistral 4: groups by their two best, unbiased
     "sigmoid": Score(torch.sigmoid),
     "sigmoid_with_bias": Score(torch.sigmoid, bias="needed"),
-    "sigmoid_of_best_logits": Score(_same, weigh=torch.sigmoid),  # Kolibri: chosen by logit and bias
     "sqrtsoftplus": Score(_sqrtsoftplus),
+    "softmax_in_groups": Score(_softmax, group_of=2, bias="none"),  # Mistral 4: groups by their two best, unbiased
+    "sigmoid_of_best_logits": Score(_same, weigh=torch.sigmoid),  # Kolibri: chosen by logit and bias
 }
 
 BEFORE_TOPK = Score(_softmax, bias="none")

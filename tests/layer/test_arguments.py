@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fmoe
 from fmoe import MoEConfig, Routing
-from fmoe.layer.experts import AXES, INTEGERS
+from fmoe.layer.experts import AXES
+from fmoe.types import EXPERT_ACTIVATIONS, INTEGERS
 
 ALL = ["loop", "torch_mm", "triton"]
 CONFIG = MoEConfig(
@@ -117,7 +118,7 @@ def test_codes_beside_weights_are_refused_by_name(name: str, dtype: torch.dtype)
         fmoe.experts(PARAMS | {name: torch.ones_like(PARAMS[name]).to(dtype)}, X, ROUTING, CONFIG)
 
 
-@every_backend
+@pytest.mark.parametrize("backend", ["loop", "torch_mm"])
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_ids_mean_the_same_in_every_integer_dtype(dtype: torch.dtype, backend: str) -> None:
     """E is one more than the dtype holds, or 300."""
@@ -249,13 +250,18 @@ def test_te_refuses_meta() -> None:
         fmoe.experts(params, X.to("meta"), meta, CONFIG, backend=te)
 
 
-@every_backend
-@pytest.mark.parametrize("activation", fmoe.types.EXPERT_ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "activation", "dtype"),
+    [
+        *((by, act, d) for by in ALL[:2] for act in EXPERT_ACTIVATIONS for d in (torch.float32, torch.bfloat16)),
+        ("triton", "swiglu", torch.float32),
+    ],
+    ids=str,
+)
 def test_batch_invariant_a_token_does_not_depend_on_its_neighbours(
     dtype: torch.dtype, activation: str, backend: str
 ) -> None:
-    T = 24
+    T = 12 if backend == "triton" else 24
     config = MoEConfig(
         n_routed_experts=6, n_activated_experts=3, dim=33, moe_inter_dim=37, expert_activation=activation, dtype=dtype
     )
@@ -265,7 +271,7 @@ def test_batch_invariant_a_token_does_not_depend_on_its_neighbours(
         params, x[rows], Routing(*(t[rows] for t in routing)), config, backend=backend, batch_invariant=True
     )
     whole = run(slice(None))
-    for rows in (slice(7, 8), slice(3, 20), torch.randperm(T, generator=torch.Generator().manual_seed(0))):
+    for rows in (slice(7, 8), slice(3, 9), torch.randperm(T, generator=torch.Generator().manual_seed(0))):
         assert torch.equal(run(rows), whole[rows])
     near = fmoe.experts(params, x, routing, config, backend=backend)
     naive.near(whole, near, 1e-6 if dtype == torch.float32 else 1e-2)

@@ -58,6 +58,7 @@ def experts(
     device, out_dtype = x.device.type, torch.float32 if wide else x.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
+    indices = indices if indices.dtype in (torch.int32, torch.int64) else indices.long()
     w_up, w_down = w_up.to(x.dtype), w_down.to(x.dtype)
     b_up, b_down = (None if b is None else b.to(x.dtype) for b in (b_up, b_down))
     if x.dtype == torch.float64:

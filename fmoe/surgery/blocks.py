@@ -1,0 +1,202 @@
+"""Experts of a checkpoint selected, permuted, replicated and merged, layer by layer."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmoe.layer.experts import AXES
+from fmoe.surgery.config import known, resized, says_each_layer
+from fmoe.types import MoEConfig, Params
+
+Ids = Sequence[int] | Tensor
+Groups = Sequence[Sequence[int]]
+GATE = ("gate.weight", "gate.bias", "gate.e_score_correction_bias")
+SIZE = "n_routed_experts"
+
+
+def layers(native: Params) -> dict[str, dict[str, Tensor]]:
+    """{name: the parameters of the block, as `fmoe.moe` takes them}, for every block that has experts, in order.
+
+    >>> native = {"model.layers.1.mlp.experts.down_projs": torch.ones(2, 1, 1), "model.norm.weight": torch.ones(1)}
+    >>> {name: list(params) for name, params in layers(native).items()}
+    {'model.layers.1.mlp': ['experts.down_projs']}
+    """
+    ends = "experts.down_projs"
+    names = [n.removesuffix(ends) for n in native if n == ends or n.endswith("." + ends)]
+    found: dict[str, dict[str, Tensor]] = {stem.removesuffix("."): {} for stem in names}
+    for name, tensor in native.items():
+        for stem in names:
+            if name.startswith(stem):
+                found[stem.removesuffix(".")][name.removeprefix(stem)] = tensor
+    return found
+
+
+def select(native: Params, config: Any, keep: Ids | Mapping[str, Ids]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The experts `keep`, in that order: new expert j is old expert keep[j], and the router ranks these alone.
+
+    keep: ids, or ids for each layer by its name in `layers`, every layer named. Where a family routes by groups, each
+    group keeps as many experts, and in the order of groups. Raises ValueError for ids that are not there or twice, for
+    fewer experts than a token goes to, and where layers end with different numbers and the config has one for all.
+
+    >>> config = dict(model_type="mixtral", num_local_experts=3, num_experts_per_tok=1, hidden_size=2)
+    >>> native = {"layers.0.mlp.experts.down_projs": torch.arange(3.0).view(3, 1, 1)}
+    >>> native["layers.0.mlp.experts.gate_and_up_projs"] = torch.zeros(3, 1, 2)
+    >>> few, config = select(native, config | dict(intermediate_size=1), [2, 0])
+    >>> few["layers.0.mlp.experts.down_projs"].flatten().tolist(), config["num_local_experts"]
+    ([2.0, 0.0], 2)
+    """
+    return _taken("select", native, config, keep, whole=False)
+
+
+def permute(native: Params, config: Any, order: Ids | Mapping[str, Ids]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`select` of all experts in another order: what the model computes stays, for every order.
+
+    A layer that a mapping does not name keeps its order. Where a family routes by groups, groups stay together.
+    """
+    return _taken("permute", native, config, order, whole=True)
+
+
+def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Each expert `times` times, next to each other, and `times` as many experts for a token: the same output.
+
+    Where a router does not share weights out among what it chose (sigmoid without normalisation), the down projection
+    is divided by `times`. Raises ValueError for a family that routes by groups, which copies would outweigh.
+    """
+    given, kind, moe = known(config)
+    if not isinstance(times, int) or times < 1:
+        raise ValueError(f"replicate: times is {times!r}, expected a positive int")
+    if moe.n_expert_groups > 1:
+        raise ValueError(f"replicate: experts are routed by {moe.n_expert_groups} groups, which copies would outweigh")
+    shares = moe.norm_topk_prob or moe.score_func.startswith("softmax")
+
+    def copied(name: str, t: Tensor) -> Tensor:
+        t = t.repeat_interleave(times, 0)
+        return t if shares or not name.startswith(("experts.down_proj", "experts.lora_down_B")) else t / times
+
+    made = _each_layer("replicate", native, moe, lambda layer: copied)
+    given = resized(given, kind.fields[SIZE], moe.n_routed_experts * times)
+    return made, resized(given, kind.fields["n_activated_experts"], moe.n_activated_experts * times)
+
+
+def merge(
+    native: Params, config: Any, groups: Groups | Mapping[str, Groups], weights: Any = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """New expert j = sum of weights[j][i] times expert groups[j][i], its row of the router and its biases alike.
+
+    groups: lists of ids, together all experts once (`select` first, to leave some out), or such lists for each layer by
+    name. weights: of the same form, each list summing to 1; None: the mean. Sums are taken in fp32 (fp64 stays).
+    Raises ValueError for anything else, for weights in a code, and as `select`.
+    """
+    given, kind, moe = known(config)
+    E, found = moe.n_routed_experts, layers(native)
+    of = _by_layer("merge", found, groups)
+    parts = {name: None if weights is None else _by_layer("merge", found, weights)[name] for name in found}
+
+    def mixer(layer: str) -> Callable[[str, Tensor], Tensor]:
+        M = _matrix(layer, of[layer], parts[layer], E)
+
+        def mixed(name: str, t: Tensor) -> Tensor:
+            if not t.is_floating_point() or t.dtype.itemsize < 2 or name.endswith("_scale_inv"):
+                raise ValueError(f"merge: {layer}.{name} is {t.dtype}, expected it decoded, without scales")
+            wide = torch.promote_types(t.dtype, torch.float32)
+            return torch.tensordot(M.to(wide).to(t.device), t.to(wide), 1).to(t.dtype)
+
+        return mixed
+
+    made = _each_layer("merge", native, moe, mixer)
+    first = {name: [ids[0] for ids in g] for name, g in of.items()}
+    for name, g in of.items():
+        _check_groups("merge", name, moe, first[name], [set(ids) for ids in g])
+    return made, _recounted("merge", given, kind, moe, {name: len(g) for name, g in of.items()})
+
+
+def _taken(
+    what: str, native: Params, config: Any, ids: Ids | Mapping[str, Ids], *, whole: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    given, kind, moe = known(config)
+    E, found = moe.n_routed_experts, layers(native)
+    if whole and isinstance(ids, Mapping):
+        ids = {name: range(E) for name in found} | dict(ids)
+    of = {name: [int(i) for i in own] for name, own in _by_layer(what, found, ids).items()}
+    for name, own in of.items():
+        wrong = len(set(own)) < len(own) or any(not 0 <= i < E for i in own) or (whole and len(own) != E)
+        if wrong:
+            told = f"each of 0 to {E - 1} once" if whole else f"some of 0 to {E - 1}, each once"
+            raise ValueError(f"{what}: {name}: ids are {own}, expected {told}")
+        _check_groups(what, name, moe, own, [{i} for i in own])
+    picker = lambda layer: lambda _, t: t.index_select(0, torch.tensor(of[layer], device=t.device))
+    made = _each_layer(what, native, moe, picker)
+    return made, _recounted(what, given, kind, moe, {name: len(own) for name, own in of.items()})
+
+
+def _by_layer(what: str, found: Mapping[str, Any], given: Any) -> dict[str, Any]:
+    """What is given for each layer; alike for all, if it is not a mapping."""
+    if not found:
+        raise ValueError(f"{what}: no layer has experts: no name ends with 'experts.down_projs'")
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(found, given)
+    if odd := sorted(given.keys() ^ found.keys()):
+        raise ValueError(f"{what}: layers {odd} are named or have experts, expected both: {', '.join(found)}")
+    return {name: given[name] for name in found}
+
+
+def _each_layer(
+    what: str, native: Params, moe: MoEConfig, of: Callable[[str], Callable[[str, Tensor], Tensor]]
+) -> dict[str, Tensor]:
+    """native, with a function of (name, tensor) applied to all that has one row for each expert."""
+    out = dict(native)
+    for layer, params in layers(native).items():
+        change = of(layer)
+        for name, t in params.items():
+            bare = name.removeprefix("experts.").removesuffix("_scale_inv")
+            if name in GATE or (name.startswith("experts.") and bare in AXES):
+                if t.ndim == 0 or t.shape[0] != moe.n_routed_experts:
+                    told = f"shape {list(t.shape)}, expected E={moe.n_routed_experts} rows, as the config says"
+                    raise ValueError(f"{what}: {layer}.{name} has {told}")
+                out[f"{layer}.{name}" if layer else name] = change(name, t)
+            elif name.startswith(("experts.", "gate.")):
+                raise ValueError(f"{what}: {layer}.{name}: it is not known how it depends on the experts")
+    return out
+
+
+def _check_groups(what: str, layer: str, moe: MoEConfig, ids: list[int], sources: list[set[int]]) -> None:
+    """Where a family routes by groups of neighbours, new groups are old ones, or parts of them of one size."""
+    G = moe.n_expert_groups
+    if G <= 1:
+        return
+    old, n = moe.n_routed_experts // G, len(ids) // G
+    of = [{i // old for s in sources[g * n : (g + 1) * n] for i in s} for g in range(G)]
+    if len(ids) % G or any(len(o) != 1 for o in of) or len(set().union(*of)) != G:
+        raise ValueError(
+            f"{what}: {layer}: experts are routed by {G} groups of neighbours, expected ids group by group"
+        )
+
+
+def _recounted(what: str, config: dict[str, Any], kind: Any, moe: MoEConfig, counts: dict[str, int]) -> dict[str, Any]:
+    if few := [name for name, n in counts.items() if n < moe.n_activated_experts]:
+        told = f"expected K={moe.n_activated_experts} at least, which a token goes to"
+        raise ValueError(f"{what}: {few[0]} would have {counts[few[0]]} experts, {told}")
+    names = kind.fields[SIZE]
+    if len(set(counts.values())) > 1:
+        if not says_each_layer(config, names):
+            raise ValueError(f"{what}: layers would have {counts} experts, expected one number: so the config has it")
+        for name, n in counts.items():
+            config = resized(config, names, n, int(re.findall(r"\d+", name)[0]))
+        return config
+    return resized(config, names, next(iter(counts.values())))
+
+
+def _matrix(layer: str, groups: Groups, weights: Any, E: int) -> Tensor:
+    """[new experts, E] fp64: the weight of each old expert in each new one."""
+    if sorted(int(i) for ids in groups for i in ids) != list(range(E)):
+        raise ValueError(f"merge: {layer}: groups are {list(groups)}, expected each of 0 to {E - 1} once")
+    M = torch.zeros(len(groups), E, dtype=torch.float64)
+    for j, ids in enumerate(groups):
+        w = [1 / len(ids)] * len(ids) if weights is None else [float(x) for x in weights[j]]
+        if len(w) != len(ids) or abs(sum(w) - 1) > 1e-6:
+            raise ValueError(f"merge: {layer}: weights of group {list(ids)} are {w}, expected as many, summing to 1")
+        M[j, list(ids)] = torch.tensor(w, dtype=torch.float64)
+    return M
