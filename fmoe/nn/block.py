@@ -110,13 +110,11 @@ class MoE(nn.Module):
         """The correction bias by `fmoe.routing.update_bias` at config.gate_bias_update_factor; the count begins again.
 
         It looks at what forward has counted since the last time, on all ranks of `group`, each of which makes the call.
-        Raises ValueError where config.gate_bias_update_factor is 0.
+        Nothing happens where config.gate_bias_update_factor is 0.
         """
         bias, counts = self._correction(), self._buffers.get("expert_counts")
         if bias is None or counts is None:
-            raise ValueError(
-                "MoE.update_gate_bias: config.gate_bias_update_factor is 0, expected more: there is no rate"
-            )
+            return
         seen = counts if group is None else summed(counts, group)
         bias.copy_(update_bias(bias, seen, self.config.gate_bias_update_factor))
         counts.zero_()

@@ -232,8 +232,7 @@ def test_the_module_counts_once_whatever_is_computed_again(reentrant: bool | Non
     m.update_gate_bias()
     torch.testing.assert_close(m.gate.e_score_correction_bias, 0.1 * (want.double().mean() - want).sign().float())
     assert not m.expert_counts.any()
-    with pytest.raises(ValueError, match="gate_bias_update_factor is 0"):
-        layer().update_gate_bias()
+    layer().update_gate_bias()  # a rate of 0: nothing happens
 
 
 def test_the_module_counts_over_a_group_and_replays() -> None:
