@@ -73,7 +73,7 @@ def rename(old: str, new: str) -> Adapter:
 
     >>> import torch
     >>> rename("model.", "policy.").from_hf({"model.a": torch.zeros(1), "b": torch.zeros(1)}).keys()
-    dict_keys(['policy.a', 'b'])
+    dict_keys(['b', 'policy.a'])
     """
     for name in (old, new):
         if not isinstance(name, str):
