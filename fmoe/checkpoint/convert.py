@@ -12,7 +12,7 @@ from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_chec
 from fmoe.checkpoint.files.disk import bytes_of, identity
 from fmoe.checkpoint.files.origin import FORMAT, head_of, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
-from fmoe.checkpoint.open import across, adapter_between, plan_from
+from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.checkpoint.staging.beside import of_the_former, taken_along
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
@@ -20,6 +20,7 @@ from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.engine import Engine
+from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.quantised import agreeing
 from fmoe.families import FAMILIES
@@ -103,8 +104,10 @@ def convert(
     ((12, 2), (2, 12), True)
     """
     source, dst = open_checkpoint(src), Path(dst)
-    ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
-    how, crossing = {n: v for n, v in choices.items() if n not in ranges}, None
+    how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
+    ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
+    if to != "native":
+        no_part(dst, ranges or (source.origin or {}).get("ranges", {}))
     if to in ("native", "hf") or to not in FAMILIES:
         adapter, there = adapter_between(source, to, **how)
     else:
@@ -115,7 +118,8 @@ def convert(
                 [*crossing.lost, f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these"]
             )
     plan = plan_from(source, there, **ranges)
-    layout, small = _layout(source, plan, to, size_of(max_shard_size), ranges)
+    found = crossing.notes if crossing else complete(source, adapter, plan, to, how)
+    layout, small = _layout(source, plan, to, size_of(max_shard_size), how | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
     if to != "native":
         config = crossing.config if crossing else source.config
@@ -134,9 +138,7 @@ def convert(
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
     )
-    report = replace(report, notes=tuple(notes))
-    if crossing:
-        report = replace(report, lost=crossing.lost, notes=(*crossing.notes, *notes))
+    report = replace(report, lost=crossing.lost if crossing else (), notes=(*found, *notes))
     if dry_run:
         return report
     size, of = source.nbytes, source.nbytes * (3 if checksums else 1)
@@ -169,7 +171,7 @@ def convert(
 
 
 def _layout(
-    source: Checkpoint, plan: Plan, to: str, most: int, ranges: Mapping[str, range]
+    source: Checkpoint, plan: Plan, to: str, most: int, choices: Mapping[str, Any]
 ) -> tuple[Layout, dict[str, bytes | Where]]:
     """Where every tensor goes, and the small files that belong to it; a native directory's way back is its origin."""
     origin = source.origin if source.origin and source.origin["weight_map"].keys() == plan.targets.keys() else None
@@ -178,11 +180,12 @@ def _layout(
     layout = Layout.of(plan.targets, files, origin["metadata"] if origin else {}, heads)
     index = origin["index"] if origin and origin["bytes"] == plan.nbytes else layout.index
     small: dict[str, bytes | Where] = {INDEX: index.encode()} if index is not None else {}
-    return layout, small | ({NATIVE: _origin(source, plan, ranges)} if to == "native" else {})
+    return layout, small | ({NATIVE: _origin(source, plan, choices)} if to == "native" else {})
 
 
-def _origin(source: Checkpoint, plan: Plan, ranges: Mapping[str, range]) -> bytes:
-    """What a native directory was made from: enough to give back the same files."""
+def _origin(source: Checkpoint, plan: Plan, choices: Mapping[str, Any]) -> bytes:
+    """What a native directory was made from, and by which choices: enough to give back the same files."""
+    ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     index, where, size = source.index, source.files, source.nbytes
     headers = {} if ranges else other_headers(source)
     if ranges:
@@ -190,6 +193,8 @@ def _origin(source: Checkpoint, plan: Plan, ranges: Mapping[str, range]) -> byte
         size = sum(source.specs[n].nbytes for n in where)
     facts: dict[str, Any] = FORMAT | {"weight_map": where, "metadata": source.metadata, "index": index, "bytes": size}
     facts |= {"headers": headers} if headers else {}
+    if named := {n: v for n, v in choices.items() if isinstance(v, str) and n != "dtype"}:
+        facts["choices"] = named
     if ranges:
         facts["ranges"] = {n: [r.start, r.stop] for n, r in ranges.items()}
     return json.dumps(facts).encode() + b"\n"

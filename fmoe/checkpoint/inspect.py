@@ -10,6 +10,7 @@ from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.sizes import by_kind, by_layer, names_of, parameters
 from fmoe.checkpoint.stream.slices import groups
+from fmoe.checkpoint.whole import gaps_of
 from fmoe.families import family
 from fmoe.families.kind import as_dict
 from fmoe.layout.adapter import Adapter
@@ -69,6 +70,9 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
     except AdapterError as error:
         facts["notes"] = list(error.problems)
     plan = plan_from(source, adapter.inverse if source.native else adapter)
+    found = gaps_of(source, source.specs if source.native else plan.targets, plan.targets)
+    facts["problems"] = [problem.text for problem in found.problems]
+    facts["notes"] = [*facts.get("notes", ()), *found.notes]
     native = source.specs if source.native else plan.targets
     stacks = {n: spec for n, spec in native.items() if n.rpartition(".")[2] in EXPERT_TENSORS}
     layers = dict.fromkeys(n.rpartition(".")[0] for n in stacks)

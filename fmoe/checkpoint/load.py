@@ -13,6 +13,7 @@ from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.slices import narrowing, read
+from fmoe.checkpoint.whole import whole
 from fmoe.codecs.cast import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
@@ -57,6 +58,8 @@ def load(
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
     specs = plan_from(source, adapter.inverse).targets if source.native else source.specs
+    if source.native:
+        whole(source, source.specs, specs, **choices)
     stacks: dict[str, TensorSpec] = {}
     if device_mesh is not None:
         if ranges or out is not None:
@@ -67,6 +70,8 @@ def load(
     if held and ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     plan = Plan((), source.specs) if held else adapter.plan(specs, **ranges)
+    if not source.native:
+        whole(source, plan.targets, **choices)
     maps = Maps() if mmap and isinstance(source.path, Path) else None
     if out is not None:
         return _fill(source, adapter, plan, out, ranges, maps)

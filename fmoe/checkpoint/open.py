@@ -1,12 +1,14 @@
 """`fmoe.adapter`: by directory, by model type and config, or from your own rules."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
 from fmoe.checkpoint.stream.slices import groups
+from fmoe.checkpoint.whole import whole
 from fmoe.codecs.cast import CastExperts
 from fmoe.families import FAMILIES, family
 from fmoe.families.cross import Crossing, cross
@@ -68,12 +70,18 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
     if config is None:
         layers_fit(checkpoint.path / "config.json", checkpoint.config, checkpoint.specs)
     family(checkpoint.model_type)
+    choices = made_with(checkpoint) | choices
     try:
         made = _made(checkpoint.model_type, checkpoint.config if config is None else config, system, choices)
     except ValueError as error:  # a size or a dtype that is none, or a choice that there is not
         where = "" if config is not None or choices else f"{checkpoint.path / 'config.json'}: "
         raise AdapterError(f"{where}{error}") from None
     return made.resolve(hf_names(checkpoint))
+
+
+def made_with(checkpoint: Checkpoint) -> dict[str, str]:
+    """The choices that a native directory was made with, as its `fmoe.json` keeps them."""
+    return dict((checkpoint.origin or {}).get("choices", {}))
 
 
 def hf_names(checkpoint: Checkpoint) -> Iterable[str]:
@@ -93,7 +101,7 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
             raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
         made = adapter_of(source, **choices)
         return made, made.inverse if source.native else made
-    how = {n: v for n, v in choices.items() if n in VALUES}
+    how = {n: v for n, v in (made_with(source) | choices).items() if n in VALUES}
     layout = {n: v for n, v in choices.items() if n not in how}
     quantize = how.pop("quantize", None)
     if source.native and to == "native":
@@ -104,7 +112,10 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
         made = adapter_of(source, **choices)
         return made, made
     if source.native and not (quantize or "dtype" in how):
-        made = family(source.model_type).adapter(source.config, **choices) if layout else adapter_of(source, **choices)
+        if not layout:
+            made = adapter_of(source, **choices)
+            return made, made.inverse
+        made = family(source.model_type).adapter(source.config, **made_with(source) | choices)
         return made, made.inverse
     if not source.native and not (choices.keys() - {"quantized"}):
         raise AdapterError(f"{source.path} is a Hugging Face checkpoint already: name a choice, as layout='fused'")
@@ -146,7 +157,9 @@ def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter
     layout = {n: v for n, v in choices.items() if n != "dtype"}
     made = adapter_of(source, **dtype)
     native = source.specs if source.native else made.plan(source.specs).targets
+    notes = whole(source, native)
     found = cross(family(source.model_type), model_type, source.config, native, **layout)
+    found = replace(found, notes=(*found.notes, *notes))
     return (found.adapter if source.native else made >> found.adapter), found
 
 
@@ -156,3 +169,14 @@ def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
     if held and axis_ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     return there._plan(source.specs, held, frozenset(held)) if held else there.plan(source.specs, **axis_ranges)
+
+
+def complete(source: Checkpoint, adapter: Adapter, plan: Plan, to: str, how: Mapping[str, Any]) -> tuple[str, ...]:
+    """The notes on a source from which nothing is missing; else AdapterError."""
+    if to == "native":
+        return whole(source, plan.targets, **how)
+    if not source.native:
+        return whole(source, adapter.plan(source.specs).targets, **how)
+    same = source.origin and source.origin["weight_map"].keys() == plan.targets.keys()
+    back = plan.targets if same or "adapter" in how else plan_from(source, adapter_of(source).inverse).targets
+    return whole(source, source.specs, back, **how)

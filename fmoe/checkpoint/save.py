@@ -1,7 +1,7 @@
 """Native parameters as a directory: shards and an index that Transformers and fmoe read."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,10 +18,13 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
+from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.quantised import Quantised, agreeing
 from fmoe.codecs.survival import Survival, told
+from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
+from fmoe.layout.table import Table
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
@@ -47,7 +50,7 @@ def save(
     layout: "native" writes params as they are; `fmoe.convert` and `fmoe.load` read both. adapter: as `fmoe.adapter`
     gave it, whose config is written as config.json where path has none; without one, that of path's config.json.
     force: replace the checkpoint that path holds; other files in it stay in any case. axis_ranges: which experts these
-    parameters hold, as `e=range(16, 32)`, if not all: only their tensors are written, under their own numbers.
+    parameters hold, as `e=range(16, 32)`, if not all, in layout "native": `fmoe.load` gives them back.
     quantization: as in `Adapter.to_hf`; config.json says what is written. Of weights that were changed since they were
     decoded, as by a merge, and become codes again, the report's notes say how much of the change survives, and
     AdapterError where next to nothing does: quantization=False writes them as they are.
@@ -121,7 +124,10 @@ def prepare(
         raise AdapterError(f"layout={layout!r}: expected 'hf' or 'native'")
     if problems := [problem for n, t in params.items() for problem in _unfit(n, t, sharded)]:
         raise AdapterError(problems)
-    adapter, ranges = _adapter(path, adapter), axis_ranges or {}
+    adapter = _adapter(path, adapter)
+    ranges = narrowed(str((adapter.config or {}).get("model_type")), adapter.config or {}, axis_ranges or {})
+    if layout == "hf":
+        no_part(path, ranges)
     adapter = adapter if quantization is None else adapter.choose(quantization=quantization)
     adapter = replace(adapter, stages=tuple(_telling(s, survived) for s in adapter.stages))
     claim()
@@ -131,7 +137,7 @@ def prepare(
     files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
     small = {INDEX: files.index} if files.index else {}
     if layout == "native":
-        small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges)
+        small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges, _choices(adapter, hf.targets))
     config = _json(path / CONFIG) if (path / CONFIG).exists() else adapter.config
     if config is not None:
         agreed = agreeing(config, adapter.inverse, hf.targets)
@@ -175,9 +181,25 @@ def _adapter(path: Path, adapter: Adapter | None) -> Adapter:
     return adapter_at(str(config.get("model_type")), config)
 
 
-def _origin(hf: Plan, most: int, ranges: Mapping[str, range]) -> str:
+def _choices(adapter: Adapter, names: Iterable[str]) -> dict[str, str]:
+    """The choices that an adapter was made with, as far as names do not say them."""
+    kind = FAMILIES.get(str((adapter.config or {}).get("model_type")))
+    if kind is None:
+        return {}
+    tables = lambda made: [s for s in made.resolve(names).stages if isinstance(s, Table)]
+    how = {"quantized": "keep"} if any(isinstance(s, Quantised) and s.keep for s in adapter.stages) else {}
+    opened = kind.adapter(adapter.config, **how)
+    if tables(opened) == tables(adapter):
+        return how
+    choices = {n: o for stage in opened.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
+    fits = lambda name, label: tables(opened.choose(**{name: label})) == tables(adapter)
+    return how | {name: label for name, labels in choices.items() for label in labels if fits(name, label)}
+
+
+def _origin(hf: Plan, most: int, ranges: Mapping[str, range], choices: Mapping[str, str]) -> str:
     """What the native directory would have been made from."""
     files = Layout.of(hf.targets, shard(hf.targets, most), {})
     facts: dict[str, Any] = {"weight_map": files.files, "metadata": dict.fromkeys(files.heads, {"format": "pt"})}
     facts |= {"ranges": {n: [r.start, r.stop] for n, r in ranges.items()}} if ranges else {}
+    facts |= {"choices": choices} if choices else {}
     return json.dumps(FORMAT | facts | {"index": files.index, "bytes": hf.nbytes}) + "\n"

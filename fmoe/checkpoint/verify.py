@@ -13,6 +13,7 @@ from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.digests import other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
+from fmoe.checkpoint.whole import whole
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError, Problem, bits
@@ -41,6 +42,9 @@ def verify(path: Where | str, progress: Progress = lambda done, of: None, **choi
     adapter = adapter_of(source, **choices)
     there = adapter.inverse if source.native else adapter
     plan = plan_from(source, there)
+    notes = whole(
+        source, source.specs if source.native else plan.targets, plan.targets if source.native else None, **choices
+    )
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
     digests = (source.origin or {}).get("checksums", {})
     wrong = other_bytes(source.path, digests)
@@ -58,7 +62,7 @@ def verify(path: Where | str, progress: Progress = lambda done, of: None, **choi
         raise AdapterError(dict.fromkeys(wrong))
     progress(size, size)
     report = Report(str(path), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
-    notes = (UNKNOWN,) if source.native and not digests else ()
+    notes += (UNKNOWN,) if source.native and not digests else ()
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 
 

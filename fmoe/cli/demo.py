@@ -19,7 +19,6 @@ from fmoe.routing import route
 from fmoe.types import AdapterError, MoEConfig, human, subtree
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "dtype": "float32",
     "num_hidden_layers": 2,

@@ -10,7 +10,7 @@ from fmoe.types import AdapterError
 _FILES = {
     "per_expert": """deepseek_kin deepseek_v2 deepseek_v3 dots3_note encoder_decoder general longcat_flash nemotron_h
         olmoe qwen2_moe qwen3_moe""",
-    "renamed": "deepseek_v4 ernie4_5_vl_moe hunyuan minimax mixtral under_mlp",
+    "renamed": "deepseek_v4 deepseek_v41 ernie4_5_vl_moe hunyuan hunyuan_image minimax mixtral under_mlp",
     "fused": "feed_forward gemma4 gpt_oss in_memory inkling qwen3_5_moe stacked step3p5",
 }
 

@@ -8,6 +8,7 @@ from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.config import exports, ignored, quantization_of, weight_block
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
+from fmoe.families.sparse import ANY
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
@@ -36,7 +37,8 @@ class Family:
     activations: the config's name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises;
     None: no FP8 form. formats: if not that, the quantised formats that it has, and what names a fresh export writes in
     each. unsaid: config fields that MoEConfig cannot express when they are set, and why. sizes: further letters of the
-    rules, and the config's names for their sizes (a second tower's). source: where it is published.
+    rules, and the config's names for their sizes (a second tower's). sparse: how the config says which layers have
+    experts, names of `fmoe.families.sparse.WAYS`; "": in no way. source: where it is published.
     verified: what the tests compare with Transformers, one of `VERIFIED`.
     """
 
@@ -50,6 +52,7 @@ class Family:
     formats: Mapping[str, str | None] = field(default_factory=dict)
     unsaid: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
+    sparse: str = ANY
     source: str = ""
     verified: str = "keys"
 

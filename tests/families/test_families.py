@@ -148,16 +148,24 @@ PUBLISHED: dict[str, tuple[str, tuple[str, str], str]] = {
     "bailing_moe": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "bailing_moe_v2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "deepseek_ocr2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
+    "deepseek_v41": ("layers.1.ffn.experts.", W123, ""),
+    "deepseek_v41_text": ("layers.1.ffn.experts.", W123, ""),
     "diffusion_gemma": ("model.decoder.layers.1.experts.", STACKED, "model.decoder.layers.1.moe.experts."),
     "gemma4": ("model.language_model.layers.1.experts.", STACKED, "model.language_model.layers.1.moe.experts."),
     "hy_mt2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
+    "hy_v4_vl": ("model.language_model.layers.1.mlp.experts.", STACKED, ""),
+    "hy_v4_vl_text": ("model.layers.1.mlp.experts.", STACKED, ""),
     "inkling2": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
+    "inkling2_loop": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
+    "inkling2_loop_text": ("model.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
     "inkling_mm_model": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
     "kimi_k25": ("language_model.model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "kimi_k3": (
         "language_model.model.layers.1.block_sparse_moe.experts.", W123, "language_model.model.layers.1.mlp.experts."
     ),
+    "lara_mini": ("model.layers.1.mlp.experts.", STACKED, ""),
     "llama4": ("language_model.model.layers.1.feed_forward.experts.", TRANSPOSED, ""),
+    "mimo_v2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "minimax_m3_vl": (
         "language_model.model.layers.1.block_sparse_moe.experts.", W123, "language_model.model.layers.1.mlp.experts."
     ),
@@ -171,8 +179,12 @@ PUBLISHED: dict[str, tuple[str, tuple[str, str], str]] = {
         ("{e}.up_proj.weight [i d]", "{e}.down_proj.weight [d i]"),
         "",
     ),
+    "qwen3_8_flash_next": ("model.language_model.layers.1.mlp.experts.", STACKED, ""),
+    "qwen3_8_flash_next_text": ("model.layers.1.mlp.experts.", STACKED, ""),
     "qwen3_omni_moe": ("thinker.model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "qwen3_vl_moe": ("model.language_model.layers.1.mlp.experts.", TRANSPOSED, ""),
+    "sarvam_mla": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
+    "sarvam_moe": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
     "step3p7": ("model.layers.1.moe.", STEP, "model.layers.1.moe.experts."),
     "unlimited_ocr": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
 }  # fmt: skip
@@ -215,6 +227,57 @@ def test_published_names_become_the_native_stacks(model_type):
     same(adapter.to_hf(params), hf_tensors)
 
 
+def test_hunyuan_image_has_up_before_gate_and_lists_for_numbers():
+    D, I, S, E, block = 6, 4, 5, 3, "model.layers.0.mlp."
+    tensors = {f"{block}experts.{e}.gate_and_up_proj.weight": torch.randn(2 * I, D) for e in range(E)}
+    tensors |= {f"{block}experts.{e}.down_proj.weight": torch.randn(D, I) for e in range(E)}
+    tensors |= {block + "shared_mlp.gate_and_up_proj.weight": torch.randn(2 * S, D)}
+    tensors |= {block + "shared_mlp.down_proj.weight": torch.randn(D, S), "vae.x.weight": torch.ones(2)}
+    tensors |= {block + "gate.wg.weight": torch.randn(E, D)}
+    sizes = dict(num_experts=[E, E], moe_topk=[2, 2], hidden_size=D, moe_intermediate_size=[I, I])
+    adapter = fmoe.adapter("hunyuan_image_3_moe", sizes)
+    native = adapter.from_hf(tensors)
+    same(adapter.to_hf(native), tensors)
+    for e, (up, gate) in enumerate(tensors[f"{block}experts.{e}.gate_and_up_proj.weight"].split(I) for e in range(E)):
+        assert torch.equal(native[block + "experts.gate_and_up_projs"][e], torch.cat([gate, up]).T)
+    up, gate = tensors[block + "shared_mlp.gate_and_up_proj.weight"].split(S)
+    assert torch.equal(native[block + "shared_experts.gate_proj.weight"], gate)
+    assert torch.equal(native[block + "shared_experts.up_proj.weight"], up)
+    assert torch.equal(native[block + "gate.weight"], tensors[block + "gate.wg.weight"])
+    other = fmoe.adapter("hunyuan_image_3_moe", sizes | dict(num_experts=[E, E + 1]))
+    with pytest.raises(fmoe.AdapterError, match="num_experts"):
+        other.moe_config  # noqa: B018
+
+
+def test_the_draft_of_deepseek_v41_has_experts_of_its_own_number():
+    D, I, blocks = 6, 4, {"layers.0.ffn.": 3, "mtp.0.ffn.": 2}
+    shape = dict(w1=(I, D), w3=(I, D), w2=(D, I))
+    tensors = {
+        f"{b}experts.{e}.{w}.weight": torch.randn(s)
+        for b, n in blocks.items()
+        for e in range(n)
+        for w, s in shape.items()
+    }
+    tensors |= {b + "gate.weight": torch.randn(n, D) for b, n in blocks.items()}
+    tensors |= {f"layers.0.ffn.gate.{p}": torch.randn(3) for p in ("bias", "bias_vl")}
+    tensors |= {
+        "layers.0.hc_attn_fn": torch.randn(2),
+        "layers.0.attn.attn_sink": torch.randn(2),
+        "head.weight": torch.randn(2, 2),
+    }
+    text = dict(n_routed_experts=3, dspark_n_routed_experts=2, hidden_size=D, moe_intermediate_size=I)
+    adapter = fmoe.adapter("deepseek_v41", dict(text_config=text))
+    native = adapter.from_hf(tensors)
+    same(adapter.to_hf(native), tensors)
+    assert {b: tuple(native[b + "experts.down_projs"].shape) for b in blocks} == {
+        b: (n, I, D) for b, n in blocks.items()
+    }
+    assert {"layers.0.ffn.gate.e_score_correction_bias", "layers.0.attn_hc.fn"} <= native.keys()
+    missing = {n: t for n, t in tensors.items() if n != "mtp.0.ffn.experts.1.w2.weight"}
+    with pytest.raises(fmoe.AdapterError, match="mtp.0.ffn.experts.1.w2.weight"):
+        adapter.from_hf(missing)
+
+
 def test_what_a_family_says_of_its_verification_is_what_these_tests_do():
     by_model = {hf.build(n).config.model_type for n in hf.MODELS} | {"step3p5"}
     assert not by_model & zoo.MODELS.keys()
@@ -223,7 +286,7 @@ def test_what_a_family_says_of_its_verification_is_what_these_tests_do():
     of = lambda *kinds: {name for name, kind in FAMILIES.items() if kind.verified in kinds}
     assert of("block", "experts", "round trip") == compared
     assert of("block") >= by_model  # test_parity compares whole blocks
-    assert of("keys") == PUBLISHED.keys() - compared
+    assert of("keys") == (PUBLISHED.keys() | {"hunyuan_image_3_moe"}) - compared
     assert of("laws") == {"per_expert", "per_expert_non_gated"}
 
 

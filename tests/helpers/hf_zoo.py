@@ -186,17 +186,19 @@ def build(name: str, seed: int = 0) -> Any:
     """The tiny random model of `MODELS[name]`, in fp32."""
     arch, own = MODELS[name]
     cls = getattr(transformers, arch)
-    parts = getattr(cls.config_class, "sub_configs", {})
-    if "text_config" in parts:
-        tiny = dict(text_config=COMMON, vision_config=VISION, audio_config=AUDIO)
-        own = dict(own)
-        fitted = {part: fitting(kind, tiny[part]) | own.pop(part, {}) for part, kind in parts.items()}
-        config = cls.config_class(**fitted | dict(text_config=fitted["text_config"] | own))
-    else:
-        config = cls.config_class(**fitting(cls.config_class, COMMON) | own)
-    model = cls._from_config(config, dtype=torch.float32, experts_implementation="eager").eval()
+    model = cls._from_config(config(cls, own), dtype=torch.float32, experts_implementation="eager").eval()
     hf.randomise(model, seed)
     return model
+
+
+def config(cls: Any, own: Config) -> Any:
+    """A class's tiny config: `COMMON`, as far as it has such fields, and its own."""
+    parts = getattr(cls.config_class, "sub_configs", {})
+    if "text_config" not in parts:
+        return cls.config_class(**fitting(cls.config_class, COMMON) | own)
+    tiny, own = dict(text_config=COMMON, vision_config=VISION, audio_config=AUDIO), dict(own)
+    fitted = {part: fitting(kind, tiny[part]) | own.pop(part, {}) for part, kind in parts.items()}
+    return cls.config_class(**fitted | dict(text_config=fitted["text_config"] | own))
 
 
 @cache

@@ -45,6 +45,7 @@ checkpoint.remote
 checkpoint.files
 checkpoint.staging
 checkpoint.stream
+checkpoint.whole
 checkpoint.open
 checkpoint.sizes checkpoint.stats
 checkpoint.diff

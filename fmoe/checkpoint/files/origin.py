@@ -49,6 +49,9 @@ def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
     ranges = found.get("ranges", {})
     if not isinstance(ranges, dict) or not all(n.isidentifier() and _range(ends) for n, ends in ranges.items()):
         raise AdapterError(f"{path} has ranges {short(ranges)}, expected the first index and the end, by axis")
+    choices = found.get("choices", {})
+    if not isinstance(choices, dict) or not all(n.isidentifier() and isinstance(v, str) for n, v in choices.items()):
+        raise AdapterError(f"{path} has choices {short(choices)}, expected the names of layouts, by choice")
     for file, texts in found["metadata"].items():
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise AdapterError(f"{path} has for {short(file)} the metadata {short(texts)}, expected texts by name")

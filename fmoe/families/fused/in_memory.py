@@ -5,6 +5,8 @@ from dataclasses import replace
 from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, MLP, fused, transposed
 from fmoe.families.per_expert.nemotron_h import MIXER, nemotron_h
+from fmoe.families.per_expert.qwen2_moe import qwen2_moe
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import keep, rule, together
 
 zaya = Family(
@@ -49,6 +51,7 @@ openai_privacy_filter = Family(
     fixed=dict(
         expert_activation="swigluoai", expert_bias=True, router_bias=True, score_func="softmax of the K best, over K"
     ),
+    sparse=EVERY,
     source="openai/privacy-filter",
     verified="experts",
 )
@@ -62,5 +65,14 @@ nemo_speechlm = replace(
     )
     | KEPT,
     source="nvidia/NVIDIA-Nemotron-3.5-Transcribe-30B-A4B",
+    verified="keys",
+)
+
+lara_mini = Family(  # the shared expert is added without a gate
+    model_types=("lara_mini",),
+    rules=fused() | rule(MLP + "shared_expert.{rest}", MLP + "shared_experts.{rest}") | KEPT,
+    fields=qwen2_moe.fields,
+    fixed=dict(n_shared_experts=1, score_func="softmax in fp32, in the order of a class that is not compared"),
+    source="the class lara_mini of Transformers 5.24",
     verified="keys",
 )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from fmoe.families.fused.stacked import mistral4
 from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, rule, together
 
 inkling = Family(
@@ -30,8 +31,16 @@ inkling2 = replace(
     fields=inkling.fields | dict(route_scale="route_scale routed_scaling_factor"),
     fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True, router_weights_fp32=True),
     unsaid=dict(mlp_gate_softcap="caps gate and up softly: no expert_activation does"),
+    sparse=EVERY,
     source="thinkingmachines/Inkling-2-Small-MXFP8, decoded to bf16",
     verified="round trip",
 )
 inkling2_multimodal = replace(inkling2, model_types=("inkling2",), verified="keys")
 inkling_mm = replace(inkling, model_types=("inkling_mm_model",), verified="keys")
+
+inkling2_loop = replace(
+    inkling2,
+    model_types=("inkling2_loop", "inkling2_loop_text"),
+    source="Inkling-2-Mini, decoded to bf16",
+    verified="keys",
+)

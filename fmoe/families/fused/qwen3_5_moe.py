@@ -1,7 +1,10 @@
 """Qwen3.5-MoE: experts fused [E, out, in] in the decoder; in MTP fused or one by one; both one by one in FP8."""
 
+from dataclasses import replace
+
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, fused, per_expert
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, rule
 
 DECODER = "{pre=model.language_model.|model.|language_model.|}layers.{l}.mlp.experts."
@@ -33,6 +36,14 @@ qwen3_5_moe = Family(
     ),
     fixed=dict(n_shared_experts=1, shared_expert_gate=True, softmax_before_topk=True, norm_topk_prob=True),
     fp8=EXPERTS_ONLY,
+    sparse=EVERY,
     source="Qwen/Qwen3.5-35B-A3B, Qwen/Qwen3.5-35B-A3B-FP8",
     verified="block",
+)
+
+qwen3_8_flash_next = replace(  # the shards of its table of n-grams pass as they are
+    qwen3_5_moe,
+    model_types=("qwen3_8_flash_next", "qwen3_8_flash_next_text"),
+    source="Qwen3.8-Flash-Next, as Automodel 0.7.0 reads it",
+    verified="keys",
 )

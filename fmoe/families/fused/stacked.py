@@ -5,6 +5,7 @@ from dataclasses import replace
 from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, fused, transposed
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, keep, rule, together
 
 GRANITE = LAYER + "block_sparse_moe."
@@ -23,6 +24,7 @@ granitemoe = Family(
     )
     | KEPT,
     fields=FIELDS,
+    sparse=EVERY,
     source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-tiny, granite-swash-3b-a600m",
     verified="block",
 )
@@ -45,6 +47,7 @@ aria = Family(
         n_activated_experts="moe_topk",
         n_shared_experts="moe_num_shared_experts",
     ),
+    sparse=EVERY,
     source="rhymes-ai/Aria",
     verified="block",
 )
@@ -61,6 +64,7 @@ jetmoe = Family(
     | KEPT,
     fields=FIELDS,
     activation_field="activation_function",
+    sparse=EVERY,
     source="jetmoe/jetmoe-8b",
     verified="block",
 )
@@ -80,6 +84,7 @@ dbrx = Family(
         moe_inter_dim="ffn_hidden_size",
     ),
     fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_weights_fp32=True),
+    sparse=EVERY,
     source="databricks/dbrx-instruct",
     verified="block",
 )

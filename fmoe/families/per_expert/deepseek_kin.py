@@ -59,6 +59,10 @@ hy_v4 = replace(
     verified="experts",
 )
 
+hy_v4_vl = replace(
+    hy_v4, model_types=("hy_v4_vl", "hy_v4_vl_text"), source="the class hy_v4_vl of Transformers 5.24", verified="keys"
+)
+
 mistral_large4 = replace(
     deepseek_v3,
     model_types=("mistral_large4_text",),

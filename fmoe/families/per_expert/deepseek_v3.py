@@ -59,3 +59,14 @@ kimi_k25_vl = replace(
     source="moonshotai/Kimi-K2.5, moonshotai/Kimi-K2.6",
     verified="keys",
 )
+
+mimo_v2 = replace(  # QKV of attention, fused and quantised shard by shard, is passed on as it is
+    mimo_v2_flash,
+    model_types=("mimo_v2",),
+    source="MiMo-V2.5 and MiMo-V2.5-Pro, as Automodel 0.7.0 reads them",
+    verified="keys",
+)
+
+sarvam_mla = replace(
+    deepseek_v3, model_types=("sarvam_mla",), source="the class sarvam_mla of Transformers 5.24", verified="keys"
+)

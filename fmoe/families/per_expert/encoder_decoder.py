@@ -20,6 +20,7 @@ switch_transformers = Family(
     fixed=dict(n_activated_experts=1),
     activations=RELU_IS_NONE_OF_OURS,
     activation_field="dense_act_fn",
+    sparse="",
     source="google/switch-base-8",
     verified="round trip",
 )
@@ -42,6 +43,7 @@ nllb_moe = Family(
     fixed=dict(n_activated_experts=2, expert_bias=True),
     activations=RELU_IS_NONE_OF_OURS,
     activation_field="activation_function",
+    sparse="",
     source="facebook/nllb-moe-54b",
     verified="round trip",
 )

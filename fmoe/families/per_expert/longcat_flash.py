@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
+from fmoe.families.sparse import EVERY
 
 longcat_flash = replace(
     deepseek_v3,
@@ -16,6 +17,7 @@ longcat_flash = replace(
     ),
     fixed=dict(score_func="softmax over experts and zero experts"),
     fp8=None,
+    sparse=EVERY,
     source="meituan-longcat/LongCat-Flash-Chat",
     verified="experts",
 )

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 from fmoe.families.per_expert.qwen2_moe import qwen2_moe
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.sparse import EVERY
 
 olmoe = replace(
     qwen3_moe,
     model_types=("olmoe", "flex_olmo"),
     fields=qwen3_moe.fields | dict(moe_inter_dim="intermediate_size"),
+    sparse=EVERY,
     source="allenai/OLMoE-1B-7B-0924, allenai/FlexOlmo-7x7B-1T",
 )
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, MLP, experts
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
 
 LINEAR = "{pre}layers.{l}.linear_attn."
@@ -23,6 +24,7 @@ qwen2_moe = Family(
     ),
     fixed=dict(n_shared_experts=1, shared_expert_gate=True, softmax_before_topk=True),
     fp8=EXPERTS_ONLY,
+    sparse=EVERY,
     source="Qwen/Qwen1.5-MoE-A2.7B",
     verified="block",
 )
@@ -38,6 +40,7 @@ qwen3_next = replace(
 qwen4_exp = replace(
     qwen2_moe,
     model_types=("qwen4_exp", "qwen4_exp_text"),
+    sparse=EVERY,
     source="Qwen/Qwen4-Exp",
 )
 

@@ -2,6 +2,7 @@
 
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, experts
+from fmoe.families.sparse import EVERY
 
 qwen3_moe = Family(
     model_types=("qwen3_moe",),
@@ -16,6 +17,7 @@ qwen3_moe = Family(
     ),
     fixed=dict(softmax_before_topk=True),
     fp8=EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.mlp\.(gate|up|down)_proj\.weight",
+    sparse=EVERY,
     source="Qwen/Qwen3-30B-A3B, Qwen/Qwen3-30B-A3B-FP8",
     verified="block",
 )

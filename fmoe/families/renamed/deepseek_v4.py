@@ -3,6 +3,7 @@
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, LAYER, MLP, SHARED, block, fused
 from fmoe.families.renamed.mixtral import WORDS
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, rule
 
 MTP = "{pre}mtp.{l}."
@@ -34,6 +35,7 @@ deepseek_v4 = Family(
         "mxfp4 .scale": EXPERTS_ONLY,
         "fp8 blocks .scale": r".*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight|.*\.shared_experts\.w[123]\.weight",
     },
+    sparse=EVERY,
     source="deepseek-ai/DeepSeek-V4-Flash, deepseek-ai/DeepSeek-V4-Flash-Base",
     verified="experts",
 )

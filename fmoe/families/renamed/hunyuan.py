@@ -5,6 +5,7 @@ from dataclasses import replace
 from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
 
 hunyuan_v1_moe = replace(
@@ -22,6 +23,7 @@ hunyuan_v1_moe = replace(
     ),
     fixed=dict(softmax_before_topk=True, norm_topk_prob=True, n_shared_experts=1),
     fp8=None,
+    sparse=EVERY,
     source="tencent/Hunyuan-A13B-Instruct",
 )
 

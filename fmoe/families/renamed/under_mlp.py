@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
+from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
 
 laguna = replace(
@@ -91,6 +92,13 @@ ling_v2 = replace(
     verified="keys",
 )
 
+sarvam_moe = replace(  # Bailing's names: `mlp.gate.expert_bias`, `word_embeddings`, `query_key_value`
+    ling_v2,
+    model_types=("sarvam_moe",),
+    fields=ling_v2.fields | dict(n_routed_experts="num_experts n_routed_experts"),
+    source="the class sarvam_moe of Transformers 5.24",
+)
+
 kolibri1 = replace(
     deepseek_v3,
     model_types=("kolibri1",),
@@ -105,6 +113,7 @@ kolibri1 = replace(
     ),
     fixed=dict(n_shared_experts=1, score_func="sigmoid, chosen by logit and bias"),
     fp8=None,
+    sparse=EVERY,
     source="Aleph-Alpha/Kolibri-1",
     verified="experts",
 )

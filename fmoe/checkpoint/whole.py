@@ -1,0 +1,59 @@
+"""Is a directory whole? What its config, class and own layers demand, and what `fmoe.json` says must come back."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
+from fmoe.families import FAMILIES
+from fmoe.families.complete import Gaps, gaps
+from fmoe.families.kind import as_dict
+from fmoe.layout.claims import some
+from fmoe.types import AdapterError, Problem
+
+
+def gaps_of(
+    source: Checkpoint, native: Iterable[str], back: Mapping[str, object] | None = None, **choices: Any
+) -> Gaps:
+    """What a directory lacks, and notes on what is absent as a whole.
+
+    native: its native names. back: of a native directory, the HF names that come back from it. choices: those that
+    native was made with; of rules of one's own, and of another system, nobody knows what is whole.
+    """
+    choices = (source.origin or {}).get("choices", {}) | choices
+    foreign = "adapter" in choices or choices.get("system", "native") != "native"
+    kind = None if foreign else FAMILIES.get(source.model_type)
+    found = gaps(kind, source.config, native) if kind else Gaps([], [])
+    if source.origin is None or back is None:
+        return found
+    lost = [n for n in source.origin["weight_map"] if n not in back]
+    text = f"{some(lost)}: in {NATIVE} as what the directory was made from, and no native tensor gives it back"
+    return Gaps([*found.problems, *([Problem(text, tuple(lost))] if lost else [])], found.notes)
+
+
+def narrowed(model_type: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, range]:
+    """The ranges among choices, less those of all experts."""
+    ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
+    kind = FAMILIES.get(model_type)
+    count = kind.values(as_dict(config)).get("n_routed_experts") if kind else None
+    return {n: v for n, v in ranges.items() if (n, v) != ("e", range(count or 0))}
+
+
+def no_part(path: object, ranges: Mapping[str, Any]) -> None:
+    """Raises AdapterError where a Hugging Face checkpoint would hold a range: its router and config are for all."""
+    if ranges:
+        held = ", ".join(f"{n}={v}" for n, v in ranges.items())
+        text = (
+            f"{path} would be a part of a Hugging Face checkpoint ({held}), with a router and a config for all experts"
+        )
+        raise AdapterError(f"{text}. Fix: write a part as 'native', or all experts")
+
+
+def whole(
+    source: Checkpoint, native: Iterable[str], back: Mapping[str, object] | None = None, **choices: Any
+) -> tuple[str, ...]:
+    """The notes on a directory that is whole. Raises AdapterError with all that is missing."""
+    found = gaps_of(source, native, back, **choices)
+    if found.problems:
+        fix = f"{source.path} is not whole: download what is missing, or mend config.json"
+        raise AdapterError([*found.problems, fix])
+    return tuple(found.notes)

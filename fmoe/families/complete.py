@@ -1,0 +1,156 @@
+"""Is a checkpoint whole? Its native names against its config, its class in Transformers, and one another.
+
+A layer that the config gives experts has them; what the class has is there (`known`); what one layer of a kind has,
+most of that kind have; a layer for multi-token prediction that is there at all is there whole.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fmoe.families.kind import Family, as_dict
+from fmoe.families.known import Layers, absent, by_stack, decoder, entries, groups, lacking, towers
+from fmoe.families.sparse import LISTS, layer_count, sparse_layers
+from fmoe.layout.claims import some
+from fmoe.layout.entries import walk
+from fmoe.layout.notation import Rule
+from fmoe.layout.table import Table
+from fmoe.types import Problem
+
+AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_layers")
+"""The config's names for how many layers predict further tokens."""
+JOINTS = (("eh_proj", "enorm", "hnorm"), ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden"), ("e_proj", "h_proj"))
+"""What joins such a layer to the model, under the names of some families."""
+LAYERS = ("layers", "blocks", "block", "h", "mtp")
+PARTS = ("gate_and_up_projs", "down_projs")
+COUNTED = re.compile(r"layer|interval|period|step|first|skip|offset|freq|shared")
+
+
+class Gaps(NamedTuple):
+    """problems: what is missing, with names. notes: what is absent as a whole, and may be meant so."""
+
+    problems: list[Problem]
+    notes: list[str]
+
+
+def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
+    """What a checkpoint with these native names lacks. config: as config.json has it.
+
+    >>> from fmoe.families import family
+    >>> config = {"num_hidden_layers": 2, "num_experts": 4, "mlp_only_layers": [1]}
+    >>> gaps(family("qwen3_moe"), config, ["model.layers.0.mlp.gate.weight"]).problems[0].text
+    "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
+    """
+    said, names = as_dict(config), list(names)
+    stacks, count = by_stack(names), layer_count(said)
+    main = decoder(stacks)
+    count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
+    sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(said, kind.sparse)
+    missing = dict.fromkeys(absent(config, stacks, sparse, count))
+    ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
+    known_class = bool(said.get("architectures")) and bool(entries(config))
+    for stack, layers in stacks.items():
+        if layer_count(said) is not None and stack.rpartition(".")[2] in LAYERS:
+            text = stack == main
+            few = text and not known_class
+            missing |= dict.fromkeys(_unlike(stack, ours if text else layers, said if text else {}, few))
+    none = bool(kind.values(said).get("n_routed_experts")) and not any(n.endswith("down_projs") for n in names)
+    experts = _experts(kind, main, ours, sparse, none)
+    told = {n for problem in experts for n in problem.keys}
+    ahead, notes = _ahead(said, main, count, stacks)
+    notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
+    return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead)], notes)
+
+
+def _missing(names: list[str]) -> list[Problem]:
+    """One sentence for all names that differ in numbers alone."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return [Problem(f"{some(same)}: missing", tuple(same)) for same in alike.values()]
+
+
+def _experts(kind: Family, main: str, layers: Layers, sparse: set[int] | None, none: bool) -> list[Problem]:
+    """Layers that should have experts and have none, or half of them. none: no tensor at all is of experts."""
+    ends = lambda layer: {n.rpartition(".")[2] for n in layer}
+    if sparse is None:  # the config does not say which; some must have
+        sparse = {*layers} if none and main else set()
+    problems = []
+    for l in sorted(sparse):
+        there = layers.get(l, set())
+        if lost := [f"{main}.{l}.{_block(kind)}experts.{part}" for part in PARTS if part not in ends(there)]:
+            beside = sorted(n for n in there if n.startswith(_block(kind)) and not n.endswith(PARTS))
+            found = f"found {', '.join(f'{main}.{l}.{n}' for n in beside[:6])}" if beside else "found nothing"
+            text = f"layer {f'{main}.{l}'!r} has no experts: expected {', '.join(map(repr, lost))}, {found} beside"
+            problems.append(Problem(text, (*lost, *(f"{main}.{l}.{n}" for n in beside))))
+    return problems
+
+
+def _block(kind: Family) -> str:
+    """What stands between a layer's number and `experts.`, natively."""
+    tables = [stage for stage in kind.rules.stages if isinstance(stage, Table)]
+    rules = [entry.target for t in tables for entry in walk(t.entries) if isinstance(entry, Rule)]
+    name = next(side.name for side in rules if side.name.endswith("gate_and_up_projs"))
+    return name.rpartition("}.")[2].removesuffix("experts.gate_and_up_projs")
+
+
+def _modules(sets: Iterable[Iterable[str]]) -> set[str]:
+    return {n.partition(".")[0] for names in sets for n in names}
+
+
+def _unlike(stack: str, layers: Layers, said: Mapping[str, Any], few: bool) -> Iterator[str]:
+    """What a layer lacks that most others of its kind have. few: that half of them have."""
+    kinds: dict[tuple[Any, ...], list[int]] = {}
+    for l in layers:
+        kinds.setdefault(_kind(said, l, len(layers)), []).append(l)
+    for alike in kinds.values():
+        have = Counter(n for l in alike for n in layers[l])
+        most = {n for n, times in have.items() if 2 * times > len(alike) or few and 2 * times == len(alike)}
+        for l in alike:
+            if any(layers[l] < layers[other] for other in alike):
+                yield from (f"{stack}.{l}.{n}" for n in sorted(most - layers[l]))
+
+
+def _kind(said: Mapping[str, Any], l: int, count: int) -> tuple[Any, ...]:
+    """All that a config says of one layer: its entry in every list, its side of every number that counts layers."""
+    found: list[Any] = []
+    for field, value in said.items():
+        lists = value.values() if isinstance(value, dict) else [value]
+        for each in lists:
+            if isinstance(each, list) and l < len(each) >= count > 1 or field in LISTS and isinstance(each, str):
+                found.append(str(each[l : l + 1]))
+            elif isinstance(each, list):
+                found.append((l in each, l + 1 in each))
+        if type(value) is int and 1 < value < count and COUNTED.search(field):
+            found.append((l < value, l >= count - value, l % value))
+    return tuple(found)
+
+
+def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, Layers]) -> tuple[list[str], list[str]]:
+    """What layers for multi-token prediction lack; a note where the config declares some and there is none."""
+    field, declared = next(((n, v) for n in AHEAD if type(v := said.get(n)) is int and v > 0), ("", 0))
+    if not declared:
+        return [], []
+    held = {f"{main}.{l}": s for l, s in stacks.get(main, {}).items() if l >= count}
+    beside = [s for s in stacks if "mtp" in s.split(".")]
+    held |= {f"{s}.{l}": layer for s in beside for l, layer in stacks[s].items() if s.rpartition(".")[2] in LAYERS}
+    bare = {n for n in stacks.get("", {}).get(0, set()) if n.startswith("mtp.")}
+    if not held and not bare:
+        where = f"{main}.{count} or mtp"
+        return [], [f"config.json has {field} {declared}, and no tensor is of such a layer ({where}): MTP is absent"]
+    missing = [f"{main}.{l}" for l in range(count, count + declared)] if len(held) < declared else []
+    missing = [n for n in missing if n not in held][: declared - len(held)]
+    modules = groups(s for l, s in stacks.get(main, {}).items() if l < count)
+    for name, layer in held.items():
+        mine, joints = _modules([layer]), {n for names in JOINTS for n in names} | {"final_layernorm"}
+        other = mine - _modules(n for sets in modules for n in sets) - joints  # as many modules under other names
+        gone = [sets for sets in modules if not _modules(sets) & mine]
+        alike = name.startswith(main + ".") or len(other) < len(gone)
+        own = [sets for sets in modules if alike or sets not in gone]
+        missing += [f"{name}.{n}" for n in lacking(own, layer)]
+    ends = {n.removesuffix(".weight").rpartition(".")[2] for n in (*bare, *(n for s in held.values() for n in s))}
+    joint = max(JOINTS, key=lambda names: len(ends & {*names}))
+    if ends & {*joint}:
+        missing += [f"{next(iter(held), 'mtp')}.{n}.weight" for n in joint if n not in ends]
+    return missing, []

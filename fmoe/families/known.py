@@ -1,0 +1,144 @@
+"""Which tensors a model must have, as Transformers' classes say it: data that `tests/helpers/known_names.py` wrote.
+
+An entry is a class: `forms`, as published and as in memory. Of a form, `stem` stands before the layers; `root`: names
+outside of layers; `tied`: those of them that are not saved where embeddings are tied; `towers`: what stands beside the
+text model; `stacks`: for each stack of layers its modules, each the smallest sets of names, one of which a layer has.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)", re.ASCII)
+_STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
+
+_BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
+
+Layers = dict[int, set[str]]
+Groups = list[list[list[str]]]
+
+
+@cache
+def known() -> dict[str, dict[str, Any]]:
+    """Model type -> its entry."""
+    return dict(json.loads(Path(__file__).with_name("known.json").read_text()))
+
+
+def by_stack(names: Iterable[str]) -> dict[str, Layers]:
+    """Stack -> layer -> what is in it, further numbers blanked; "" has in 0 what is in no stack.
+
+    >>> by_stack(["model.layers.3.norm.weight", "lm_head.weight"])
+    {'model.layers': {3: {'norm.weight'}}, '': {0: {'lm_head.weight'}}}
+    """
+    found: dict[str, Layers] = {}
+    for name in names:
+        name = _STORED.sub(lambda hit: ".weight" if hit[1] else "", name)
+        hit = NUMBERED.match(name)
+        stack, layer, rest = (hit[1], int(hit[2]), hit[3]) if hit else ("", 0, name)
+        found.setdefault(stack, {}).setdefault(layer, set()).add(
+            re.sub(r"(?<=\.)\d+(?=\.)", "#", rest) if hit else rest
+        )
+    return found
+
+
+def decoder(stacks: Mapping[str, Layers]) -> str:
+    """The stack of the text model's layers: that of most layers with experts, or of most layers."""
+    has = lambda layer: any(n.rpartition(".")[2] == "down_projs" for n in layer)
+    plain = [s for s in stacks if s and not _BESIDE.search(s)]
+    return max(plain, key=lambda s: (sum(map(has, stacks[s].values())), len(stacks[s]), s), default="")
+
+
+def lacking(groups: Groups, layer: set[str], sparse: bool | None = None) -> list[str]:
+    """What a layer lacks of the set that is nearest to it, module by module. sparse: if it has experts, where known."""
+    missing: list[str] = []
+    for sets in groups:
+        experts = [s for s in sets if any(".experts." in n for n in s)]
+        fit = (experts if sparse else [s for s in sets if s not in experts]) if sparse is not None and experts else sets
+        best = min(fit or sets, key=lambda s: (len({*s} - layer) - len({*s} & layer), s))
+        missing += [n for n in best if n not in layer]
+    return missing
+
+
+def entries(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool] | None:
+    """The entry of the class that a config names, and whether it is that class's: else only its text model is known."""
+    arch = next(iter(config.get("architectures") or ()), None)
+    entry = known().get(str(config.get("model_type")))
+    text = known().get(str((config.get("text_config") or {}).get("model_type")))
+    if arch is None or not (entry or text):
+        return None
+    whole = entry is not None and entry["class"] == arch
+    return (entry if whole else text or entry), whole  # type: ignore[return-value]
+
+
+def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int] | None, count: int) -> list[str]:
+    """Names that the config's class has and that are not there. config: whole, as config.json has it."""
+    found = entries(config)
+    if not found:
+        return []
+    entry, whole = found
+    ways = [_absent(form, stacks, sparse, count, whole) for form in entry["forms"]]
+    tied = _tied(config, entry)
+    return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
+
+
+def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
+    """Whether the output embedding is the input's."""
+    said = [c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {})]
+    return any(said) if any(v is not None for v in said) else entry["tied"]
+
+
+def _absent(
+    form: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int] | None, count: int, whole: bool
+) -> tuple[list[str], set[str]]:
+    """What is missing of a form, and those of its names that may be tied, under the stem that is there."""
+    main, here = _main(form), decoder(stacks)
+    here = main if main in stacks else here
+    stem = here.rpartition(".")[0] + "." if "." in here else ""
+    moved = lambda name: stem + name.removeprefix(form["stem"]) if name.startswith(form["stem"]) else name
+    bare = stacks.get("", {}).get(0, set())
+    tail = lambda name: name[name.find("lm_head") :] if "lm_head" in name else None
+    held = lambda name: name in bare or tail(name) in map(tail, bare) and tail(name) is not None
+    ours = [n for n in form["root"] if whole or n.startswith(form["stem"]) and "lm_head" not in n]
+    missing = [n for n in map(moved, ours) if not held(n)]
+    for stack, groups in form["stacks"].items():
+        name, text = moved(stack), stack == main
+        layers = {l: s for l, s in stacks.get(name, {}).items() if not text or l < count}
+        for l in sorted({*layers, *(range(count) if text else ())}):
+            known_sparse = None if sparse is None or not text else l in sparse
+            missing += [f"{name}.{l}.{n}" for n in lacking(groups, layers.get(l, set()), known_sparse)]
+    return missing, {moved(n) for n in form["tied"]}
+
+
+def _main(form: Mapping[str, Any]) -> str:
+    """The stack of a form's text model."""
+    experts = lambda stack: any(".experts." in n for sets in form["stacks"][stack] for s in sets for n in s)
+    stem = lambda stack: stack.rpartition(".")[0] + "." if "." in stack else ""
+    return next((s for s in form["stacks"] if stem(s) == form["stem"] and experts(s)), form["stem"] + "layers")
+
+
+def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Parts beside the text model that the class has and of which nothing is there: a text-only checkpoint."""
+    entry = known().get(str(config.get("model_type")))
+    if entry is None or [entry["class"]] != config.get("architectures"):
+        return []
+    names = list(names)
+    return [part for part in entry["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]
+
+
+def groups(seen: Iterable[Iterable[str]]) -> Groups:
+    """For each module that all layers have, and for all the others as one: the smallest sets of names seen in it.
+
+    >>> groups([{"norm.w", "mlp.up"}, {"norm.w", "mlp.up", "mlp.bias"}])
+    [[['mlp.up']], [['norm.w']]]
+    """
+    whole = {frozenset(layer) for layer in seen}
+    modules = {n.split(".")[0] for layer in whole for n in layer}
+    part = lambda layer, which: frozenset(n for n in layer if n.split(".")[0] in which)
+    every = {m for m in modules if all(part(layer, {m}) for layer in whole)}
+    parts = [{part(layer, {m}) for layer in whole} for m in sorted(every)]
+    parts.append({part(layer, modules - every) for layer in whole})
+    least = [[s for s in sets if not any(o < s for o in sets)] for sets in parts]
+    return [sorted(map(sorted, sets)) for sets in least if sets and all(sets)]

@@ -1,0 +1,130 @@
+"""A checkpoint is whole or it is told what is missing: every family, every class that Transformers knows."""
+
+import re
+
+import hf
+import hf_synthetic as synthetic
+import hf_zoo as zoo
+import known_names
+import pytest
+
+import fmoe
+from fmoe.families import FAMILIES
+from fmoe.families.complete import gaps
+from fmoe.families.known import known
+from fmoe.families.sparse import WAYS
+
+CLASSES = [(name, original) for name in (*hf.MODELS, *zoo.MODELS) for original in (True, False)]
+CLASSES.remove(("longcat_flash", False))  # in memory its gates are stacked with those of zero experts: not read
+
+
+WEIGHTY = re.compile(r"experts\.\w+_projs$|(?<!\w)gate\.weight$")
+
+
+def built(name: str, original: bool) -> tuple[dict, list[str]]:
+    """A class's tiny config as config.json has it, and the native names of what a model of it saves."""
+    cls, config = known_names.base(name)
+    config.architectures = [cls.__name__]
+    return config.to_dict(), sorted(known_names.natives(cls, config, name, original))
+
+
+@pytest.mark.parametrize(("name", "original"), CLASSES)
+def test_what_transformers_saves_is_whole_and_a_tensor_that_is_lost_is_missed(name, original):
+    config, names = built(name, original)
+    kind = FAMILIES[config["model_type"]]
+    assert gaps(kind, config, names).problems == []
+    entry = known()[config["model_type"]]
+    required = {n for form in entry["forms"] for n in form["root"]}
+    text = lambda n: n.startswith(entry["forms"][0]["stem"]) and "vision" not in n
+    for lost in (
+        n for n in names if n in required or text(n) and re.search(r"experts\.\w+_projs$|(?<!\w)gate\.weight$", n)
+    ):
+        left = [n for n in names if n != lost]
+        keys = {key for p in gaps(kind, config, left).problems for key in p.keys}
+        assert lost in keys or re.sub(r"(?<=layer\.)\d+", "#", lost) in keys or lost in entry["forms"][0]["tied"], lost
+    layer = next(n for n in names if n.endswith("down_projs")).partition(".experts.")[0].rpartition(".")[0]
+    modules = {n[len(layer) + 1 :].split(".")[0] for n in names if n.startswith(layer + ".")}
+    if len(re.findall(r"\.\d+", layer)) > 1:  # Switch numbers the parts of a layer too
+        return
+    for module in (m for m in modules if re.search(r"attn|attention|mlp|norm$|layernorm", m) and "post_mlp" not in m):
+        left = [n for n in names if not n.startswith(f"{layer}.{module}.")]
+        told = gaps(kind, config, left).problems
+        assert any(k.startswith(f"{layer}.") for p in told for k in p.keys), (layer, module)
+
+
+@pytest.mark.parametrize("name", [n for n in (*hf.MODELS, *zoo.MODELS)])
+def test_what_is_required_of_a_class_is_what_transformers_says_today(name):
+    entry = known()[known_names.family_type(name)]
+    cls, _ = known_names.base(name)
+    forms = [known_names.form(name, o, variants=False) for o in ((True, False) if name != "longcat_flash" else (True,))]
+    assert entry["class"] == cls.__name__
+    for form, today in zip(entry["forms"], forms, strict=False):
+        assert {*form["root"]} <= {*today["root"]}, form["root"]
+        assert form["stem"] == today["stem"]
+        for stack, groups in form["stacks"].items():
+            seen = {frozenset(s) for sets in today["stacks"][stack] for s in sets}
+            assert all(any({*least} <= layer for sets in groups for least in sets) for layer in seen)
+
+
+@pytest.mark.parametrize("name", sorted({kind.model_types[0] for kind in FAMILIES.values()}))
+def test_every_family_misses_experts_routers_norms_and_attention(name):
+    kind = FAMILIES[name]
+    count = next((f for f in kind.fields["n_routed_experts"].split()), "num_experts")
+    config = {"model_type": name, "num_hidden_layers": 3, count: 4}
+    block = fmoe.families.complete._block(kind)
+    parts = [f"{block}experts.gate_and_up_projs", f"{block}experts.down_projs", f"{block}gate.weight"]
+    parts += ["input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight"]
+    names = [f"model.layers.{l}.{part}" for l in range(3) for part in parts] + ["model.norm.weight"]
+    assert gaps(kind, config, names).problems == []
+    for lost in parts:
+        left = [n for n in names if n != f"model.layers.1.{lost}"]
+        assert [k for p in gaps(kind, config, left).problems for k in p.keys if k == f"model.layers.1.{lost}"]
+    left = [n for n in names if "1." + block + "experts" not in n]
+    assert any("layers.1." in p.text for p in gaps(kind, config, left).problems)
+
+
+SAID = {
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "layers_block_type": ["attention", "moe", "moe"],
+    "hybrid_override_pattern": "*EE",
+    "moe_layers": [1, 2],
+    "interleave_moe_layer_step": None,
+    "moe_layers_enum": "1,2",
+    "expert_layer_period": None,
+    "decoder_sparse_step": None,
+    "mlp_only_layers": [0],
+    "moe_layer_start_index": 1,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": [0, 1, 1],
+    "num_dense_layers": 1,
+    "dense_mlp_idx": 1,
+    "moe_layer_num_skipped": 1,
+}
+
+
+@pytest.mark.parametrize("way", [n for n in WAYS if SAID.get(n)])
+def test_whatever_way_a_config_says_it_a_sparse_layer_without_experts_is_missed_and_a_dense_one_is_not(way):
+    config = {"num_hidden_layers": 3, "num_experts": 4, way: SAID[way]}
+    layer = lambda l, sparse: [f"model.layers.{l}.mlp.{n}" for n in (SPARSE if sparse else ["up_proj.weight"])]
+    SPARSE = ["experts.gate_and_up_projs", "experts.down_projs", "gate.weight"]
+    whole = [*layer(0, False), *layer(1, True), *layer(2, True)]
+    assert gaps(FAMILIES["qwen3_moe"], config, whole).problems == []
+    told = gaps(FAMILIES["qwen3_moe"], config, [*layer(0, False), *layer(1, True), *layer(2, False)]).problems
+    assert [p.keys[0] for p in told] == ["model.layers.2.mlp.experts.gate_and_up_projs"]
+
+
+@pytest.mark.parametrize("name", ["step3p5", "qwen3_5_moe", "qwen3_5_moe_split_mtp", "deepseek_v3"])
+def test_layers_for_multi_token_prediction_are_there_whole_or_not_at_all(name):
+    config, tensors = synthetic.CHECKPOINTS[name]()
+    adapter = fmoe.adapter(config["model_type"], config)
+    names, kind = [*adapter.from_hf(tensors)], FAMILIES[config["model_type"]]
+    assert gaps(kind, config, names) == ([], [])
+    said = config.get("text_config", config)
+    ahead = f"model.layers.{said['num_hidden_layers']}."
+    mine = [n for n in names if n.startswith((ahead, "mtp."))]
+    required = [n for n in mine if not re.search(r"shared_head|embed_tokens|final_layernorm|transformer|bias", n)]
+    for lost in required:
+        told = gaps(kind, config, [n for n in names if n != lost]).problems
+        assert told, lost
+    without = gaps(kind, config, [n for n in names if n not in mine])
+    assert without.problems == [] and "MTP is absent" in without.notes[0]

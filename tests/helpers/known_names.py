@@ -1,0 +1,158 @@
+"""Which tensors a model has, as Transformers says: run as a program, this writes fmoe/families/known.json.
+
+Every class of the zoo is built without memory, once as its tiny config has it and once for each field of that config
+with another value (a flag turned, a size gone). What all of them have is required: by name outside of layers; in a
+layer, module by module, one of the smallest sets of tensors that a layer was ever seen with.
+"""
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hf
+import hf_zoo as zoo
+import torch
+import transformers
+from tiny import CHOICES
+
+import fmoe
+from fmoe.families import family
+from fmoe.families.known import by_stack, decoder, groups
+from fmoe.types import TensorSpec
+
+FILE = Path(fmoe.families.__file__).with_name("known.json")
+NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
+TOWER = re.compile(r"vision|visual|audio|resampler|projector|merger")
+SIZES = re.compile(
+    r"layers|depth|vocab_size|hidden_size|head|_dim$|intermediate|sub_config|num_local_experts|position|token"
+)
+
+
+def base(name: str) -> tuple[Any, Any]:
+    """A class of the zoo, and its tiny config."""
+    arch, own = copy.deepcopy(hf.MODELS[name] if name in hf.MODELS else zoo.MODELS[name])
+    cls = getattr(transformers, arch)
+    return cls, cls.config_class(**own) if name in hf.MODELS else zoo.config(cls, own)
+
+
+def natives(cls: Any, config: Any, name: str, original: bool) -> set[str]:
+    """Native names of what a model of this config saves, as published or as in memory; what is tied is not saved."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = cls._from_config(copy.deepcopy(config), dtype=torch.float32)
+    tied = model.all_tied_weights_keys or {}
+    state = {n: t for n, t in model.state_dict().items() if n not in tied}
+    specs = revert_weight_conversion(model, state) if original else state
+    given = model.config.to_dict()
+    adapter = fmoe.adapter(model.config.model_type, given, **({"layout": "fused"} if name in CHOICES else {}))
+    experts = adapter.moe_config.n_routed_experts if name == "longcat_flash" else None  # zero experts have weights here
+    late = lambda n: experts and (hit := re.search(r"\.experts\.(\d+)\.", n)) and int(hit[1]) >= experts
+    kept = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in specs.items() if not late(n)}
+    return set(adapter.from_hf(kept))
+
+
+def varied(config: Any) -> Iterator[Any]:
+    """The config, with one field after the other of its text model set to something else."""
+    text = config.get_text_config() if hasattr(config, "text_config") else config
+    fixed = {
+        n for f in ("n_routed_experts", "n_activated_experts") for n in family(config.model_type).fields[f].split()
+    }
+    for field, value in text.to_dict().items():
+        if field in fixed or field in ("tie_word_embeddings", "enable_moe_block") or field.startswith("_"):
+            continue
+        if isinstance(value, bool):
+            others: list[Any] = [not value]
+        elif value is None:
+            others = [True, 8]
+        elif isinstance(value, int) and not SIZES.search(field):
+            others = [0, None, 1, 2]
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            kinds = {*value, "dense", "sparse"} if "mlp" in field else {*value}
+            others = [[kind] * len(value) for kind in sorted(kinds)]
+        elif isinstance(value, list) and value and isinstance(value[0], int):
+            others = [[kind] * len(value) for kind in (0, 1)]
+        else:
+            continue
+        for other in others:
+            changed = copy.deepcopy(config)
+            target = changed.get_text_config() if hasattr(changed, "text_config") else changed
+            try:
+                setattr(target, field, other)
+                if field == "mlp_only_layers":
+                    target.mlp_only_layers = list(range(9))
+                yield changed
+            except Exception:  # the config's own checks
+                continue
+
+
+def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
+    """What a class requires, under native names: see `fmoe.families.known`."""
+    cls, config = base(name)
+    (config.get_text_config() if hasattr(config, "text_config") else config).tie_word_embeddings = False
+    config.tie_word_embeddings = False
+    found = [natives(cls, config, name, original)]
+    for other in varied(config) if variants else ():
+        try:
+            found.append(natives(cls, other, name, original))
+        except Exception:  # Transformers builds no such model, or it has other experts than the family's
+            continue
+    tied = copy.deepcopy(config)
+    (tied.get_text_config() if hasattr(tied, "text_config") else tied).tie_word_embeddings = True
+    tied.tie_word_embeddings = True
+    always = set.intersection(*map(set, ({n for n in names if not NUMBERED.match(n)} for names in found)))
+    main = decoder(by_stack(found[0]))
+    stem = main.rpartition(".")[0] + "." if "." in main else ""
+    if hasattr(config, "text_config"):
+        always = {n for n in always if n.startswith(stem) and not TOWER.search(n) or "lm_head" in n}
+    ours = lambda stack: not hasattr(config, "text_config") or stack.startswith(stem) and not TOWER.search(stack)
+    stacks = sorted({hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and ours(hit[1])})
+    return {
+        "stem": stem,
+        "root": sorted(always),
+        "tied": sorted(found[0] - natives(cls, tied, name, original)),
+        "towers": towers(config, stem, found[0]),
+        "stacks": {
+            stack: groups(s for names in found for s in by_stack(names).get(stack, {}).values()) for stack in stacks
+        },
+    }
+
+
+def towers(config: Any, stem: str, names: set[str]) -> list[str]:
+    """What stands beside the text model, with its dots: a text-only checkpoint has none of it."""
+    if not hasattr(config, "text_config"):
+        return []
+    outside = {n for n in names if (not n.startswith(stem) or TOWER.search(n)) and "lm_head" not in n}
+    return sorted({".".join(n.split(".")[: 2 if n.startswith("model.") else 1]) + "." for n in outside})
+
+
+def data(name: str) -> dict[str, Any]:
+    """A class's entry: its forms on disk, as published and as in memory where they differ."""
+    cls, config = base(name)
+    forms = [form(name, True), form(name, False)] if name != "longcat_flash" else [form(name, True)]
+    return {
+        "class": cls.__name__,
+        "tied": bool(getattr(cls.config_class(), "tie_word_embeddings", False)),
+        "forms": forms[: 1 + (forms[0] != forms[-1])],
+    }
+
+
+def main(names: list[str]) -> None:
+    made = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name in names or [*hf.MODELS, *zoo.MODELS]:
+        made[family_type(name)] = data(name)
+        FILE.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
+        print(name, flush=True)
+
+
+def family_type(name: str) -> str:
+    return str(base(name)[1].model_type)
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    main(sys.argv[1:])
