@@ -2,22 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.disk import bytes_of, identity
 from fmoe.checkpoint.files.origin import FORMAT, head_of, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
 from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.report import Progress, Report
+from fmoe.checkpoint.sides import of_systems
 from fmoe.checkpoint.staging.beside import of_the_former, taken_along
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging.staging import Staging, staging
-from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.whole import narrowed, no_part
@@ -28,35 +30,7 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError
 
-Progress = Callable[[int, int], None]
-"""Called with how many bytes are done, and how many there are: (0, all) once it is known to convert."""
-
 QUANT = "hf_quant_config.json"  # where some writers say again what quantization_config says
-SYNC = 2**30  # bytes from one wait for the disk to the next
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion or a verification did. tensors and nbytes: of the source; made: how many came out.
-
-    files: how many hold what came out. read, written: bytes of tensors that passed. resumed: bytes that an earlier,
-    interrupted run had written. checksums: path -> sha256 of all files of both sides, where asked for. lost, notes: of
-    a conversion to another family, what does not carry over, and what that family assumes.
-    """
-
-    path: str
-    family: str
-    tensors: int
-    nbytes: int
-    made: int
-    adapter: Adapter = field(repr=False)
-    files: int = 0
-    read: int = 0
-    written: int = 0
-    resumed: int = 0
-    checksums: Mapping[str, str] = field(default_factory=dict)
-    lost: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -71,6 +45,8 @@ def convert(
     fsync: bool = True,
     threads: int | None = None,
     lossy: bool = False,
+    config: Any = None,
+    from_: str | None = None,
     progress: Progress = lambda done, of: None,
     **choices: Any,
 ) -> Report:
@@ -81,6 +57,8 @@ def convert(
     Or a model type, as "mixtral": the same tensors as that family names them, with a config of its own that has the
     fields that carry over. What does not (a tensor that only one of them has, another router, a field) is an error, in
     full; lossy: is done without, and told in the report.
+    to: or another system, as "torchtitan" (`fmoe.systems`), or from one: found by files and names, or said with from_.
+    config: a Hugging Face config (a dict, a JSON file or its directory), for a source without one.
     choices: as in `fmoe.adapter`; adapter=: one of your own;
     a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
     dtype="bfloat16" writes what is quantised decoded and experts in that dtype, and quantize="fp8" (mxfp8, mxfp4, int4)
@@ -103,6 +81,10 @@ def convert(
     ...     (there.tensors, there.made), (back.tensors, back.made), one == two
     ((12, 2), (2, 12), True)
     """
+    if of_systems(src, to, config, from_):
+        told: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
+        told |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
+        return convert_between(src, Path(dst), to, config, from_, **told)
     source, dst = open_checkpoint(src), Path(dst)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
@@ -148,7 +130,7 @@ def convert(
         stage.begin(layout.heads, [*others, *small])
         if stage.stale is None:
             resumed = sum(item.nbytes for item in engine.items[: stage.done])
-            _carry_out(stage, engine, threads or source.readers, resumed, carried)
+            carry_out(stage, engine, threads or source.readers, resumed, carried)
             for name, given in {**others, **small}.items():
                 stage.fill(name, given)
         else:
@@ -218,24 +200,3 @@ def _digest(
     for item in (*sorted(layout.heads.items()), *engine.items):
         digest.update(repr(item).encode())
     return digest.hexdigest()
-
-
-def _carry_out(stage: Staging, engine: Engine, threads: int | None, done: int, progress: Callable[[int], None]) -> None:
-    """Every item that is not done yet; now and then the disk is waited for, while others go on."""
-    synced, waiting = done, None
-    progress(done)
-    with pool(threads) as executor, pool(1) as aside:
-        results = in_order(executor, engine.run, engine.items[stage.done :])
-        for number, (item, _) in enumerate(results, stage.done + 1):
-            stage.mark(number)
-            done += item.nbytes
-            progress(done)
-            if done - synced > SYNC and (waiting is None or waiting.done()):
-                waiting, synced = _next(waiting, aside.submit(stage.sync, number)), done
-        _next(waiting, None)
-
-
-def _next(before: "Future[None] | None", after: "Future[None] | None") -> "Future[None] | None":
-    if before is not None:
-        before.result()
-    return after

@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
 from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.sides import adapters, open_source, side
 from fmoe.checkpoint.sizes import by_kind, by_layer, names_of, parameters
 from fmoe.checkpoint.stream.slices import groups
 from fmoe.checkpoint.whole import gaps_of
@@ -20,20 +21,21 @@ from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
 
 
-def inspect(path: Where | str) -> dict[str, Any]:
+def inspect(path: Where | str, *, config: Any = None, from_: str | None = None) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.
 
     problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
-    cannot be opened at all.
+    cannot be opened at all. config, from_: as in `fmoe.convert`, of another system's directory.
     """
-    source = open_checkpoint(path)
+    source = open_source(path, config)
+    here = side(source, from_)
     dtypes: Counter[str] = Counter()
     for spec in source.specs.values():
         dtypes[str(spec.dtype).removeprefix("torch.")] += spec.nbytes
     found: dict[str, Any] = {
         "path": str(path),
         "model_type": source.model_type,
-        "format": "native" if source.native else "hf",
+        "format": here,
         "tensors": len(source.specs),
         "files": len(set(source.files.values())),
         "bytes": source.nbytes,
@@ -53,12 +55,25 @@ def inspect(path: Where | str) -> dict[str, Any]:
         "rules_used": [],
     }
     try:
-        found |= _experts(source)
+        found |= _experts(source) if here in ("hf", "native") else _of_system(source, here)
     except AdapterError as error:
         found["problems"] = list(error.problems)
     if unread := [str(p) for p in source.others() if p.suffix == ".safetensors" and p.parent == Path()]:
         found["notes"] = [*found["notes"], f"not in the index, so not read: {some(unread)}"]
     return found
+
+
+def _of_system(source: Checkpoint, here: str) -> dict[str, Any]:
+    """The same of another system's directory, as far as our native layout of it says it."""
+    adapter, there = adapters(source, here, "native", lossy=True)
+    plan = plan_from(source, there)
+    stacks = {n: spec for n, spec in plan.targets.items() if n.rpartition(".")[2] in EXPERT_TENSORS}
+    shapes = {bare: list(spec.shape) for bare in EXPERT_TENSORS for n, spec in stacks.items() if n.endswith(bare)}
+    layers, size = dict.fromkeys(n.rpartition(".")[0] for n in stacks), sum(spec.nbytes for spec in stacks.values())
+    facts = {"layers": len(layers), "shapes": shapes, "bytes": size}
+    said = {} if isinstance(adapter.moe, str) else asdict(adapter.moe)
+    config = {n: str(v) if n == "dtype" else v for n, v in said.items()} or None
+    return {"experts": facts, "moe_config": config, "lossless": there.lossless, "rules": str(adapter).split("\n")}
 
 
 def _experts(source: Checkpoint) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fmoe.checkpoint.convert import Progress, Report
-from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
-from fmoe.checkpoint.open import adapter_of, plan_from
+from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.sides import forth, open_source
 from fmoe.checkpoint.stream.digests import other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
@@ -22,13 +23,21 @@ UNKNOWN = "whether these are the values that were written is not known: fmoe.jso
 MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once
 
 
-def verify(path: Where | str, progress: Progress = lambda done, of: None, **choices: Any) -> Report:
+def verify(
+    path: Where | str,
+    progress: Progress = lambda done, of: None,
+    *,
+    config: Any = None,
+    from_: str | None = None,
+    **choices: Any,
+) -> Report:
     """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
 
     A native directory whose `fmoe.json` has digests is compared with them; of one without, a note of the report says
     that its values are not vouched for. Nothing is written, and memory does not grow with the directory. choices: as in
-    `fmoe.adapter`, or adapter=, one of your own. Raises AdapterError naming each tensor that comes back different, and
-    each file that has other bytes than were written.
+    `fmoe.adapter`, or adapter=, one of your own. config, from_: as in `fmoe.convert`, of another system's directory,
+    which is proved to come back from Hugging Face's layout. Raises AdapterError naming each tensor that comes back
+    different, and each file that has other bytes than were written.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -38,9 +47,8 @@ def verify(path: Where | str, progress: Progress = lambda done, of: None, **choi
     ...     fmoe.verify(path).tensors
     12
     """
-    source = open_checkpoint(path)
-    adapter = adapter_of(source, **choices)
-    there = adapter.inverse if source.native else adapter
+    source = open_source(path, config)
+    adapter, there = forth(source, from_, **choices)
     plan = plan_from(source, there)
     notes = whole(
         source, source.specs if source.native else plan.targets, plan.targets if source.native else None, **choices

@@ -31,6 +31,8 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object on sta
 Kept = Annotated[str | None, typer.Option("--quantized", help="keep: codes and scales move as they are; or decode")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 Own = Annotated[str | None, typer.Option("--adapter", help="your own adapter, as package.module:name")]
+From = Annotated[str | None, typer.Option("--from", help="what it is, if names leave a doubt: `fmoe systems`")]
+Given = Annotated[str | None, typer.Option("--config", help="a Hugging Face config (JSON, or its directory) for it")]
 Experts = Annotated[str | None, typer.Option(help="only these experts, as 0:16")]
 
 
@@ -93,3 +95,8 @@ def size(text: str) -> int:
 def count(n: int, noun: str) -> str:
     """`1 file`, `12,345 tensors`."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def of_source(from_: str | None, config: str | None) -> dict[str, Any]:
+    """The arguments that say what a directory is."""
+    return {n: v for n, v in (("from_", from_), ("config", config)) if v}

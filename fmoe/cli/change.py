@@ -7,7 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fmoe.cli.app import DIRECTORY, Experts, Json, Kept, Own, Quiet, Source, app, count, own, ranges, size
+from fmoe.cli.app import (
+    DIRECTORY,
+    Experts,
+    From,
+    Given,
+    Json,
+    Kept,
+    Own,
+    Quiet,
+    Source,
+    app,
+    count,
+    of_source,
+    own,
+    ranges,
+    size,
+)
 from fmoe.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -21,7 +37,9 @@ WRITTEN = "the directory to write: a new or an empty one"
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help=DIRECTORY)],
     dst: Annotated[Path, typer.Argument(metavar="DST", help=WRITTEN, readable=False)],
-    to: Annotated[str, typer.Option(help="native, hf, or another family's model type, as mixtral")] = "native",
+    to: Annotated[str, typer.Option(help="native, hf, another family's model type, or a system")] = "native",
+    from_: From = None,
+    config: Given = None,
     layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
     experts: Experts = None,
     quantized: Kept = None,
@@ -50,23 +68,34 @@ def convert(
         fmoe convert FP8 BF16 --to hf --dtype bfloat16 what is quantised, decoded
         fmoe convert BF16 FP8 --to hf --quantize fp8   experts in codes with fresh scales
         fmoe convert DIR PART --experts 0:16           the first 16 experts of every layer
+        fmoe convert DIR TITAN --to torchtitan         another system's directory; see `fmoe systems`
+        fmoe convert MEGATRON HF --to hf --config JSON and from one, with no trainer
     """
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
     given = (("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
     how |= {n: v for n, v in given if v}
-    how |= ranges(experts) | own(adapter) | {"max_shard_size": size(max_shard_size), "lossy": lossy}
+    how |= (
+        ranges(experts)
+        | own(adapter)
+        | of_source(from_, config)
+        | {"max_shard_size": size(max_shard_size), "lossy": lossy}
+    )
     with bar("converting", quiet or as_json, dst) as progress:
         from fmoe import checkpoint
         from fmoe.families import FAMILIES
+        from fmoe.systems import SYSTEMS
 
-        if to not in ("native", "hf", *FAMILIES):
-            raise typer.BadParameter(f"--to is {to!r}, expected native, hf or a model type; see `fmoe families`")
+        if to not in ("native", "hf", *FAMILIES, *SYSTEMS):
+            told = "expected native, hf, a model type or a system; see `fmoe families` and `fmoe systems`"
+            raise typer.BadParameter(f"--to is {to!r}, {told}")
         report = checkpoint.convert(src, dst, to, progress=progress, **how)
     from fmoe.types import human
 
     for kind, texts in (("lost", report.lost), ("note", report.notes)):
         for text in texts:
             print(f"fmoe: {kind}: {text}", file=sys.stderr)
+    if report.sides and not as_json:
+        print(report.sides)
     what = f"{count(report.tensors, 'tensor')} -> {report.made:,} in {count(report.files, 'file')}"
     would = "would be written to" if dry_run else "in"
     went_on = f", {human(report.resumed)} of it by an earlier run" if report.resumed else ""
@@ -77,7 +106,13 @@ def convert(
 
 @app.command()
 def verify(
-    path: Source, quantized: Kept = None, adapter: Own = None, quiet: Quiet = False, as_json: Json = False
+    path: Source,
+    quantized: Kept = None,
+    adapter: Own = None,
+    from_: From = None,
+    config: Given = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Prove that every tensor comes back bit for bit from the other layout; nothing is written.
 
@@ -86,7 +121,8 @@ def verify(
     with bar("verifying", quiet or as_json) as progress:
         from fmoe import checkpoint
 
-        report = checkpoint.verify(path, progress, **own(adapter), **({"quantized": quantized} if quantized else {}))
+        how = own(adapter) | of_source(from_, config) | ({"quantized": quantized} if quantized else {})
+        report = checkpoint.verify(path, progress, **how)
     from fmoe.types import human
 
     found = f"{report.family}, {count(report.tensors, 'tensor')}, {human(report.nbytes)}"
@@ -122,5 +158,6 @@ def _say(report: "Report", text: str, as_json: bool) -> None:
     facts |= {"made": report.made, "files": report.files, "read": report.read, "written": report.written}
     facts |= {"resumed": report.resumed, "checksums": dict(report.checksums)}
     facts |= {"lost": list(report.lost), "notes": list(report.notes)} if report.notes or report.lost else {}
+    facts |= {"sides": report.sides} if report.sides else {}
     facts |= {"rules": str(report.adapter).split("\n")}
     print(json.dumps(facts) if as_json else text)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmoe.cli.app import DIRECTORY, Experts, Json, Own, Source, app, own, ranges
+from fmoe.cli.app import DIRECTORY, Experts, From, Given, Json, Own, Source, app, of_source, own, ranges
 from fmoe.cli.progress import waiting
 from fmoe.cli.show import dashboard, grid, rows
 
@@ -18,6 +18,8 @@ def inspect_(
     path: Annotated[Path, typer.Argument(metavar="DIR", help=f"{DIRECTORY}; or one safetensors file", readable=False)],
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a tensor's name, or a glob: tensors")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="of NAME: min, max, mean, NaN and Inf; reads them")] = False,
+    from_: From = None,
+    config: Given = None,
     rules: Annotated[bool, typer.Option("--rules", help="also the rules that match nothing here")] = False,
     as_json: Json = False,
 ) -> None:
@@ -33,7 +35,7 @@ def inspect_(
 
         listed = name is not None or (path.is_file() and path.suffix == ".safetensors")
         lines = list(tensors(path, name or "*", stats=stats)) if listed else []
-        found = {} if listed else checkpoint.inspect(path)
+        found = {} if listed else checkpoint.inspect(path, **of_source(from_, config))
     if as_json:
         print(json.dumps({"path": str(path), "tensors": lines} if listed else found))
     elif listed:
@@ -49,17 +51,24 @@ def _cell(value: Any) -> str:
 
 
 @app.command()
-def plan(path: Source, experts: Experts = None, adapter: Own = None, as_json: Json = False) -> None:
+def plan(
+    path: Source,
+    experts: Experts = None,
+    adapter: Own = None,
+    from_: From = None,
+    config: Given = None,
+    as_json: Json = False,
+) -> None:
     """What a conversion would copy where, proved bijective; no tensor is read.
 
     fmoe plan DIR --experts 0:16
     """
     with waiting("planning", as_json):
         from fmoe import checkpoint
+        from fmoe.checkpoint.sides import forth, open_source
 
-        source = checkpoint.open_checkpoint(path)
-        there = checkpoint.adapter_of(source, **own(adapter))
-        made = checkpoint.plan_from(source, there.inverse if source.native else there, **ranges(experts))
+        source = open_source(path, config)
+        made = checkpoint.plan_from(source, forth(source, from_, **own(adapter))[1], **ranges(experts))
     if as_json:
         targets = {
             n: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for n, s in made.targets.items()

@@ -34,6 +34,7 @@ def deepseek_v3(facts: Facts) -> Adapter:
 
 deepseek = System(
     name="deepseek",
+    mark=r"layers\.0\.attn\.wkv_a\.weight",
     tables=dict(deepseek_v3=deepseek_v3),
     container="safetensors",
     kept=("deepseek_v3",),

@@ -146,6 +146,7 @@ def qwen3_next(facts: Facts) -> Adapter:
 
 vllm = System(
     name="vllm",
+    mark=r".*\.experts\.w13_weight",
     tables=dict(
         qwen3_moe=qwen3_moe,
         mixtral=mixtral,

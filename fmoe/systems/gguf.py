@@ -189,6 +189,7 @@ def qwen3_5_moe(facts: Facts) -> Adapter:
 
 gguf = System(
     name="gguf",
+    mark=r"token_embd\.weight",
     tables=dict(
         qwen3_moe=qwen3_moe,
         mixtral=mixtral,

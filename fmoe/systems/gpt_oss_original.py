@@ -40,6 +40,7 @@ def gpt_oss(facts: Facts) -> Adapter:
 
 gpt_oss_original = System(
     name="gpt_oss_original",
+    mark=r"block\.0\.attn\.norm\.scale",
     tables=dict(gpt_oss=gpt_oss),
     container="safetensors",
     kept=("gpt_oss",),

@@ -146,6 +146,7 @@ def _cycle(there: str) -> tuple[str, str]:
 
 maxtext = System(
     name="maxtext",
+    mark=r"params-.*",
     tables=dict(qwen3_moe=qwen3_moe, mixtral=mixtral, deepseek_v3=deepseek_v3, gpt_oss=gpt_oss),
     choices={"scan": (False, True)},
     container="orbax",

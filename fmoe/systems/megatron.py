@@ -173,6 +173,7 @@ def hybrid(facts: Facts) -> Adapter:
 
 megatron = System(
     name="megatron",
+    mark=r"embedding\.word_embeddings\.weight",
     tables=dict(
         qwen3_moe=qwen3_moe,
         mixtral=mixtral,

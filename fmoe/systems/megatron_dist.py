@@ -133,6 +133,7 @@ def hybrid(facts: Facts) -> Adapter:
 
 megatron_dist = System(
     name="megatron_dist",
+    mark=r"embedding\.word_embeddings\.weight",
     tables=dict(
         qwen3_moe=qwen3_moe,
         mixtral=mixtral,

@@ -97,6 +97,7 @@ def qwen3_next(facts: Facts) -> Adapter:
 
 mlx = System(
     name="mlx",
+    mark=r".*\.switch_mlp\..*|.*\.mlp\.experts\.gate_proj\.scales",
     tables=dict(
         qwen3_moe=qwen3_moe,
         mixtral=mixtral,

@@ -51,6 +51,7 @@ def qwen3_5_moe(facts: Facts) -> Adapter:
 
 prime_rl = System(
     name="prime_rl",
+    mark=r".*\.mlp\.router\.gate\.weight",
     tables=dict(qwen3_moe=qwen3_moe, qwen3_5_moe=qwen3_5_moe),
     container="safetensors",
     verified="its own conversion, run",

@@ -1,6 +1,7 @@
 """What another system is: for each family that it knows, a table from Hugging Face's names and axes to its own."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +24,8 @@ class System:
 
     tables: Hugging Face's model type -> the adapter from its published layout. choices: the system's own, with their
     options, the first by default; an empty tuple takes a whole number. native: the tables go on from our native layout,
-    and a family without one has no other names. container: how it stores a checkpoint: "dcp",
+    and a family without one has no other names. mark: a pattern that a name in its
+    checkpoints fits, and none in others'. container: how it stores a checkpoint: "dcp",
     "safetensors", "gguf", "orbax", or "memory". kept: the families of which it can hold quantised tensors as they are.
     verified: what the tables were compared with. source: versions.
     """
@@ -36,6 +38,11 @@ class System:
     choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     kept: tuple[str, ...] = ()
     native: bool = False
+    mark: str = ""
+
+    def marks(self, names: Iterable[str]) -> bool:
+        """Whether a checkpoint's names show that it is this system's."""
+        return bool(self.mark) and any(re.fullmatch(self.mark, name) for name in names)
 
     def adapter(self, model_type: str, config: Any = None, **choices: Any) -> Adapter:
         """Hugging Face <-> this system, every tensor claimed.

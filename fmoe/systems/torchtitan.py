@@ -130,6 +130,7 @@ def qwen3_5_moe(facts: Facts) -> Adapter:
 
 torchtitan = System(
     name="torchtitan",
+    mark=r"tok_embeddings\.weight",
     tables=dict(qwen3_moe=qwen3_moe, deepseek_v3=deepseek_v3, gpt_oss=gpt_oss, qwen3_5_moe=qwen3_5_moe),
     choices={"names": ("0.3", "0.2")},
     container="dcp",

@@ -45,8 +45,11 @@ checkpoint.remote
 checkpoint.files
 checkpoint.staging
 checkpoint.stream
+checkpoint.report
 checkpoint.whole
 checkpoint.open
+checkpoint.sides
+checkpoint.between
 checkpoint.sizes checkpoint.stats
 checkpoint.diff
 checkpoint.inspect checkpoint.load checkpoint.lora

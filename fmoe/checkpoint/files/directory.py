@@ -23,6 +23,7 @@ from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, UNFINI
 from fmoe.checkpoint.remote.address import Address, Where, look, where
 from fmoe.checkpoint.remote.spans import scattered
 from fmoe.checkpoint.remote.stores import AT_ONCE
+from fmoe.layout.axes import Copy
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
@@ -53,6 +54,11 @@ class Checkpoint:
     origin: dict[str, Any] | None = None
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     heads: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    @property
+    def pieces(self) -> Mapping[str, tuple[Copy, ...]]:
+        """Tensors that lie in several chunks, and the copies of these into them: of safetensors none."""
+        return {}
 
     @property
     def native(self) -> bool:
@@ -133,10 +139,11 @@ class Checkpoint:
         return [*hidden, *unfinished, *stale]
 
 
-def open_checkpoint(path: Where | str) -> Checkpoint:
+def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None) -> Checkpoint:
     """The checkpoint in a directory of safetensors files with a config.json, HF or native; only headers are read.
 
     path: of this machine, or an address: hf://org/name[@revision], https://..., s3://... and whatever fsspec knows.
+    config: of a directory that has none.
 
     Raises AdapterError naming the file: none there, an index that disagrees with the files, a header that is not one.
     """
@@ -144,7 +151,7 @@ def open_checkpoint(path: Where | str) -> Checkpoint:
     there = _listed(path)
     if JOURNAL in there:
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
-    config, _ = _json(path / "config.json", infinite=True)
+    config = _json(path / "config.json", infinite=True)[0] if config is None else config
     index = mapped = origin = None
     if INDEX in there:
         mapped, index = _index(path / INDEX, beside=SINGLE in there)

@@ -43,8 +43,8 @@ def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -
     maps = maps or Maps()
     out: dict[str, Tensor] = {}
     for name in names:
-        (shape, dtype), at = source.specs[name], source.offsets[name]
-        if at % dtype.itemsize:  # safetensors allows it; torch does not
+        (shape, dtype), at = source.specs[name], source.offsets.get(name, 1)
+        if at % dtype.itemsize or name in source.pieces:  # safetensors allows it; torch does not
             out |= source.read([name])
             continue
         _, storage = maps(source, source.files[name])
@@ -55,6 +55,8 @@ def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -
 
 def fetch(source: Checkpoint, name: str, part: Tensor, maps: Maps) -> None:
     """Begins to read what a part of a mapped tensor covers, if that is one run, and has the system read no more."""
+    if name in source.pieces:
+        return
     item, file = part.element_size(), source.files[name]
     span = sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True)) + 1
     if not part.numel() or span != part.numel() or source.offsets[name] % item or not hasattr(mmap, "MADV_RANDOM"):

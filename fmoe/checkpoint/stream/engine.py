@@ -44,7 +44,7 @@ class Engine:
     """
 
     def __init__(self, source: Checkpoint, plan: Plan, starts: Mapping[str, tuple[Path, int]], limit: int = LIMIT):
-        self.source, self.plan, self.flow, self.starts = source, plan, flow(plan), starts
+        self.source, self.plan, self.flow, self.starts = source, plan, flow(plan, source.pieces), starts
         self.paths = {path.name: path for path, _ in starts.values()}
         self.limit, self.read, self.written = limit, 0, 0
         self.gate = Gate(FLIGHT)

@@ -55,11 +55,11 @@ class _Whole(NamedTuple):
 _Origin = _Whole | tuple[Moved, ...] | None  # None: not to be told as copies
 
 
-def flow(plan: Plan) -> Flow:
-    """What moves where. Everything comes out of it once: as moves, or in a unit."""
+def flow(plan: Plan, pieces: Mapping[str, tuple[Copy, ...]] = {}) -> Flow:
+    """What moves where. Everything comes out of it once: as moves, or in a unit. pieces: of a source in chunks."""
     steps: list[Step] = []
     live: dict[str, _Origin] = {n: _Whole(n, None, spec) for n, spec in plan.specs.items()}
-    live = _through(plan, live, steps)
+    live = _through(plan, live | {n: tuple(Moved(c, None) for c in cs) for n, cs in pieces.items()}, steps)
     moves = [m for n in plan.targets if (origin := live[n]) is not None for m in _moves(origin, n)]
     opaque = {n for n in plan.targets if live[n] is None}
     units = ((s, [n for n in t if n in opaque]) for s, t in plan.units()) if opaque else ()

@@ -16,10 +16,17 @@ from fmoe.checkpoint.files.containers import pickles
 from fmoe.types import AdapterError, TensorSpec
 
 _STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16, "LongStorage": torch.int64,
-    "BFloat16Storage": torch.bfloat16, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "LongStorage": torch.int64,
+    "BFloat16Storage": torch.bfloat16,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 _NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 TAIL = 65536
 NO_TIME = (0, 33)  # 1980-01-01, as torch writes
@@ -49,9 +56,9 @@ def members(tail: bytes, length: int, where: str) -> dict[str, Member]:
     for _ in range(count):
         if tail[at : at + 4] != b"PK\1\2" or at + 46 > len(tail):
             raise AdapterError(f"{where} is no zip: its directory is broken")
-        method, = struct.unpack("<H", tail[at + 10 : at + 12])
+        (method,) = struct.unpack("<H", tail[at + 10 : at + 12])
         packed, plain, n, m, k = struct.unpack("<IIHHH", tail[at + 20 : at + 34])
-        header, = struct.unpack("<I", tail[at + 42 : at + 46])
+        (header,) = struct.unpack("<I", tail[at + 42 : at + 46])
         name, extra = tail[at + 46 : at + 46 + n].decode(errors="replace"), tail[at + 46 + n : at + 46 + n + m]
         plain, packed, header = _wide(extra, plain, packed, header)
         if method or packed != plain:
@@ -142,16 +149,44 @@ def _crc(data: bytes) -> int:
 
 def _local(name: str, size: int, crc: int, extra: bytes = b"") -> bytes:
     wide = struct.pack("<HHQQ", 1, 16, size, size) if size >= BIG else b""
-    head = struct.pack("<IHHHHHIIIHH", 0x04034B50, 45 if wide else 20, 0, 0, *NO_TIME, crc, min(size, BIG), min(size, BIG),
-                       len(name), len(wide + extra))  # fmt: skip
+    head = struct.pack(
+        "<IHHHHHIIIHH",
+        0x04034B50,
+        45 if wide else 20,
+        0,
+        0,
+        *NO_TIME,
+        crc,
+        min(size, BIG),
+        min(size, BIG),
+        len(name),
+        len(wide + extra),
+    )
     return head + name.encode() + wide + extra
 
 
 def _entry(name: str, at: int, size: int, crc: int) -> bytes:
     more = struct.pack("<QQ", size, size) * (size >= BIG) + struct.pack("<Q", at) * (at >= BIG)
     extra = struct.pack("<HH", 1, len(more)) + more if more else b""
-    head = struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, 45, 45 if more else 20, 0, 0, *NO_TIME, crc, min(size, BIG),
-                       min(size, BIG), len(name), len(extra), 0, 0, 0, 0, min(at, BIG))  # fmt: skip
+    head = struct.pack(
+        "<IHHHHHHIIIHHHHHII",
+        0x02014B50,
+        45,
+        45 if more else 20,
+        0,
+        0,
+        *NO_TIME,
+        crc,
+        min(size, BIG),
+        min(size, BIG),
+        len(name),
+        len(extra),
+        0,
+        0,
+        0,
+        0,
+        min(at, BIG),
+    )
     return head + name.encode() + extra
 
 
@@ -177,7 +212,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _Tensor):
             return NotImplemented
         spec = obj.spec
-        args = (_Storage(spec), 0, spec.shape, _strides(spec.shape), False, OrderedDict())
+        args: tuple[Any, ...] = (_Storage(spec), 0, spec.shape, _strides(spec.shape), False, OrderedDict())
         if spec.dtype in _NAMES:
             return torch._utils._rebuild_tensor_v2, args
         return torch._utils._rebuild_tensor_v3, (*args, spec.dtype)

@@ -59,15 +59,29 @@ class Rebuilt(NamedTuple):
 
 META, FILES, PLANNER = (f"torch.distributed.checkpoint.{n}" for n in ("metadata", "filesystem", "planner"))
 RECORDS = {
-    *((META, n) for n in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "StorageMeta",
-                          "ChunkStorageMetadata", "TensorProperties")),
-    (META, "_MEM_FORMAT_ENCODING"), (FILES, "_StorageInfo"), (FILES, "_StoragePrefix"), (FILES, "_StorageWriterTransforms"),
+    *(
+        (META, n)
+        for n in (
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "StorageMeta",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+        )
+    ),
+    (META, "_MEM_FORMAT_ENCODING"),
+    (FILES, "_StorageInfo"),
+    (FILES, "_StoragePrefix"),
+    (FILES, "_StorageWriterTransforms"),
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
     *((PLANNER, n) for n in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
     *(("megatron.core.dist_checkpointing.strategies.torch", n) for n in ("MCoreSavePlan",)),
-    ("torch.serialization", "_get_layout"), ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "device"),
     *(("pathlib", n) for n in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")),
-}  # fmt: skip
+}
 """What the `.metadata` of torch and of Megatron-Core names: nothing of it is imported."""
 
 
@@ -82,8 +96,12 @@ class Reader(pickle.Unpickler):
         if self.tensors:
             if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
                 return _rebuild
-            if module == "torch" and name.endswith("Storage") and name.isidentifier() or (module, name) == (
-                "torch.storage", "UntypedStorage"):  # fmt: skip
+            if (
+                module == "torch"
+                and name.endswith("Storage")
+                and name.isidentifier()
+                or (module, name) == ("torch.storage", "UntypedStorage")
+            ):
                 return name
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
@@ -101,7 +119,9 @@ class Reader(pickle.Unpickler):
         raise AdapterError(f"{self.where} holds a reference {str(pid)[:80]!r}: refused")
 
 
-def _rebuild(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any = None, *_: Any) -> Rebuilt:
+def _rebuild(
+    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any = None, *_: Any
+) -> Rebuilt:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise AdapterError("a tensor's record is malformed")
     return Rebuilt(storage, offset, shape, strides, dtype if isinstance(dtype, torch.dtype) else None)

@@ -1,7 +1,7 @@
 """A directory of torch.distributed.checkpoint (torchtitan, FSDP, Megatron's torch_dist): opened, and laid out.
 
-Opened with no torch.distributed: `.metadata` says which part of each tensor lies where, the items say what they are, and
-both must agree before anything is read.
+Opened with no torch.distributed: `.metadata` says which part of each tensor lies where, the items say what they are,
+and both must agree before anything is read.
 """
 
 import os
@@ -19,7 +19,17 @@ from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 METADATA = ".metadata"
-LEFT_OUT = ("optimizer.", "optim.", "common_state", "rng_state", "train_state", "lr_scheduler", "dataloader", "scheduler", "args")
+LEFT_OUT = (
+    "optimizer.",
+    "optim.",
+    "common_state",
+    "rng_state",
+    "train_state",
+    "lr_scheduler",
+    "dataloader",
+    "scheduler",
+    "args",
+)
 """What a training run keeps beside the model: never read, and told."""
 
 
@@ -46,7 +56,7 @@ class Opened(NamedTuple):
 
 
 def open_dcp(path: Path) -> Opened:
-    """Raises AdapterError naming what is wrong: a pickle with foreign names, an item out of range, chunks that overlap."""
+    """Raises AdapterError naming what is wrong: a pickle of foreign names, items out of range, chunks that overlap."""
     with disk.reading(path / METADATA, missing="is missing: no directory of torch.distributed.checkpoint") as file:
         data = bytearray(disk.Stamp.of(file).size)
         disk.read_at(path / METADATA, file, memoryview(data), 0)
@@ -58,6 +68,7 @@ def open_dcp(path: Path) -> Opened:
     places: dict[Item, int] = {}
     for name in dict.fromkeys(item.file for item in chunks):
         with disk.reading(path / name, missing=f"is not there, and {METADATA} names it") as file:
+            assert isinstance(file, int)
             stamps[name] = disk.Stamp.of(file)
             for item in (i for i in chunks if i.file == name):
                 places[item] = _place(path / name, file, item, specs[item.name].dtype, stamps[name].size)
@@ -71,7 +82,11 @@ def _specs(path: Path, found: Any) -> tuple[dict[str, tuple[TensorSpec, list[Any
     made: dict[str, tuple[TensorSpec, list[Any]]] = {}
     left_out = []
     for name, entry in listed.items():
-        if not isinstance(entry, Record) or type(entry).__name__ != "TensorStorageMetadata" or name.startswith(LEFT_OUT):
+        if (
+            not isinstance(entry, Record)
+            or type(entry).__name__ != "TensorStorageMetadata"
+            or name.startswith(LEFT_OUT)
+        ):
             left_out.append(str(name))
             continue
         dtype = _dtype(entry.get("properties"))
@@ -156,7 +171,9 @@ def _place(path: Path, file: int, item: Item, dtype: torch.dtype, size: int) -> 
     """Where the bytes of an item begin in its file. Raises AdapterError where the item is not what it should be."""
     where = f"{path}: {item.name!r} {list(item.offsets)}"
     if item.at + item.length > size:
-        raise AdapterError([Problem(f"{where} ends at {item.at + item.length:,}, behind the file's {size:,}", (item.name,))])
+        raise AdapterError(
+            [Problem(f"{where} ends at {item.at + item.length:,}, behind the file's {size:,}", (item.name,))]
+        )
     tail = _pread(path, file, item.at + max(0, item.length - items.TAIL), item.at + item.length)
     inside = items.members(tail, item.length, where)
     pickled = next((m for n, m in inside.items() if n.endswith("/data.pkl")), None)
@@ -195,7 +212,11 @@ def _pread(path: Path, file: int, start: int, stop: int) -> bytes:
 
 
 def _opened(
-    path: Path, specs: dict[str, TensorSpec], places: Mapping[Item, int], stamps: dict[str, disk.Stamp], left_out: tuple[str, ...]
+    path: Path,
+    specs: dict[str, TensorSpec],
+    places: Mapping[Item, int],
+    stamps: dict[str, disk.Stamp],
+    left_out: tuple[str, ...],
 ) -> Opened:
     files, offsets, pieces = dict[str, str](), dict[str, int](), dict[str, list[Copy]]()
     for item, at in places.items():

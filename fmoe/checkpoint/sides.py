@@ -1,0 +1,125 @@
+"""What a directory is: Hugging Face's, ours, or another system's, by files and names; and the adapters in between."""
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fmoe import systems
+from fmoe.checkpoint.files.containers.source import Foreign, open_foreign
+from fmoe.checkpoint.files.containers.torch_dcp import METADATA
+from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.strict import parse
+from fmoe.checkpoint.open import adapter_of, layers_fit
+from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.families import family
+from fmoe.layout.adapter import Adapter
+from fmoe.systems import SYSTEMS
+from fmoe.types import AdapterError
+
+
+def of_systems(src: Where | str, to: str, config: Any, from_: str | None) -> bool:
+    """Whether another system is on either side."""
+    there = not isinstance(src, Address) and "://" not in str(src) and Path(src).is_dir()
+    if to in SYSTEMS or from_ in SYSTEMS or config is not None or there and (Path(src) / METADATA).is_file():
+        return True
+    if not there or (Path(src) / NATIVE).exists() or not (Path(src) / "config.json").is_file():
+        return False
+    try:
+        return side(open_checkpoint(src)) in SYSTEMS
+    except AdapterError:
+        return False
+
+
+def config_of(config: Any) -> dict[str, Any] | None:
+    """A config from a dict, a Transformers config, a JSON file or the directory that holds one."""
+    if config is None or isinstance(config, Mapping):
+        return None if config is None else dict(config)
+    if hasattr(config, "to_dict"):
+        return dict(config.to_dict())
+    path = Path(config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return parse(path.read_bytes(), infinite=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterError(f"{path} is no config: {error}") from None
+
+
+def open_source(src: Where | str, config: Any = None) -> Checkpoint:
+    """The checkpoint of a directory in any container that is read, with its own config or the one given."""
+    given = config_of(config)
+    path = Path(str(src))
+    if "://" in str(src) or not (path / METADATA).is_file():
+        return open_checkpoint(src, given)
+    if given is None:
+        beside = [p for p in (path, path.parent) if (p / "config.json").is_file()]
+        if not beside:
+            raise AdapterError(f"{path} has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON")
+        given = config_of(beside[0])
+    return open_foreign(path, given or {})
+
+
+def side(source: Checkpoint, from_: str | None = None) -> str:
+    """What a source is: "native", "hf" or a system, by its names. Raises AdapterError where several fit."""
+    if from_ is not None:
+        if from_ not in ("hf", "native", *SYSTEMS):
+            raise AdapterError(f"from {from_!r}: expected hf, native or one of {', '.join(SYSTEMS)}")
+        return from_
+    if source.native:
+        return "native"
+    dcp = isinstance(source, Foreign)
+    fits = [s.name for s in SYSTEMS.values() if s.marks(source.specs)]
+    fits = [n for n in fits if dcp == (SYSTEMS[n].container == "dcp")] or fits
+    if len(fits) > 1:
+        raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")
+    return fits[0] if fits else "hf"
+
+
+def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any) -> tuple[Adapter, Adapter]:
+    """Hugging Face -> the source's side, and the source's side -> the target's."""
+    if here == to:
+        raise AdapterError(f"{source.path} is {to} already")
+    own = {n: v for n, v in choices.items() if n in ("quantized", "dtype")}
+    back = _back(source, here, lossy, own)
+    names = source.specs if here == "hf" else back.plan(source.specs).targets
+    if to == "hf":
+        layouts = {n: v for n, v in choices.items() if n not in own}
+        return back.inverse, back.choose(**layouts) if layouts else back
+    made = (
+        family(source.model_type).adapter(source.config, **choices)
+        if to == "native"
+        else systems.adapter(to, source.model_type, source.config, lossy=lossy, **choices)
+    )
+    return back.inverse, back >> made.resolve(names)
+
+
+def forth(source: Checkpoint, from_: str | None = None, **choices: Any) -> tuple[Adapter, Adapter]:
+    """The adapter of a source, and what takes it to the other side: Hugging Face's, of a system's; of HF's, ours."""
+    here = side(source, from_)
+    if here in SYSTEMS:
+        back = _back(source, here, False, choices)
+        return back.inverse, back
+    made = adapter_of(source, **choices)
+    return made, made.inverse if source.native else made
+
+
+def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Adapter:
+    """The source's side -> Hugging Face, its forms settled by names; of a system's choices those that fit."""
+    if here == "hf":
+        layers_fit(Path(str(source.path)) / "config.json", source.config, source.specs)
+        return Adapter()
+    if here == "native":
+        return adapter_of(source, **own).inverse
+    system, problem = SYSTEMS[here], None
+    options = {n: o for n, o in system.choices.items() if o}
+    for chosen in product(*options.values()):
+        try:
+            made = system.adapter(
+                source.model_type, source.config, lossy=lossy, **own, **dict(zip(options, chosen, strict=True))
+            )
+            back = made.inverse.resolve(source.specs)
+            back.plan(source.specs)
+            return back
+        except AdapterError as error:
+            problem = problem or error
+    raise problem or AdapterError(f"{here}: no table")
