@@ -26,6 +26,9 @@ from fmoe.lowrank.targets import Target, table_of, targets_of, told
 from fmoe.types import AdapterError, Params, Problem
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+STAMP = "automodel_peft_config.json"
+"""Where NeMo Automodel says which PEFT its directory is like; its adapter_config.json has no `peft_version`."""
+LIKE = {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1"}
 
 
 class Tuned(NamedTuple):
@@ -45,9 +48,9 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     """The native LoRA matrices of a PEFT directory, in either form, with names below PEFT's `base_model.model.`.
 
     base: the model that it adapts: its directory, its model_type (with its config), or its adapter; by default the
-    directory that adapter_config.json names. Which matrix is A follows its `peft_version`, what a lone wrapper wraps
-    its `target_parameters`. Raises AdapterError with every problem: incomplete or foreign matrices, ranks other than
-    the config's, settings that two matrices cannot express.
+    directory that adapter_config.json names. Which matrix is A follows its `peft_version`, or the stamp that NeMo
+    Automodel leaves beside it, what a lone wrapper wraps its `target_parameters`. Raises AdapterError with every
+    problem: incomplete or foreign matrices, ranks other than the config's, settings that two matrices cannot express.
 
     >>> import fmoe, tempfile, torch
     >>> made = fmoe.lora.init({"layers.0.mlp.experts.down_projs": torch.ones(2, 3, 4)}, r=2)
@@ -59,7 +62,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     ({'base_model.model.layers.0.mlp.experts.lora_down_A': 2.0}, ('layers.0.mlp.experts.down_proj',))
     """
     path = Path(path)
-    said = LoraConfig.read(_json(path / CONFIG))
+    said = _stamped(LoraConfig.read(_json(path / CONFIG)), path / STAMP)
     base = said.base if base is None else base
     if not isinstance(base, Adapter):
         if base is None or config is None and not Path(base).is_dir():
@@ -76,6 +79,16 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     if problems := list(_ranks(params, said, adapter)):
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
+
+
+def _stamped(said: LoraConfig, path: Path) -> LoraConfig:
+    """The config, its release the one that the stamp of a directory of Automodel names, if there is one."""
+    layout = _json(path).get("paramwrapper_layout") if path.is_file() else None
+    if layout is None:
+        return said
+    if layout not in LIKE:
+        raise AdapterError(f"{path}: paramwrapper_layout is {layout!r}, expected {' or '.join(map(repr, LIKE))}")
+    return replace(said, peft_version=LIKE[layout])
 
 
 def save(

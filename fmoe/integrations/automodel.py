@@ -7,9 +7,12 @@
 
 What is in place is known by its memory, not by its name: new tensors under names that were once handed out are
 converted, whatever was called before. The adapter inside, `adapter.adapter`, is pure.
+
+Automodel is not imported. Once it is, by whoever loads, its loader takes an adapter that is made for one of its own.
 """
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +23,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fmoe.checkpoint import adapter as adapter_of
 from fmoe.layout.adapter import Adapter
+from fmoe.lowrank.targets import told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError
 
+HOME = "nemo_automodel.components.checkpoint.state_dict_adapter"
+LEGACY = "0.18.1"
+"""The PEFT release whose wrapper form is that of `legacy_paramwrapper_layout`."""
 EXTRA = r".*_extra_state.*"
 """Names that the loader leaves out of its comparisons."""
 
@@ -66,6 +73,8 @@ class StateDictAdapter:
             self.adapter = adapter_of(named, config, **given)
         self.view_loaded_native_keys: frozenset[str] = frozenset()
         self._lent: list[Lent] = []
+        if HOME in sys.modules:
+            sys.modules[HOME].StateDictAdapter.register(type(self))
 
     @property
     def supports_write_through_checkpoint_load(self) -> bool:
@@ -73,6 +82,28 @@ class StateDictAdapter:
         raw = self.adapter.config or {}
         aliased = getattr(self.backend, "experts", None) != "te" and getattr(self.backend, "dispatcher", None) != "mok"
         return aliased and not raw.get("quantization_config")
+
+    @property
+    def supports_low_memory_dcp_load(self) -> bool:
+        """May torch.distributed.checkpoint fill the tensors of `to_hf`, with no whole checkpoint beside the model?"""
+        return self.supports_write_through_checkpoint_load
+
+    @property
+    def checkpoint_key_aliases(self) -> dict[str, str]:
+        """Name now -> older name: none, since names that a family once had are layouts of its adapter."""
+        return {}
+
+    def get_hf_state_dict_keys(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """The names that `to_hf` would give these tensors. Nothing is lent."""
+        empty = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in _tensors(state_dict).items()}
+        return list(self.adapter.to_hf(empty))
+
+    def iter_checkpoint_load_parts(self, model_state_dict: Mapping[str, Any], device_mesh: Any = None) -> None:
+        """None: a checkpoint is read as a whole, `fmoe.dcp.load` reads a quantised one tensor by tensor."""
+
+    def map_peft_target_module_to_hf(self, name: str, *, v4_compatible: bool = False) -> str:
+        """The name of a module that is LoRA's target, as Hugging Face's model has it: the same."""
+        return name
 
     def to_hf(
         self,
@@ -91,7 +122,8 @@ class StateDictAdapter:
         # what is left out need not be a tensor: Transformer Engine's `_extra_state` is a file or None
         state_dict = {n: t for n, t in state_dict.items() if isinstance(t, Tensor) or not left_out.match(n)}
         out = adapter.to_hf(state_dict, exclude_key_regex, quantization or None)
-        direct = self.supports_write_through_checkpoint_load and not quantization
+        asked = kwargs.get("for_checkpoint_load", True)
+        direct = asked and self.supports_write_through_checkpoint_load and not quantization
         self._lent = self._lend(adapter, state_dict, out) if direct else []
         return out
 
@@ -114,8 +146,9 @@ class StateDictAdapter:
 
     def _writing(self, kwargs: Mapping[str, Any]) -> Adapter:
         open_choices = {name for stage in self.adapter.stages for name in stage.choices()}
-        each = kwargs.get("v4_compatible") and "lora" in open_choices
-        return self.adapter.choose(lora="per-expert") if each else self.adapter
+        if kwargs.get("v4_compatible") and "lora" in open_choices:
+            return self.adapter.choose(lora="per-expert")
+        return told(self.adapter, LEGACY, None) if kwargs.get("legacy_paramwrapper_layout") else self.adapter
 
     def _lend(self, adapter: Adapter, native: Mapping[str, Any], out: Mapping[str, Any]) -> list["Lent"]:
         """The blocks whose storage is wholly out under HF names. What passes unchanged comes back as it is."""
@@ -156,6 +189,10 @@ class Memory(tuple[Any, ...]):
 
     def numel(self) -> int:
         return self[2].numel()
+
+
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: t for n, t in state_dict.items() if isinstance(t, Tensor)}
 
 
 def _local(t: Any) -> Tensor:

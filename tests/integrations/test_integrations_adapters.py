@@ -2,9 +2,12 @@
 
 import io
 import json
+import sys
 import warnings
+from abc import ABCMeta
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf
@@ -198,6 +201,47 @@ def test_L1_lora_is_saved_in_both_forms_and_comes_back() -> None:
     assert up.shape == (6, 4)
     for made in (whole, each):
         same(adapter.from_hf({n: t.clone() for n, t in made.items()}), native)
+
+
+def test_L1_the_form_of_an_older_peft_and_the_stamp_that_tells_it(tmp_path: Path) -> None:
+    sizes = dict(num_experts=2, num_experts_per_tok=1, hidden_size=4, moe_intermediate_size=3)
+    adapter = automodel.StateDictAdapter(dict(model_type="qwen3_moe", **sizes), dtype=None)
+    stem = "base_model.model.model.layers.0.mlp.experts."
+    shapes = dict(gate_and_up_A=(2, 4, 2), gate_and_up_B=(2, 2, 6), down_A=(2, 3, 2), down_B=(2, 2, 4))
+    native = {f"{stem}lora_{n}": torch.randn(shape) for n, shape in shapes.items()}
+    older = fmoe.adapter("qwen3_moe", sizes, peft_version="0.18.1")
+    now, legacy = adapter.to_hf(native), adapter.to_hf(native, legacy_paramwrapper_layout=True)
+    same(legacy, older.to_hf(native))
+    assert {n: t.shape for n, t in now.items()} != {n: t.shape for n, t in legacy.items()}
+    for layout, version in {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1"}.items():
+        path = tmp_path / layout
+        fmoe.lora.save(native, path, fmoe.adapter("qwen3_moe", sizes, peft_version=version), lora_alpha=4)
+        config = json.loads((path / "adapter_config.json").read_text())
+        del config["peft_version"]  # as Automodel writes it
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        (path / "automodel_peft_config.json").write_text(json.dumps({"paramwrapper_layout": layout}))
+        same(fmoe.lora.load(path, "qwen3_moe", sizes).params, native)
+    (path / "automodel_peft_config.json").write_text('{"paramwrapper_layout": "peft-9"}')
+    with pytest.raises(fmoe.AdapterError, match="paramwrapper_layout is 'peft-9'"):
+        fmoe.lora.load(path, "qwen3_moe", sizes)
+
+
+def test_L1_the_members_that_automodels_loader_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Base = ABCMeta("Base", (), {})  # in place of Automodel's own: its loader asks `isinstance`
+    config, files = saved("qwen3_moe", tmp_path)
+    assert not isinstance(automodel.StateDictAdapter(config, dtype=None), Base)
+    monkeypatch.setitem(sys.modules, automodel.HOME, SimpleNamespace(StateDictAdapter=Base))
+    adapter = automodel.StateDictAdapter(config, dtype=None)
+    assert isinstance(adapter, Base) and adapter.supports_low_memory_dcp_load
+    assert not automodel.StateDictAdapter(config, backend=SimpleNamespace(experts="te")).supports_low_memory_dcp_load
+    native = adapter.adapter.from_hf(files)
+    assert sorted(adapter.get_hf_state_dict_keys(native)) == sorted(files)
+    assert adapter.checkpoint_key_aliases == {} and adapter.iter_checkpoint_load_parts(native) is None
+    assert adapter.map_peft_target_module_to_hf("model.layers.0.mlp.gate") == "model.layers.0.mlp.gate"
+    exported = adapter.to_hf(native, for_checkpoint_load=False)
+    assert adapter.from_hf(exported).keys() == native.keys() and not adapter.view_loaded_native_keys
+    lent = adapter.to_hf(native, for_checkpoint_load=True)
+    assert adapter.from_hf(lent).keys() < native.keys() and adapter.view_loaded_native_keys
 
 
 # torchtitan
