@@ -132,44 +132,44 @@ class Problem(NamedTuple):
 class MoEConfig:
     """What an expert layer is, before any tensor exists (field names: the seed's `MoEConfig`).
 
-    Widths count features. `dim` is the model's width; `moe_latent_size`, when set, replaces it inside the experts
-    (`expert_dim`). `inter_dim` is the width of the dense MLP, which experts do not use.
+    Each field says below what it means and who reads it. Widths count features. `dim` is the model's width;
+    `moe_latent_size`, when set, replaces it inside the experts (`expert_dim`).
 
     >>> MoEConfig(n_routed_experts=8, n_activated_experts=2, dim=64, moe_inter_dim=32, dtype="bf16").dtype
     torch.bfloat16
     """
 
-    n_routed_experts: int
-    n_activated_experts: int
-    dim: int
-    moe_inter_dim: int
-    inter_dim: int | None = None
-    n_shared_experts: int = 0
-    n_expert_groups: int = 1
-    n_limited_groups: int = 1
-    train_gate: bool = True
-    gate_bias_update_factor: float = 0.0
-    aux_loss_coeff: float = 0.0
-    score_func: str = "softmax"
-    route_scale: float = 1.0
-    norm_topk_prob: bool = False
-    router_bias: bool = False
-    expert_bias: bool = False
-    expert_activation: str = "swiglu"
-    apply_router_weight_after_down: bool = False
-    activation_alpha: float = 1.702
-    activation_limit: float = 7.0
-    swiglu_limit: float = 0.0
-    softmax_before_topk: bool = False
-    router_weights_fp32: bool = False
-    router_weight_uses_score_correction_bias: bool = False
-    dtype: torch.dtype | str = torch.bfloat16
-    shared_expert_gate: bool = False
-    shared_expert_inter_dim: int | None = None
-    shared_expert_activation: str = "swiglu"
-    force_e_score_correction_bias: bool = False
-    moe_latent_size: int | None = None
-    enable_routing_replay: bool = False
+    n_routed_experts: int  #: E, experts; read by routers, experts, dispatchers
+    n_activated_experts: int  #: K, experts a token; routers
+    dim: int  #: features of the model; D, unless moe_latent_size is set
+    moe_inter_dim: int  #: I, features inside an expert
+    inter_dim: int | None = None  #: features inside the dense MLP; kept for you, experts do not use it
+    n_shared_experts: int = 0  #: experts that every token passes; `moe`, nn.MoE
+    n_expert_groups: int = 1  #: groups that experts are chosen from; routers
+    n_limited_groups: int = 1  #: groups that a token may choose from; routers
+    train_gate: bool = True  #: False: no gradient for the router; `route`, nn.MoE
+    gate_bias_update_factor: float = 0.0  #: rate of update_gate_bias; nn.MoE
+    aux_loss_coeff: float = 0.0  #: factor of the load-balancing loss; nn.MoE, in training
+    score_func: str = "softmax"  #: scores from logits, by name; routers
+    route_scale: float = 1.0  #: factor of the weights; routers
+    norm_topk_prob: bool = False  #: whether a token's K weights sum to 1 before route_scale
+    router_bias: bool = False  #: whether the router is linear with a bias; nn.MoE
+    expert_bias: bool = False  #: whether experts have biases; experts, nn
+    expert_activation: str = "swiglu"  #: by name, see fmoe.activations; experts
+    apply_router_weight_after_down: bool = False  #: else the weight multiplies the activation
+    activation_alpha: float = 1.702  #: of swigluoai and quick_geglu
+    activation_limit: float = 7.0  #: clamp of swigluoai and quick_geglu
+    swiglu_limit: float = 0.0  #: clamp of swiglu; 0: none
+    softmax_before_topk: bool = False  #: softmax over all E, else over the K chosen
+    router_weights_fp32: bool = False  #: weights in fp32, else in x's dtype; routers
+    router_weight_uses_score_correction_bias: bool = False  #: weights of biased scores
+    dtype: torch.dtype | str = torch.bfloat16  #: of parameters that modules make
+    shared_expert_gate: bool = False  #: whether shared experts are scaled by sigmoid(gate)
+    shared_expert_inter_dim: int | None = None  #: their features inside; None: moe_inter_dim
+    shared_expert_activation: str = "swiglu"  #: by name, as expert_activation
+    force_e_score_correction_bias: bool = False  #: a correction bias also at rate 0
+    moe_latent_size: int | None = None  #: D where experts work in a latent width; `moe`
+    enable_routing_replay: bool = False  #: refused when True: pass `indices=` or `routing=` instead
 
     def __post_init__(self) -> None:
         for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
