@@ -19,20 +19,31 @@ OTHERS = {"count", "scan", "place", "tiles", "combine", "bias", "dweight", "forw
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def records() -> list[dict[str, Any]]:
-    """Every kernel x shipped tile x architecture: about a minute."""
+def compiled(*options: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "bench" / "aot.py"), "--json"]
+    command = [sys.executable, str(ROOT / "bench" / "aot.py"), *options, "--json"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    """Every kernel x shipped tile x architecture: minutes."""
+    return compiled()
+
+
+@pytest.fixture(scope="module")
+def brief() -> list[dict[str, Any]]:
+    """On Hopper the tiles of large shapes and those of odd widths, once each: seconds."""
+    return compiled("--brief")
 
 
 def where(record: dict[str, Any]) -> str:
     return f"{record['kernel']} {record['arch']} {record['config']} {record['variant']}"
 
 
+@pytest.mark.slow
 def test_hot_tiles_on_hopper(records: list[dict[str, Any]]) -> None:
     found = [r for r in records if r["hot"] and r["arch"] == "sm_90"]
     assert {r["kernel"] for r in found} == PRODUCTS | {"gmm_fp8"}
@@ -43,6 +54,7 @@ def test_hot_tiles_on_hopper(records: list[dict[str, Any]]) -> None:
         assert r["spills"] == 0 and r["registers"] <= 255 and r["shared"] <= 232448, where(r)
 
 
+@pytest.mark.slow
 def test_small_batches_use_the_matrix_units_of_hopper(records: list[dict[str, Any]]) -> None:
     found = [r for r in records if r["arch"] == "sm_90" and "swap" in r["config"]]
     assert {r["kernel"] for r in found} == {"up", "gmm", "dact", "gmm_fp8"}
@@ -50,20 +62,95 @@ def test_small_batches_use_the_matrix_units_of_hopper(records: list[dict[str, An
         assert r["wgmma"] and r["config"].startswith("16x"), where(r)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", SHARED)
 def test_every_kernel_and_tile_fits(records: list[dict[str, Any]], arch: str) -> None:
     found = [r for r in records if r["arch"] == arch]
     assert {r["kernel"] for r in found} == PRODUCTS | OTHERS | FP8.get(arch, set())
     for r in found:
         assert set(FIELDS) <= set(r)
-        assert r["spills"] == 0 and r["shared"] <= SHARED[arch], where(r)
+        assert r["spills"] <= 64 * ("odd" in r["variant"]) and r["shared"] <= SHARED[arch], where(r)
         if r["kernel"] in PRODUCTS | {"gmm_fp8"} and "fp32" not in r["variant"]:
             assert r["mma"], where(r)
 
 
+LIMITS = {  # instructions of a thread: in the main loop, after it; exponentials; waits for copies
+    "up": (140, 1300, 64, 14),
+    "gmm": (100, 160, 0, 4),
+    "dact": (100, 2600, 64, 20),
+    "dw": (300, 160, 0, 10),
+    "gmm_fp8": (180, 160, 0, 4),
+}
+
+
+@pytest.mark.parametrize("kernel", LIMITS)
+def test_what_large_tiles_spend_on_hopper(brief: list[dict[str, Any]], kernel: str) -> None:
+    (r,) = (r for r in brief if r["kernel"] == kernel and "odd" not in r["variant"])
+    assert r["spills"] == 0 and r["shared"] <= 232448 and r["wgmma"] and r["tma_load"] and r["tma_store"], where(r)
+    names = ("loop", "epilogue", "exponentials", "waits_copy")
+    assert all(r[name] <= most for name, most in zip(names, LIMITS[kernel], strict=True)), {n: r[n] for n in names}
+    # products are in flight while others are fed, but where a step is scaled before it is added
+    assert bool(r["waits_wgmma_in_flight"]) == (kernel != "gmm_fp8"), where(r)
+
+
+@pytest.mark.parametrize("kernel", ["up", "gmm", "dact", "dw"])
+def test_odd_widths_spill_next_to_nothing(brief: list[dict[str, Any]], kernel: str) -> None:
+    (r,) = (r for r in brief if r["kernel"] == kernel and "odd" in r["variant"])
+    assert r["spills"] <= 64 and r["mma"], where(r)
+
+
+def test_the_committed_figures_are_of_the_shipped_tiles() -> None:
+    """results/aot.json: before (`was`) and after, by both versions of triton; no tile that ships spills with either."""
+    rows = json.loads((ROOT / "bench" / "results" / "aot.json").read_text())
+    table = json.loads((ROOT / "kernels" / "fmoe_kernels" / "host" / "configs.json").read_text())["sm_90"]
+    versions = {r["triton"] for r in rows if "was" not in r}
+    assert {v.rpartition(".")[0] for v in versions} == {"3.6", "3.9"}
+    for version in versions:
+        now = {(r["kernel"], r["config"]): r for r in rows if r["triton"] == version and "was" not in r}
+        assert {kernel for kernel, _ in now} == PRODUCTS | {"gmm_fp8"}
+        for (kernel, tiles), r in now.items():
+            large, odd = table[kernel]["large"], table[kernel].get("odd", {})
+            sizes = [f"{c['rows']}x{c['columns']}x{c['depth']} w{c['warps']} s{c['stages']}" for c in (large, odd) if c]
+            assert tiles.startswith(tuple(sizes)) and r["spills"] <= 64 * ("odd" in r["variant"]), where(r)
+            if "odd" not in r["variant"]:
+                assert all(r[n] <= m for n, m in zip(("loop", "epilogue"), LIMITS[kernel][:2], strict=True)), where(r)
+
+
+def test_both_versions_of_triton_make_the_same_of_what_counts() -> None:
+    """Matrix instructions, bulk copies, shared memory and exponentials of 3.6 and 3.9, tile by tile."""
+    rows = [r for r in json.loads((ROOT / "bench" / "results" / "aot.json").read_text()) if "was" not in r]
+    by: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        by.setdefault(where(r), []).append(r)
+    for tile, found in by.items():
+        assert len(found) == 2, tile
+        for name in ("wgmma", "mma", "tma_load", "tma_store", "exponentials"):
+            assert found[0][name] == found[1][name], (tile, name)
+        assert abs(found[0]["shared"] - found[1]["shared"]) <= 1024, tile
+
+
+ROUTES = """
+import sys; sys.path.insert(0, "bench")
+import torch
+from fake_gpu import fake_gpu
+from fmoe_kernels.programs.route import make_route
+with fake_gpu() as seen:
+    for T in (1, 2, 3, 7, 16, 17, 31, 100, 255, 256, 1024, 4096, 4097):
+        make_route(torch.zeros(T, 8, dtype=torch.long, device="meta"), None, 128).tiles(128)
+print(len({key for _, key, _ in seen}))
+"""
+
+
+def test_one_binary_of_each_routing_kernel_serves_every_number_of_tokens() -> None:
+    """A new number inside a graph capture would compile and load there."""
+    assert python(ROUTES) == "4"
+
+
 def python(code: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, cwd=ROOT
+    )
     return run.stdout.strip()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmoe_kernels.host.launch import Act, Tiling, config, grid_of, row_descriptors, run, weight_descriptor
 from fmoe_kernels.programs.route import Route
-from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS
+from fmoe_kernels.programs.scalars import BACKWARD, GATED, INTERLEAVED, SCALARS
 from fmoe_kernels.programs.tiles import (
     columns_of,
     epilogue_type,
@@ -20,6 +20,7 @@ from fmoe_kernels.programs.tiles import (
     load_gathered,
     load_ragged,
     load_weight,
+    map_element,
     multiply,
     pick_rows,
     pick_tile,
@@ -33,7 +34,7 @@ def dact_kernel(
     dy, slots, tokens, weights, w, z, dz, a, partial, tiles, n_tiles, offsets,
     stride_dy, se, sg, sk, sn, stride_z, stride_a, stride_partial,
     D, I, alpha, limit,
-    ACT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ACT: tl.constexpr, ELEMENT: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     TMA: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, EVEN: tl.constexpr,
     SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -64,19 +65,22 @@ def dact_kernel(
                 g, v = g.reshape(BM, SUB, 2).split()
             elif GATED:
                 v = load_ragged(z, row, end, 1, at, W, stride_z, TMA, BM, WIDTH).to(WIDE)
-            y, dg, dv = ACT(g, v, alpha, limit)
+            if ELEMENT is None:  # the interpreter, which maps nothing
+                y, dg, dv = ACT(g, v, alpha, limit)
+                by_z = parts[p] * weight
+                y, q, dg, dv = y * weight, parts[p] * y, by_z * dg, by_z * dv
+            else:
+                y, q, dg, dv = map_element(ELEMENT, parts[p].to(WIDE), g, v, weight.to(WIDE), alpha, limit)
             # act(0) is 0, but z past the last column is not
             column = n + tl.arange(0, SUB)
-            total += tl.sum(tl.where((column < I)[None, :], parts[p] * y, 0.0), 1)
-            store_rows(a, y * weight, row, end, 0, n, I, stride_a, TMA, BM, SUB)
-            by_z = parts[p] * weight
+            total += tl.sum(tl.where((column < I)[None, :], q, 0.0), 1)
+            store_rows(a, y, row, end, 0, n, I, stride_a, TMA, BM, SUB)
             if INTERLEAVED:
-                tile = tl.join(by_z * dg, by_z * dv).reshape(BM, WIDTH)
-                store_rows(dz, tile, row, end, 0, at, W, stride_z, TMA, BM, WIDTH)
+                store_rows(dz, tl.join(dg, dv).reshape(BM, WIDTH), row, end, 0, at, W, stride_z, TMA, BM, WIDTH)
             else:
-                store_rows(dz, by_z * dg, row, end, 0, at, W, stride_z, TMA, BM, WIDTH)
+                store_rows(dz, dg, row, end, 0, at, W, stride_z, TMA, BM, WIDTH)
                 if GATED:
-                    store_rows(dz, by_z * dv, row, end, 1, at, W, stride_z, TMA, BM, WIDTH)
+                    store_rows(dz, dv, row, end, 1, at, W, stride_z, TMA, BM, WIDTH)
         tl.store(partial + rows.to(tl.int64) * stride_partial + block, total.to(tl.float32), mask=inside)
 
 
@@ -86,7 +90,7 @@ def dact(
     """(dz [N', U], weight * act(z) [N', I], partials [N', n] fp32 whose row sums are the gradients of the weights)."""
     E, I, D = w.shape
     U = z.shape[1]
-    gated, interleaved = GATED[act.name], INTERLEAVED[act.name]
+    gated, interleaved, element = GATED[act.name], INTERLEAVED[act.name], BACKWARD[act.name]
     G = 2 if gated and not interleaved else 1
     dz, a = torch.empty_like(z), z.new_empty(len(z), I)
     c = config("dact", dy, len(r.slots), r.n_experts, D, tiling, (dy, w, z, a))
@@ -102,7 +106,8 @@ def dact(
     run(
         dact_kernel, grid, dy, r.slots, r.tokens, weights, w_arg, rows["z"], rows["dz"], rows["a"], partial, tiles,
         n_tiles, r.offsets, dy.stride(0), *w4.stride(), U, I, partial.stride(0), D, I, *act[1:],
-        ACT=SCALARS[act.name], GATED=gated, INTERLEAVED=interleaved, TMA=tma, TMA_W=tma_w, K_MAJOR=k_major,
+        ACT=SCALARS[act.name], ELEMENT=element if isinstance(element, triton.JITFunction) else None,
+        GATED=gated, INTERLEAVED=interleaved, TMA=tma, TMA_W=tma_w, K_MAJOR=k_major,
         EVEN_K=D % c.depth == 0, EVEN=D % c.depth == 0 and I % c.columns == 0, SWAP=c.swap,
         BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

@@ -84,6 +84,23 @@ SCALARS = {
 }
 """The seed's activations by name."""
 
+
+def _backward(act):
+    @triton.jit
+    def element(q, g, v, weight, alpha, limit):
+        y, dg, dv = act(g, v, alpha, limit)
+        by_z = q * weight
+        return y * weight, q * y, by_z * dg, by_z * dv
+
+    return element
+
+
+BACKWARD = {name: _backward(act) for name, act in SCALARS.items()}
+"""(q, g, v, weight, alpha, limit) -> (weight * act, q * act, and weight * q times both derivatives), of one element.
+
+For `tl.map_elementwise`: one function of an element is computed once, in one layout, whatever its results are for.
+"""
+
 GATED = {name: name != "relu2" for name in SCALARS}
 """Does it take gate and up columns, U = 2I?"""
 

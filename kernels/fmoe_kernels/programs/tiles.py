@@ -14,6 +14,12 @@ def epilogue_type(dtype):
     return tl.float64 if dtype == tl.float32 else tl.float32
 
 
+@tl.core.builtin
+def map_element(function, *args, _semantic=None, _generator=None):
+    """`tl.map_elementwise` of a function that is itself an argument of the kernel."""
+    return tl.map_elementwise(function.value, *args, _semantic=_semantic, _generator=_generator)
+
+
 @triton.jit
 def pick_tile(i, tiles, n_row_tiles, n_columns, GROUP: tl.constexpr):
     """(expert, first row, column block) of tile i: GROUP row tiles take one column block together, for L2."""
