@@ -71,6 +71,22 @@ SECTIONS = (
         rows=lambda found: [{"format": name} | row for name, row in found["formats"].items()],
         bar=("decode / copy", "format", lambda r: "one core"),
     ),
+    Section(
+        "aot.json",
+        "What compilers make of the large and the odd tiles for sm_90: instructions of a thread, none ever run.",
+        {
+            "kernel": lambda r: r["kernel"] + (" odd" if "odd" in r["variant"] else ""),
+            "tiles": lambda r: r["config"],
+            "triton": lambda r: r["triton"],
+            "commit": lambda r: r.get("was", "now"),
+            "registers": lambda r: r["registers"],
+            "spilled bytes": lambda r: r["spills"],
+            "shared bytes": lambda r: r["shared"],
+            "main loop": lambda r: r["loop"],
+            "epilogue": lambda r: r["epilogue"],
+            "exponentials": lambda r: r["exponentials"],
+        },
+    ),
 )
 
 
