@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from fmoe import routing as routing
     from fmoe import sharding as sharding
     from fmoe import surgery as surgery
+    from fmoe import sync as sync
     from fmoe import systems as systems
     from fmoe import testing as testing
     from fmoe.activations import is_gated_activation
@@ -44,7 +45,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
 __version__ = "0.1.0"
 
 _MODULES = """activations backends checkpoint codecs dcp dispatch docs draw families integrations lora losses nn
-    parallel routing sharding surgery systems testing""".split()
+    parallel routing sharding surgery sync systems testing""".split()
 _NAMES = {
     "types": "AdapterError MoEConfig Params Routed Routing TensorSpec subtree",
     "layout.adapter": "Adapter",

@@ -57,6 +57,7 @@ checkpoint.convert
 checkpoint.save checkpoint.verify
 checkpoint
 lora
+sync
 dcp
 """
 LAYERS = """
