@@ -164,6 +164,7 @@ class MoEConfig:
     router_weights_fp32: bool = False  #: weights in fp32, else in x's dtype; routers
     router_weight_uses_score_correction_bias: bool = False  #: weights of biased scores
     dtype: torch.dtype | str = torch.bfloat16  #: of parameters that modules make
+    gate_dtype: torch.dtype | str | None = None  #: of the router that nn.MoE makes; None: dtype
     shared_expert_gate: bool = False  #: whether shared experts are scaled by sigmoid(gate)
     shared_expert_inter_dim: int | None = None  #: their features inside; None: moe_inter_dim
     shared_expert_activation: str = "swiglu"  #: by name, as expert_activation
@@ -185,6 +186,8 @@ class MoEConfig:
         if self.enable_routing_replay:
             raise ValueError("MoEConfig.enable_routing_replay: a routing is a value here: keep it, and pass it again")
         object.__setattr__(self, "dtype", as_dtype(self.dtype))
+        if self.gate_dtype is not None:
+            object.__setattr__(self, "gate_dtype", as_dtype(self.gate_dtype))
 
     @property
     def expert_dim(self) -> int:

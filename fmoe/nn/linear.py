@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fmoe.activations import is_gated_activation
 from fmoe.layer.block import shared
 from fmoe.routing import gate_logits
-from fmoe.types import MoEConfig
+from fmoe.types import MoEConfig, as_dtype
 
 
 class Linear(nn.Linear):
@@ -28,7 +28,8 @@ class Gate(nn.Linear):
     """
 
     def __init__(self, config: MoEConfig) -> None:
-        super().__init__(config.dim, config.n_routed_experts, bias=config.router_bias, dtype=config.dtype)
+        stored = as_dtype(config.gate_dtype or config.dtype)
+        super().__init__(config.dim, config.n_routed_experts, bias=config.router_bias, dtype=stored)
         self.config = config
         self.requires_grad_(config.train_gate)
         if config.gate_bias_update_factor > 0 or config.force_e_score_correction_bias:

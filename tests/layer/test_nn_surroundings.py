@@ -216,3 +216,17 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         model(torch.ones(2, 3))
     with pytest.raises(ValueError, match="mask is torch.float32"):
         model(tokens(), torch.ones(1, 9))
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32, "bf16", None])
+def test_a_gate_may_be_stored_wider_than_the_experts(dtype: Any) -> None:
+    config = replace(WHOLE, dtype="bf16", gate_dtype=dtype, score_func="softmax", force_e_score_correction_bias=False)
+    model = MoE(config)
+    stored = torch.float32 if dtype in ("float32", torch.float32) else torch.bfloat16
+    assert (
+        model.gate.weight.dtype == model.gate.bias.dtype == stored and model.experts.down_projs.dtype == torch.bfloat16
+    )
+    assert model.gate(torch.ones(2, config.dim, dtype=torch.bfloat16)).dtype == stored
+    assert model(tokens().bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype is 'float23'"):
+        replace(WHOLE, gate_dtype="float23")
