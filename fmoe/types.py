@@ -168,6 +168,7 @@ class MoEConfig:
     shared_expert_gate: bool = False  #: whether shared experts are scaled by sigmoid(gate)
     shared_expert_inter_dim: int | None = None  #: their features inside; None: moe_inter_dim
     shared_expert_activation: str = "swiglu"  #: by name, as expert_activation
+    shared_swiglu_limit: float | None = None  #: clamp of shared experts' swiglu; None: swiglu_limit
     force_e_score_correction_bias: bool = False  #: a correction bias also at rate 0
     moe_latent_size: int | None = None  #: D where experts work in a latent width; `moe`
     enable_routing_replay: bool = False  #: refused when True: pass `indices=` or `routing=` instead

@@ -18,7 +18,7 @@ from fmoe.routing import count, route, routed
 from fmoe.shapes import check_params, in_shape, odd
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
-SHARED_ACTIVATIONS = ("swiglu", "relu2")
+SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai")
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -139,7 +139,9 @@ def shared(x: Tensor, config: MoEConfig, linear: Callable[[str, Tensor], Tensor]
     name = config.shared_expert_activation
     parts = ("gate_proj", "up_proj") if is_gated_activation(name) else ("up_proj",)
     u = torch.cat([linear(f"shared_experts.{part}", x) for part in parts], -1)
-    return linear("shared_experts.down_proj", activation(replace(config, expert_activation=name))(u, None))
+    limit = config.swiglu_limit if config.shared_swiglu_limit is None else config.shared_swiglu_limit
+    act = activation(replace(config, expert_activation=name, swiglu_limit=limit))
+    return linear("shared_experts.down_proj", act(u, None))
 
 
 def _same(x: Tensor) -> Tensor:

@@ -48,12 +48,11 @@ openai_privacy_filter = Family(
         activation_limit="swiglu_limit",
         activation_alpha="swiglu_alpha",
     ),
-    fixed=dict(
-        expert_activation="swigluoai", expert_bias=True, router_bias=True, score_func="softmax of the K best, over K"
-    ),
+    # its router divides by K, and its block multiplies by K: a softmax of the K best it is
+    fixed=dict(expert_activation="swigluoai", expert_bias=True, router_bias=True, router_weights_fp32=True),
     sparse=EVERY,
     source="openai/privacy-filter",
-    verified="experts",
+    verified="block",
 )
 
 nemo_speechlm = replace(

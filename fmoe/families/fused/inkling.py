@@ -20,7 +20,7 @@ inkling = Family(
         fused=fused() | rule(MLP + "gate.e_score_correction_bias", MLP + "gate.e_score_correction_bias"),
     )
     | KEPT,
-    fields=mistral4.fields,
+    fields={f: n for f, n in mistral4.fields.items() if not f.endswith(("_groups", "route_scale", "topk_prob"))},
     fixed=dict(score_func="sigmoid over experts and shared experts"),
     source="thinkingmachines/Inkling",
     verified="experts",

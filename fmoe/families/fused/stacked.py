@@ -99,8 +99,12 @@ mistral4 = Family(
         moe_inter_dim="moe_intermediate_size",
         inter_dim="intermediate_size",
         n_shared_experts="n_shared_experts",
+        n_expert_groups="n_group",
+        n_limited_groups="topk_group",
+        route_scale="routed_scaling_factor",
+        norm_topk_prob="norm_topk_prob",
     ),
-    fixed=dict(score_func="softmax in groups by their two best"),
+    fixed=dict(score_func="softmax_in_groups"),
     formats={
         "fp8 expert [E 1 1]": r".*\.experts\.(gate_up|down)_proj",
         "fp8 expert [E]": None,
@@ -108,7 +112,7 @@ mistral4 = Family(
         "fp8 blocks": None,
     },
     source="mistralai/Mistral-Small-4-119B-2603",
-    verified="experts",
+    verified="block",
 )
 
 qwen3_vl_moe = replace(

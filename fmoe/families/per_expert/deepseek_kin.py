@@ -54,9 +54,9 @@ hy_v4 = replace(
     )
     | KEPT,
     fields=deepseek_v3.fields | dict(swiglu_limit="swiglu_limit"),
+    fixed=deepseek_v3.fixed | dict(shared_swiglu_limit=0.0),
     fp8=None,
     source="tencent/Hy4-preview",
-    verified="experts",
 )
 
 hy_v4_vl = replace(

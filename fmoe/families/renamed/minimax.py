@@ -83,8 +83,15 @@ minimax_m3_vl = replace(
         | rule(MLP + SHARED, MLP + SHARED),
     )
     | KEPT,
-    fields=minimax_m2.fields | dict(activation_limit="swiglu_limit", activation_alpha="swiglu_alpha"),
-    fixed=minimax_m2.fixed | dict(expert_activation="swigluoai"),
+    fields=minimax_m2.fields
+    | dict(
+        activation_limit="swiglu_limit",
+        activation_alpha="swiglu_alpha",
+        route_scale="routed_scaling_factor",
+        shared_expert_inter_dim="shared_intermediate_size",
+    ),
+    fixed=minimax_m2.fixed
+    | dict(expert_activation="swigluoai", shared_expert_activation="swigluoai", n_shared_experts=1),
     fp8=None,
     formats={"mxfp8": EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.\w+\.(gate|up|down)_proj\.weight"},
     source="the text model of MiniMaxAI/MiniMax-M3",

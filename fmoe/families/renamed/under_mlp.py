@@ -111,9 +111,13 @@ kolibri1 = replace(
         shared_expert_inter_dim="shared_expert_intermediate_size",
         norm_topk_prob="norm_topk_prob",
     ),
-    fixed=dict(n_shared_experts=1, score_func="sigmoid, chosen by logit and bias"),
+    fixed=dict(
+        n_shared_experts=1,
+        score_func="sigmoid_of_best_logits",
+        force_e_score_correction_bias=True,
+        router_weights_fp32=True,
+    ),
     fp8=None,
     sparse=EVERY,
     source="Aleph-Alpha/Kolibri-1",
-    verified="experts",
 )
