@@ -106,10 +106,11 @@ def topk_routing(
     """indices[t] = the K best of score(logits[t]) + correction_bias; weights[t] = the scores there, without that bias.
 
     logits [T, E]; correction_bias [E] or None; indices: as in `route`. Everything is computed and returned in fp32
-    (fp64 stays). `config.score_func` names the score, see `SCORES`; "softmax" is taken over the K selected logits
-    unless `softmax_before_topk`. With `n_expert_groups` > 1 only the best `n_limited_groups` groups of neighbouring
-    experts take part, a group being worth its two best biased scores (DeepSeek-V3) or, without correction bias, its
-    best one (DeepSeek-V2). `norm_topk_prob` divides weights by their sum + 1e-20, then `route_scale` multiplies them.
+    (fp64 stays; with `router_weights_fp32` selection ranks in fp32 all the same). `config.score_func` names the score,
+    see `SCORES`; "softmax" is taken over the K selected logits unless `softmax_before_topk`. With `n_expert_groups` > 1
+    only the best `n_limited_groups` groups of neighbouring experts take part, a group being worth its two best biased
+    scores (DeepSeek-V3) or, without correction bias, its best one (DeepSeek-V2). `norm_topk_prob` divides weights by
+    their sum + 1e-20, then `route_scale` multiplies them.
     Raises ValueError for an unknown score function, impossible groups, K > E, or a correction bias that the score
     function does not take ("softmax") or lacks ("softmax_with_bias", "sigmoid_with_bias").
 
@@ -123,7 +124,12 @@ def topk_routing(
     biased = scores if correction_bias is None else scores + correction_bias.to(scores.dtype)
     if indices is None:
         best_of = score.group_of or (1 if correction_bias is None else 2)
-        indices = _in_best_groups(biased.detach(), config, best_of).topk(config.n_activated_experts, -1).indices
+        ranked = biased.detach()
+        if config.router_weights_fp32 and ranked.dtype == torch.float64:
+            # where such a router saturates, experts are equal in fp32: of these it takes the first, whatever x is
+            ranked = score.rank(logits.detach().float())
+            ranked = ranked if correction_bias is None else ranked + correction_bias.detach().float()
+        indices = _in_best_groups(ranked, config, best_of).topk(config.n_activated_experts, -1).indices
         gone = None
     else:
         indices = indices.long()

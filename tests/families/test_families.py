@@ -1,5 +1,6 @@
 """Every family against Transformers: what it wrote comes back bit for bit, and its numbers are those of its modules."""
 
+import copy
 import json
 import math
 import re
@@ -114,6 +115,24 @@ def test_its_numbers_are_those_of_transformers(name):
             assert_parity(block, params, config, config.dim)
         if hasattr(block, "experts"):
             experts_only(block.experts, params, config)
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "block"])
+def test_its_block_is_that_of_transformers_in_fp64_where_clamps_bite_and_routers_saturate(name):
+    """Routers of Transformers that stay in fp32 set the tolerance."""
+    model, adapter, tensors = written(name)
+    block, params = blocks(model, adapter, tensors)[0]
+    block = copy.deepcopy(block).double()
+    params = {n: p.double() for n, p in params.items() if n != "bias"}
+    if "bias" in dict(block.named_parameters()):  # JetMoE's, of the sum
+        block.bias.data.zero_()
+    if hasattr(block, "post_mlp_layernorm"):
+        block.post_mlp_layernorm = nn.Identity()
+    for scale in (30, 1000):
+        drawn = torch.Generator().manual_seed(scale)
+        x = scale * torch.randn(2, 9, adapter.moe_config.dim, generator=drawn, dtype=torch.float64)
+        with torch.no_grad():
+            assert_close(fmoe.moe(params, x, adapter.moe_config), hf.forward(block, x))
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "round trip"])

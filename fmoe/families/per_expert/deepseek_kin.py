@@ -74,10 +74,9 @@ mistral_large4 = replace(
         fused=rule(SHARED + PROJECTIONS + ".{rest}", SHARED + PROJECTIONS + ".{rest}"),
     )
     | KEPT,
-    fixed=dict(score_func="softmax in groups by their two best", norm_topk_prob=True),
+    fixed=dict(score_func="softmax_in_groups", norm_topk_prob=True),
     fp8=None,
     source="mistralai/Mistral-Large-4-1T-A52B",
-    verified="experts",
 )
 
 deepseek_ocr2 = replace(
