@@ -45,6 +45,17 @@ _CONVERT: dict[str, Callable[[Row], Any]] = {
 _PANEL = lambda r: f"{r['family']}, {r['bytes'] / 1e9:.1f} GB"
 SECTIONS = (
     Section(
+        "experts.json",
+        "Experts on a CPU: time of fmoe over the best of Transformers' eager, batched_mm and grouped_mm.",
+        {name: (lambda r, name=name: r[name]) for name in ("T", "E", "K", "I", "dtype", "order")}
+        | {
+            "forward": lambda r: r["forward"],
+            "against": lambda r: r["forward_best"],
+            "forward + backward": lambda r: r["both"],
+            "against ": lambda r: r["both_best"],
+        },
+    ),
+    Section(
         "convert.json",
         "Conversion on a disk. `durable` waits for the disk, and is compared with a durable `cp`.",
         _CONVERT,
