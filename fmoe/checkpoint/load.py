@@ -52,7 +52,7 @@ def load(
     >>> with tempfile.TemporaryDirectory() as path:
     ...     _ = fmoe.save(params, path, made)
     ...     {name: tuple(tensor.shape) for name, tensor in fmoe.load(path, e=range(0, 2)).items()}
-    {'model.layers.0.mlp.experts.gate_and_up_projs': (2, 2, 6), 'model.layers.0.mlp.experts.down_projs': (2, 3, 2)}
+    {'model.layers.0.mlp.experts.down_projs': (2, 3, 2), 'model.layers.0.mlp.experts.gate_and_up_projs': (2, 2, 6)}
     """
     source = open_checkpoint(path)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}

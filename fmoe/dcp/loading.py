@@ -17,6 +17,7 @@ from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.load import inputs, unfilled
 from fmoe.checkpoint.open import adapter_of
+from fmoe.checkpoint.whole import whole
 from fmoe.dcp.boxes import pieces, surfacing
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.sharded.placements import indices_of
@@ -89,6 +90,8 @@ class Planner(LoadPlanner):
             raise AdapterError("which family? pass adapter=fmoe.adapter(...)")
         self.adapter = adapter = adapter.resolve(self.specs)
         self.plan = adapter.plan(self.specs)
+        if self.reader is not None and (source.native or adapter.config is not None):  # else rules of one's own
+            whole(source, self.plan.targets)
         if problems := [*unfilled(self.plan, self.params, "params"), *_sums(self.params)]:
             raise AdapterError(problems)
         self.views, self.made = _views(adapter, self.params)

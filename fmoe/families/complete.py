@@ -10,7 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fmoe.families.kind import Family, as_dict
-from fmoe.families.known import Layers, absent, by_stack, decoder, entries, groups, lacking, towers
+from fmoe.families.known import (
+    Layers,
+    absent,
+    by_stack,
+    class_of,
+    decoder,
+    entries,
+    groups,
+    lacking,
+    recognised,
+    towers,
+)
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
@@ -47,9 +58,14 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     main = decoder(stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(said, kind.sparse)
-    missing = dict.fromkeys(absent(config, stacks, sparse, count))
+    lost = absent(config, stacks, sparse, count)
+    known_names = recognised(config, stacks)
+    strange = len(lost) > known_names and 2 * (len(names) - known_names) >= len(
+        lost
+    )  # others' names than Transformers writes
+    missing = dict.fromkeys([] if strange else lost)
     ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
-    known_class = bool(said.get("architectures")) and bool(entries(config))
+    known_class = entries(config) is not None and not strange
     for stack, layers in stacks.items():
         if layer_count(said) is not None and stack.rpartition(".")[2] in LAYERS:
             text = stack == main
@@ -59,6 +75,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     experts = _experts(kind, main, ours, sparse, none)
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)
+    if strange:
+        notes.append(f"{len(lost)} names of {class_of(config)} are not here: its names are not compared")
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead)], notes)
 

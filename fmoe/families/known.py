@@ -62,11 +62,22 @@ def lacking(groups: Groups, layer: set[str], sparse: bool | None = None) -> list
     return missing
 
 
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a config names first."""
+    found = config.get("architectures")
+    return str(found[0]) if isinstance(found, list) and found else None
+
+
+def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("text_config")
+    return found if isinstance(found, Mapping) else {}
+
+
 def entries(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool] | None:
     """The entry of the class that a config names, and whether it is that class's: else only its text model is known."""
-    arch = next(iter(config.get("architectures") or ()), None)
+    arch = class_of(config)
     entry = known().get(str(config.get("model_type")))
-    text = known().get(str((config.get("text_config") or {}).get("model_type")))
+    text = known().get(str(_text(config).get("model_type")))
     if arch is None or not (entry or text):
         return None
     whole = entry is not None and entry["class"] == arch
@@ -86,7 +97,7 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
 
 def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether the output embedding is the input's."""
-    said = [c.get("tie_word_embeddings") for c in (config, config.get("text_config") or {})]
+    said = [c.get("tie_word_embeddings") for c in (config, _text(config))]
     return any(said) if any(v is not None for v in said) else entry["tied"]
 
 
@@ -119,10 +130,19 @@ def _main(form: Mapping[str, Any]) -> str:
     return next((s for s in form["stacks"] if stem(s) == form["stem"] and experts(s)), form["stem"] + "layers")
 
 
+def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:
+    """How many of the names that are there are the class's, of any form and layer."""
+    forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
+    inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
+    tails = tuple({n.removeprefix(form["stem"]) for form in forms for n in form["root"]})
+    layers = sum(len(layer & inside) for name, found in stacks.items() if name for layer in found.values())
+    return layers + sum(n.endswith(tails) for n in stacks.get("", {}).get(0, ()))
+
+
 def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Parts beside the text model that the class has and of which nothing is there: a text-only checkpoint."""
     entry = known().get(str(config.get("model_type")))
-    if entry is None or [entry["class"]] != config.get("architectures"):
+    if entry is None or entry["class"] != class_of(config):
         return []
     names = list(names)
     return [part for part in entry["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import import_module, metadata, util
 from pathlib import Path
 
+from fmoe.codecs.formats import FORMATS
 from fmoe.families import FAMILIES, NO_FAMILY
 from fmoe.families.known import known
 
@@ -15,18 +16,18 @@ EXPERTS = re.compile(r"^class \w*(Experts|[a-z]MoE|[a-z]Moe|MoeBlock|MoEBlock)\(
 TYPES = re.compile(r'^    model_type = "([\w-]+)"', re.M)
 PEFT = range(18, 22)
 """Minor versions 0.x of PEFT whose files are read and written as tests compare them."""
-FORMATS = {
-    "dense": "not quantised",
-    "float-quantized": "fp8",
-    "int-quantized": "int8",
-    "mxfp4-pack-quantized": "mxfp4",
-    "mxfp8-quantized": "mxfp8",
-    "naive-quantized": "fp8 or int8",
-    "nvfp4-pack-quantized": "nvfp4",
-    "pack-quantized": "int4, int8",
-    "mixed-precision": "each tensor by its own names",
+ROWS = {
+    "dense": (),
+    "float-quantized": ("fp8 side tensor", "fp8 side channel", "fp8 side blocks"),
+    "int-quantized": ("int8 channel",),
+    "mixed-precision": (),
+    "mxfp4-pack-quantized": ("mxfp4 packed",),
+    "mxfp8-quantized": ("mxfp8 side",),
+    "naive-quantized": ("fp8 side channel", "int8 channel"),
+    "nvfp4-pack-quantized": ("nvfp4 packed",),
+    "pack-quantized": ("int4 pack", "int8 pack"),
 }
-"""compressed-tensors' formats that fmoe has an answer to, and in which of its own."""
+"""compressed-tensors' formats, and the rows of fmoe's table that read them; of mixed ones each tensor has its own."""
 
 
 def transformers_models() -> Iterator[str]:
@@ -60,9 +61,12 @@ def peft_forms() -> Iterator[str]:
 
 
 def compressed_formats() -> Iterator[str]:
-    """Formats of the installed compressed-tensors that fmoe has no answer to."""
-    formats = import_module("compressed_tensors").CompressionFormat
-    yield from (f"format {f.value}: not read" for f in formats if f.value not in FORMATS)
+    """Formats of the installed compressed-tensors that fmoe's table does not read, and which rows it lacks."""
+    for found in import_module("compressed_tensors").CompressionFormat:
+        if found.value not in ROWS:
+            yield f"format {found.value}: unknown"
+        elif lacking := [row for row in ROWS[found.value] if row not in FORMATS]:
+            yield f"format {found.value}: no row {', '.join(lacking)}"
 
 
 LOOKS = {

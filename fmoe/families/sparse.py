@@ -38,7 +38,7 @@ def sparse_layers(config: Config, ways: str) -> set[int] | None:
         if way == "every" or config.get(way) is not None:
             try:
                 return {l for l in range(count) if WAYS[way](config, l, count)}
-            except (TypeError, ValueError, IndexError, ZeroDivisionError):
+            except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
                 raise AdapterError(
                     f"config.json has {way} {config.get(way)!r}: that says of no layer what it has"
                 ) from None

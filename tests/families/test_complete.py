@@ -46,7 +46,9 @@ def test_what_transformers_saves_is_whole_and_a_tensor_that_is_lost_is_missed(na
     modules = {n[len(layer) + 1 :].split(".")[0] for n in names if n.startswith(layer + ".")}
     if len(re.findall(r"\.\d+", layer)) > 1:  # Switch numbers the parts of a layer too
         return
-    for module in (m for m in modules if re.search(r"attn|attention|mlp|norm$|layernorm", m) and "post_mlp" not in m):
+    for module in (
+        m for m in modules if re.fullmatch(r"(self_|linear_)?(attn|attention)|mlp|.*norm", m) and "post_mlp" not in m
+    ):
         left = [n for n in names if not n.startswith(f"{layer}.{module}.")]
         told = gaps(kind, config, left).problems
         assert any(k.startswith(f"{layer}.") for p in told for k in p.keys), (layer, module)

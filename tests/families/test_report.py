@@ -45,6 +45,10 @@ def test_formats_and_versions_that_are_not_known_are_told(monkeypatch):
     module = ModuleType("compressed_tensors")
     module.CompressionFormat = [SimpleNamespace(value=n) for n in ("dense", "int3-swirled")]
     monkeypatch.setattr(lookout, "import_module", lambda name: module)
-    assert [*lookout.compressed_formats()] == ["format int3-swirled: not read"]
+    assert [*lookout.compressed_formats()] == ["format int3-swirled: unknown"]
+    module.CompressionFormat = [SimpleNamespace(value=n) for n in lookout.ROWS]
+    monkeypatch.setattr(lookout, "FORMATS", {"mxfp4 packed": None})
+    told = [*lookout.compressed_formats()]
+    assert "format nvfp4-pack-quantized: no row nvfp4 packed" in told and not any("mxfp4" in line for line in told)
     monkeypatch.setattr(lookout.metadata, "version", lambda name: "0.31.0")
     assert [*lookout.peft_forms()] == ["0.31: adapters are compared with 0.18 to 0.21"]
