@@ -1,5 +1,6 @@
 """Losses of a router: Transformers' own function, formulas in plain python, two processes, every transform."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -236,15 +237,15 @@ def test_the_module_counts_once_whatever_is_computed_again(reentrant: bool | Non
 
 
 def test_the_module_counts_over_a_group_and_replays() -> None:
-    x = torch.randn(8, D)
+    x, whole = torch.randn(8, D), layer(score_func="sigmoid", gate_bias_update_factor=0.1)
+    each = [copy.deepcopy(whole) for _ in range(2)]  # threads share one generator
 
     def law() -> Tensor:
-        m = layer(score_func="sigmoid", gate_bias_update_factor=0.1)
+        m = each[dist.get_rank()]
         m(x[4 * dist.get_rank() :][:4])
         m.update_gate_bias(dist.group.WORLD)
         return m.gate.e_score_correction_bias.clone()
 
-    whole = layer(score_func="sigmoid", gate_bias_update_factor=0.1)
     y, found = whole(x, return_routed=True)
     torch.testing.assert_close(whole(x, indices=found.routing.indices), y)
     torch.testing.assert_close(whole(x, routing=found.routing), y)
