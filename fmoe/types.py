@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fmoe.folding import lines
+
 Params = Mapping[str, Tensor]
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -98,7 +100,8 @@ class Routed(NamedTuple):
 class AdapterError(ValueError):
     """Every problem that was found, each naming its keys, what was found and what was expected.
 
-    `problems` holds one line for each, said once for all its keys; `keys` every key that they name. rest: the plan of
+    `problems` holds one line for each, said once for all its keys; `keys` every key that they name. The message folds
+    problems of one kind and is some twenty lines at most; these two are complete. rest: the plan of
     a stage without what is wrong, where later stages can still be checked on it.
 
     >>> error = AdapterError([Problem("too wide", ("a",)), Problem("too wide", ("b",)), "and that is not all"])
@@ -114,8 +117,8 @@ class AdapterError(ValueError):
         self.found, self.rest = tuple(Problem(text, tuple(named)) for text, named in keys.items()), rest
         self.problems = tuple(keys)
         self.keys = tuple(dict.fromkeys(k for p in self.found for k in p.keys))
-        lines = "".join(f"\n  - {text}" for text in self.problems)
-        super().__init__(self.problems[0] if len(keys) == 1 else f"{len(keys)} problems:{lines}")
+        told = "".join(f"\n  - {line}" for line in lines(self.found))
+        super().__init__(self.problems[0] if len(keys) == 1 else f"{len(keys)} problems:{told}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.found,)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmoe.layout.beside import beside, check_parts
 from fmoe.layout.claims import some
+from fmoe.layout.eager.html import table_of
 from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, without
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
@@ -75,6 +76,17 @@ class Adapter:
 
     def __str__(self) -> str:
         return "\n>>\n".join(map(str, self.stages)) or "keep {rest}"
+
+    def __repr__(self) -> str:
+        """Family, open choices, number of rules. `print(adapter)` shows the rules."""
+        family = (self.config or {}).get("model_type", "")
+        choices = {n: o for stage in self.stages for n, o in stage.choices().items() if len(o) > 1}
+        count = sum(len(getattr(stage, "rules", list)()) for stage in self.stages)
+        told = [family, *(f"{n}={'|'.join(o)}" for n, o in choices.items()), f"{count} rule{'s' * (count != 1)}"]
+        return f"Adapter({', '.join(str(t) for t in told if t)})"
+
+    def _repr_html_(self) -> str:
+        return table_of(str(self))
 
     # abstract
 

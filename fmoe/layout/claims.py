@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from fmoe.folding import fold, listed
 from fmoe.layout.entries import Alias, Drop, Entry, Keep, rules_of
 from fmoe.layout.names import Hit, Names, Numbers, Row, Value, hits, patterns
 from fmoe.layout.notation import Rule
@@ -115,6 +116,5 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[s
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(repr(n) for n in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+    """The first few names, and how many more there are; of a great many, what they have in common."""
+    return listed(names, most) if len(names) <= 2 * most or most < 8 else fold(names)

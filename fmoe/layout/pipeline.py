@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fmoe.layout.axes import Copy, Group
+from fmoe.layout.eager.html import table_of
 from fmoe.layout.grouping import Specs
 from fmoe.layout.plan import TablePlan
 from fmoe.layout.stage import StagePlan
@@ -130,11 +131,20 @@ class Plan:
         """For each stage, the sources of each target."""
         return [{t: sources for sources, targets in stage.units() for t in targets} for stage in self.stages]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return f"Plan({self._head})"
+
+    def _repr_html_(self) -> str:
+        return table_of(str(self))
+
+    @property
+    def _head(self) -> str:
         read = len(self.sources) if self.narrowed else len(self.specs)
         there, back = (f"{n:,} tensor{'s' * (n != 1)}" for n in (read, len(self.targets)))
-        head = f"{there} -> {back}, {human(self.nbytes)}, proved bijective"
-        return "\n".join([head, *filter(None, map(str, self.stages))])
+        return f"{there} -> {back}, {human(self.nbytes)}, proved bijective"
+
+    def __str__(self) -> str:
+        return "\n".join([self._head, *filter(None, map(str, self.stages))])
 
 
 def _sides(stage: StagePlan) -> tuple[Plan, ...]:

@@ -20,13 +20,14 @@ ops
 tools
 """
 CHECKPOINTS = """
+folding
 types
 sharding
 layout.notation
 layout.names layout.parsing
 layout.entries layout.axes
 layout.proved.suspects
-layout.claims layout.eager.converting layout.sharded.placements
+layout.claims layout.eager.html layout.eager.converting layout.sharded.placements
 layout.grouping layout.sharded.shards
 layout.proved
 layout.plan layout.stage
@@ -61,6 +62,7 @@ sync
 dcp
 """
 LAYERS = """
+folding
 types
 sharding
 activations shapes parallel

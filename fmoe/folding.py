@@ -1,0 +1,94 @@
+"""Many names, or many problems of one kind, in a line: for messages that a person reads."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+
+_LINES = 18
+
+
+def fold(names: Iterable[str], most: int = 3) -> str:
+    """Names as patterns: numbers in a row as `{0..59}`, few texts as `{gate,up}`.
+
+    >>> fold(f"l.{i}.{p}_proj.w" for i in range(60) for p in ("gate", "up"))
+    'l.{0..59}.{gate,up}_proj.w (120 tensors)'
+    >>> fold(["a", "b.0", "c.w.x"])
+    "'a', 'b.0', 'c.w.x'"
+    """
+    unique = list(dict.fromkeys(names))
+    found = _merged([p for shape in _by_shape(unique) for p in _patterns(shape)])
+    if len(unique) <= most or len(found) >= len(unique):
+        return listed(unique, 8)
+    shown = ", ".join(".".join(map(_spelled, columns)) for columns in found[:most])
+    more = f" and {len(found) - most} more forms" if len(found) > most else ""
+    return f"{shown}{more} ({len(unique)} tensors)"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(repr(n) for n in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+Columns = tuple[tuple[str, ...], ...]  # for each segment between dots, what it may be
+
+
+def _by_shape(names: list[str]) -> Iterable[list[list[str]]]:
+    shapes: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        shapes.setdefault(tuple("" if p.isdecimal() else p for p in parts), []).append(parts)
+    return shapes.values()
+
+
+def _patterns(rows: list[list[str]]) -> list[Columns]:
+    """One pattern, where the rows are all combinations of what their columns hold; else one for each row."""
+    columns = tuple(tuple(dict.fromkeys(column)) for column in zip(*rows, strict=True))
+    if prod(map(len, columns)) == len(rows):
+        return [columns]
+    return [tuple((part,) for part in row) for row in rows]
+
+
+def _merged(patterns: list[Columns]) -> list[Columns]:
+    """Patterns that differ in one segment, as one."""
+    for at in range(max(map(len, patterns), default=0)):
+        alike: dict[tuple[object, ...], list[str]] = {}
+        for p in patterns:
+            alike.setdefault((p[:at], p[at + 1 :]) if at < len(p) else (p, None), []).extend(
+                p[at] if at < len(p) else ()
+            )
+        patterns = [key[0] if key[1] is None else (*key[0], tuple(parts), *key[1]) for key, parts in alike.items()]  # type: ignore[misc]
+    return patterns
+
+
+def _spelled(parts: tuple[str, ...]) -> str:
+    if len(parts) == 1:
+        return parts[0]
+    if all(p.isdecimal() for p in parts):
+        numbers = sorted(map(int, parts))
+        if numbers[-1] - numbers[0] + 1 == len(numbers):
+            return f"{{{numbers[0]}..{numbers[-1]}}}"
+        return f"{{{','.join(map(str, numbers[:6]))}{',..' * (len(numbers) > 6)}}}"
+    end = next((parts[0][i:] for i in range(len(parts[0])) if all(p.endswith(parts[0][i:]) for p in parts)), "")
+    end = end[end.index("_") :] if "_" in end else ""
+    return f"{{{','.join(p.removesuffix(end) for p in parts[:6])}{',..' * (len(parts) > 6)}}}{end}"
+
+
+def lines(problems: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
+    """A line for each problem, and one for three or more that differ in their names alone; about twenty in all."""
+    groups: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for text, keys in problems:
+        marked = text
+        for key in sorted(keys[:64], key=len, reverse=True):
+            marked = marked.replace(repr(key), "\0")
+        groups.setdefault(re.sub(r"\0(?:, \0)*(?: and \d+ more)?", "\0", marked), []).append((text, keys))
+    made = []
+    for marked, group in groups.items():
+        if len(group) < 3 or "\0" not in marked:
+            made += [text for text, _ in group]
+        else:
+            folded = fold(key for _, keys in group for key in keys)
+            made.append(marked.replace("\0", folded, 1).replace("\0", "..") + f" ({len(group)} problems)")
+    yield from made[:_LINES]
+    if len(made) > _LINES:
+        yield f"and {len(made) - _LINES} more, all of them in .problems"
