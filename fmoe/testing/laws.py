@@ -1,6 +1,6 @@
 """The laws of an adapter, asserted on random tensors: inverse, abstract, tiling, views, restriction, purity."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,9 @@ from fmoe.layout.beside import BesidePlan
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.plan import TablePlan
 from fmoe.types import AdapterError, TensorSpec, bits
+
+Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+Pair = tuple[Function, Function]
 
 
 def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]:
@@ -33,15 +36,21 @@ def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
             assert torch.equal(bits(x), bits(y)), f"{name}: values differ"
 
 
-def assert_laws(adapter: Adapter, specs: Mapping[str, TensorSpec], seed: int = 0) -> None:
-    """Inverse, abstract = concrete, views = copies, restriction = slice, purity: on random tensors of these HF specs.
+def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: int = 0) -> None:
+    """Inverse, order, completeness, abstract = concrete, views = copies, restriction = slice, purity: of any tensors.
 
-    A lossless adapter must keep all of them. One with a codec is held to the inverse on what it wrote itself.
+    adapter: an Adapter, or two functions (from_hf, to_hf) over dicts of tensors. specs: what goes into from_hf.
+    Of two functions the laws are inverse, order and purity. A lossless adapter must keep all of them; one
+    with a codec is held to the inverse on what it wrote itself. Raises AssertionError that says which law is broken.
 
     >>> import fmoe
     >>> specs = {f"w.{e}": TensorSpec((3,), torch.float32) for e in range(2)}
     >>> assert_laws(fmoe.rule("w.{e} [d]", "w [e d]"), specs)
+    >>> transpose = lambda params: {name: tensor.T for name, tensor in params.items()}
+    >>> assert_laws((transpose, transpose), {"w": TensorSpec((2, 3), torch.float32)})
     """
+    if not isinstance(adapter, Adapter):
+        return _assert_pair(*adapter, tensors(specs, seed))
     adapter = adapter.resolve(specs)
     drawn = tensors(specs, seed)
     drawn |= {name: drawn[of].clone() for name, of in _aliases(adapter.plan(specs))}
@@ -51,11 +60,57 @@ def assert_laws(adapter: Adapter, specs: Mapping[str, TensorSpec], seed: int = 0
     before = {n: t.clone() for n, t in hf.items()}
     native = MappingProxyType(adapter.from_hf(hf))
     assert_inverse(adapter, hf, native)
+    assert_order(adapter, hf, native)
+    assert_complete(adapter, hf)
     assert_abstract(adapter, hf, native)
     assert_tiles(adapter.plan(hf))
     assert_views(adapter, hf, native)
     assert_restricts(adapter, hf, native)
     same(hf, before)
+
+
+def _assert_pair(from_hf: Function, to_hf: Function, drawn: dict[str, Tensor]) -> None:
+    """to_hf(from_hf(x)) == x, whatever the order of a dict; and nothing is written to an argument."""
+    hf, before = MappingProxyType(drawn), {n: t.clone() for n, t in drawn.items()}
+    native = from_hf(hf)
+    kept = {n: t.clone() for n, t in native.items()}
+    same(to_hf(MappingProxyType(native)), before)
+    same(native, kept)
+    turned = from_hf(MappingProxyType(dict(reversed(drawn.items()))))
+    same(turned, kept)
+    assert list(turned) == list(native), "order: from_hf returns its names in the order of its argument"
+    same(from_hf(MappingProxyType(to_hf(native))), kept)
+    same(hf, before)
+
+
+def assert_order(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
+    """`iter_hf`, `to_hf` and the plan have one order, which names alone settle: not the order of the dict given."""
+    turned = dict(reversed(list(native.items())))
+    expected = list(adapter.to_hf(native))
+    for what, found in {
+        "to_hf": list(adapter.to_hf(turned)),
+        "iter_hf": [name for name, _ in adapter.iter_hf(turned)],
+        "plan.targets": list(adapter.inverse.plan(turned).targets),
+    }.items():
+        assert found == expected, f"order: {what} yields {found[:8]}, expected {expected[:8]}"
+    assert list(adapter.from_hf(dict(reversed(list(hf.items()))))) == list(native), (
+        "order: from_hf follows its argument's"
+    )
+
+
+def assert_complete(adapter: Adapter, hf: Mapping[str, Tensor]) -> None:
+    """Each name stands in one unit, there and back; and the plan of the way back gives every name, shape and dtype."""
+    there = adapter.plan(hf)
+    back = adapter.inverse.plan(there.targets)
+    if adapter.lossless:
+        same(back.targets, hf)
+    for plan, names in ((there, hf), (back, there.targets)):
+        sources = [name for unit, _ in plan.units() for name in unit]
+        targets = [name for _, unit in plan.units() for name in unit]
+        assert sorted(sources) == sorted(names), (
+            f"completeness: {set(names) ^ set(sources)} stand in no unit, or in two"
+        )
+        assert sorted(targets) == sorted(plan.targets), "completeness: a target stands in no unit, or in two"
 
 
 def _aliases(plan: Plan) -> Iterator[tuple[str, str]]:
