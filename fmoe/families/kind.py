@@ -105,7 +105,7 @@ class Family:
         sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
         sizes |= {letter: next(_said(given, names), None) for letter, names in self.sizes.items()}
-        bounds = {a: n for a, n in sizes.items() if isinstance(n, int)}
+        bounds = {a: n for a, n in sizes.items() if isinstance(n, int) and not isinstance(n, bool)}
         if large := [a for a, n in bounds.items() if n >= 2**63]:
             raise AdapterError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
         codec = Quantised(
