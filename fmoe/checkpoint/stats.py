@@ -54,6 +54,7 @@ def opened(path: Path | str) -> Checkpoint:
 def numbers(tensor: Tensor) -> dict[str, Any]:
     """{min, max, mean, nan, inf}: min, max and mean of the finite numbers, in fp64; None where there are none.
 
+    >>> import torch
     >>> numbers(torch.tensor([1.0, 3.0, float("nan"), float("inf")]))
     {'min': 1.0, 'max': 3.0, 'mean': 2.0, 'nan': 1, 'inf': 1}
     """
