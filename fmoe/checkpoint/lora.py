@@ -14,15 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
-from fmoe.checkpoint.files.directory import Checkpoint, read_header
+from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint, read_header
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter as adapter_at
+from fmoe.checkpoint.open import hf_names
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
+from fmoe.lowrank.complete import missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import is_lora
 from fmoe.lowrank.targets import Target, table_of, targets_of, told
+from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -49,8 +52,9 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
 
     base: the model that it adapts: its directory, its model_type (with its config), or its adapter; by default the
     directory that adapter_config.json names. Which matrix is A follows its `peft_version`, or the stamp that NeMo
-    Automodel leaves beside it, what a lone wrapper wraps its `target_parameters`. Raises AdapterError with every
-    problem: incomplete or foreign matrices, ranks other than the config's, settings that two matrices cannot express.
+    Automodel leaves beside it, what a lone wrapper wraps its `target_parameters`, how B is packed its `lora_B_layout`.
+    Raises AdapterError with every problem: matrices that the config targets and the file lacks, foreign ones, ranks
+    other than the config's, settings that two matrices cannot express.
 
     >>> import fmoe, tempfile, torch
     >>> made = fmoe.lora.init({"layers.0.mlp.experts.down_projs": torch.ones(2, 3, 4)}, r=2)
@@ -63,20 +67,25 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     """
     path = Path(path)
     said = _stamped(LoraConfig.read(_json(path / CONFIG)), path / STAMP)
-    base = said.base if base is None else base
+    base, names = said.base if base is None else base, None
     if not isinstance(base, Adapter):
         if base is None or config is None and not Path(base).is_dir():
             found = f"{path / CONFIG} names the model {base!r}, which is no directory here"
             raise AdapterError(f"{found}: pass base=, a directory, an adapter, or a model_type with its config")
+        names = hf_names(open_checkpoint(base)) if Path(base).is_dir() else None
         base = adapter_at(base, config)
-    base = told(base, said.peft_version, said.target_parameters, None if said.rank_pattern else said.r)
+    rank = None if said.rank_pattern else said.r
+    base = told(base, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
     header = read_header(path / WEIGHTS)
     files = dict.fromkeys(header.specs, WEIGHTS)
     source = Checkpoint(path, {}, header.specs, files, header.offsets, {WEIGHTS: header.stamp})
     tensors = source.read(files)
+    if whole := tuple(n for n in tensors if not is_lora(n)):
+        text = f"{some(whole)}: no matrix A or B, expected those alone. Fix: merge it with PEFT (merge_and_unload)"
+        raise AdapterError([Problem(text, whole)])
     adapter = base.resolve(tensors)
     params = adapter.from_hf(tensors)
-    if problems := list(_ranks(params, said, adapter)):
+    if problems := [*_ranks(params, said, adapter), *missing(params, said, adapter, names)]:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 
@@ -117,14 +126,18 @@ def save(
     if not force and (there := [f for f in (CONFIG, WEIGHTS) if (path / f).exists()]):
         raise AdapterError(f"{path / there[0]} is there already: pass force=True to replace it")
     params = {n if n.startswith(WRAPPED) else WRAPPED + n: t for n, t in params.items()}
+    if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
+        where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"
+        raise AdapterError([Problem(f"{some(odd)}: {where}, expected plain tensors with values", (*odd,))])
     if config is not None:
-        adapter = told(adapter, config.peft_version, None)
+        adapter = told(adapter, config.peft_version, None, grouped=config.grouped)
     tensors = adapter.to_hf(params)
     if config is None:
         config = _config(params, adapter, lora_alpha, base)
     elif base is not None:
         config = replace(config, base=base)
-    back = told(adapter, config.peft_version, config.target_parameters, None if config.rank_pattern else config.r)
+    rank = None if config.rank_pattern else config.r
+    back = told(adapter, config.peft_version, config.target_parameters, rank, grouped=config.grouped)
     back.from_hf(tensors)  # what is written can be read
     if problems := list(_ranks(params, config, back.resolve(tensors))):
         raise AdapterError(problems)

@@ -10,7 +10,17 @@ from fmoe.types import AdapterError
 
 UNSIGNED = "0.17.1"
 """What a config without peft_version is from: releases before 0.18 did not write it."""
-REFUSED = ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+REFUSED = dict.fromkeys(
+    ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+    "more than two matrices A and B say. Fix: merge it with PEFT (merge_and_unload), and convert the model",
+) | {
+    "modules_to_save": "whole weights beside A and B. Fix: merge it with PEFT (merge_and_unload)",
+    "trainable_token_indices": "rows of an embedding beside A and B. Fix: merge it with PEFT (merge_and_unload)",
+    "layer_replication": "other layers than the base's. Fix: merge it with PEFT (merge_and_unload)",
+}
+"""Fields of adapter_config.json that two matrices cannot express, and what they mean."""
+LAYOUTS = ("rank_major", "grouped_by_expert")
+"""How a wrapper's B packs ranks and experts in its last dimension: (r e), PEFT's; or (e r)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +49,15 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
-        if set_ := [f"{name}={self.other[name]!r}" for name in REFUSED if self.other.get(name)]:
-            raise AdapterError(f"adapter_config.json says {', '.join(set_)}: more than two matrices A and B say")
+        if problems := [f"{name}={self.other[name]!r}: {why}" for name, why in REFUSED.items() if self.other.get(name)]:
+            raise AdapterError([f"adapter_config.json says {problem}" for problem in problems])
+        if (found := self.other.get("lora_B_layout") or LAYOUTS[0]) not in LAYOUTS:
+            raise AdapterError(f"adapter_config.json has lora_B_layout {found!r}, expected one of {', '.join(LAYOUTS)}")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a wrapper's B holds one expert's ranks after another's."""
+        return self.other.get("lora_B_layout") == LAYOUTS[1]
 
     @classmethod
     def read(cls, said: Mapping[str, Any]) -> "LoraConfig":

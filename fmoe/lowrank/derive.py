@@ -36,13 +36,13 @@ class Wrapper:
     module: Parts
     parameter: str
 
-    def rules(self, version: str, marked: bool, inner: bool) -> tuple[Rule, Rule]:
-        """Its A and B, as a version of PEFT lays them. inner: another wrapper is around this one."""
+    def rules(self, version: str, marked: bool, inner: bool, grouped: bool = False) -> tuple[Rule, Rule]:
+        """Its A and B, as a version of PEFT lays them. inner: another wrapper is around it; grouped: see `Forms`."""
         stem = _end(self.module, ".base_layer" if inner else "")
         (e,), first, last = self.weight.source.axes or ()
         one, other = (last, first) if _takes_last(version, marked) else (first, last)
-        made = []
-        for name, dim, axes in (("A", one, ((e, "r"), one)), ("B", other, (other, ("r", e)))):
+        made, packed = [], (e, "r") if grouped else ("r", e)
+        for name, dim, axes in (("A", one, ((e, "r"), one)), ("B", other, (other, packed))):
             matrix = "A" if set(dim) == set(_native_dims(self.weight)[0]) else "B"
             made.append(_rule(self.weight, Address(_end(stem, f".lora_{name}.weight"), axes), matrix))
         return made[0], made[1]
@@ -60,7 +60,8 @@ class Forms:
 
     per_expert: a matrix for each expert and projection; A of gate and up apart, `[e d g r]`. wrappers: what PEFT can
     wrap. no_peft: why it can wrap nothing. marked: whether Transformers' module says `is_transposed` where it is.
-    rank: the rank of all, where the number of experts is not known: PEFT's form has both in one dimension.
+    rank: the rank of all, where the number of experts is not known: PEFT's form has both in one dimension. grouped:
+    whether a wrapper's B is `[out (e r)]`, as adapter_config.json's lora_B_layout "grouped_by_expert" says.
     """
 
     per_expert: tuple[Rule, ...] = ()
@@ -68,6 +69,7 @@ class Forms:
     no_peft: str = "no rules were given"
     marked: bool = True
     rank: int | None = None
+    grouped: bool = False
 
     @property
     def nested(self) -> bool:
@@ -81,7 +83,9 @@ class Forms:
             mine = part(w.weight)
             if kind in ("both", mine):
                 marked = self.marked and (w.weight.source.axes or ())[1] == _native_dims(w.weight)[0]
-                rules += w.rules(version, marked, inner=kind == "both" and self.nested and mine == "gate_and_up")
+                rules += w.rules(
+                    version, marked, kind == "both" and self.nested and mine == "gate_and_up", self.grouped
+                )
         sized = lambda r: r if self.rank is None or _experts(r) in r.bound else r.bind({"r": self.rank})
         return tuple(dict.fromkeys(map(sized, rules)))
 

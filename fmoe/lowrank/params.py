@@ -9,7 +9,7 @@ from torch import Tensor
 from fmoe.lowrank.derive import NATIVE
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.sharding import is_dtensor
-from fmoe.types import Params
+from fmoe.types import AdapterError, Params
 
 Scale = float | Mapping[str, float]
 _WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
@@ -36,14 +36,15 @@ def init(
 
     For every `gate_and_up_projs` [E, D, U] and `down_projs` [E, I, D] of params, with any prefix: A [E, n, r] and B
     [E, r, out] under the native LoRA names, on their device, in dtype or theirs. The fans are those of one expert; the
-    seed system takes those of the stack, so that its first update depends on E. Raises ValueError where there is none.
+    seed system takes those of the stack, so that its first update depends on E. Raises AdapterError where there is
+    none.
 
     >>> made = init({"layers.0.down_projs": torch.ones(4, 3, 2)}, r=8)
     >>> {name: tuple(t.shape) for name, t in made.items()}
     {'layers.0.lora_down_A': (4, 3, 8), 'layers.0.lora_down_B': (4, 8, 2)}
     """
     if kind not in ("xavier", "kaiming"):
-        raise ValueError(f"lora.init: kind is {kind!r}, expected 'xavier' or 'kaiming'")
+        raise AdapterError(f"lora.init: kind is {kind!r}, expected 'xavier' or 'kaiming'")
     made: dict[str, Tensor] = {}
     for name, weight in params.items():
         prefix, _, bare = name.rpartition(".")
@@ -59,7 +60,7 @@ def init(
             made[f"{stem}_A"] = drawn.uniform_(-(n**-0.5), n**-0.5, generator=generator)
         made[f"{stem}_B"] = torch.zeros(E, r, out, **how)
     if not made:
-        raise ValueError(f"lora.init: no parameter is called {' or '.join(NATIVE)}")
+        raise AdapterError(f"lora.init: no parameter is called {' or '.join(NATIVE)}")
     return made
 
 
@@ -70,8 +71,8 @@ def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = Fal
     `lora_..._A` [E, n, r], `_B` [E, r, out], gate and up with matrices A of their own ([E, D, 2, r]) too; and plain
     `X.lora_A.weight` [r, in], `X.lora_B.weight` [out, r] of `X.weight` [out, in]. lora: with or without PEFT's
     `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`LoraConfig.scales`).
-    interleaved: gate and up columns of B alternate, as for quick_geglu. Raises ValueError for a matrix alone, a weight
-    that is not there, shapes that do not fit, and quantised weights.
+    interleaved: gate and up columns of B alternate, as for quick_geglu. Raises AdapterError for a matrix alone, none at
+    all, a weight that is not there, shapes that do not fit, and quantised weights.
 
     >>> lora = {"lora_down_A": torch.full((1, 2, 1), 3.0), "lora_down_B": torch.ones(1, 1, 2)}
     >>> merge({"down_projs": torch.ones(1, 2, 2)}, lora, scale=0.5)["down_projs"].tolist()
@@ -118,7 +119,7 @@ def even(lora: Params, scale: Scale, *, interleaved: bool = False) -> tuple[dict
     made = lift(lora, interleaved=interleaved)
     pairs = [p for p in _pairs(made) if p.experts]
     if not pairs:
-        raise ValueError("lora.even: no matrices of experts (lora_gate_and_up_A, lora_down_A, ..)")
+        raise AdapterError("lora.even: no matrices of experts (lora_gate_and_up_A, lora_down_A, ..)")
     R = max(made[p.a].shape[-1] for p in pairs)
     scales = {p: _scale_of(scale, p) for p in pairs}
     most = max(scales.values(), key=abs) or 1.0
@@ -135,14 +136,16 @@ def even(lora: Params, scale: Scale, *, interleaved: bool = False) -> tuple[dict
 
 def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved: bool) -> dict[str, Tensor]:
     made = dict(params)
+    if not lora:
+        raise AdapterError("lora: no matrices A and B, expected some to add: is the adapter's file empty?")
     lora = lift(lora, interleaved=interleaved)
     for pair in _pairs(lora):
         name = next((n for n in (pair.weight, pair.weight.removeprefix(WRAPPED)) if n in params), None)
         if name is None:
-            raise ValueError(f"lora: {pair.a!r} has no weight {pair.weight.removeprefix(WRAPPED)!r} to be added to")
+            raise AdapterError(f"lora: {pair.a!r} has no weight {pair.weight.removeprefix(WRAPPED)!r} to be added to")
         W, A, B = params[name], lora[pair.a], lora[pair.b]
         if is_dtensor(W) or is_dtensor(A) or not W.is_floating_point() or W.element_size() < 2:
-            raise ValueError(f"lora: {name!r} is {W.dtype}{' in a DTensor' * is_dtensor(W)}, expected plain floats")
+            raise AdapterError(f"lora: {name!r} is {W.dtype}{' in a DTensor' * is_dtensor(W)}, expected plain floats")
         if (
             pair.experts
             and W.shape != (A.shape[0], A.shape[1], B.shape[2])
@@ -154,7 +157,7 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
             )
         ):
             found = f"A {list(A.shape)}, B {list(B.shape)}"
-            raise ValueError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
+            raise AdapterError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
         by = sign * _scale_of(scale, pair)
         made[name] = _sum(W, A, B, by) if pair.experts else _sum(W[None], B[None], A[None], by)[0]
     return made
@@ -173,12 +176,12 @@ def _scale_of(scale: Scale, pair: Pair) -> float:
     if not isinstance(scale, Mapping):
         return float(scale)
     if pair.a not in scale:
-        raise ValueError(f"lora: no scale is given for {pair.a!r}")
+        raise AdapterError(f"lora: no scale is given for {pair.a!r}")
     return float(scale[pair.a])
 
 
 def _pairs(lora: Params) -> Iterator[Pair]:
-    """Every A with its B and its weight. Raises ValueError for one that stands alone, or is neither."""
+    """Every A with its B and its weight. Raises AdapterError for one that stands alone, or is neither."""
     seen: set[str] = set()
     for name in lora:
         prefix, _, bare = name.rpartition(".")
@@ -190,8 +193,8 @@ def _pairs(lora: Params) -> Iterator[Pair]:
         else:
             continue
         if pair.b not in lora:
-            raise ValueError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
+            raise AdapterError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
         seen |= {pair.a, pair.b}
         yield pair
     if other := [n for n in lora if n not in seen]:
-        raise ValueError(f"lora: {other[0]!r} is no matrix A or B of a pair, and cannot be merged")
+        raise AdapterError(f"lora: {other[0]!r} is no matrix A or B of a pair, and cannot be merged")

@@ -20,13 +20,22 @@ class Target(NamedTuple):
     keys: tuple[str, ...]
 
 
-def told(adapter: Adapter, version: str | None, targets: Iterable[str] | None, rank: int | None = None) -> Adapter:
+def told(
+    adapter: Adapter,
+    version: str | None,
+    targets: Iterable[str] | None,
+    rank: int | None = None,
+    *,
+    grouped: bool = False,
+) -> Adapter:
     """The adapter, with what an adapter_config.json says of LoRA tensors; what was found or chosen before is open."""
     found = None if targets is None else tuple(sorted(targets))
 
     def tell(stage: LoraTable) -> LoraTable:
         stage.forms.peft(version or CURRENT, "both")
-        return replace(stage, version=version or CURRENT, targets=found, forms=replace(stage.forms, rank=rank))
+        return replace(
+            stage, version=version or CURRENT, targets=found, forms=replace(stage.forms, rank=rank, grouped=grouped)
+        )
 
     return replace(adapter, stages=tuple(tell(s) if isinstance(s, LoraTable) else s for s in adapter.stages))
 
@@ -48,7 +57,7 @@ def targets_of(adapter: Adapter, params: Params) -> list[Target]:
         for source in sources:
             if source.rpartition(".")[2] in OURS and source.endswith("_A"):
                 modules = tuple(dict.fromkeys(END.sub("", n).removeprefix(WRAPPED) for n in names if END.search(n)))
-                found = (_parameter(table, source),) if wrapped else modules
+                found = (parameter(table, source),) if wrapped else modules
                 made.append(Target(source, params[source].shape[-1], wrapped, found))
             elif source.endswith(".lora_A.weight"):
                 key = source.removesuffix(".lora_A.weight").removeprefix(WRAPPED)
@@ -56,7 +65,7 @@ def targets_of(adapter: Adapter, params: Params) -> list[Target]:
     return made
 
 
-def _parameter(table: LoraTable, name: str) -> str:
+def parameter(table: LoraTable, name: str) -> str:
     """The full name of the parameter that a native matrix A adapts."""
     for wrapper in table.forms.wrappers:
         rule = wrapper.naming()

@@ -1,0 +1,124 @@
+"""What an adapter_config.json targets in its base model, and a file of LoRA matrices lacks."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.claims import some
+from fmoe.layout.names import Names
+from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.derive import NATIVE
+from fmoe.lowrank.sorting import WRAPPED
+from fmoe.lowrank.targets import parameter, table_of, targets_of
+from fmoe.types import AdapterError, Params, Problem
+
+_LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
+PERIODS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", "expert_layer_period")
+MIXED = ("hybrid_override_pattern", "layer_types", "mlp_layer_types", "mlp_only_layers")
+_SKIPPED = re.compile(r"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|\.experts\.")
+
+
+def missing(params: Params, config: LoraConfig, adapter: Adapter, names: Iterable[str] | None) -> Iterator[Problem]:
+    """A problem for each target of which the matrices are not there. names: the base's Hugging Face names, if known.
+
+    With them, every module and every expert parameter that a target names has matrices. Without, every target has
+    some, and the layers of each have no gap.
+    """
+    if not params:
+        yield Problem("the adapter's file holds no matrices, expected some for each target of adapter_config.json")
+        return
+    keys = {key.removeprefix(WRAPPED) for t in targets_of(adapter, params) for key in t.keys}
+    some_layers = config.other.get("layers_to_transform") is not None
+    targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
+    for target in targets:
+        fits = [key for key in keys if _fits(target, key, config)]
+        wanted = set() if names is None or some_layers else _wanted(target, config, adapter, list(names))
+        lost = sorted(wanted - keys, key=_numbers)
+        if lost and (fits or not _expert_like(target)):
+            at = (*(f"{WRAPPED}{n}" for n in lost),)
+            yield Problem(f"{some(lost)}: no matrices, and adapter_config.json targets {target!r}", at)
+        elif not fits and (lost or names is None and target != "all-linear"):
+            yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
+        elif names is None and not some_layers and not _LAYER.search(f".{target}."):
+            yield from _gaps(target, fits, adapter)
+
+
+def _regex(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str)
+
+
+def _expert_like(target: str) -> bool:
+    return "experts" in target
+
+
+def _numbers(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else -1 for part in name.split(".")]
+
+
+def _fits(target: str, key: str, config: LoraConfig) -> bool:
+    """Whether a module or parameter is one that a target names: by its end, or as a regular expression."""
+    if _regex(config) and target == config.target_modules:
+        return target == "all-linear" or re.fullmatch(target, key) is not None
+    return key == target or key.endswith(f".{target}")
+
+
+def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str]) -> set[str]:
+    """What of the base a target names: expert parameters where it is one, else the modules that have a weight."""
+    if target in config.target_parameters:
+        return {k for k in _parameters(adapter, names) if _fits(target, k, config)}
+    if target == "all-linear":
+        return set()
+    excluded = config.other.get("exclude_modules") or ()
+    layers = _layers(adapter)
+    modules = {n.removesuffix(".weight") for n in names if n.endswith(".weight") and not _SKIPPED.search(n)}
+    found = {m for m in modules if _fits(target, m, config) and not _excluded(m, excluded)}
+    return {m for m in found if layers is None or not (n := _LAYER.findall(f"{m}.")) or int(n[0]) < layers}
+
+
+def _excluded(module: str, excluded: Any) -> bool:
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, module) is not None
+    return any(module == e or module.endswith(f".{e}") for e in excluded)
+
+
+def _parameters(adapter: Adapter, names: list[str]) -> set[str]:
+    """The expert parameters of the base, as PEFT names them."""
+    table, layers, found = table_of(adapter), _layers(adapter), set[str]()
+    for stage in adapter.stages:
+        names = stage.resolve(Names(names), default=True).rename(Names(names))
+    for name in (n for n in names if n.rpartition(".")[2] in NATIVE):
+        numbers = _LAYER.findall(f"{name}.")
+        if name.startswith("mtp.") or layers is not None and numbers and int(numbers[0]) >= layers:
+            continue
+        prefix, _, bare = name.rpartition(".")
+        try:
+            found.add(parameter(table, f"{prefix}.{NATIVE[bare]}_A").removeprefix(WRAPPED))
+        except AdapterError:  # PEFT wraps none here
+            continue
+    return found
+
+
+def _layers(adapter: Adapter) -> int | None:
+    config: Any = adapter.config or {}
+    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    found = (inner or {}).get("num_hidden_layers") or config.get("num_hidden_layers")
+    return found if isinstance(found, int) else None
+
+
+def _gaps(target: str, keys: list[str], adapter: Adapter) -> Iterator[Problem]:
+    """Layers between others, or behind them, that lack what these have, where layers are all of one kind."""
+    config: Any = adapter.config or {}
+    if any(config.get(field) for field in MIXED):
+        return
+    forms: dict[str, set[int]] = {}
+    for key in keys:
+        if numbers := _LAYER.findall(f"{key}."):
+            forms.setdefault(_LAYER.sub("*", f"{key}.", count=1), set()).add(int(numbers[0]))
+    for form, found in forms.items():
+        every = 1 if not _expert_like(form) else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
+        first = min(found) if _expert_like(form) else 0
+        lost = [n for n in range(first, _layers(adapter) or max(found), max(1, every)) if n not in found]
+        if lost:
+            name = form.replace("*", str(lost[0]), 1).rstrip(".")
+            yield Problem(f"{name!r}: no matrices, and adapter_config.json targets {target!r}", (f"{WRAPPED}{name}",))
