@@ -23,8 +23,8 @@ from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.whole import narrowed, no_part
+from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import quantization_of
-from fmoe.codecs.quantised import agreeing
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan

@@ -19,7 +19,8 @@ from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.whole import narrowed, no_part
-from fmoe.codecs.quantised import Quantised, agreeing
+from fmoe.codecs.agree import agreeing
+from fmoe.codecs.quantised import Quantised
 from fmoe.codecs.survival import Survival, told
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter

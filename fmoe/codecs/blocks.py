@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fmoe.codecs.values import E4M3, E8M0, MOST, Block, as_number, as_scale, decode, grid
+from fmoe.codecs.values import E4M3, E8M0, MOST, PER_BYTE, Block, as_number, as_scale, decode, grid
 
 _PART = 2**19  # numbers encoded at a time, if a block is no larger
 
@@ -36,6 +36,8 @@ def encode(weight: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool
             nan = weight.signbit().to(torch.uint8) << 7 | 127
             found = torch.where(missing, nan, found.view(torch.uint8)).view(E4M3)
         return found
+    if code == "int8":
+        return x.round().clamp(-128, 127).add(128).to(torch.uint8)
     if code == "int4":
         found = x.round().clamp(-8, 7).add(8).to(torch.uint8)
     else:
@@ -74,7 +76,7 @@ def quantise(
     full = grid(tuple(weight.shape), block)
     held = None if scale is None else scale.expand(full).reshape(len(matrices), -1, full[-1])
     codes = torch.empty(
-        (*matrices.shape[:2], columns if code == "e4m3" else columns // 2),
+        (*matrices.shape[:2], columns // PER_BYTE[code]),
         dtype=E4M3 if code == "e4m3" else torch.uint8,
         device=weight.device,
     )
@@ -134,8 +136,8 @@ def fresh_scale(weight: Tensor, code: str, block: Block, dtype: torch.dtype) -> 
     So whatever is decoded is a number of bf16. NaN counts for none; of zeros alone it is 1.
     """
     most = blocks_of(weight, block).nan_to_num(nan=0.0).abs().amax(dim=(-3, -1))
-    if code == "int4":
-        mantissa, exponent = torch.frexp(most / 7)
+    if code in ("int4", "int8"):
+        mantissa, exponent = torch.frexp(most / (7 if code == "int4" else 127))
         made = torch.ldexp(mantissa.mul(32).ceil().div(32), exponent).to(dtype)
         return torch.where(made == 0, torch.ones((), dtype=dtype, device=made.device), made)
     mantissa, exponent = torch.frexp(most)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fmoe.codecs import Change
+from fmoe.codecs import Change, twofold
 from fmoe.codecs.parts import Parts
 from fmoe.codecs.survival import Survival, survival
 from fmoe.types import AdapterError, Problem
@@ -14,7 +14,7 @@ from fmoe.types import AdapterError, Problem
 def rows(p: Parts) -> dict[str, int]:
     """How many rows of each part go together; nothing of one scale for all."""
     side = 1 if len(p.shape) > 2 else p.format.block[0]
-    if not side:
+    if not side or p.second or p.format.form:
         return {}
     scale = 0 if p.format.rank == 0 else 1
     return dict.fromkeys((p.name, p.codes), side) | dict.fromkeys((p.scale, p.beside), scale)
@@ -25,18 +25,22 @@ def cuts(p: Parts, encoding: bool) -> tuple[int, ...]:
     f = p.format
     if f.transposed:
         return (0, 0) if encoding else (0, 0, 0)
+    if p.second or f.form:
+        return (0, 0)
     last = f.block[1] if encoding else f.block[1] // f.packed
     return (f.block[0], last)
 
 
 def decoding(p: Parts, dtype: torch.dtype) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        held = {here: params[there].reshape(shape) for there, here, _, shape in p.kept}
         try:
-            weight = p.format.decode(params[p.codes], params[p.scale], dtype)
+            second = held[p.second[1]] if p.second else None
+            weight = p.format.decode(params[p.codes], held[p.beside], dtype, second=second)
         except ValueError as error:
             raise AdapterError([Problem(f"{p.scale!r}: {error}", (p.scale,))]) from None
         _compare(p, params)
-        return {p.name: weight, p.beside: params[p.scale]}
+        return {p.name: weight} | held
 
     return change
 
@@ -44,12 +48,17 @@ def decoding(p: Parts, dtype: torch.dtype) -> Change:
 def encoding(p: Parts, told: Callable[[Survival], None] | None = None) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            codes, scale = p.format.encode(params[p.name], params.get(p.beside))
+            if p.second:
+                given = params.get(p.beside), params.get(p.second[1])
+                codes, scale, second = twofold.encode(p.format, params[p.name], *given)
+                made = {p.second[0]: second.reshape(p.kept[1][2])}
+            else:
+                (codes, scale), made = p.format.encode(params[p.name], params.get(p.beside)), {}
         except ValueError as error:
             raise AdapterError([Problem(f"{p.name!r}: {error}", (p.name,))]) from None
         if told and p.beside in params and (found := survival(p, params[p.name], params[p.beside], codes, scale)):
             told(found)
-        return {p.codes: codes, p.scale: scale} | _made(p, codes)
+        return {p.codes: codes, p.scale: scale.reshape(p.kept[0][2])} | made | _made(p, codes)
 
     return change
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fmoe.codecs.format import Format
+from fmoe.codecs.formats import FOREIGN
 from fmoe.codecs.parts import Fresh, Parts
 from fmoe.codecs.values import E8M0
 from fmoe.types import AdapterError, TensorSpec, brief
@@ -47,7 +49,7 @@ def weight_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-EXPORTS = {"fp8": "fp8 blocks", "mxfp8": "mxfp8", "mxfp4": "mxfp4 packed", "int4": "int4"}
+EXPORTS = {"fp8": "fp8 blocks", "mxfp8": "mxfp8", "mxfp4": "mxfp4 packed", "int4": "int4", "nvfp4": "nvfp4 packed"}
 """What `quantize=` may name -> the format that is written where a family has published none of that kind."""
 EXPERTS = r".*\.experts\.(\d+\.\w+\.weight|(gate_up|up|down)_proj)"
 
@@ -68,6 +70,20 @@ def exports(fresh: Fresh, quantize: str) -> Fresh:
         written = [(name, f"{pattern}|{EXPERTS}") for name, pattern in written]
     read = [(name, None) for name, _ in fresh if name not in dict(written)]
     return (*written, *read)
+
+
+def bits(config: Mapping[str, Any] | None) -> int | None:
+    """How many bits a quantised weight has, where a quantization_config says one number for all.
+
+    >>> bits({"quantization_config": {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}})
+    8
+    """
+    told = quantization_of(config) or {}
+    groups = told.get("config_groups")
+    weights = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, dict) else []
+    found = {w.get("num_bits") for w in weights if isinstance(w, Mapping)} | {told.get("bits")} - {None}
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
 
 
 IGNORED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
@@ -118,11 +134,20 @@ def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Ma
     before = quantization_of(config)
     if not found:
         return _without(made) if before is not None else made
-    fresh = quantization_config(specs, found)
-    same = lambda field: (before or {}).get(field) == fresh.get(field)
-    if before is not None and same("quant_method") and ("format" not in fresh or same("format")):
+    if before is not None and _speaks_of(before, {p.format.name: p.format for p in found.values()}):
         return made
-    return _without(made) | {"quantization_config": fresh}
+    return _without(made) | {"quantization_config": quantization_config(specs, found)}
+
+
+def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
+    """Whether a quantization_config is one that a checkpoint in these formats may have."""
+    methods = {f.method.partition(" ")[0] for f in formats.values()}
+    if formats.keys() <= FOREIGN.keys():  # which several tools write
+        methods |= {"modelopt", "compressed-tensors", "quark", "fbgemm_fp8", "fp8"}
+    if told.get("quant_method") not in methods:
+        return False
+    named = {f.method.partition(" ")[2] for f in formats.values()}
+    return told.get("quant_method") != "compressed-tensors" or told.get("format") in {None, "mixed-precision", *named}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -143,10 +168,10 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
     method, name = leader.format.method, leader.format.name
     if method.startswith("compressed-tensors"):
         how = method.partition(" ")[2]
-        group = {"targets": ["Linear"], "weights": WEIGHTS[how], "format": how}
+        group = {"targets": ["Linear"], "weights": WEIGHTS.get(how, {}), "format": how}
         head = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": how}
         return head | {"config_groups": {"group_0": group}, "ignore": rest}
-    told: dict[str, Any] = {"quant_method": method}
+    told: dict[str, Any] = {"quant_method": method.partition(" ")[0]}
     if method == "mxfp4":
         return told | {"modules_to_not_convert": rest}
     told |= {"activation_scheme": "static" if any(p.activation for p in found.values()) else "dynamic"}
@@ -163,7 +188,8 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
 
 _INT = dict(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True, dynamic=False)
 _FP4 = dict(num_bits=4, type="float", strategy="group", group_size=32, symmetric=True, dynamic=False)
-WEIGHTS = {"pack-quantized": _INT, "mxfp4-pack-quantized": _FP4}
+_NV = _FP4 | dict(strategy="tensor_group", group_size=16)
+WEIGHTS = {"pack-quantized": _INT, "mxfp4-pack-quantized": _FP4, "nvfp4-pack-quantized": _NV}
 """What compressed-tensors' config says of the weights of each format that a fresh export writes."""
 
 

@@ -1,11 +1,14 @@
 """Formats as data: how a file spells the parts of a quantised tensor, and which codes and scales they hold."""
 
+import re
+from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fmoe.codecs.format import FLOATS, Format
-from fmoe.codecs.values import E8M0
+from fmoe.codecs.values import E4M3, E8M0
 
 __all__ = ["FORMATS", "Format"]
 
@@ -14,14 +17,21 @@ def _formats(*rows: dict[str, Any]) -> dict[str, Format]:
     return {row["name"]: Format(**row) for row in rows}
 
 
-_FP8 = dict(code="e4m3", block=(128, 128))
+_FP8 = dict(code="e4m3", block=(128, 128), sizes="squares")
 _WHOLE = dict(code="e4m3", block=(0, 0), scales=FLOATS, source="Mistral-4")
 _WHOLE |= dict(activation=("{S}.activation_scale", "{X}_activation_scale"))
 _MXFP4 = dict(code="e2m1", block=(1, 32), stored=torch.uint8, scales=(torch.uint8,))
 _PACKED = dict(weight="{S}.weight_packed", scale="{S}.weight_scale")
 _DOT = dict(weight="{S}.weight", scale="{S}.scale", source="DeepSeek-V4")
 
-FORMATS = _formats(
+_CT, _MODELOPT = "compressed-tensors ", "modelopt "
+_SIDE = dict(weight="{S}.weight", scale="{S}.weight_scale", flat=True)
+_NVFP4 = dict(code="e2m1", block=(1, 16), stored=torch.uint8, scales=(E4M3,), scale="{S}.weight_scale", flat=True)
+_FP8_SIDE = dict(code="e4m3", scales=FLOATS, **_SIDE)
+_PACK = dict(stored=torch.int32, scales=(torch.bfloat16, torch.float16, torch.float32), shape="{S}.weight_shape",
+             sizes="groups", flat=True, method=_CT + "pack-quantized", **_PACKED)  # fmt: skip
+
+OWN = _formats(
     dict(name="fp8 blocks", scales=(*FLOATS, E8M0), source="DeepSeek-V3, Qwen, GLM, MiniMax-M2, MiMo", **_FP8),
     dict(name="fp8 blocks .scale", scales=(E8M0, *FLOATS), **_FP8, **_DOT),
     dict(name="fp8 tensor", rank=0, beside="_scale_tensor", **_WHOLE),
@@ -33,8 +43,56 @@ FORMATS = _formats(
          source="MiniMax-M3"),
     dict(_MXFP4, name="mxfp4 blocks", weight="{X}_blocks", scale="{X}_scales", transposed=True, grouped=True,
          method="mxfp4", source="gpt-oss"),
+    dict(_DOT, name="mxfp8 .scale", code="e4m3", block=(1, 32), scales=(E8M0,), source="DeepSeek-V4.1's tables"),
     dict(_MXFP4, name="mxfp4 .scale", **_DOT) | dict(stored=torch.int8, scales=(E8M0,), zero=True),
     dict(_MXFP4, name="mxfp4 packed", method="compressed-tensors mxfp4-pack-quantized", source="Kimi-K3", **_PACKED),
     dict(name="int4", code="int4", block=(1, 32), stored=torch.int32, scales=(torch.bfloat16, torch.float16),
          shape="{S}.weight_shape", method="compressed-tensors pack-quantized", source="Kimi-K2.5", **_PACKED),
 )  # fmt: skip
+"""Formats that families publish: the names of their parts, natively, are those that `format.py` has."""
+
+FOREIGN = _formats(
+    dict(name="nvfp4", weight="{S}.weight", second="{S}.weight_scale_2", method=_MODELOPT + "NVFP4",
+         source="ModelOpt", **_NVFP4),
+    dict(name="nvfp4 packed", weight="{S}.weight_packed", second="{S}.weight_global_scale", divides=True, lone="[1]",
+         method=_CT + "nvfp4-pack-quantized", source="compressed-tensors", **_NVFP4),
+    dict(_MXFP4, name="mxfp4 side", method="quark", source="Quark, ModelOpt", **_SIDE),
+    dict(name="mxfp8 side", code="e4m3", block=(1, 32), scales=(torch.uint8, E8M0), method=_CT + "mxfp8-quantized",
+         source="compressed-tensors", **_SIDE),
+    dict(name="int4 pack", code="int4", block=(1, 32), source="compressed-tensors", **_PACK),
+    dict(name="int8 pack", code="int8", block=(1, 32), source="compressed-tensors", **_PACK),
+    dict(name="int8 channel", code="int8", block=(1, 0), stored=torch.int8, scales=FLOATS,
+         method=_CT + "int-quantized", source="compressed-tensors", **_SIDE),
+    dict(name="fp8 side channel", block=(1, 0), method=_CT + "float-quantized", source="compressed-tensors, fbgemm",
+         **_FP8_SIDE),
+    dict(name="fp8 side row", block=(1, 0), form="[o]", method=_MODELOPT + "FP8_PER_CHANNEL_PER_TOKEN",
+         source="ModelOpt", **_FP8_SIDE),
+    dict(name="fp8 side one", block=(0, 0), form="[1]", method=_CT + "float-quantized", source="compressed-tensors",
+         **_FP8_SIDE),
+    dict(name="fp8 side tensor", block=(0, 0), form="()", method=_MODELOPT + "FP8", source="ModelOpt", **_FP8_SIDE),
+    dict(name="fp8 side blocks", block=(128, 128), sizes="squares", method=_CT + "float-quantized",
+         source="compressed-tensors", **_FP8_SIDE),
+    dict(name="fp8 side blocks [o 1 i 1]", block=(128, 128), sizes="squares", form="[o 1 i 1]",
+         method=_MODELOPT + "FP8_PB_WO", source="ModelOpt", **_FP8_SIDE),
+)  # fmt: skip
+"""Formats that tools write for any family."""
+EVERYWHERE = ("fp8 blocks", "mxfp8", "mxfp4 packed")
+"""Of the formats that families publish, those that are read in all."""
+ACTIVATIONS = ("input_scale", "input_global_scale", "input_scale_ub", "k_scale", "v_scale")
+"""Parts that mean nothing for weights, and may be there for some experts only: they keep their names."""
+
+
+def _suffix(name: str) -> str:
+    return "_scale_" + re.sub(r"\W+", "_", name).strip("_")
+
+
+FOREIGN = {n: replace(f, beside=_suffix(n)) for n, f in FOREIGN.items()}
+FORMATS = OWN | FOREIGN
+
+
+def elsewhere(own: Container[str]) -> tuple[Format, ...]:
+    """The formats that a family reads beside its own, the suffix of each not any other's."""
+    more = (
+        FORMATS[n] if n == "fp8 blocks" else replace(FORMATS[n], beside=_suffix(n)) for n in EVERYWHERE if n not in own
+    )
+    return (*more, *FOREIGN.values())

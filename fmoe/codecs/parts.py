@@ -2,14 +2,19 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fmoe.codecs.formats import Format
+from fmoe.codecs.format import SHAPES, Format
+from fmoe.codecs.formats import FORMATS
 from fmoe.codecs.values import E8M0
 from fmoe.types import Problem, TensorSpec
 
+ALL = tuple(FORMATS.values())
+UNREAD_OF = {"weight_zero_point": "zero points", "weight_g_idx": "an activation order", "pre_quant_scale": "AWQ scales"}
+"""Parts that change what codes mean, and what they are."""
+UNREAD = tuple(f"{{S}}.{name}" for name in UNREAD_OF)
 Specs = Mapping[str, TensorSpec]
 Fresh = tuple[tuple[str, str | None], ...]  # names of formats, and a regex for what a fresh export writes in them
 ACTIVATION = {0: "_activation_tensor", 1: "_activation_expert"}  # by its number of dimensions
@@ -27,10 +32,20 @@ class Parts:
     beside: str
     extent: str | None = None
     activation: tuple[str, str] | None = None
+    second: tuple[str, str] | None = None
 
     @property
     def stored(self) -> list[str]:
-        return [n for n in (self.codes, self.scale, self.extent) if n]
+        return [n for n in (self.codes, self.scale, self.extent, self.second and self.second[0]) if n]
+
+    @property
+    def kept(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
+        """(name in a file, name beside, shape there, shape here) of all scales."""
+        f, grid = self.format, self.format.scale_shape(self.shape)
+        made = [(self.scale, self.beside, f.spelled(grid), grid)]
+        if self.second:
+            made.append((*self.second, SHAPES[f.lone]((1, 1)), (1, 1)))
+        return made
 
 
 def spell(template: str, name: str) -> str | None:
@@ -70,12 +85,16 @@ def _is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fre
 def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[dict[str, Parts], list[Problem]]:
     """The quantised tensors among a file's names, and the parts that are no part of one."""
     candidates: dict[str, dict[str, Format]] = {}
-    for name in specs:
-        for f in formats:
-            for template in (f.scale, *((f.weight,) if own(f.weight) else ()), *((f.shape,) if f.shape else ())):
-                if (x := read(template, name)) is not None and spell(template, x) == name:
-                    if _is_part(template, x, f, specs, fresh):
-                        candidates.setdefault(x, {})[f.name] = f
+    by_tail: dict[str, list[tuple[str, Format]]] = {}
+    for f in formats:
+        for template in (f.scale, f.weight, f.shape, f.second):
+            if template and own(template):
+                by_tail.setdefault(template.partition("}")[2], []).append((template, f))
+    for name in (n for n in specs if n.endswith(tuple(by_tail))):
+        for template, f in (pair for tail, pairs in by_tail.items() if name.endswith(tail) for pair in pairs):
+            if (x := read(template, name)) is not None and spell(template, x) == name:
+                if _is_part(template, x, f, specs, fresh):
+                    candidates.setdefault(x, {})[f.name] = f
     found: dict[str, Parts] = {}
     problems: list[Problem] = []
     for x, fits in candidates.items():
@@ -90,9 +109,14 @@ def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[di
             problems.append(
                 Problem(f"{x!r} is there, and beside it {made[0].codes!r} that says it", (x, made[0].codes))
             )
+        elif odd := [n for t in UNREAD if (n := spell(t, x)) and n in specs]:
+            what = f"{made[0].format.name} with {UNREAD_OF[odd[0].rpartition('.')[2]]}"
+            text = f"{odd[0]!r}: {what}, which fmoe does not decode. Fix: quantise {x!r} without"
+            problems.append(Problem(text, (odd[0], x)))
         else:
             found[x] = made[0]
     claimed = {n for x in candidates for f in formats for n in (spell(f.weight, x),)} | candidates.keys()
+    claimed |= {n for p in found.values() for n in p.stored}
     for name, spec in specs.items():
         if _eight_bits(spec, formats) and name not in claimed:
             scales_ = dict.fromkeys(s for f in formats if (s := spell(f.scale, name)))
@@ -111,12 +135,21 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     if specs[codes].dtype != f.stored:
         text = f"{scale!r} stands beside {codes!r} in {specs[codes].dtype}, expected {f.stored}"
         return Problem(text, (scale, codes))
+    second = spell(f.second, x) if f.second else None
+    if second and second not in specs:
+        return Problem(f"{scale!r} stands without {second!r}, the scale of scales of {f.name}", (second, scale))
     shape = f.decoded(specs[codes])
     if shape is None:
         return Problem(f"{codes!r} is {list(specs[codes].shape)}, which is no tensor of {f.name}", (codes, scale))
-    if specs[scale].shape != f.scale_shape(shape) or specs[scale].dtype not in f.scales:
+    f = f.sized(shape, specs[scale].shape)
+    if not f.fits(shape):
+        return Problem(f"{scale!r} is {list(specs[scale].shape)}, no scales of {codes!r} {list(shape)}", (scale, codes))
+    if second and specs[second] != TensorSpec(SHAPES[f.lone]((1, 1)), torch.float32):
+        return Problem(f"{second!r} is {specs[second]}, expected one number in float32", (second, scale))
+    if specs[scale].shape != f.spelled(f.scale_shape(shape)) or specs[scale].dtype not in f.scales:
         told, kinds = specs[scale], ", ".join(str(d).removeprefix("torch.") for d in f.scales)
-        text = f"{scale!r} is {list(told.shape)} {told.dtype}, expected {list(f.scale_shape(shape))} of {kinds}: "
+        wanted = list(f.spelled(f.scale_shape(shape)))
+        text = f"{scale!r} is {list(told.shape)} {told.dtype}, expected {wanted} of {kinds}: "
         return Problem(text + f"one for each block of {codes!r} {list(specs[codes].shape)}", (scale, codes))
     extent = spell(f.shape, x) if f.shape else None
     if extent and specs.get(extent) != TensorSpec((len(shape),), torch.int64):
@@ -129,7 +162,8 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
             text = f"{name!r} is {list(specs[name].shape)}, expected [] or one for each of {shape[0]} experts"
             return Problem(text, (name, codes))
         activation = (name, x + ACTIVATION[rank])
-    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation)
+    pair = (second, f"{x}{f.beside}_second") if second else None
+    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair)
 
 
 def beside(specs: Specs, formats: tuple[Format, ...], *, kept: bool) -> tuple[dict[str, Parts], list[Problem]]:
@@ -164,16 +198,23 @@ def beside(specs: Specs, formats: tuple[Format, ...], *, kept: bool) -> tuple[di
 
 def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts | None:
     shape = f.kept_shape(specs[x]) if kept else specs[x].shape
-    if shape is None or not f.fits(shape) or specs[scale] != TensorSpec(f.scale_shape(shape), specs[scale].dtype):
+    if shape is None:
+        return None
+    if f.sizes:
+        f = replace(f, form="").sized(shape, specs[scale].shape)
+        f = replace(f, form=next(g.form for g in ALL if g.name == f.name))
+    if not f.fits(shape) or specs[scale] != TensorSpec(f.scale_shape(shape), specs[scale].dtype):
         return None
     made = as_named(x, f, shape)
     if made is None or specs[scale].dtype not in f.scales:
+        return None
+    if made.second and made.second[1] not in specs:
         return None
     held = [n for n in (x + a for a in ACTIVATION.values()) if n in specs] if f.activation else []
     if not held:
         return made
     name = next(n for t in f.activation if (n := spell(t, x)))
-    return Parts(x, f, shape, made.codes, made.scale, made.beside, made.extent, (name, held[0]))
+    return replace(made, activation=(name, held[0]))
 
 
 def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
@@ -181,7 +222,9 @@ def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
     codes, scale = spell(f.weight, x), spell(f.scale, x)
     if not codes or not scale:
         return None
-    return Parts(x, f, shape, codes, scale, x + f.beside, spell(f.shape, x) if f.shape else None)
+    second = spell(f.second, x) if f.second else None
+    pair = (second, f"{x}{f.beside}_second") if second else None
+    return Parts(x, f, shape, codes, scale, x + f.beside, spell(f.shape, x) if f.shape else None, second=pair)
 
 
 def _blocks(f: Format) -> str:
@@ -190,9 +233,14 @@ def _blocks(f: Format) -> str:
 
 def renamed(names: Iterable[str], formats: tuple[Format, ...], fresh: Fresh) -> Iterator[str]:
     """What a file's names become, as far as names can tell."""
-    templates = [(t, s, f) for f in formats for t, s in ((f.scale, f.beside), (f.weight, "")) if own(t)]
+    pairs = lambda f: ((f.scale, f.beside), (f.weight, ""), (f.second or "{X}", f"{f.beside}_second"))
+    templates = [(t, s, f) for f in formats for t, s in pairs(f) if own(t)]
     templates = [(t, s, f) for t, s, f in templates if t != "{X}" + s]
     there = frozenset(names)
+    tails = tuple(dict.fromkeys(t.partition("}")[2] for t, _, _ in templates))
     for name in names:
+        if not name.endswith(tails):
+            yield name
+            continue
         made = ((x, s, t, f) for t, s, f in templates if (x := read(t, name)) is not None and spell(t, x) == name)
         yield next((x + s for x, s, t, f in made if _is_part(t, x, f, there, fresh)), name)

@@ -6,35 +6,36 @@ With `keep`, codes and scales move as they are instead, under the names that dec
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from fmoe.codecs import Changed, CodecPlan
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
-from fmoe.codecs.config import is_ignored, stated, with_dtype
-from fmoe.codecs.formats import FORMATS, Format
+from fmoe.codecs.config import is_ignored
+from fmoe.codecs.format import Format
+from fmoe.codecs.formats import FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
-from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
-from fmoe.types import AdapterError, Problem, TensorSpec, as_dtype
+from fmoe.types import AdapterError, Problem, TensorSpec
 
 
 @dataclass(frozen=True)
 class Quantised:
     """X -> decode(X's parts), its scales beside it, for every X that is stored in one of the formats.
 
-    dtype: what tensors decode to. fresh: the formats, and for each the names that a fresh export writes in it.
+    dtype: what tensors decode to. fresh: the family's formats, and for each the names that a fresh export writes in it.
     block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all that
     is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which codes
     must fit. told: is called with the `Survival` of each tensor that was changed since it was decoded.
     declared: the config or the names say that the checkpoint is quantised; where they do not, nothing is lost.
-    ignored: modules that a fresh export leaves as they are. alone: only formats with names to write are encoded; what
-    carries scales of another is encoded anew.
+    bits: of packed integers, as the config says. ignored: modules that a fresh export leaves as they are. alone: only
+    formats with names to write are encoded; what carries scales of another is encoded anew.
     """
 
     dtype: torch.dtype
@@ -45,15 +46,28 @@ class Quantised:
     seams: tuple[Seam, ...] = ()
     declared: bool = False
     ignored: tuple[str, ...] = ()
+    bits: int | None = None
     alone: bool = False
     flipped: bool = False
     told: Callable[[Survival], None] | None = field(default=None, compare=False, repr=False)
 
-    @property
-    def formats(self) -> tuple[Format, ...]:
+    @cached_property
+    def own(self) -> tuple[Format, ...]:
         """Those of the family, of the config's block size."""
-        sized = lambda f: replace(f, block=self.block) if f.block == (128, 128) else f
-        return tuple(sized(FORMATS[name]) for name, _ in self.fresh)
+        return tuple(self._sized(FORMATS[name]) for name, _ in self.fresh)
+
+    @cached_property
+    def formats(self) -> tuple[Format, ...]:
+        """Those of the family, and those that a tensor of any may be in."""
+        return (*self.own, *map(self._sized, elsewhere(dict(self.fresh))))
+
+    @cached_property
+    def readable(self) -> tuple[Format, ...]:
+        """Those that this checkpoint may hold: how many bits a packed number has, only its config says; 4 if not."""
+        return tuple(f for f in self.formats if f.name != ("int4 pack" if self.bits == 8 else "int8 pack"))
+
+    def _sized(self, f: Format) -> Format:
+        return replace(f, block=self.block) if f.block == (128, 128) else f
 
     @property
     def lossless(self) -> bool:
@@ -95,7 +109,12 @@ class Quantised:
         for suffix in ACTIVATION.values():
             if (x := name.removesuffix(suffix)) != name:
                 return [n for f in self.formats for t in f.activation if (n := spell(t, x))][:1] or [name]
-        for f, (_, pattern) in zip(self.formats, self.fresh, strict=True):
+        for f in self.formats[len(self.own) :]:
+            x = name.removesuffix(f"{f.beside}_second").removesuffix(f.beside)
+            part = f.second if name.endswith(f"{f.beside}_second") else f.scale
+            if x != name and part and f.beside != "_scale_inv" and (new := spell(part, x)) is not None:
+                return [new]
+        for f, (_, pattern) in zip(self.own, self.fresh, strict=True):
             x = name.removesuffix(f.beside)
             part = f.scale if x != name else f.weight
             if self.declared and (own(part) or x != name) and (pattern is None or re.fullmatch(pattern, x)):
@@ -104,8 +123,8 @@ class Quantised:
         return [name]
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
-        find = beside(specs, self.formats, kept=self.keep) if self.flipped else in_file(specs, self.formats, self.fresh)
-        found, problems = find
+        there = lambda: in_file(specs, self.readable, self.fresh)
+        found, problems = beside(specs, self.formats, kept=self.keep) if self.flipped else there()
         if found and (others := window.keys() - {"e"}):
             told = tuple(p.scale for p in found.values())[:8]
             problems.append(Problem(f"{', '.join(others)}: quantised blocks can only be cut by expert", told))
@@ -126,17 +145,19 @@ class Quantised:
         for name, spec in specs.items():
             if p := first.get(name):
                 targets[p.name] = TensorSpec(p.shape, self.dtype)
-                targets[p.beside] = specs[p.scale]
+                targets |= {here: TensorSpec(shape, specs[there].dtype) for there, here, _, shape in p.kept}
                 whole = rows(p) | ({p.extent: 0} if p.extent else {})
-                changes.append(Changed(p.stored, [p.name, p.beside], decoding(p, self.dtype), whole, cuts(p, False)))
+                made = [p.name, *(here for _, here, _, _ in p.kept)]
+                changes.append(Changed(p.stored, made, decoding(p, self.dtype), whole, cuts(p, False)))
                 if p.activation:
-                    targets[p.activation[1]], passed[p.activation[1]] = specs[p.activation[0]], p.activation[0]
+                    targets[p.activation[1]] = specs[p.activation[0]]
+                    passed[p.activation[1]] = p.activation[0]
             elif name not in parts:
                 targets[name] = spec
         return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
 
     def _encoding(self, specs: Specs, carried: Mapping[str, Parts]) -> CodecPlan:
-        gone = {p.beside for p in carried.values()} | _activations(carried, 1)
+        gone = {here for p in carried.values() for _, here, _, _ in p.kept} | _activations(carried, 1)
         if self.quantization is False:
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
         if self.alone:
@@ -148,12 +169,15 @@ class Quantised:
         for p in chosen.values():
             scale = specs[p.beside].dtype if p.name in carried else p.format.scales[0]
             targets[p.codes] = p.format.codes_spec(p.shape)
-            targets[p.scale] = TensorSpec(p.format.scale_shape(p.shape), scale)
+            targets[p.scale] = TensorSpec(p.kept[0][2], scale)
+            if p.second:
+                targets[p.second[0]] = TensorSpec(p.kept[1][2], torch.float32)
             if p.extent:
                 targets[p.extent] = TensorSpec((len(p.shape),), torch.int64)
             if p.activation:
-                targets[p.activation[0]], passed[p.activation[0]] = specs[p.activation[1]], p.activation[1]
-            sources = [p.name, p.beside] if p.name in carried else [p.name]
+                targets[p.activation[0]] = specs[p.activation[1]]
+                passed[p.activation[0]] = p.activation[1]
+            sources = [p.name, *(here for _, here, _, _ in p.kept)] if p.name in carried else [p.name]
             whole = p.format.rank == 0 or p.extent is not None
             changes.append(Changed(sources, p.stored, encoding(p, self.told), {} if whole else rows(p), cuts(p, True)))
         return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
@@ -164,7 +188,7 @@ class Quantised:
         made: dict[str, Parts] = {}
         specs = {n: s for n, s in specs.items() if not is_ignored(n, self.ignored)}
         for n in sorted(n for n, s in specs.items() if n not in carried and s.dtype.is_floating_point):
-            for f, (_, pattern) in zip(self.formats, self.fresh, strict=True):
+            for f, (_, pattern) in zip(self.own, self.fresh, strict=True):
                 shape = specs[n].shape
                 if pattern is None or not re.fullmatch(pattern, n) or len(shape) not in (2, 3):
                     continue
@@ -185,16 +209,20 @@ class Quantised:
     def _kept(self, specs: Specs, found: Mapping[str, Parts]) -> CodecPlan:
         """Parts passed on under other names; the shape that int4 stores beside its codes, compared or made again."""
         place = {(p.name if self.flipped else p.codes): p for p in found.values()}
-        gone = {n for p in found.values() for n in ([p.beside] if self.flipped else p.stored)}
+        gone = {n for p in found.values() for n in ([k[1] for k in p.kept] if self.flipped else p.stored)}
         gone |= _activations(found, 1 if self.flipped else 0)
         targets: dict[str, TensorSpec] = {}
         changes, passed = [], dict[str, str]()
         for name, spec in specs.items():
             if p := place.get(name):
-                pairs = [(p.codes, p.name), (p.scale, p.beside), *([p.activation] if p.activation else [])]
-                for there, here in pairs:
+                for there, here, *shapes in [(p.codes, p.name, (), ()), *p.kept]:
                     source, target = (here, there) if self.flipped else (there, here)
-                    passed[target], targets[target] = source, specs[source]
+                    shape = shapes[0 if self.flipped else 1] if there != p.codes else specs[source].shape
+                    passed[target], targets[target] = source, TensorSpec(shape, specs[source].dtype)
+                if p.activation:
+                    source, target = reversed(p.activation) if self.flipped else p.activation
+                    passed[target] = source
+                    targets[target] = specs[source]
                 targets[name if self.flipped else p.name] = p.format.kept_spec(p.shape)
                 if self.flipped:
                     targets.pop(name, None) if p.codes != name else None
@@ -213,22 +241,9 @@ class Quantised:
         names = ", ".join(name for name, _ in self.fresh)
         if self.keep:
             return f"keep codes and scales: {names}"
-        return (
-            f"encode {names}, where scales are" if self.flipped else f"decode {names} to {self.dtype}, where scales are"
-        )
+        what = f"encode {names}" if self.flipped else f"decode {names} to {self.dtype}"
+        return f"{what}, where scales are"
 
 
 def _activations(found: Mapping[str, Parts], side: int) -> set[str]:
     return {p.activation[side] for p in found.values() if p.activation}
-
-
-def agreeing(
-    config: Mapping[str, Any], adapter: Adapter, specs: Specs, dtype: "torch.dtype | str | None" = None
-) -> dict[str, Any]:
-    """The config of a Hugging Face directory that holds these tensors, as an adapter wrote them.
-
-    Its quantization_config is there where some are quantised, and says how; dtype: what floats have become.
-    """
-    made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
-    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
-    return made if codec is None else stated(made, specs, in_file(specs, codec.formats, codec.fresh)[0])

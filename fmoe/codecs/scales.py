@@ -7,12 +7,12 @@ blocks there are fewer; all else, experts and halves above all, they share.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fmoe.codecs.formats import Format
+from fmoe.codecs.formats import ACTIVATIONS, Format
 from fmoe.codecs.parts import ACTIVATION, Parts
 from fmoe.layout.claims import some
-from fmoe.layout.entries import Either, Entry, Together
+from fmoe.layout.entries import Either, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, hits
-from fmoe.layout.notation import Address, Rule
+from fmoe.layout.notation import Address, Capture, Rule
 from fmoe.types import Problem, TensorSpec
 
 _INPUT = {"gate_and_up_projs": "d", "down_projs": "i"}  # the letter that products sum over
@@ -21,18 +21,32 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 def with_scales(entries: Iterable[Entry], formats: tuple[Format, ...], *, keep: bool) -> tuple[Entry, ...]:
-    """The entries, and beside every weight rule those of its scales. keep: weights are codes, laid out as stored."""
+    """The entries, and beside every weight rule those of its scales. keep: weights are codes, laid out as stored.
+
+    Scales of activations, which may be there for some experts only, keep their names.
+    """
+    rules = [e for e in walk(entries) if isinstance(e, Rule) and matrix(e)]
+    return (*_with(entries, formats, keep), *dict.fromkeys(k for rule in rules for k in _passed(rule)))
+
+
+def _passed(rule: Rule) -> Iterable[Keep]:
+    *stem, last = rule.source.parts
+    if isinstance(last, str) and last.endswith(".weight"):
+        yield from (Keep(Address((*stem, last.removesuffix("weight") + part))) for part in ACTIVATIONS)
+
+
+def _with(entries: Iterable[Entry], formats: tuple[Format, ...], keep: bool) -> tuple[Entry, ...]:
     made: list[Entry] = []
     for entry in entries:
         if isinstance(entry, Either):
-            options = tuple((n, with_scales(o, formats, keep=keep)) for n, o in entry.options)
+            options = tuple((n, _with(o, formats, keep)) for n, o in entry.options)
             made.append(replace(entry, options=options))
         elif isinstance(entry, Together | Rule):
             rules = entry.rules if isinstance(entry, Together) else (entry,)
             weights = [r for r in rules if matrix(r)]
             kept = tuple(_codes(r, formats) if keep and matrix(r) else r for r in rules)
             made.append(Together(kept, entry.flipped) if isinstance(entry, Together) else kept[0])
-            for kind in dict.fromkeys(_kinds(formats)):
+            for kind in _kinds(formats):
                 found = tuple(r for w in weights if (r := _scales(w, *kind)) is not None)
                 made += [Together(found)] if len(found) > 1 else found
         else:
@@ -46,18 +60,21 @@ def matrix(rule: Rule) -> str | None:
     return last if last in _INPUT and rule.source.axes and {"i", "d"} <= set(rule.source.atoms) else None
 
 
-def _kinds(formats: tuple[Format, ...]) -> Iterable[tuple[str, str, bool]]:
-    """(suffix, what it has a number for, whether the weight is stored transposed)"""
+def _kinds(formats: tuple[Format, ...]) -> list[tuple[tuple[str, ...], str, bool]]:
+    """(suffixes, what they have a number for, whether the weight is stored transposed)"""
+    found: dict[tuple[str, bool], dict[str, None]] = {}
+    more = lambda kind, turned, *names: found.setdefault((kind, turned), {}).update(dict.fromkeys(names))
     for f in formats:
         kind = "tensor" if f.rank == 0 else "experts" if f.rank == 1 else "each" if f.each else "blocks"
-        yield f.beside, kind, f.transposed
+        more(kind, f.transposed, f.beside, *([f"{f.beside}_second"] if f.second else []))
         if f.activation:
-            yield ACTIVATION[0], "tensor", False
-            yield ACTIVATION[1], "experts", False
+            more("tensor", False, ACTIVATION[0])
+            more("experts", False, ACTIVATION[1])
+    return [(tuple(names), kind, turned) for (kind, turned), names in found.items()]
 
 
-def _scales(rule: Rule, suffix: str, kind: str, transposed: bool) -> Rule | None:
-    source, target = _named(rule.source, suffix), _named(rule.target, suffix)
+def _scales(rule: Rule, suffixes: tuple[str, ...], kind: str, transposed: bool) -> Rule | None:
+    source, target = _named(rule.source, suffixes), _named(rule.target, suffixes)
     here, there = rule.source.axes or (), rule.target.axes or ()
     if kind == "tensor":
         shared = set(source.captures) == set(target.captures)
@@ -83,7 +100,7 @@ def _lettered(dims: Dims, letters: Mapping[str, str], both: list[tuple[str, ...]
 
 def _codes(rule: Rule, formats: tuple[Format, ...]) -> Rule:
     """The rule for a weight's codes: where several share a stored number, their axis has a size of its own."""
-    transposed = any(f.transposed for f in formats)
+    transposed = any(f.transposed for f in formats)  # then nothing else is
     source = replace(rule.source, axes=_turned(rule.source.axes or ())) if transposed else rule.source
     if all(f.packed == 1 for f in formats):
         return Rule(source, rule.target, rule.bounds)
@@ -96,9 +113,11 @@ def _turned(dims: Dims) -> Dims:
     return (*dims[:-2], dims[-1], dims[-2])
 
 
-def _named(address: Address, suffix: str) -> Address:
+def _named(address: Address, suffixes: tuple[str, ...]) -> Address:
     *parts, last = address.parts
-    return Address((*parts, last + suffix) if isinstance(last, str) else (*parts, last, suffix), address.axes)
+    if len(suffixes) > 1:
+        return Address((*parts, last, Capture("scale", suffixes)), address.axes)
+    return Address((*parts, last + suffixes[0]) if isinstance(last, str) else (*parts, last, *suffixes), address.axes)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tenso
     Changes much smaller than a step leave numbers near their codes; larger ones leave them anywhere, a quarter of a
     step away on average. So the mean distance says how many moved.
     """
-    if weight.is_meta:
+    if weight.is_meta or p.second:
         return None
     after = p.format.decode(codes, used, torch.float32)
     found = Survival(p.name, 0, 0.0, 0.0, 0.0)

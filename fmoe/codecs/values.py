@@ -1,7 +1,7 @@
 """Codes and scales as numbers: decoding, in chunks that stay in a cache. `blocks.py` is the way back.
 
     e4m3   8 bits, 448 at most     int4   n - 8, two in a byte, the low nibble first
-    e2m1   4 bits, 6 at most, two in a byte, the low nibble first
+    int8   n - 128                 e2m1   4 bits, 6 at most, two in a byte, the low nibble first
 
 A scale is a floating tensor, or bytes s (uint8, e8m0) that stand for 2^(s - 127). It belongs to a block of `block`
 rows and columns of the last two dimensions (0: all of them); at ragged edges blocks are smaller.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-MOST = {"e4m3": 448.0, "e2m1": 6.0, "int4": 8.0}  # the largest magnitude of a code
+MOST = {"e4m3": 448.0, "e2m1": 6.0, "int4": 8.0, "int8": 128.0}  # the largest magnitude of a code
+PER_BYTE = {"e4m3": 1, "int8": 1, "e2m1": 2, "int4": 2}
 LEAST = 2.0**-120  # below this, what a code decodes to may be no number of bf16 that leads back to it
 _CHUNK = 2**17  # numbers that a thread decodes at a time
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -71,7 +72,7 @@ def decode(
 
     codes: e4m3, or two 4-bit codes a byte, [.., R, C / 2] uint8. scale: `grid` of them, or one that broadcasts to it.
     """
-    shape = (*codes.shape[:-1], codes.shape[-1] * (1 if code == "e4m3" else 2))
+    shape = (*codes.shape[:-1], codes.shape[-1] * PER_BYTE[code])
     if codes.is_meta or 0 in shape:
         return torch.empty(shape, dtype=dtype, device=codes.device)
     out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
@@ -95,7 +96,7 @@ def decode(
         elif moved:
             _from_e4m3(flat[part], mine, into[part], block[1] or columns)
         else:
-            table = _pairs(code).view(torch.int64).view(-1) if code != "e4m3" else _singles()
+            table = _singles(code) if PER_BYTE[code] == 1 else _pairs(code).view(torch.int64).view(-1)
             found = torch.index_select(table.to(codes.device), 0, flat[part].int().view(-1)).view(torch.float32)
             into[part].copy_(_multiplied(found.view(-1, columns), mine, block[1] or columns))
         if code == "e4m3" and (int(flat[part].max()) == 255 or int(flat[part].view(torch.int8).max()) == 127):
@@ -157,9 +158,10 @@ def _powers(zero: bool) -> Tensor:
 
 
 @lru_cache
-def _singles() -> Tensor:
-    """[256]: the value of every e4m3."""
-    return torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+def _singles(code: str) -> Tensor:
+    """[256]: the value of every byte, of e4m3 or int8."""
+    byte = torch.arange(256, dtype=torch.uint8)
+    return byte.view(E4M3).float() if code == "e4m3" else byte.float() - 128
 
 
 @lru_cache

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
-from fmoe.codecs.config import exports, ignored, quantization_of, weight_block
+from fmoe.codecs.config import bits, exports, ignored, quantization_of, weight_block
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
 from fmoe.families.sparse import ANY
@@ -115,6 +115,7 @@ class Family:
             quantization=True if quantize else None,
             alone=bool(quantize),
             ignored=ignored(given),
+            bits=bits(given),
             keep=keep,
             declared=quantization_of(given) is not None,
         )

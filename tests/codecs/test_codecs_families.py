@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import fmoe
 from fmoe.checkpoint.stream import flow
-from fmoe.codecs.formats import FORMATS
+from fmoe.codecs.formats import FORMATS, OWN
 from fmoe.families import FAMILIES
 from fmoe.testing import same
 
@@ -270,11 +270,12 @@ def test_numbers_and_codes_are_not_taken_for_each_other():
 
 def test_families_list_their_formats_and_every_format_that_is_read_has_a_family():
     told = {n: kind.quantised for n, kind in FAMILIES.items()}
-    assert told["deepseek_v4"] == "mxfp4 .scale; fp8 blocks .scale" and told["gpt_oss"] == "mxfp4 blocks"
+    assert told["deepseek_v4"] == "mxfp4 .scale; mxfp8 .scale, read only; fp8 blocks .scale"
+    assert told["gpt_oss"] == "mxfp4 blocks"
     assert told["kimi_k25"] == "int4" and told["granitemoe"] == "fp8 blocks, read only"
     used = {name for kind in FAMILIES.values() for name, _ in kind.fresh}
-    assert used == FORMATS.keys() - {"fp8 qscale"}
-    assert {f for _, f in CASES} == used
+    assert used == OWN.keys() - {"fp8 qscale"}
+    assert {f for _, f in CASES} == used - {"mxfp8 .scale"}
 
 
 def test_the_command_line_keeps_codes(tmp_path, monkeypatch, capsys):

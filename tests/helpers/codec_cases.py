@@ -44,16 +44,19 @@ def by_hand(f: Format, codes: Tensor, scale: Tensor) -> Tensor:
     if codes.ndim - f.grouped == 3:
         lone = lambda e: scale if scale.ndim == 0 else scale[e]
         return torch.stack([by_hand(f, codes[e], lone(e)) for e in range(len(codes))])
-    per_word = {"e4m3": 1, "e2m1": 2, "int4": 8}[f.code]
+    per_word = {"e4m3": 1, "e2m1": 2, "int4": 8, "int8": 4 if f.stored == torch.int32 else 1}[f.code]
     rows = [row.flatten() for row in codes]
     R, C = len(rows), rows[0].numel() * per_word
     out = torch.empty(R, C, dtype=torch.float64)
     for r in range(R):
-        words = rows[r].view(torch.int32 if f.code == "int4" else torch.uint8).tolist()
+        words = rows[r].view(torch.int32 if f.stored == torch.int32 else torch.uint8).tolist()
         for c in range(C):
             word = words[c // per_word]
             if f.code == "e4m3":
                 value = e4m3(word)
+            elif f.code == "int8":
+                byte = word >> 8 * (c % per_word) & 255
+                value = float(byte - 128 if per_word == 4 else byte - 256 * (byte > 127))
             else:
                 nibble = word >> 4 * (c % per_word) & 15
                 value = nibble - 8.0 if f.code == "int4" else e2m1(nibble)

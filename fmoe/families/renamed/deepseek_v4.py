@@ -33,6 +33,7 @@ deepseek_v4 = Family(
     fixed=dict(score_func="sqrtsoftplus", router_weights_fp32=True),
     formats={
         "mxfp4 .scale": EXPERTS_ONLY,
+        "mxfp8 .scale": None,
         "fp8 blocks .scale": r".*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight|.*\.shared_experts\.w[123]\.weight",
     },
     sparse=EVERY,

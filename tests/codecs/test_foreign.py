@@ -1,0 +1,167 @@
+"""Formats that tools write for any family: decoded as their definition says, kept, and back bit for bit, everywhere."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from codec_cases import by_hand
+from torch import Tensor
+
+import fmoe
+from fmoe.codecs import twofold
+from fmoe.codecs.formats import FOREIGN, FORMATS
+from fmoe.codecs.parts import as_named
+from fmoe.testing import same
+from fmoe.types import bits
+
+E, D, I = 3, 32, 128
+NAMES = {
+    "qwen3_moe": ("model.layers.0.mlp.experts", ("gate_proj", "up_proj", "down_proj"), "num_experts"),
+    "deepseek_v3": ("model.layers.0.mlp.experts", ("gate_proj", "up_proj", "down_proj"), "n_routed_experts"),
+    "mixtral": ("model.layers.0.block_sparse_moe.experts", ("w1", "w3", "w2"), "num_local_experts"),
+    "deepseek_v4": ("layers.0.ffn.experts", ("w1", "w3", "w2"), "n_routed_experts"),
+    "nemotron_h": ("backbone.layers.0.mixer.experts", ("up_proj", "down_proj"), "n_routed_experts"),
+}
+READ = [*FOREIGN, "fp8 blocks", "mxfp8", "mxfp4 packed", "int4"]
+
+
+def parts(fmt: str, name: str, weight: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The parts of a weight as a file has them, and what they say, one number after another."""
+    f = FORMATS[fmt]
+    f = replace(f, block=(1, group)) if f.sizes == "groups" else f
+    p = as_named(name, f, tuple(weight.shape))
+    assert p is not None
+    if p.second:
+        codes, scale, second = twofold.encode(f, weight)
+        shaped = {p.second[0]: second.reshape(p.kept[1][2])}
+        both = scale.float() / second if f.divides else scale.float() * second
+    else:
+        (codes, scale), shaped = f.encode(weight), {}
+        both = scale
+    made = {p.codes: codes, p.scale: scale.reshape(f.spelled(tuple(scale.shape)))} | shaped
+    made |= {p.extent: torch.tensor(weight.shape)} if p.extent else {}
+    return made, by_hand(f, codes, both)
+
+
+def checkpoint(family: str, fmt: str, group: int = 32) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(0)
+    stem, names, counted = NAMES[family]
+    config = dict(model_type=family, hidden_size=D, moe_intermediate_size=I, num_hidden_layers=1, num_experts_per_tok=1)
+    config |= {counted: E, "intermediate_size": I, "torch_dtype": "float32", "mlp_hidden_act": "relu2"}
+    told = {"group_0": {"weights": {"num_bits": 8 if "int8" in fmt else 4}}}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": told}
+    hf, said = {}, {}
+    for e in range(E):
+        for n in names:
+            weight = torch.randn((D, I) if n in ("down_proj", "w2") else (I, D)) * (1 + e)
+            made, said[f"{e}.{n}"] = parts(fmt, f"{stem}.{e}.{n}.weight", weight, group)
+            hf |= made
+            if e != 1:  # calibration has never reached it
+                hf[f"{stem}.{e}.{n}.input_scale"] = torch.tensor(0.5)
+    return config, hf, said
+
+
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("fmt", READ)
+def test_every_format_is_read_in_every_family_and_comes_back(family, fmt):
+    config, hf, said = checkpoint(family, fmt)
+    _, names, _ = NAMES[family]
+    for how in ("decode", "keep"):
+        adapter = fmoe.adapter(family, config, quantized=how)
+        native = adapter.from_hf(hf)
+        same(adapter.to_hf(native), hf)
+        same(adapter.resolve(hf).to_hf(native), hf)
+        some = adapter.from_hf(hf, e=range(1, 3))
+        same(
+            adapter.to_hf(some, e=range(1, 3)), {n: t for n, t in hf.items() if ".experts.0." not in n or "input" in n}
+        )
+        if how == "decode":
+            up = next(t for n, t in native.items() if n.endswith("gate_and_up_projs"))
+            down = next(t for n, t in native.items() if n.endswith("down_projs"))
+            for e in range(E):
+                wanted = torch.cat([said[f"{e}.{n}"] for n in names[:-1]]).T
+                assert torch.equal(up[e].double(), wanted.float().double())
+                assert torch.equal(down[e].double(), said[f"{e}.{names[-1]}"].T.float().double())
+
+
+@pytest.mark.parametrize("fmt", ["int4 pack", "int8 pack"])
+@pytest.mark.parametrize("group", [16, 32])
+def test_the_size_of_groups_is_what_shapes_say(fmt, group):
+    config, hf, said = checkpoint("qwen3_moe", fmt, group)
+    native = fmoe.adapter("qwen3_moe", config).from_hf(hf)
+    down = native["model.layers.0.mlp.experts.down_projs"]
+    assert all(torch.equal(down[e], said[f"{e}.down_proj"].T.float()) for e in range(E))
+    same(fmoe.adapter("qwen3_moe", config).to_hf(native), hf)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64])
+@pytest.mark.parametrize("fmt", ["fp8 blocks", "fp8 blocks .scale", "fp8 side blocks"])
+def test_square_blocks_are_what_shapes_say(fmt, side):
+    f = replace(FORMATS[fmt], block=(side, side))
+    torch.manual_seed(0)
+    name = "layers.0.attn.wq_a.weight"
+    codes, scale = f.encode(torch.randn(200, 72))
+    p = as_named(name, f, (200, 72))
+    hf = {p.codes: codes, p.scale: scale}
+    adapter = fmoe.adapter("deepseek_v4", {"torch_dtype": "float32"})
+    native = adapter.from_hf(hf)
+    assert torch.equal(native[name].double(), by_hand(f, codes, scale).float().double())
+    same(adapter.to_hf(native), hf)
+
+
+def test_deepseek_v41_has_three_formats_at_once():
+    torch.manual_seed(0)
+    config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32]}, "torch_dtype": "bfloat16"}
+    hf = {}
+    for fmt, name, shape in (
+        ("mxfp4 .scale", "layers.0.ffn.experts.0.w1.weight", (32, 64)),
+        ("mxfp4 .scale", "layers.0.ffn.experts.0.w3.weight", (32, 64)),
+        ("mxfp4 .scale", "layers.0.ffn.experts.0.w2.weight", (64, 32)),
+        ("fp8 blocks .scale", "layers.0.attn.wq_a.weight", (70, 40)),
+        ("mxfp8 .scale", "layers.0.engram.embed.weight", (100, 256)),
+    ):
+        f = FORMATS[fmt]
+        f = replace(f, block=(32, 32)) if fmt == "fp8 blocks .scale" else f
+        codes, scale = f.encode(torch.randn(shape))
+        p = as_named(name, f, shape)
+        hf |= {p.codes: codes, p.scale: scale}
+    adapter = fmoe.adapter("deepseek_v4", config)
+    native = adapter.from_hf(hf)
+    assert native["layers.0.engram.embed.weight"].dtype == torch.bfloat16
+    same(adapter.to_hf(native), hf)
+
+
+@pytest.mark.parametrize("part", ["weight_zero_point", "weight_g_idx"])
+def test_what_is_not_decoded_is_refused_by_name(part):
+    config, hf, _ = checkpoint("qwen3_moe", "int4 pack")
+    key = f"model.layers.0.mlp.experts.0.up_proj.{part}"
+    with pytest.raises(fmoe.AdapterError, match="int4 pack with .*, which fmoe does not decode") as error:
+        fmoe.adapter("qwen3_moe", config).from_hf(hf | {key: torch.zeros(1, dtype=torch.int32)})
+    assert key in error.value.keys
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "nvfp4 packed"])
+def test_nvfp4_is_near_what_it_encodes_and_as_modelopt_scales_it(fmt):
+    f = FORMATS[fmt]
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64)
+    weight[:, :16] = 0
+    codes, scale, second = twofold.encode(f, weight)
+    whole = 1 / second if f.divides else second
+    assert torch.allclose(whole, weight.abs().max() / 2688) and bool((scale[:, 0].float() == 1).all())
+    step = scale.float().repeat_interleave(16, 1) * whole
+    assert bool(
+        ((f.decode(codes, scale, torch.float32, second=second) - weight).abs() <= weight.abs() / 4 + step / 2).all()
+    )
+    again = twofold.encode(f, f.decode(codes, scale, torch.bfloat16, second=second), scale, second)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(again, (codes, scale, second), strict=True))
+    with pytest.raises(ValueError, match="expected finite"):
+        twofold.encode(f, weight / 0)
+
+
+def test_a_second_scale_that_is_missing_or_alone_is_named():
+    config, hf, _ = checkpoint("qwen3_moe", "nvfp4")
+    key = "model.layers.0.mlp.experts.0.up_proj.weight_scale_2"
+    with pytest.raises(fmoe.AdapterError) as error:
+        fmoe.adapter("qwen3_moe", config).from_hf({n: t for n, t in hf.items() if n != key})
+    assert key in error.value.keys
