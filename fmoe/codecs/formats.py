@@ -1,7 +1,7 @@
 """Formats as data: how a file spells the parts of a quantised tensor, and which codes and scales they hold."""
 
 import re
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,8 @@ OWN = _formats(
          source="MiniMax-M3"),
     dict(_MXFP4, name="mxfp4 blocks", weight="{X}_blocks", scale="{X}_scales", transposed=True, grouped=True,
          method="mxfp4", source="gpt-oss"),
-    dict(_DOT, name="mxfp8 .scale", code="e4m3", block=(1, 32), scales=(E8M0,), source="DeepSeek-V4.1's tables"),
+    dict(_DOT, name="mxfp8 .scale", code="e4m3", block=(1, 32), scales=(E8M0,), beside="_scale_mxfp8",
+         source="DeepSeek-V4.1's tables"),
     dict(_MXFP4, name="mxfp4 .scale", **_DOT) | dict(stored=torch.int8, scales=(E8M0,), zero=True),
     dict(_MXFP4, name="mxfp4 packed", method="compressed-tensors mxfp4-pack-quantized", source="Kimi-K3", **_PACKED),
     dict(name="int4", code="int4", block=(1, 32), stored=torch.int32, scales=(torch.bfloat16, torch.float16),
@@ -90,9 +91,8 @@ FOREIGN = {n: replace(f, beside=_suffix(n)) for n, f in FOREIGN.items()}
 FORMATS = OWN | FOREIGN
 
 
-def elsewhere(own: Container[str]) -> tuple[Format, ...]:
+def elsewhere(own: Collection[str]) -> tuple[Format, ...]:
     """The formats that a family reads beside its own, the suffix of each not any other's."""
-    more = (
-        FORMATS[n] if n == "fp8 blocks" else replace(FORMATS[n], beside=_suffix(n)) for n in EVERYWHERE if n not in own
-    )
-    return (*more, *FOREIGN.values())
+    taken = any(FORMATS[n].beside == "_scale_inv" for n in own)
+    apart = lambda f: f if f.name == "fp8 blocks" and not taken else replace(f, beside=f"{_suffix(f.name)}_inv")
+    return (*(apart(FORMATS[n]) for n in EVERYWHERE if n not in own), *FOREIGN.values())
