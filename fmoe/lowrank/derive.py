@@ -60,8 +60,8 @@ class Forms:
 
     per_expert: a matrix for each expert and projection; A of gate and up apart, `[e d g r]`. wrappers: what PEFT can
     wrap. no_peft: why it can wrap nothing. marked: whether Transformers' module says `is_transposed` where it is.
-    rank: the rank of all, where the number of experts is not known: PEFT's form has both in one dimension. grouped:
-    whether a wrapper's B is `[out (e r)]`, as adapter_config.json's lora_B_layout "grouped_by_expert" says.
+    rank: the rank of all, where the number of experts is not known: PEFT's form has both in one dimension.
+    grouped: a wrapper's B is `[out (e r)]`.
     """
 
     per_expert: tuple[Rule, ...] = ()
@@ -83,9 +83,8 @@ class Forms:
             mine = part(w.weight)
             if kind in ("both", mine):
                 marked = self.marked and (w.weight.source.axes or ())[1] == _native_dims(w.weight)[0]
-                rules += w.rules(
-                    version, marked, kind == "both" and self.nested and mine == "gate_and_up", self.grouped
-                )
+                inner = kind == "both" and self.nested and mine == "gate_and_up"
+                rules += w.rules(version, marked, inner, self.grouped)
         sized = lambda r: r if self.rank is None or _experts(r) in r.bound else r.bind({"r": self.rank})
         return tuple(dict.fromkeys(map(sized, rules)))
 
