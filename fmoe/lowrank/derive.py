@@ -16,8 +16,7 @@ from fmoe.layout.entries import Either, Entry, Together
 from fmoe.layout.notation import Address, Capture, Rule
 from fmoe.types import AdapterError
 
-CURRENT = "0.21.2"
-"""The PEFT release whose form is written where nothing else is asked for."""
+CURRENT = "0.21.2"  # the PEFT release whose form is written where nothing else is asked for
 NATIVE = {"gate_and_up_projs": "lora_gate_and_up", "down_projs": "lora_down"}
 """A weight's bare native name -> its LoRA matrices', without `_A` and `_B`."""
 
@@ -60,8 +59,7 @@ class Forms:
 
     per_expert: a matrix for each expert and projection; A of gate and up apart, `[e d g r]`. wrappers: what PEFT can
     wrap. no_peft: why it can wrap nothing. marked: whether Transformers' module says `is_transposed` where it is.
-    rank: the rank of all, where the number of experts is not known: PEFT's form has both in one dimension.
-    grouped: a wrapper's B is `[out (e r)]`.
+    rank: that of all, where experts are not counted: PEFT has both in one dimension. grouped: B is `[out (e r)]`.
     """
 
     per_expert: tuple[Rule, ...] = ()
@@ -83,8 +81,7 @@ class Forms:
             mine = part(w.weight)
             if kind in ("both", mine):
                 marked = self.marked and (w.weight.source.axes or ())[1] == _native_dims(w.weight)[0]
-                inner = kind == "both" and self.nested and mine == "gate_and_up"
-                rules += w.rules(version, marked, inner, self.grouped)
+                rules += w.rules(version, marked, (kind, mine) == ("both", "gate_and_up") and self.nested, self.grouped)
         sized = lambda r: r if self.rank is None or _experts(r) in r.bound else r.bind({"r": self.rank})
         return tuple(dict.fromkeys(map(sized, rules)))
 
