@@ -21,65 +21,11 @@ ALL = pytest.mark.parametrize("kind", BASES)
 P = "base_model.model."
 
 
-def base(kind: str, path: Path) -> Path:
-    """A tiny directory of the family: attention in every layer, experts from the second on."""
-    config = SIZES | BASES[kind] | {"model_type": kind}
-    native = {f"model.layers.{l}.self_attn.q_proj.weight": torch.ones(D, D) for l in range(L)}
-    for l in range(1, L):
-        native |= {f"model.layers.{l}.mlp.experts.gate_and_up_projs": torch.ones(E, D, 2 * I)}
-        native |= {f"model.layers.{l}.mlp.experts.down_projs": torch.ones(E, I, D)}
-    fmoe.save(native, path, fmoe.adapter(kind, config), fsync=False)
-    return path
-
-
-def tuned(kind: str, path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The matrices and the config of an adapter for all of it."""
-    native = fmoe.load(path)
-    lora = fmoe.lora.init({n: t for n, t in native.items() if n.endswith("_projs")}, r=r)
-    for l in range(L):
-        lora[f"model.layers.{l}.self_attn.q_proj.lora_A.weight"] = torch.ones(r, D)
-        lora[f"model.layers.{l}.self_attn.q_proj.lora_B.weight"] = torch.ones(D, r)
-    out = path.parent / f"{kind} tuned"
-    fmoe.lora.save(lora, out, fmoe.adapter(path))
-    from safetensors.torch import load_file
-
-    config = json.loads((out / "adapter_config.json").read_text())
-    config["target_modules"] = ["q_proj"]
-    config["target_parameters"] = sorted({n.split(".", 3)[3] for n in config["target_parameters"]})
-    return load_file(out / "adapter_model.safetensors"), config
-
-
 def written(path: Path, tensors: dict, config: dict) -> Path:
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
-
-
-@ALL
-def test_what_the_config_targets_is_there_or_named(kind, tmp_path):
-    model = base(kind, tmp_path / "base")
-    tensors, config = tuned(kind, model)
-    fmoe.lora.load(written(tmp_path / "whole", tensors, config), model)
-    parts = {"empty": ".", "experts": "experts", "layer 2's experts": "layers.2.mlp", "layer 0": "layers.0.self_attn"}
-    for what, gone in parts.items():
-        left = {n: t for n, t in tensors.items() if gone not in n}
-        with pytest.raises(fmoe.AdapterError, match="no matri"):
-            fmoe.lora.load(written(tmp_path / what, left, config), model)
-    lone = config | {"layers_to_transform": [1]}
-    fmoe.lora.load(written(tmp_path / "one", {n: t for n, t in tensors.items() if "layers.1." in n}, lone), model)
-
-
-@ALL
-def test_without_the_base_s_names_a_gap_is_named(kind, tmp_path):
-    model = base(kind, tmp_path / "base")
-    tensors, config = tuned(kind, model)
-    adapter = fmoe.adapter(kind, SIZES | BASES[kind])
-    fmoe.lora.load(written(tmp_path / "whole", tensors, config), adapter)
-    for what, gone in {"empty": ".", "experts": "experts", "a gap": "layers.1.self_attn"}.items():
-        left = {n: t for n, t in tensors.items() if gone not in n}
-        with pytest.raises(fmoe.AdapterError, match="no matri"):
-            fmoe.lora.load(written(tmp_path / what, left, config), adapter)
 
 
 @ALL
@@ -102,17 +48,6 @@ def test_b_is_read_as_its_layout_says_and_written_so(kind, tmp_path):
     assert files["rank_major"] != files["grouped_by_expert"]
     with pytest.raises(fmoe.AdapterError, match="lora_B_layout 'by_column', expected one of rank_major"):
         fmoe.lora.LoraConfig.read({"peft_type": "LORA", "lora_B_layout": "by_column"})
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("modules_to_save", ["lm_head"]), ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]])],
-)
-def test_what_two_matrices_cannot_say_is_refused_by_name(field, value, tmp_path):
-    model = base("qwen3_moe", tmp_path / "base")
-    tensors, config = tuned("qwen3_moe", model)
-    with pytest.raises(fmoe.AdapterError, match=f"{field}=.*Fix: merge it with PEFT"):
-        fmoe.lora.load(written(tmp_path / "it", tensors, config | {field: value}), model)
 
 
 FOREIGN = {
