@@ -1,11 +1,12 @@
 """Checkpoints on disk: directories opened as values, converted, loaded, saved, verified, and described."""
 
-from fmoe.checkpoint.convert import Report, convert
+from fmoe.checkpoint.convert import convert
 from fmoe.checkpoint.diff import diff
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.inspect import inspect
 from fmoe.checkpoint.load import load
 from fmoe.checkpoint.open import adapter, adapter_of, plan_from
+from fmoe.checkpoint.report import Report
 from fmoe.checkpoint.save import save
 from fmoe.checkpoint.verify import verify
 

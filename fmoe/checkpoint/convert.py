@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
@@ -13,15 +13,17 @@ from fmoe.checkpoint.files.disk import bytes_of, identity
 from fmoe.checkpoint.files.origin import FORMAT, head_of, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
-from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import of_systems
 from fmoe.checkpoint.staging.beside import of_the_former, taken_along
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.engine import Engine
+from fmoe.checkpoint.stream.rate import Rate
+from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import quantization_of
@@ -29,6 +31,9 @@ from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 QUANT = "hf_quant_config.json"  # where some writers say again what quantization_config says
 
@@ -47,6 +52,8 @@ def convert(
     lossy: bool = False,
     config: Any = None,
     from_: str | None = None,
+    process_group: "ProcessGroup | None" = None,
+    bandwidth: int | str | None = None,
     progress: Progress = lambda done, of: None,
     **choices: Any,
 ) -> Report:
@@ -67,6 +74,8 @@ def convert(
     Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
     call goes on where it stopped. force: replace the checkpoint that dst holds. dry_run: check everything, write
     nothing. checksums: of all files of both sides, read once more. fsync=False: do not wait for the disk.
+    process_group: all its ranks call this and share the work; dst is the same directory for all of them, and whatever
+    number of ranks may go on where others stopped. bandwidth: at most so much is read in a second, as "200MB".
 
     Raises AdapterError before anything is written when the source does not convert or dst has no room for it; OSError
     where a file cannot be read or written.
@@ -112,6 +121,8 @@ def convert(
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
+    if bandwidth is not None:
+        engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
     work = _digest(source, to, adapter, ranges, layout, engine)
     claim = lambda: replaced(dst, source.path, force, work=work)
     notes += of_the_former(dst, claim(), {*layout.heads, *small, *others})
@@ -125,17 +136,16 @@ def convert(
         return report
     size, of = source.nbytes, source.nbytes * (3 if checksums else 1)
     carried = lambda done: progress(done * size // max(1, plan.nbytes), of)
-    sums: dict[str, str] = {}
-    with staging(dst, work, claim, fsync=fsync) as stage:
-        stage.begin(layout.heads, [*others, *small])
+    opening = lambda: staging(dst, work, claim, fsync=fsync)
+    begin = lambda stage: stage.begin(layout.heads, [*others, *small])
+
+    def finish(stage: Staging) -> dict[str, str]:
         if stage.stale is None:
-            resumed = sum(item.nbytes for item in engine.items[: stage.done])
-            carry_out(stage, engine, threads or source.readers, resumed, carried)
             for name, given in {**others, **small}.items():
                 stage.fill(name, given)
         else:
-            resumed = plan.nbytes
-            carried(resumed)
+            carried(plan.nbytes)
+        sums: dict[str, str] = {}
         if checksums:
             theirs = [*sorted(source.stamps), *others, *(n for n in (INDEX, NATIVE) if (source.path / n).exists())]
             paths: dict[str, Where] = {
@@ -149,6 +159,21 @@ def convert(
                 sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
         source.unchanged()
         stage.publish()
+        return sums
+
+    if process_group is not None:
+        rank = Rank(dst, work, threads, fsync)
+        resumed, read, written, sums = in_ranks(process_group, engine, rank, opening, begin, finish, carried)
+        return replace(report, read=read, written=written, resumed=resumed, checksums=sums)
+    with opening() as stage:
+        begin(stage)
+        if stage.stale is None:
+            done = {*range(stage.done), *stage.also}
+            resumed = sum(engine.items[i].nbytes for i in done)
+            carry_out(stage, engine, threads or source.readers, resumed, carried)
+        else:
+            resumed = plan.nbytes
+        sums = finish(stage)
     return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
 
 
@@ -188,14 +213,7 @@ def _digest(
     """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
     stamps = {file: identity(source.path / file, stamp) for file, stamp in source.stamps.items()}
     config = json.dumps(source.config, sort_keys=True)
-    facts = [
-        str(source.path if isinstance(source.path, Address) else source.path.resolve()),
-        stamps,
-        config,
-        to,
-        str(adapter),
-        sorted(map(repr, ranges.items())),
-    ]
+    facts = [str(source.path.resolve()), stamps, config, to, str(adapter), sorted(map(repr, ranges.items()))]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for item in (*sorted(layout.heads.items()), *engine.items):
         digest.update(repr(item).encode())

@@ -14,9 +14,10 @@ class Report:
     """What a conversion or a verification did. tensors and nbytes: of the source; made: how many came out.
 
     files: how many hold what came out. read, written: bytes of tensors that passed. resumed: bytes that an earlier,
-    interrupted run had written. checksums: path -> sha256 of all files of both sides, where asked for. lost, notes: of
-    a conversion to another family, what does not carry over, and what that family assumes. sides: where another system
-    is on either side, what both were found to be.
+    interrupted run had written. checksums: path -> sha256 of all files of both sides, where asked for. lost: of a
+    conversion to another family, what does not carry over. notes: what else one should know: files that were not taken
+    along, or of the former model gone from or left in the directory; what a family assumes; what a proof is not of.
+    sides: where another system is on either side, what both were found to be.
     """
 
     path: str

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from fmoe.checkpoint.convert import Progress, Report
 from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
 from fmoe.checkpoint.files.origin import FORMAT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
+from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.checkpoint.convert import Progress, Report
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import forth, open_source
 from fmoe.checkpoint.stream.digests import other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read

@@ -83,12 +83,12 @@ def own(name: str | None) -> dict[str, Any]:
         raise typer.BadParameter(f"--adapter is {name!r}, expected package.module:name: {error}") from None
 
 
-def size(text: str) -> int:
+def size(text: str, what: str = "--max-shard-size") -> int:
     """`--max-shard-size 200MB` in bytes."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number, unit = text[:-2], text[-2:].upper()
     if unit not in units or not number.strip().isdecimal() or len(number) > 15 or not int(number):
-        raise typer.BadParameter(f"--max-shard-size is {text[:40]!r}, expected a whole number and KB, MB, GB or TB")
+        raise typer.BadParameter(f"{what} is {text[:40]!r}, expected a whole number and KB, MB, GB or TB")
     return int(number) * units[unit]
 
 

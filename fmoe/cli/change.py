@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmoe.cli import ranks
 from fmoe.cli.app import (
     DIRECTORY,
     Experts,
@@ -53,6 +54,8 @@ def convert(
     fsync: Annotated[bool, typer.Option(help="wait until the disk has everything")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="as many as there are cores, at most 8")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="to a family: do without what does not carry over")] = False,
+    number: Annotated[int | None, typer.Option("--ranks", min=1, help="as many processes share the work")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="read at most so much in a second, as 200MB")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +74,9 @@ def convert(
         fmoe convert DIR TITAN --to torchtitan         another system's directory; see `fmoe systems`
         fmoe convert MEGATRON HF --to hf --config JSON and from one, with no trainer
     """
+    if number is not None and ranks.world() == 1:
+        raise typer.Exit(ranks.started(number, sys.argv[1:]))
+    quiet = quiet or not ranks.first()
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
     given = (("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
     how |= {n: v for n, v in given if v}
@@ -80,6 +86,7 @@ def convert(
         | of_source(from_, config)
         | {"max_shard_size": size(max_shard_size), "lossy": lossy}
     )
+    how |= {"bandwidth": size(bandwidth, "--bandwidth")} if bandwidth else {}
     with bar("converting", quiet or as_json, dst) as progress:
         from fmoe import checkpoint
         from fmoe.families import FAMILIES
@@ -88,7 +95,10 @@ def convert(
         if to not in ("native", "hf", *FAMILIES, *SYSTEMS):
             told = "expected native, hf, a model type or a system; see `fmoe families` and `fmoe systems`"
             raise typer.BadParameter(f"--to is {to!r}, {told}")
-        report = checkpoint.convert(src, dst, to, progress=progress, **how)
+        with ranks.group() as processes:
+            report = checkpoint.convert(src, dst, to, progress=progress, process_group=processes, **how)
+    if not ranks.first():
+        return
     from fmoe.types import human
 
     for kind, texts in (("lost", report.lost), ("note", report.notes)):

@@ -15,7 +15,7 @@ STATS = ["min", "max", "mean", "nan", "inf"]
 
 @app.command("inspect")
 def inspect_(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help=f"{DIRECTORY}; or one safetensors file", readable=False)],
+    path: Annotated[str, typer.Argument(metavar="DIR", help=f"{DIRECTORY}; or one safetensors file")],
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="a tensor's name, or a glob: tensors")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="of NAME: min, max, mean, NaN and Inf; reads them")] = False,
     from_: From = None,
@@ -33,7 +33,7 @@ def inspect_(
         from fmoe import checkpoint
         from fmoe.checkpoint.stats import tensors
 
-        listed = name is not None or (path.is_file() and path.suffix == ".safetensors")
+        listed = name is not None or (path.endswith(".safetensors") and Path(path).is_file())
         lines = list(tensors(path, name or "*", stats=stats)) if listed else []
         found = {} if listed else checkpoint.inspect(path, **of_source(from_, config))
     if as_json:

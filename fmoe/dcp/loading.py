@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.load import inputs, unfilled
 from fmoe.checkpoint.open import adapter_of
+from fmoe.checkpoint.remote.address import where
+from fmoe.checkpoint.stream.slices import read
 from fmoe.checkpoint.whole import whole
 from fmoe.dcp.boxes import pieces, surfacing
 from fmoe.layout.adapter import Adapter
@@ -151,11 +154,11 @@ def _items(name: str, view: Any) -> Iterator[ReadItem]:
 
 
 class Reader(dcp.HuggingFaceStorageReader):
-    """Reads by mapping: of a tensor's box no bytes beside it, and none into other memory than where they go."""
+    """Reads by mapping, or by ranges from elsewhere: of a tensor's box no bytes beside it."""
 
     def __init__(self, path: Path | str):
-        super().__init__(str(path))
-        self.directory = Path(path)
+        self.directory = where(path)
+        super().__init__(str(path) if isinstance(self.directory, Path) else ".")
         self.source: Checkpoint | None = None
 
     def open(self) -> Checkpoint:
@@ -168,20 +171,21 @@ class Reader(dcp.HuggingFaceStorageReader):
     @torch.no_grad()
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         assert isinstance(planner, Planner) and self.source is not None and planner.adapter is not None
-        maps = Maps()
+        maps = Maps() if isinstance(self.directory, Path) else None
         for item in plan.items:
-            name = item.storage_index.fqn
-            part = mapped(self.source, [name], maps)[name]
-            for dim, (at, n) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                part = part.narrow(dim, at, n)
-            fetch(self.source, name, part, maps)
+            name, box = item.storage_index.fqn, partial(_box, item=item)
+            if maps is None:
+                part = box(read(self.source, [name], {name: box})[name])
+            else:
+                part = box(mapped(self.source, [name], maps)[name])
+                fetch(self.source, name, part, maps)
             planner.resolve_tensor(item).copy_(part)
         self._make(planner, maps)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _make(self, planner: Planner, maps: Maps) -> None:
+    def _make(self, planner: Planner, maps: Maps | None) -> None:
         """The parameters that are computed: of the experts that this rank has, in whole, then cut as they are."""
         assert self.source is not None and planner.adapter is not None
         stacks, ranges = planner.plan.stacks("e"), dict[range | None, set[str]]()
@@ -194,6 +198,13 @@ class Reader(dcp.HuggingFaceStorageReader):
                     made = plan.run(inputs(self.source, plan, sources, maps), wanted)
                     for name in wanted:
                         _fill(planner.params[name], made[name], mine is not None)
+
+
+def _box(tensor: Tensor, *, item: ReadItem) -> Tensor:
+    """The part of a whole tensor that an item asks for."""
+    for dim, (at, n) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        tensor = tensor.narrow(dim, at, n)
+    return tensor
 
 
 def _experts(param: Any) -> range | None:

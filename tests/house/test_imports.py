@@ -42,11 +42,13 @@ codecs
 lowrank
 families
 systems
+checkpoint.report
 checkpoint.remote
 checkpoint.files
 checkpoint.staging
 checkpoint.stream
-checkpoint.report
+checkpoint.remote.ranks
+checkpoint.together
 checkpoint.whole
 checkpoint.open
 checkpoint.sides

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.remote.address import Address
 
 _STEP = 2**17  # bytes that Linux reads ahead at the least; of what it is asked for at once it may leave out the rest
 
@@ -40,6 +41,8 @@ def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -
 
     Raises AdapterError where a file is not what it was.
     """
+    if isinstance(source.path, Address):
+        return source.read(names)
     maps = maps or Maps()
     out: dict[str, Tensor] = {}
     for name in names:
@@ -55,7 +58,7 @@ def mapped(source: Checkpoint, names: Iterable[str], maps: Maps | None = None) -
 
 def fetch(source: Checkpoint, name: str, part: Tensor, maps: Maps) -> None:
     """Begins to read what a part of a mapped tensor covers, if that is one run, and has the system read no more."""
-    if name in source.pieces:
+    if name in source.pieces or isinstance(source.path, Address):
         return
     item, file = part.element_size(), source.files[name]
     span = sum((n - 1) * s for n, s in zip(part.shape, part.stride(), strict=True)) + 1

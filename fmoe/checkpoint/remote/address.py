@@ -54,6 +54,9 @@ class Address:
     def parent(self) -> "Address":
         return Address(self.store, self.name.rpartition("/")[0], self.known)
 
+    def resolve(self) -> "Address":
+        return self
+
     @property
     def listed(self) -> bool:
         """Whether names() are all that there are."""

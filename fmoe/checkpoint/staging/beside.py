@@ -26,7 +26,11 @@ def taken_along(
 def of_the_former(dst: Path, replaced: Iterable[str], written: Iterable[str]) -> list[str]:
     """Notes that name which files of the model that was in dst go, and what stays there."""
     replaced, written = set(replaced), set(written)
-    there = [n for n in sorted(os.listdir(dst)) if n != JOURNAL and not n.endswith(".part")] if dst.is_dir() else []
+    there = (
+        [n for n in sorted(os.listdir(dst)) if not n.startswith(JOURNAL) and not n.endswith(".part")]
+        if dst.is_dir()
+        else []
+    )
     folders = {n.split("/")[0] for n in (*written, *replaced) if "/" in n}
     stays = [n for n in there if n not in replaced | written | folders] if replaced else []
     return _note("of the former model, removed", sorted(replaced - written)) + _note("left as it was", stays)

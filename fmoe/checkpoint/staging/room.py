@@ -20,7 +20,7 @@ _MODEL = re.compile(r"(pytorch_model|tf_model|flax_model)\b.*\.(bin|h5|msgpack|j
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def size_of(text: int | str) -> int:
+def size_of(text: int | str, what: str = "max_shard_size") -> int:
     """Bytes of "5GB", "200MB" or a plain number. Raises AdapterError for anything else.
 
     >>> size_of("5GB"), size_of("1.5 MB"), size_of(300)
@@ -35,7 +35,7 @@ def size_of(text: int | str) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size < 1 or isinstance(text, bool):
-        raise AdapterError(f"max_shard_size is {text!r}, expected bytes, or a number and KB, MB, GB or TB, as '5GB'")
+        raise AdapterError(f"{what} is {text!r}, expected bytes, or a number and KB, MB, GB or TB, as '5GB'")
     return size
 
 
@@ -54,7 +54,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(dst))
     if not os.access(home, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
-    there = sorted(p.name for p in dst.iterdir() if p.name not in (JOURNAL, LEASE)) if home == dst else []
+    there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
     weights = {n for n in there if n.endswith(".safetensors") or n in (INDEX, NATIVE)}
     old = weights | {n for n in there if _MODEL.match(n)} if bystanders else weights and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:

@@ -14,6 +14,7 @@ from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, opened, told
 from fmoe.checkpoint.staging.locks import locked
+from fmoe.checkpoint.staging.shares import forget, shared
 from fmoe.types import AdapterError
 
 
@@ -21,12 +22,13 @@ class Staging:
     """The files of one directory, under a lock that lasts as long as the process.
 
     begun: whether there is something to go on with, or to remove. old: the files that these replace. done: how many
-    jobs an earlier run of the same work, since interrupted, has done.
+    jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done.
     """
 
     def __init__(self, path: Path, work: str, journal: int, *, fresh: bool, fsync: bool):
         self.path, self.work, self.fsync = path, work, fsync
         self.done = 0
+        self.also: set[int] = set()
         self.old: set[str] = set()
         self.names: list[str] = []
         self.sizes: dict[str, int] = {}
@@ -79,6 +81,7 @@ class Staging:
             return False
         self._note(boot=boot())
         self.done, self.stale = done or 0, stale
+        self.also = shared(self.path, self.work) if stale is None else set()
         return True
 
     def fill(self, name: str, given: bytes | Where) -> None:
@@ -116,6 +119,7 @@ class Staging:
             if self._part(name).exists():
                 os.replace(self._part(name), self.path / name)
         self._settled(folders)
+        forget(self.path)
         (self.path / JOURNAL).unlink()
         self._settled([self.path])
 
@@ -143,6 +147,7 @@ class Staging:
 
     def _discard(self) -> None:
         """No part of this work, of what the journal tells of, or of weights at all."""
+        forget(self.path)
         names = {*self.names, *(n for line in lines(self.path)[:1] for n in line["files"])}
         for part in {*(self.path / f"{n}.part" for n in names), *self.path.glob("*.safetensors.part")}:
             part.unlink(missing_ok=True)

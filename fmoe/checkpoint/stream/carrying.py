@@ -15,13 +15,13 @@ def carry_out(stage: Staging, engine: Engine, threads: int | None, done: int, pr
     synced, waiting = done, None
     progress(done)
     with pool(threads) as executor, pool(1) as aside:
-        results = in_order(executor, engine.run, engine.items[stage.done :])
-        for number, (item, _) in enumerate(results, stage.done + 1):
-            stage.mark(number)
-            done += item.nbytes
+        left = [i for i in range(stage.done, len(engine.items)) if i not in stage.also]
+        for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), left):
+            stage.mark(i + 1)
+            done += engine.items[i].nbytes
             progress(done)
             if done - synced > SYNC and (waiting is None or waiting.done()):
-                waiting, synced = _next(waiting, aside.submit(stage.sync, number)), done
+                waiting, synced = _next(waiting, aside.submit(stage.sync, i + 1)), done
         _next(waiting, None)
 
 

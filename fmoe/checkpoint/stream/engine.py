@@ -22,6 +22,7 @@ from fmoe.checkpoint.stream.ahead import fetched
 from fmoe.checkpoint.stream.arrange import frame, move, ranges
 from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, jobs
 from fmoe.checkpoint.stream.flow import Step, flow
+from fmoe.checkpoint.stream.rate import Rate
 from fmoe.layout.pipeline import Plan
 from fmoe.types import bits
 
@@ -48,6 +49,7 @@ class Engine:
         self.paths = {path.name: path for path, _ in starts.values()}
         self.limit, self.read, self.written = limit, 0, 0
         self.gate = Gate(FLIGHT)
+        self.rate: Rate | None = None
         self._lock, self._alone = threading.Lock(), threading.Lock()
         self._here = threading.local()  # a thread's buffers, and the files that its job has open
         boxes = []
@@ -65,6 +67,8 @@ class Engine:
     def run(self, item: Job | Unit) -> None:
         """Everything that an item moves. Raises AdapterError where a source file is not what it was; OSError."""
         self._here.opened = {}
+        if self.rate is not None:
+            self.rate.take(item.nbytes)
         try:
             if isinstance(item, Unit):
                 self._make(item)

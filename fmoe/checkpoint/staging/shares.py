@@ -1,0 +1,74 @@
+"""A rank's own journal, beside the first one's: which jobs it has done. Any number of ranks may go on from them."""
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from fmoe.checkpoint.files.weights import JOURNAL
+from fmoe.checkpoint.staging.journal import boot, note
+
+
+class Share:
+    """Written by one rank while it works."""
+
+    def __init__(self, path: Path, rank: int, work: str):
+        place = path / f"{JOURNAL}.{rank}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._journal = os.open(place, flags, 0o644)
+        os.write(self._journal, b"\n")  # what an interruption cut short ends here
+        note(self._journal, work=work, boot=boot())
+
+    def mark(self, item: int) -> None:
+        note(self._journal, item=item)
+
+    def synced(self, items: Iterable[int]) -> None:
+        """The disk has what these have written."""
+        note(self._journal, synced=list(items))
+        os.fsync(self._journal)
+
+    def lost(self) -> None:
+        """The disk has failed to take something: what was not synced counts no longer."""
+        note(self._journal, work="", boot="")
+
+    def close(self) -> None:
+        os.close(self._journal)
+
+
+def shared(path: Path, work: str) -> set[int]:
+    """The jobs of this work that count as done: of this boot of the machine all, else those known to be on the disk."""
+    found: set[int] = set()
+    for place in _places(path):
+        found |= _done(place, work)
+    return found
+
+
+def forget(path: Path) -> None:
+    for place in _places(path):
+        place.unlink(missing_ok=True)
+
+
+def _places(path: Path) -> list[Path]:
+    return [p for p in sorted(path.glob(f"{JOURNAL}.*")) if p.is_file() or p.is_symlink()]
+
+
+def _done(place: Path, work: str) -> set[int]:
+    done, synced, last, ours = set[int](), set[int](), "", False
+    if place.is_symlink():
+        return done
+    for line in place.read_text(encoding="utf-8", errors="replace").split("\n"):
+        said = None
+        with suppress(ValueError):
+            said = json.loads(line)
+        if not isinstance(said, dict):
+            continue
+        if "work" in said:
+            kept = ours and bool(said["boot"]) and said["boot"] == last
+            ours = ours and said["work"] == "" or said["work"] == work
+            synced = synced if ours else set()
+            done, last = done if kept else set(synced), said["boot"]
+        elif ours:
+            synced |= set(said.get("synced", ()))
+            done |= {said["item"]} if "item" in said else set(said.get("synced", ()))
+    return done if ours and last and last == boot() else synced if ours else set()

@@ -1,0 +1,125 @@
+"""One conversion by several processes: the first makes the files and publishes them, each carries its share."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from fmoe.checkpoint.remote.ranks import Ranks, share, together
+from fmoe.checkpoint.remote.trouble import Unreadable
+from fmoe.checkpoint.staging.shares import Share
+from fmoe.checkpoint.staging.staging import Staging
+from fmoe.checkpoint.stream.carry import default_threads, in_order, pool
+from fmoe.checkpoint.stream.engine import Engine, Unit
+from fmoe.types import AdapterError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+SYNC = 2**30  # bytes of one rank from one wait for the disk to the next
+
+
+class Done(NamedTuple):
+    """Of all ranks. resumed: bytes that an earlier run had written."""
+
+    resumed: int
+    read: int
+    written: int
+    sums: dict[str, str]
+
+
+class Rank(NamedTuple):
+    """What carrying a share asks for besides the share."""
+
+    dst: Path
+    work: str
+    threads: int | None
+    fsync: bool
+
+
+def in_ranks(
+    group: "ProcessGroup",
+    engine: Engine,
+    how: Rank,
+    opening: Callable[[], AbstractContextManager[Staging]],
+    begin: Callable[[Staging], None],
+    finish: Callable[[Staging], dict[str, str]],
+    progress: Callable[[int], None],
+) -> Done:
+    """The work of an engine, by all ranks of a group, which all call this; the first alone opens, begins, finishes.
+
+    Raises AdapterError on all ranks where one of them fails or ends; the same call goes on, with any number of ranks.
+    """
+    with together(group) as ranks, ExitStack() as stack:
+        if len(set(ranks.gather(how.work))) > 1:
+            raise AdapterError("the ranks do not see the same source and options: expected the same on all")
+        stage = stack.enter_context(opening()) if ranks.first else None
+        if stage is not None:
+            begin(stage)
+        todo = ranks.tell(_left(stage, engine) if stage else None)
+        resumed = sum(item.nbytes for item in engine.items) - sum(engine.items[i].nbytes for i in todo)
+        shown = (lambda done: progress(resumed + done)) if ranks.first else lambda done: None
+        shown(0)
+        _carry(ranks, engine, todo, how, shown)
+        read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
+        sums = finish(stage) if stage else {}
+        try:
+            sums = ranks.tell(sums)
+        except Unreadable:  # whoever has ended since has done its share
+            if not ranks.first:
+                raise
+        return Done(resumed, read, written, sums)
+
+
+def _left(stage: Staging, engine: Engine) -> list[int]:
+    if stage.stale is not None:  # all that is left is to give the files their names
+        return []
+    return [i for i in range(stage.done, len(engine.items)) if i not in stage.also]
+
+
+def _carry(ranks: Ranks, engine: Engine, todo: Sequence[int], how: Rank, shown: Callable[[int], None]) -> None:
+    mine = [todo[k] for k in share([engine.items[i].nbytes for i in todo], ranks.world)[ranks.rank]]
+    if not todo:
+        return
+    journal = Share(how.dst, ranks.rank, how.work)
+    done, since, waiting, most = 0, 0, list[int](), 0
+    each = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    try:
+        with pool(how.threads or engine.source.readers or each) as executor:
+            for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), mine):
+                journal.mark(i)
+                waiting.append(i)
+                done += engine.items[i].nbytes
+                most = max(most, ranks.done(done))
+                shown(most)
+                if done - since > SYNC:
+                    _settle(engine, journal, waiting, how.fsync)
+                    waiting, since = [], done
+        _settle(engine, journal, waiting, how.fsync)
+    finally:
+        journal.close()
+
+
+def _settle(engine: Engine, journal: Share, items: Sequence[int], fsync: bool) -> None:
+    """Waits until the disk has what these items wrote."""
+    if not fsync or not items:
+        return
+    try:
+        for path in _written(engine, items):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    except OSError:
+        journal.lost()
+        raise
+    journal.synced(items)
+
+
+def _written(engine: Engine, items: Sequence[int]) -> set[Path]:
+    found: set[Path] = set()
+    for item in (engine.items[i] for i in items):
+        if isinstance(item, Unit):
+            found |= {engine.starts[t][0] for t in item.targets}
+        else:
+            found |= {engine.paths[b.to.name] for b in item.boxes}
+    return found

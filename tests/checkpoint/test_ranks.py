@@ -1,0 +1,137 @@
+"""Several processes share a conversion: the same files, every byte once; whoever dies ends the others; all goes on."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from command import demo
+from directories import files
+from processes import end_all
+from rank_processes import ended, ranks
+from servers import serving
+
+import fmoe
+from fmoe.checkpoint.remote.ranks import share
+from fmoe.checkpoint.staging.shares import Share, shared
+
+LONG = 240.0  # seconds that a machine which does much else may take; none of them is waited for in vain
+
+
+@pytest.fixture(autouse=True)
+def none_left():
+    yield
+    end_all()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return Path(shutil.copytree(demo() / "hf", tmp_path_factory.mktemp("ranks") / "source"))
+
+
+@pytest.fixture(scope="module")
+def new(source) -> dict[str, bytes]:
+    fmoe.convert(source, source.parent / "new", max_shard_size="100KB")
+    return files(source.parent / "new")
+
+
+def call(source: object, dst: Path) -> list[object]:
+    return ["convert", source, dst, "--max-shard-size", "100KB", "--json"]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_files_are_those_of_one_process_and_every_byte_passes_once(world, source, new, tmp_path):
+    dst = tmp_path / "out"
+    assert ended(ranks(call(source, dst), tmp_path / "notes", world), LONG) == [0] * world
+    assert files(dst) == new
+    told = [(tmp_path / "notes" / f"out.{r}").read_text() for r in range(world)]
+    said = json.loads(told[0])
+    assert (said["read"], said["written"], said["resumed"]) == (594432, 594432, 0) and told[1:] == [""] * (world - 1)
+
+
+def test_without_locks_and_from_a_server(source, new, tmp_path):
+    with serving(source) as server:
+        codes = ended(ranks(call(server.url, tmp_path / "out"), tmp_path / "notes", 2, locks=False), LONG)
+        assert codes == [0, 0] and server.data <= 1.25 * 594432  # headers are read by each
+    assert files(tmp_path / "out") == new
+
+
+def one_kill(source, new, dst, notes, rng, world: int, again: int) -> int:
+    shutil.rmtree(dst, ignore_errors=True)
+    processes = ranks(call(source, dst), notes, world, slow=0.02)
+    until = time.monotonic() + LONG
+    while not list(dst.glob("fmoe.journal.*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.5))
+    victim = rng.randrange(world)
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    began = time.monotonic()
+    codes = ended(processes)
+    assert None not in codes and time.monotonic() - began < 60, codes
+    if 0 in codes and not (dst / "fmoe.journal").exists():
+        assert files(dst) == new  # it had ended before
+        return 0
+    assert all(codes)
+    codes = ended(ranks(call(source, dst), notes, again), LONG)
+    assert codes == [0] * again, [(notes / f"err.{r}").read_text() for r in range(again)]
+    assert files(dst) == new
+    return int(json.loads((notes / "out.0").read_text())["resumed"])
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(source, new, tmp_path):
+    rng = random.Random(5)
+    pairs = [(2, 3)]
+    resumed = [one_kill(source, new, tmp_path / "out", tmp_path / "notes", rng, *pair) for pair in pairs]
+    assert len(resumed) == 1
+
+
+@pytest.mark.slow
+def test_20_random_kills_leave_20_times_the_same(source, new, tmp_path):
+    rng = random.Random(7)
+    draw = lambda: one_kill(
+        source, new, tmp_path / "out", tmp_path / "notes", rng, rng.choice([2, 4]), rng.choice([1, 2, 3, 4])
+    )
+    assert sum(draw() > 0 for _ in range(20)) > 10
+
+
+def test_a_rank_that_stops_ends_the_others_too(source, tmp_path):
+    processes = ranks(call(source, tmp_path / "out"), tmp_path / "notes", 2, slow=0.05)
+    until = time.monotonic() + LONG
+    while not list((tmp_path / "out").glob("fmoe.journal.*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    assert ended(processes[:1]) == [1]
+    assert "run the same command again" in (tmp_path / "notes" / "err.0").read_text()
+
+
+def test_what_one_rank_cannot_do_is_told_by_all(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "photo.jpg").write_text("mine")
+    assert ended(ranks(call(source, tmp_path / "out"), tmp_path / "notes", 2), LONG) == [1, 1]
+    told = [(tmp_path / "notes" / f"out.{r}").read_text() for r in range(2)]
+    assert all("is not empty" in text for text in told) and (tmp_path / "out" / "photo.jpg").exists()
+
+
+def test_shares_are_runs_of_about_the_same_size():
+    rng = random.Random(0)
+    for world in (1, 2, 3, 8, 64):
+        sizes = [rng.randrange(1, 100) for _ in range(200)]
+        parts = share(sizes, world)
+        assert len(parts) == world and [i for part in parts for i in part] == list(range(200))
+        assert max(sum(sizes[i] for i in part) for part in parts) <= sum(sizes) / world + 100
+    assert share([], 3) == [range(0, 0)] * 3
+
+
+def test_of_another_boot_only_what_was_synced_counts(tmp_path, monkeypatch):
+    one = Share(tmp_path, 0, "work")
+    for item in (1, 2, 3):
+        one.mark(item)
+    one.synced([1, 2])
+    one.close()
+    assert shared(tmp_path, "work") == {1, 2, 3} and shared(tmp_path, "other") == set()
+    monkeypatch.setattr("fmoe.checkpoint.staging.shares.boot", lambda: "another")
+    assert shared(tmp_path, "work") == {1, 2}
