@@ -91,6 +91,10 @@ def convert(
     ((12, 2), (2, 12), True)
     """
     if of_systems(src, to, config, from_):
+        if process_group is not None or bandwidth is not None:
+            raise AdapterError(
+                "to and from other systems one process converts, as fast as it can: without ranks, bandwidth"
+            )
         told: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
         told |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
         return convert_between(src, Path(dst), to, config, from_, **told)
