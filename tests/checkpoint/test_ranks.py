@@ -16,8 +16,10 @@ from rank_processes import ended, ranks
 from servers import serving
 
 import fmoe
+from fmoe import AdapterError
 from fmoe.checkpoint.remote.ranks import share
 from fmoe.checkpoint.staging.shares import Share, shared
+from fmoe.checkpoint.stream.rate import Rate
 
 LONG = 240.0  # seconds that a machine which does much else may take; none of them is waited for in vain
 
@@ -135,3 +137,20 @@ def test_of_another_boot_only_what_was_synced_counts(tmp_path, monkeypatch):
     assert shared(tmp_path, "work") == {1, 2, 3} and shared(tmp_path, "other") == set()
     monkeypatch.setattr("fmoe.checkpoint.staging.shares.boot", lambda: "another")
     assert shared(tmp_path, "work") == {1, 2}
+
+
+def test_n_bytes_take_n_over_the_bandwidth():
+    waited: list[float] = []
+    rate = Rate(100, waited.append)
+    for _ in range(4):
+        rate.take(50)
+    assert waited == pytest.approx([0.5, 1.0, 1.5, 2.0], abs=0.1)
+
+
+def test_a_conversion_keeps_to_its_bandwidth(tmp_path):
+    fmoe.convert(demo() / "hf", tmp_path / "free")
+    began = time.monotonic()
+    fmoe.convert(demo() / "hf", tmp_path / "slow", bandwidth="1MB")
+    assert time.monotonic() - began >= 0.594 and files(tmp_path / "slow") == files(tmp_path / "free")
+    with pytest.raises(AdapterError, match="bandwidth is 'fast'"):
+        fmoe.convert(demo() / "hf", tmp_path / "out", bandwidth="fast")
