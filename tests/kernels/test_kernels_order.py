@@ -82,7 +82,9 @@ def count_up(x, y):
     tl.store(x, tl.program_id(0))
 
 
-@pytest.mark.parametrize("kernel", [add_to_one, read_the_next, count_up], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [add_to_one, read_the_next, count_up], ids=["add_to_one", "read_the_next", "count_up"]
+)
 def test_planted_faults_are_found(kernel: triton.JITFunction) -> None:
     x, y = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     with watched() as seen:
