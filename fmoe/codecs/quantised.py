@@ -19,9 +19,11 @@ from fmoe.codecs.formats import FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
+from fmoe.codecs.unscaled import cut_across, unscaled
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
+from fmoe.layout.notation import Rule
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 
@@ -29,13 +31,13 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 class Quantised:
     """X -> decode(X's parts), its scales beside it, for every X that is stored in one of the formats.
 
-    dtype: what tensors decode to. fresh: the family's formats, and for each the names that a fresh export writes in it.
-    block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all that
-    is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which codes
-    must fit. told: is called with the `Survival` of each tensor that was changed since it was decoded.
-    declared: the config or the names say that the checkpoint is quantised; where they do not, nothing is lost.
-    bits: of packed integers, as the config says. ignored: modules that a fresh export leaves as they are. alone: only
-    formats with names to write are encoded; what carries scales of another is encoded anew.
+    dtype: what tensors decode to. fresh: the family's formats, and for each the names that a fresh export writes in
+    it. block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all
+    that is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which
+    codes must fit. experts: the rules of expert weights. told: called with the `Survival` of each tensor that changed
+    since it was decoded. declared: the config or the names say that the checkpoint is quantised. bits: of packed
+    integers, as the config says. ignored: modules that a fresh export leaves alone. alone: only formats with names to
+    write are encoded; what carries scales of another is encoded anew.
     """
 
     dtype: torch.dtype
@@ -44,6 +46,7 @@ class Quantised:
     quantization: bool | None = None
     keep: bool = False
     seams: tuple[Seam, ...] = ()
+    experts: tuple[Rule, ...] = ()
     declared: bool = False
     ignored: tuple[str, ...] = ()
     bits: int | None = None
@@ -125,9 +128,7 @@ class Quantised:
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
         there = lambda: in_file(specs, self.readable, self.fresh)
         found, problems = beside(specs, self.formats, kept=self.keep) if self.flipped else there()
-        if found and (others := window.keys() - {"e"}):
-            told = tuple(p.scale for p in found.values())[:8]
-            problems.append(Problem(f"{', '.join(others)}: quantised blocks can only be cut by expert", told))
+        problems += cut_across(found, window) + unscaled(specs, found, self.experts)
         if self.keep:
             problems += [p for seam in self.seams for p in seam.problems(specs, found)]
             plan = self._kept(specs, found)

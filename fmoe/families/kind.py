@@ -8,6 +8,7 @@ from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.config import bits, exports, ignored, quantization_of, weight_block
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
+from fmoe.codecs.unscaled import weight_rules
 from fmoe.families.sparse import ANY
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
@@ -162,7 +163,8 @@ def _scaled(stages: tuple[Stage, ...], codec: Quantised) -> tuple[tuple[Stage, .
     joined = tuple(seam for entries in tables for seam in seams(entries, codec.formats)) if codec.keep else ()
     scaled = lambda table: with_scales(table.entries, codec.formats, keep=codec.keep)
     made = lambda s: replace(s, entries=scaled(s)) if isinstance(s, Table) else s
-    return tuple(map(made, stages)), replace(codec, seams=joined)
+    rules = weight_rules([e for entries in tables for e in walk(entries) if isinstance(e, Rule)])
+    return tuple(map(made, stages)), replace(codec, seams=joined, experts=rules)
 
 
 def _said(config: Mapping[str, Any], names: str) -> Iterator[Any]:

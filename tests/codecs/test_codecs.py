@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fmoe
 from fmoe.codecs import blocks, values
 from fmoe.codecs.formats import FORMATS as TABLE
 from fmoe.codecs.formats import Format
@@ -268,3 +269,19 @@ def test_torch_has_the_same_e4m3_and_e8m0():
     theirs = every.view(values.E8M0).float()
     assert torch.equal(values.as_number(every).nan_to_num(nan=-1), theirs.nan_to_num(nan=-1))
     assert torch.equal(values.as_scale(theirs[1:255], torch.uint8), every[1:255])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64])
+def test_integers_that_no_scale_explains_are_no_expert_weights(dtype, keep):
+    config = {"num_experts": 2, "hidden_size": 4, "moe_intermediate_size": 3, "num_experts_per_tok": 1}
+    how = {"quantized": "keep"} if keep else {}
+    adapter, block = fmoe.adapter("qwen3_moe", config, **how), "model.layers.0.mlp.experts."
+    hf = {f"{block}{e}.{p}_proj.weight": torch.ones(3, 4) for e in range(2) for p in ("gate", "up")}
+    hf |= {f"{block}{e}.down_proj.weight": torch.ones(4, 3).to(dtype) for e in range(2)}
+    with pytest.raises(fmoe.AdapterError) as error:
+        adapter.from_hf(hf)
+    assert {f"{block}{e}.down_proj.weight" for e in range(2)} <= set(error.value.keys)
+    native = {block + "gate_and_up_projs": torch.ones(2, 4, 6), block + "down_projs": torch.ones(2, 3, 4).to(dtype)}
+    with pytest.raises(fmoe.AdapterError, match="down_proj"):
+        adapter.to_hf(native)
