@@ -11,12 +11,13 @@ from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import forth, open_source
+from fmoe.checkpoint.sides import forth, open_source, side
 from fmoe.checkpoint.stream.digests import other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
+from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, Problem, bits
 
 UNKNOWN = "whether these are the values that were written is not known: fmoe.json has no digests (--checksums)"
@@ -50,9 +51,10 @@ def verify(
     source = open_source(path, config)
     adapter, there = forth(source, from_, **choices)
     plan = plan_from(source, there)
-    notes = whole(
-        source, source.specs if source.native else plan.targets, plan.targets if source.native else None, **choices
-    )
+    notes: tuple[str, ...] = ()
+    if side(source, from_) not in SYSTEMS:  # of another system its own table refuses what is missing
+        native = source.specs if source.native else plan.targets
+        notes = whole(source, native, plan.targets if source.native else None, **choices)
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
     digests = (source.origin or {}).get("checksums", {})
     wrong = other_bytes(source.path, digests)

@@ -15,7 +15,7 @@ from fmoe.types import AdapterError, Params, Problem
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
 PERIODS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", "expert_layer_period")
-MIXED = ("hybrid_override_pattern", "layer_types", "mlp_layer_types", "mlp_only_layers")
+MIXED = ("hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_layer_types", "mlp_only_layers")
 _SKIPPED = re.compile(r"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|\.experts\.")
 
 

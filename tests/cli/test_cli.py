@@ -176,10 +176,10 @@ def test_convert_there_and_back(flags, run, kept, tmp_path):
 def test_convert_and_verify_tell_a_machine_one_object(run, kept, tmp_path):
     rules = str(fmoe.adapter(kept / "hf")).split("\n")
     facts = {"model_type": "qwen3_moe", "tensors": 52, "bytes": 594432, "made": 8, "rules": rules}
-    passed = {"files": 5, "read": 594432, "written": 594432, "resumed": 0, "checksums": {}}
+    passed = {"files": 6, "read": 594432, "written": 594432, "resumed": 0, "checksums": {}}
     code, out, err = run("convert", kept / "hf", tmp_path / "x", "--json", "--max-shard-size", "100KB")
     assert (code, json.loads(out), err) == (0, {"path": str(tmp_path / "x")} | facts | passed, "")
-    assert len(list((tmp_path / "x").glob("*.safetensors"))) == 5
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) == 6
     code, out, err = run("verify", kept / "hf", "--json")
     assert (code, json.loads(out), err) == (
         0,

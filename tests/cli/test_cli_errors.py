@@ -98,7 +98,7 @@ USAGE = (
         "no such option": (["inspect", "hf", "--verbose"], "--verbose"),
         "no directory": (["inspect"], "DIR"),
         "no target": (["convert", "hf"], "DST"),
-        "no such layout": (["convert", "hf", "x", "--to", "gguf"], "gguf"),
+        "no such layout": (["convert", "hf", "x", "--to", "ggfu"], "ggfu"),
     }
     | {
         f"experts {text!r}": (["plan", "hf", f"--experts={text}"], "START:STOP")
