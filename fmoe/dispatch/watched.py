@@ -5,10 +5,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 PLAIN = (Tensor, nn.Parameter)
+wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def unwatched(*tensors: Tensor) -> bool:
     """Are these plain tensors with data, and no autograd of either mode, no transform and no tracer about?
+
+    A tensor that a transform wrapped has no data of its own, also when the transform is over: what torch.func.vjp
+    returns finds such ones among what was saved. Function.apply and operators unwrap them.
 
     >>> x = torch.ones(1, requires_grad=True)
     >>> unwatched(x), unwatched(x.detach())
@@ -19,6 +23,6 @@ def unwatched(*tensors: Tensor) -> bool:
         return False
     recorded = torch.is_grad_enabled()
     for t in tensors:
-        if type(t) not in PLAIN or t.is_meta or (recorded and t.requires_grad):
+        if type(t) not in PLAIN or t.is_meta or (recorded and t.requires_grad) or wrapped(t):
             return False
     return True
