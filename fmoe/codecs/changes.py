@@ -33,7 +33,7 @@ def cuts(p: Parts, encoding: bool) -> tuple[int, ...]:
 
 def decoding(p: Parts, dtype: torch.dtype) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        held = {here: params[there].reshape(shape) for there, here, _, shape in p.kept}
+        held = {here: _spelled(params[there], *shapes) for there, here, *shapes in p.kept}
         try:
             second = held[p.second[1]] if p.second else None
             weight = p.format.decode(params[p.codes], held[p.beside], dtype, second=second)
@@ -58,9 +58,15 @@ def encoding(p: Parts, told: Callable[[Survival], None] | None = None) -> Change
             raise AdapterError([Problem(f"{p.name!r}: {error}", (p.name,))]) from None
         if told and p.beside in params and (found := survival(p, params[p.name], params[p.beside], codes, scale)):
             told(found)
-        return {p.codes: codes, p.scale: scale.reshape(p.kept[0][2])} | made | _made(p, codes)
+        _, _, there, here = p.kept[0]
+        return {p.codes: codes, p.scale: _spelled(scale, here, there)} | made | _made(p, codes)
 
     return change
+
+
+def _spelled(scale: Tensor, was: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    """A scale in another spelling; as it is where both are one: it may be of some rows alone."""
+    return scale if was == shape else scale.reshape(shape)
 
 
 def keeping(p: Parts, flipped: bool) -> Change:
