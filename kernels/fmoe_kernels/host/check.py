@@ -46,7 +46,7 @@ def check(who: str, given: Mapping[str, tuple[Any, str, Dtypes]], **sizes: int) 
         ):
             told = ", ".join(map(str, expected))
             raise ValueError(f"{who}: {name} is {list(tensor.shape)}, expected [{axes}] = [{told}]")
-        sizes = dict(zip(letters, tensor.shape, strict=True)) | sizes
+        sizes = sizes | dict(zip(letters, tensor.shape, strict=True)) | sizes  # known ones stay, and stay first
         check_device(who, name, tensor, first, given[first][0])
     return sizes
 
