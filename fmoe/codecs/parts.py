@@ -102,7 +102,9 @@ def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[di
         made = [t for t in told if isinstance(t, Parts)]
         scales = {m.scale for m in made}
         if not made:
-            problems.append(next((t for t in told if isinstance(t, Problem) and t.keys[0] in specs), told[0]))  # type: ignore[arg-type]
+            wrong = [(f, t) for f, t in zip(fits.values(), told, strict=True) if isinstance(t, Problem)]
+            far = lambda f: getattr(specs.get(spell(f.weight, x) or ""), "dtype", None) != f.stored  # noqa: B023
+            problems.append(min(wrong, key=lambda w: (far(w[0]), w[1].keys[0] not in specs))[1])  # noqa: B023
         elif len(scales) > 1:
             problems.append(Problem(f"{x!r} has two scales: {', '.join(map(repr, scales))}", (x, *scales)))
         elif own(made[0].format.weight) and x in specs:
