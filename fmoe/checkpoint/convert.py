@@ -110,7 +110,7 @@ def convert(
         adapter = there
         if crossing.lost and not lossy:
             raise AdapterError(
-                [*crossing.lost, f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these"]
+                [f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these", *crossing.lost]
             )
     plan = plan_from(source, there, **ranges)
     found = crossing.notes if crossing else complete(source, adapter, plan, to, how)

@@ -8,7 +8,7 @@ from typing import Any
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
 from fmoe.checkpoint.stream.slices import groups
-from fmoe.checkpoint.whole import whole
+from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts
 from fmoe.families import FAMILIES, family
 from fmoe.families.cross import Crossing, cross
@@ -157,9 +157,10 @@ def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter
     layout = {n: v for n, v in choices.items() if n != "dtype"}
     made = adapter_of(source, **dtype)
     native = source.specs if source.native else made.plan(source.specs).targets
-    notes = whole(source, native)
+    gaps = gaps_of(source, native)
     found = cross(family(source.model_type), model_type, source.config, native, **layout)
-    found = replace(found, notes=(*found.notes, *notes))
+    missing = tuple(problem.text for problem in gaps.problems)
+    found = replace(found, lost=(*found.lost, *missing), notes=(*found.notes, *gaps.notes))
     return (found.adapter if source.native else made >> found.adapter), found
 
 

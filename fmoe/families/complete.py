@@ -20,6 +20,7 @@ from fmoe.families.known import (
     groups,
     lacking,
     recognised,
+    renamed,
     towers,
 )
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
@@ -35,6 +36,9 @@ JOINTS = (("eh_proj", "enorm", "hnorm"), ("fc", "pre_fc_norm_embedding", "pre_fc
 """What joins such a layer to the model, under the names of some families."""
 LAYERS = ("layers", "blocks", "block", "h", "mtp")
 PARTS = ("gate_and_up_projs", "down_projs")
+NONE = {"shared_intermediate_size": "shared_mlp.", "n_shared_experts": "shared_expert", "num_shared_experts": "shared_"}
+"""Config fields that are 0 where the class's parameters of such a name are not there."""
+NONE_UNSAID = {"shared_intermediate_size": 0}  # of which a config that says nothing says 0
 COUNTED = re.compile(r"layer|interval|period|step|first|skip|offset|freq|shared")
 
 
@@ -59,11 +63,13 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(said, kind.sparse)
     lost = absent(config, stacks, sparse, count)
+    lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
+    other = renamed(lost, config, stacks)
     known_names = recognised(config, stacks)
     strange = len(lost) > known_names and 2 * (len(names) - known_names) >= len(
         lost
     )  # others' names than Transformers writes
-    missing = dict.fromkeys([] if strange else lost)
+    missing = dict.fromkeys([] if strange else [n for n in lost if n not in other])
     ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
     known_class = entries(config) is not None and not strange
     for stack, layers in stacks.items():
@@ -75,8 +81,9 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     experts = _experts(kind, main, ours, sparse, none)
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)
-    if strange:
-        notes.append(f"{len(lost)} names of {class_of(config)} are not here: its names are not compared")
+    if strange or other:
+        few = len(lost if strange else other)
+        notes.append(f"{few} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead)], notes)
 

@@ -20,6 +20,8 @@ _BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
 Layers = dict[int, set[str]]
 Groups = list[list[list[str]]]
 
+_SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
+
 
 @cache
 def known() -> dict[str, dict[str, Any]]:
@@ -128,6 +130,29 @@ def _main(form: Mapping[str, Any]) -> str:
     experts = lambda stack: any(".experts." in n for sets in form["stacks"][stack] for s in sets for n in s)
     stem = lambda stack: stack.rpartition(".")[0] + "." if "." in stack else ""
     return next((s for s in form["stacks"] if stem(s) == form["stem"] and experts(s)), form["stem"] + "layers")
+
+
+def renamed(lost: list[str], config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
+    """Those of the names that are not there whose places hold as many names that the class does not have.
+
+    A place is a layer, or all that is in none. So a checkpoint under its publisher's own names has no gaps for that.
+    """
+    forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
+    inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
+    tails = tuple({n.removeprefix(form["stem"]) for form in forms for n in form["root"]})
+    places: dict[str, list[str]] = {}
+    for name in lost:
+        stack = max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
+        number = name.removeprefix(f"{stack}.").partition(".")[0] if stack else ""
+        places.setdefault(f"{stack}.{number}" if stack else "", []).append(name)
+    found: set[str] = set()
+    for place, names in places.items():
+        stack, _, number = place.rpartition(".")
+        there = stacks.get(stack, {}).get(int(number) if number.isdecimal() else 0, set())
+        strange = [n for n in there if not (n in inside if place else n.endswith(tails)) and not _SMALL.search(n)]
+        twin = lambda name, there=there: any(n.endswith(f".{'.'.join(name.split('.')[-2:])}") for n in there)
+        found |= set(names) if len(strange) >= len(names) else {n for n in names if n.count(".") > 1 and twin(n)}
+    return found
 
 
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:

@@ -38,8 +38,8 @@ def test_mixtral_as_qwen3_and_back_is_the_same_to_the_bit(tmp_path):
     config = json.loads((tmp_path / "qwen3/config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("qwen3_moe", ["Qwen3MoeForCausalLM"])
     assert (config["num_experts"], config["moe_intermediate_size"], config["norm_topk_prob"]) == (8, 24, True)
-    back = fmoe.convert(tmp_path / "qwen3", tmp_path / "back", to="mixtral", fsync=False)
-    assert back.lost == ()
+    back = fmoe.convert(tmp_path / "qwen3", tmp_path / "back", to="mixtral", lossy=True, fsync=False)
+    assert back.lost and all("_norm.weight" in text for text in back.lost), "Mixtral has none of Qwen3's norms"
     same(load(tmp_path / "back"), load(source))
     assert torch.equal(output(reloaded(model, tmp_path / "back")), output(model))
 

@@ -253,7 +253,7 @@ def test_hunyuan_image_has_up_before_gate_and_lists_for_numbers():
     tensors |= {block + "shared_mlp.gate_and_up_proj.weight": torch.randn(2 * S, D)}
     tensors |= {block + "shared_mlp.down_proj.weight": torch.randn(D, S), "vae.x.weight": torch.ones(2)}
     tensors |= {block + "gate.wg.weight": torch.randn(E, D)}
-    sizes = dict(num_experts=[E, E], moe_topk=[2, 2], hidden_size=D, moe_intermediate_size=[I, I])
+    sizes = dict(num_hidden_layers=2, num_experts=[E, E], moe_topk=[2, 2], hidden_size=D, moe_intermediate_size=[I, I])
     adapter = fmoe.adapter("hunyuan_image_3_moe", sizes)
     native = adapter.from_hf(tensors)
     same(adapter.to_hf(native), tensors)
