@@ -151,6 +151,8 @@ class Family:
             if not isinstance(act, str) or act not in self.activations:
                 return f"{self.activation_field}={act!r}: expected one of {', '.join(self.activations)}"
             extra["expert_activation"] = self.activations[act]
+        if uneven := [f for f, value in extra.items() if isinstance(value, list)]:
+            return f"{self.fields.get(uneven[0], uneven[0])}={extra[uneven[0]]!r}: layers differ, expected one number"
         try:
             return MoEConfig(**extra)
         except ValueError as error:

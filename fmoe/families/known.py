@@ -151,7 +151,7 @@ def renamed(lost: list[str], config: Mapping[str, Any], stacks: Mapping[str, Lay
         there = stacks.get(stack, {}).get(int(number) if number.isdecimal() else 0, set())
         strange = [n for n in there if not (n in inside if place else n.endswith(tails)) and not _SMALL.search(n)]
         twin = lambda name, there=there: any(n.endswith(f".{'.'.join(name.split('.')[-2:])}") for n in there)
-        found |= set(names) if len(strange) >= len(names) else {n for n in names if n.count(".") > 1 and twin(n)}
+        found |= set(names) if 2 * len(strange) >= len(names) else {n for n in names if n.count(".") > 1 and twin(n)}
     return found
 
 
