@@ -88,7 +88,7 @@ class Rule:
         if problem := self._malformed():
             raise AdapterError(f"rule {self}: {problem}")
 
-    @property
+    @cached_property
     def inverse(self) -> "Rule":
         return Rule(self.target, self.source, self.bounds)
 
