@@ -82,8 +82,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)
     if strange or other:
-        few = len(lost if strange else other)
-        notes.append(f"{few} names of {class_of(config)} are not here, others are: its names are not compared")
+        count_lost = len(lost if strange else other)
+        notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead)], notes)
 
