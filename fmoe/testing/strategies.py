@@ -99,7 +99,7 @@ def _staged(draw: Callable[..., Any], open_: Stages, stages: Stages, dtype: torc
             new, _ = _fitting((stage,), sides[0] | sides[1])
         for before in reversed(stages[:k]):
             _, new = _fitting((before.inverse,), new)
-        specs = _fitting(stages, specs | new)[0] if specs and new else specs or new
+        specs = _fitting(stages, specs | new)[0] if specs | new else {}
     return specs
 
 
@@ -117,7 +117,11 @@ def _fitting(stages: Stages, specs: Specs) -> tuple[Specs, Specs]:
         try:
             return specs, plan_stages(stages, specs, {}, frozenset()).targets
         except AdapterError as error:
-            if not (wrong := specs.keys() & set(error.keys)):
+            alike = Names(error.keys).rows  # where all that is named is missing: what it is missing from
+            wrong = specs.keys() & set(error.keys) or {
+                n for t, rows in Names(specs).rows.items() if t in alike for n, _ in rows
+            }
+            if not wrong:
                 raise
             specs = {n: spec for n, spec in specs.items() if n not in wrong}
 
@@ -133,7 +137,7 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
             bundle = entry.rules if isinstance(entry, Together) else (entry,)
             if told := next(filter(None, map(loose_parts, bundle)), None):
                 raise AdapterError(told)
-            optional = any(r.source.name.endswith(SUFFIX) for r in bundle)  # scales have no meaning alone
+            optional = any(_scales(r) for r in bundle)  # scales have no meaning alone
             for _ in range(0 if optional else draw(st.integers(0, 2))):
                 shared = {n: draw(_shared(r, n)) for r in bundle for n in r.shared}
                 new = {n: spec for each in bundle for n, spec in _claimed(each, shared, size, dtype).items()}
@@ -150,6 +154,11 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
                 specs.setdefault(alias.of, TensorSpec((size("kept"), 2), dtype))
             specs |= {alias.name: specs[alias.of]} if alias.of in specs else {}
     return specs
+
+
+def _scales(rule: Rule) -> bool:
+    """Whether a rule carries the scales of quantised tensors, of one format or of any."""
+    return rule.source.name.endswith(SUFFIX) or "scale" in rule.source.captures
 
 
 def _hit(rules: Iterable[Rule], name: str) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fmoe.families.layouts import KEPT, MLP, per_expert
 from fmoe.families.renamed.hunyuan import hunyuan_v1_moe
-from fmoe.layout.build import keep, rule
+from fmoe.layout.build import rule
 
 HALVES = "{g=up_proj|gate_proj}.weight"
 X, SHARED = MLP + "experts.{e}.", MLP + "shared_mlp."
@@ -17,7 +17,7 @@ hunyuan_image_3_moe = replace(
         | rule(X + "down_proj.weight", X + "down_proj.weight")
         | rule(SHARED + "gate_and_up_proj.weight [(g s) d]", SHARED + HALVES + " [s d]")
         | rule(SHARED + "down_proj.weight", SHARED + "down_proj.weight")
-        | keep("{rest}")
+        | KEPT
     )
     >> (
         per_expert()
