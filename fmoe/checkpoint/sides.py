@@ -68,7 +68,7 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     if source.native:
         return "native"
     dcp = isinstance(source, Foreign)
-    fits = [s.name for s in SYSTEMS.values() if s.marks(source.specs)]
+    fits = [s.name for s in SYSTEMS.values() if s.marks(source.specs, source.model_type)]
     fits = [n for n in fits if dcp == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
         raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")

@@ -40,9 +40,13 @@ class System:
     native: bool = False
     mark: str = ""
 
-    def marks(self, names: Iterable[str]) -> bool:
-        """Whether a checkpoint's names show that it is this system's."""
-        return bool(self.mark) and any(re.fullmatch(self.mark, name) for name in names)
+    def knows(self, model_type: str | None) -> bool:
+        """Whether it has this family's names."""
+        return self.native or FAMILY.get(model_type or "", model_type) in self.tables
+
+    def marks(self, names: Iterable[str], model_type: str | None) -> bool:
+        """Whether a checkpoint's names show that it is this system's: of a family that it knows."""
+        return bool(self.mark) and self.knows(model_type) and any(re.fullmatch(self.mark, name) for name in names)
 
     def adapter(self, model_type: str, config: Any = None, **choices: Any) -> Adapter:
         """Hugging Face <-> this system, every tensor claimed.

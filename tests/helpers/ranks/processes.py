@@ -121,14 +121,15 @@ def _run(
     from fmoe import cli
     from fmoe.checkpoint import convert as _  # noqa: F401
     from fmoe.checkpoint.staging import journal
+    from fmoe.checkpoint.stream import carrying
 
     torch.set_num_threads(1)
     module = sys.modules["fmoe.checkpoint.convert"]
     engine = module.Engine  # type: ignore[attr-defined]
-    module.Engine, module.SYNC = partial(engine, limit=limit), SYNC  # type: ignore[attr-defined]
+    module.Engine, carrying.SYNC = partial(engine, limit=limit), SYNC  # type: ignore[attr-defined]
     if "--threads=1" in arguments:
         pools = chain([Later()], repeat(AtOnce()))  # the jobs, and the waiting for the disk beside them
-        module.pool = lambda threads: nullcontext(next(pools))  # type: ignore[attr-defined]
+        carrying.pool = lambda threads: nullcontext(next(pools))  # type: ignore[assignment]
     (folder / "boot").write_text(boot)
     journal._BOOT = folder / "boot"
     if slow:
