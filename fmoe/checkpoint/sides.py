@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import product
+from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from fmoe.types import AdapterError
 def of_systems(src: Where | str, to: str, config: Any, from_: str | None) -> bool:
     """Whether another system is on either side."""
     there = not isinstance(src, Address) and "://" not in str(src) and Path(src).is_dir()
-    if to in SYSTEMS or from_ in SYSTEMS or config is not None or there and (Path(src) / METADATA).is_file():
+    if to in SYSTEMS or from_ in SYSTEMS or config is not None or there and isfile(Path(src) / METADATA):
         return True
-    if not there or (Path(src) / NATIVE).exists() or not (Path(src) / "config.json").is_file():
+    if not there or exists(Path(src) / NATIVE) or not isfile(Path(src) / "config.json"):
         return False
     try:
         return side(open_checkpoint(src)) in SYSTEMS
@@ -49,10 +50,10 @@ def open_source(src: Where | str, config: Any = None) -> Checkpoint:
     """The checkpoint of a directory in any container that is read, with its own config or the one given."""
     given = config_of(config)
     path = Path(str(src))
-    if "://" in str(src) or not (path / METADATA).is_file():
+    if "://" in str(src) or not isfile(path / METADATA):
         return open_checkpoint(src, given)
     if given is None:
-        beside = [p for p in (path, path.parent) if (p / "config.json").is_file()]
+        beside = [p for p in (path, path.parent) if isfile(p / "config.json")]
         if not beside:
             raise AdapterError(f"{path} has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON")
         given = config_of(beside[0])

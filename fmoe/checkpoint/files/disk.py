@@ -109,6 +109,8 @@ def unchanged(path: Where, descriptor: Opened, was: Stamp | None) -> None:
         descriptor.facts(again=True)
     now = Stamp.of(descriptor)
     if was is not None and now != was:
+        if not path.exists():
+            raise AdapterError(f"{path} is not there any more: nothing else may write to it; run again")
         what = f"{was.size:,} bytes, now {now.size:,}" if now.size != was.size else "the same size, written later"
         raise AdapterError(f"{path} has changed since it was opened ({what}): nothing else may write to it; run again")
 
