@@ -170,7 +170,7 @@ def test_of_a_power_failure_only_what_was_synced_counts(notes_last, every, sourc
 def test_what_the_disk_failed_to_take_does_not_count(number, source, new, tmp_path):
     dst, notes = tmp_path / "out", tmp_path / "notes"
     ended = start(command(source, dst), notes, fails=(("fsync",), number, errno.EIO)).end()
-    assert ended.code == 1 and ".part: Input/output error" in ended.err
+    assert ended.code == 1 and re.search(r"(\.part|fmoe\.journal): Input/output error\n$", ended.err)
     power_failure(dst, notes, notes=True)  # the system may drop what it could not write, and does not say so again
     code, _, err = again(source, dst)
     assert (code, err) == (0, "") and files(dst) == new
@@ -249,7 +249,7 @@ def half(source, new, tmp_path) -> Path:
 def again(source: Path, dst: Path, *more: object) -> tuple[int | None, int, str]:
     """(exit code, bytes resumed, what it said) of the same command."""
     ended = start(command(source, dst, "--json", *more), dst.parent / "notes").end()
-    return ended.code, json.loads(ended.out)["resumed"] if ended.out else -1, ended.err
+    return ended.code, json.loads(ended.out).get("resumed", -1), ended.err
 
 
 def resized(path: Path) -> None:
@@ -266,7 +266,7 @@ def shortened(dst: Path) -> None:
     (dst / JOURNAL).write_text("\n".join(lines[:2]) + "\n")
 
 
-PART = "model-00002-of-00005.safetensors.part"
+PART = "model-00002-of-00006.safetensors.part"
 DAMAGED: dict[str, tuple[Callable[[Path], object], bool]] = {
     "nothing": (lambda dst: None, True),
     "a line cut short": (lambda dst: append(dst, '{"done": 99'), True),

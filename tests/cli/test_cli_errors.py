@@ -142,6 +142,7 @@ def test_an_interrupt_while_it_starts_is_exit_code_130(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where tests run in the background
     )
     assert begun.stdout.readline() == "importing\n"
     time.sleep(0.1)

@@ -38,6 +38,7 @@ CHANGES = (
     "rmdir",
 )
 LIMIT, SYNC = 100_000, 200_000  # bytes of a job, and from one wait for the disk to the next: many of both
+PRELOADED = ("fmoe.cli.app", "fmoe.checkpoint.convert", "fmoe.checkpoint.verify", "typer._adapters", "pydantic")
 STARTED: list[ForkServerProcess] = []
 
 
@@ -67,7 +68,7 @@ class Started(NamedTuple):
 @cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes", "fmoe.cli"])
+    context.set_forkserver_preload(["processes", *PRELOADED])
     return context
 
 
