@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmoe.folding import meant
 from fmoe.types import MoEConfig
 
 Apply = Callable[[Tensor, Tensor | None], Tensor]
@@ -144,7 +145,9 @@ def is_gated_activation(name: str) -> bool:
 
 def _entry(name: str) -> Activation:
     if name not in ACTIVATIONS:
-        raise ValueError(f"expert activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"expert activation is {name!r}, expected one of {', '.join(ACTIVATIONS)}{meant(name, ACTIVATIONS)}"
+        )
     return ACTIVATIONS[name]
 
 

@@ -1,7 +1,8 @@
-"""Many names, or many problems of one kind, in a line: for messages that a person reads."""
+"""Many names, or many problems of one kind, in a line, and the name that was meant: for messages."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from math import prod
 
 _LINES = 18
@@ -22,6 +23,17 @@ def fold(names: Iterable[str], most: int = 3) -> str:
     shown = ", ".join(".".join(map(_spelled, columns)) for columns in found[:most])
     more = f" and {len(found) - most} more forms" if len(found) > most else ""
     return f"{shown}{more} ({len(unique)} tensors)"
+
+
+def meant(found: object, options: Iterable[str]) -> str:
+    """The end of a message about a name that is none of the options: the nearest of them, if one is near.
+
+    >>> meant("tritn", ["loop", "triton"]), meant("Qwen3MoE", ["qwen3_moe"]), meant("x", ["loop"]), meant(3, ["loop"])
+    (". Did you mean 'triton'?", ". Did you mean 'qwen3_moe'?", '', '')
+    """
+    spelled = {option.lower(): option for option in options}
+    near = get_close_matches(str(found).lower(), spelled, n=1)
+    return f". Did you mean {spelled[near[0]]!r}?" if near else ""
 
 
 def listed(names: Sequence[str], most: int) -> str:

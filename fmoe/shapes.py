@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fmoe.folding import meant
 from fmoe.types import Params
 
 
@@ -37,7 +38,11 @@ def check_params(
     if foreign := [f"parameter {n!r} is a {type(p).__name__}" for n, p in params.items() if not isinstance(p, Tensor)]:
         raise ValueError("\n".join(f"{owner}: {told}, expected a tensor" for told in foreign))
     known = {*axes, *(name + "_scale_inv" for name in axes)}
-    unknown = [f"unknown parameter {name!r}, expected only {', '.join(axes)}" for name in params if name not in known]
+    unknown = [
+        f"unknown parameter {name!r}, expected only {', '.join(axes)}{meant(name, axes)}"
+        for name in params
+        if name not in known
+    ]
     undecoded = [
         f"parameter {name!r} is {tensor.dtype}, expected it decoded: `from_hf` does, with its scales"
         for name, tensor in params.items()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmoe.folding import lines
+from fmoe.folding import lines, meant
 
 Params = Mapping[str, Tensor]
 
@@ -186,7 +186,8 @@ class MoEConfig:
             raise ValueError(f"MoEConfig.n_activated_experts is {self.n_activated_experts} with {told}")
         for name in ("expert_activation", "shared_expert_activation"):
             if (value := getattr(self, name)) not in EXPERT_ACTIVATIONS:
-                raise ValueError(f"MoEConfig.{name} is {value!r}, expected one of {', '.join(EXPERT_ACTIVATIONS)}")
+                told = f"{', '.join(EXPERT_ACTIVATIONS)}{meant(value, EXPERT_ACTIVATIONS)}"
+                raise ValueError(f"MoEConfig.{name} is {value!r}, expected one of {told}")
         if self.enable_routing_replay:
             raise ValueError("MoEConfig.enable_routing_replay: a routing is a value here: keep it, and pass it again")
         object.__setattr__(self, "dtype", as_dtype(self.dtype))

@@ -15,6 +15,7 @@ from torch import Tensor, device, dtype, float8_e4m3fn
 from fmoe.backends.loop import loop
 from fmoe.backends.torch_mm import torch_mm
 from fmoe.dispatch import Rows
+from fmoe.folding import meant
 from fmoe.types import MoEConfig, Params
 
 Backend = Callable[[Params, Rows, MoEConfig], Tensor]
@@ -67,7 +68,7 @@ def find(backend: str | Backend | None, where: device) -> Backend:
         return backend
     name = ("triton" if where.type == "cuda" and HAS_TRITON else "torch_mm") if backend is None else backend
     if name not in NAMES:
-        raise ValueError(f"backend is {name!r}, expected one of {', '.join(NAMES)}, or a function")
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(NAMES)}, or a function{meant(name, NAMES)}")
     return BACKENDS[name] if name in BACKENDS else ON_DEMAND[name](name)
 
 

@@ -12,9 +12,11 @@ from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts
 from fmoe.families import FAMILIES, family
 from fmoe.families.cross import Crossing, cross
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import table
 from fmoe.layout.pipeline import Plan
+from fmoe.systems import SYSTEMS
 from fmoe.systems import adapter as of_system
 from fmoe.types import EXPERT_TENSORS, AdapterError, as_dtype
 
@@ -41,8 +43,8 @@ def adapter(
         return _made(path_or_model_type, config, system, choices)
     if isinstance(path_or_model_type, str | Path):
         if "://" not in str(path_or_model_type) and not Path(path_or_model_type).is_dir():
-            known = ", ".join(sorted(FAMILIES))
-            raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a model type ({known})")
+            known = f"({', '.join(sorted(FAMILIES))}){meant(path_or_model_type, FAMILIES)}"
+            raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a model type {known}")
         return adapter_of(open_checkpoint(path_or_model_type), config, system=system, **choices)
     if isinstance(path_or_model_type, Adapter):
         path_or_model_type = [path_or_model_type]
@@ -95,7 +97,8 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     Raises AdapterError where the checkpoint is in that layout already.
     """
     if to not in ("native", "hf"):
-        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type ({', '.join(sorted(FAMILIES))})")
+        known = f"({', '.join(sorted(FAMILIES))}){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
+        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type {known}")
     if "adapter" in choices:
         if source.native == (to == "native"):
             raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")

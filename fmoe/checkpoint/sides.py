@@ -14,6 +14,7 @@ from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter_of, layers_fit
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.families import family
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError
@@ -64,7 +65,8 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     """What a source is: "native", "hf" or a system, by its names. Raises AdapterError where several fit."""
     if from_ is not None:
         if from_ not in ("hf", "native", *SYSTEMS):
-            raise AdapterError(f"from {from_!r}: expected hf, native or one of {', '.join(SYSTEMS)}")
+            told = f"{', '.join(SYSTEMS)}{meant(from_, ('hf', 'native', *SYSTEMS))}"
+            raise AdapterError(f"from {from_!r}: expected hf, native or one of {told}")
         return from_
     if source.native:
         return "native"

@@ -90,11 +90,12 @@ def convert(
     with bar("converting", quiet or as_json, dst) as progress:
         from fmoe import checkpoint
         from fmoe.families import FAMILIES
+        from fmoe.folding import meant
         from fmoe.systems import SYSTEMS
 
         if to not in ("native", "hf", *FAMILIES, *SYSTEMS):
             told = "expected native, hf, a model type or a system; see `fmoe families` and `fmoe systems`"
-            raise typer.BadParameter(f"--to is {to!r}, {told}")
+            raise typer.BadParameter(f"--to is {to!r}, {told}{meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}")
         with ranks.group() as processes:
             report = checkpoint.convert(src, dst, to, progress=progress, process_group=processes, **how)
     if not ranks.first():

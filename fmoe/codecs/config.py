@@ -11,6 +11,7 @@ from fmoe.codecs.format import Format
 from fmoe.codecs.formats import FOREIGN
 from fmoe.codecs.parts import Fresh, Parts
 from fmoe.codecs.values import E8M0
+from fmoe.folding import meant
 from fmoe.types import AdapterError, TensorSpec, brief
 
 FIELDS = ("quantization_config", "compression_config")
@@ -63,7 +64,9 @@ def exports(fresh: Fresh, quantize: str) -> Fresh:
     (('mxfp4 blocks', '.*'), ('fp8 blocks', None))
     """
     if quantize not in EXPORTS:
-        raise AdapterError(f"quantize={quantize!r}: expected one of {', '.join(map(repr, EXPORTS))}")
+        raise AdapterError(
+            f"quantize={quantize!r}: expected one of {', '.join(map(repr, EXPORTS))}{meant(quantize, EXPORTS)}"
+        )
     own = [(name, pattern) for name, pattern in fresh if name.startswith(quantize) and pattern is not None]
     written = own or [(EXPORTS[quantize], EXPERTS)]
     if not any(re.fullmatch(pattern or "", n) for _, pattern in written for n in EXAMPLES):

@@ -5,6 +5,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 
 from fmoe.families.kind import VERIFIED, Family
+from fmoe.folding import meant
 from fmoe.types import AdapterError
 
 _FILES = {
@@ -40,7 +41,8 @@ def family(model_type: str) -> Family:
     if model_type in NO_FAMILY and model_type not in FAMILIES:
         raise AdapterError(f"model_type {model_type!r} is no Mixture-of-Experts family: {NO_FAMILY[model_type]}")
     if model_type not in FAMILIES:
-        raise AdapterError(f"model_type {model_type!r} is unknown: expected one of {', '.join(sorted(FAMILIES))}")
+        told = f"{', '.join(sorted(FAMILIES))}{meant(model_type, FAMILIES)}"
+        raise AdapterError(f"model_type {model_type!r} is unknown: expected one of {told}")
     return FAMILIES[model_type]
 
 

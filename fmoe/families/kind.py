@@ -10,6 +10,7 @@ from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
 from fmoe.codecs.unscaled import weight_rules
 from fmoe.families.sparse import ANY
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
@@ -99,7 +100,8 @@ class Family:
         known = {n: o for stage in tables if isinstance(stage, Table) for n, o in stage.choices().items()}
         for name in choices.keys() - known:
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
-            raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype")
+            near = meant(name, [*known, "dtype", "quantize", "quantized"])
+            raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype{near}")
         if said := _contradictions(given, config, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")
         values = self.values(given)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fmoe.activations import activation
+from fmoe.folding import meant
 from fmoe.types import EXPERT_ACTIVATIONS, MoEConfig
 
 DEFAULT = "transformers.integrations.moe._default_apply_gate"
@@ -94,7 +95,8 @@ def know(apply_gate: Callable[..., Tensor], activation: str | None = None, **lim
     limits: MoEConfig's fields, as swiglu_limit. The claim is tried on numbers when a module with it is bound.
     """
     if activation is not None and activation not in EXPERT_ACTIVATIONS:
-        raise ValueError(f"know: activation is {activation!r}, expected one of {', '.join(EXPERT_ACTIVATIONS)} or None")
+        told = f"{', '.join(EXPERT_ACTIVATIONS)} or None{meant(activation, EXPERT_ACTIVATIONS)}"
+        raise ValueError(f"know: activation is {activation!r}, expected one of {told}")
     gate = OWN if activation is None else replace(Gate(activation), **limits)  # type: ignore[arg-type]
     KNOWN[address(apply_gate)] = lambda module: gate
 

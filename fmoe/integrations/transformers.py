@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmoe.backends import NAMES, Backend
+from fmoe.folding import meant
 from fmoe.integrations import bindings, peft
 from fmoe.integrations.bindings import FLAGS, OTHERS, binding_of, gate_of_once, is_decorated, unknown
 from fmoe.integrations.kinds import Registered, kind_of
@@ -55,7 +56,9 @@ def register(name: str = "fmoe", backend: str | Backend | None = None) -> None:
         raise ImportError(f"experts cannot be registered: {told}; `pip install -U 'transformers>=5.20'`") from error
     here, eight_bits = found
     if isinstance(backend, str) and backend not in NAMES:
-        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(NAMES)}, or a function")
+        raise ValueError(
+            f"backend is {backend!r}, expected one of {', '.join(NAMES)}, or a function{meant(backend, NAMES)}"
+        )
     if name == "eager" or name in here and (name not in BACKENDS or BACKENDS[name] != backend):
         raise ValueError(f"experts_implementation {name!r} is taken, expected another name for backend {backend!r}")
     marks = inspect.signature(moe.use_experts_implementation).parameters

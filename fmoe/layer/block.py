@@ -13,6 +13,7 @@ from fmoe.activations import activation, is_gated_activation
 from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
+from fmoe.folding import meant
 from fmoe.layer.experts import as_routing, experts
 from fmoe.routing import count, route, routed
 from fmoe.shapes import check_params, in_shape, odd
@@ -187,7 +188,8 @@ def _shared_axes(params: Params, config: MoEConfig) -> dict[str, str]:
         return {}
     name = config.shared_expert_activation
     if name not in SHARED_ACTIVATIONS:
-        raise ValueError(f"shared_expert_activation is {name!r}, expected one of {', '.join(SHARED_ACTIVATIONS)}")
+        told = f"{', '.join(SHARED_ACTIVATIONS)}{meant(name, SHARED_ACTIVATIONS)}"
+        raise ValueError(f"shared_expert_activation is {name!r}, expected one of {told}")
     gate = {"shared_experts.gate_proj.weight": "S D"} if is_gated_activation(name) else {}
     others = {"shared_experts.up_proj.weight": "S D", "shared_experts.down_proj.weight": "D S"}
     return gate | others | {"shared_expert_gate.weight": "1 D"}

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fmoe.layout.beside import beside, check_parts
-from fmoe.layout.claims import some
 from fmoe.layout.eager.html import table_of
-from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, without
+from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, views_of, without
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
-from fmoe.layout.planning import plan_stages, resolve_stages
+from fmoe.layout.planning import check_ranges, chosen_stages, plan_stages, resolve_stages
 from fmoe.layout.stage import Stage
-from fmoe.types import AdapterError, MoEConfig, Params, Problem, TensorSpec, brief
+from fmoe.types import AdapterError, MoEConfig, Params
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -94,6 +93,11 @@ class Adapter:
         """The adapter with its alternatives settled by key names, so that `to_hf` emits the layout that was found.
 
         Raises AdapterError where the names speak for two layouts at once.
+
+        >>> import fmoe
+        >>> forms = {"apart": fmoe.rule("w.{e} [d]", "w [e d]"), "fused": fmoe.rule("w [e d]", "w [e d]")}
+        >>> print(fmoe.either("layout", **forms).resolve(["w"]))
+        w [e d]  <->  w [e d]
         """
         return replace(self, stages=resolve_stages(self.stages, Names(names)))
 
@@ -101,14 +105,13 @@ class Adapter:
         """The adapter with alternatives settled by hand, as in `choose(layout="fused")`.
 
         quantization: as in `to_hf`, for good. Raises AdapterError for a choice, or an option, that there is not.
+
+        >>> import fmoe
+        >>> fmoe.alias("head", of="embed").choose(head="presnt")
+        Traceback (most recent call last):
+        fmoe.types.AdapterError: head='presnt': expected one of 'absent', 'present'. Did you mean 'present'?
         """
-        known = {n: options for stage in self.stages for n, options in stage.choices().items()}
-        if unknown := choices.keys() - known.keys() - {"quantization"}:
-            told = "; ".join(f"{n}={' | '.join(map(repr, options))}" for n, options in known.items())
-            raise AdapterError(f"no choice {', '.join(sorted(unknown))}: expected {told or 'none, all are made'}")
-        if (asked := choices.get("quantization")) not in (None, True, False):
-            raise AdapterError(f"quantization={brief(asked)}: expected None, True or False")
-        return replace(self, stages=tuple(stage.choose(choices) for stage in self.stages))
+        return replace(self, stages=chosen_stages(self.stages, choices))
 
     def plan(self, specs: Mapping[str, Any], **axis_ranges: range) -> Plan:
         """What `from_hf` would do to names, shapes and dtypes, proved bijective; no byte is touched.
@@ -117,20 +120,14 @@ class Adapter:
         Raises AdapterError with every problem found.
 
         >>> import fmoe, torch
-        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({f"w.{e}": TensorSpec((3,), torch.float32) for e in range(4)})
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({f"w.{e}": torch.ones(3) for e in range(4)})
         >>> plan.targets, plan.nbytes
         ({'w': TensorSpec(shape=(4, 3), dtype=torch.float32)}, 48)
         """
         return self._plan(specs, axis_ranges)
 
     def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
-        axes = frozenset().union(*(stage.axes() for stage in self.stages))
-        for axis, asked in window.items():
-            sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
-            if axis not in axes or not sound:
-                raise AdapterError(
-                    f"{axis}={brief(asked)}: expected a range of one of the axes {', '.join(sorted(axes))}"
-                )
+        check_ranges(self.stages, window)
         stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
         return plan_stages(stages, specs_of(values), window, local)
 
@@ -158,12 +155,8 @@ class Adapter:
                 [1., 1.]])}
         """
         if device_mesh is not None:
-            if not hasattr(device_mesh, "mesh_dim_names"):
-                raise AdapterError(f"device_mesh is {brief(device_mesh)}, expected a DeviceMesh")
-            if axis_ranges:
-                raise AdapterError(f"{', '.join(axis_ranges)}: the device mesh says which experts are this rank's")
             plan = lambda window: self._plan(hf_state_dict, window)
-            return on_mesh(plan, hf_state_dict, device_mesh, copy=copy, contiguous=contiguous)
+            return on_mesh(plan, hf_state_dict, device_mesh, axis_ranges, copy=copy, contiguous=contiguous)
         return run(self._plan(hf_state_dict, axis_ranges), hf_state_dict, copy=copy, contiguous=contiguous)
 
     def to_hf(
@@ -182,6 +175,10 @@ class Adapter:
         scales it was read with; True everything that the family quantises, with real scales; False nothing.
         axis_ranges: which experts these tensors hold (`e=range(16, 32)`), to name them. Other arguments as `from_hf`.
         Of DTensors, placements follow the axes; what lives wholly on one rank is plain there, and absent elsewhere.
+
+        >>> import fmoe, torch
+        >>> fmoe.rule("w.{e} [d]", "w [e d]").to_hf({"w": torch.eye(2)}, exclude_key_regex="w.0")
+        {'w.1': tensor([0., 1.])}
         """
         plan = self._to_hf_plan(state_dict, quantization, axis_ranges)
         return without(run(plan, state_dict, copy=copy, contiguous=contiguous), exclude_key_regex)
@@ -195,7 +192,12 @@ class Adapter:
         quantization: bool | None = None,
         **axis_ranges: range,
     ) -> list[tuple[str, Any]]:
-        """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`."""
+        """[(HF name, HF tensor), ...] of one native tensor: `to_hf({fqn: tensor})`.
+
+        >>> import fmoe, torch
+        >>> fmoe.rule("w.{e} [d]", "w [e d]").convert_single_tensor_to_hf("w", torch.ones(1, 2), e=range(3, 4))
+        [('w.3', tensor([1., 1.]))]
+        """
         plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
         return list(without(run(plan, {fqn: tensor}), exclude_key_regex).items())
 
@@ -232,13 +234,14 @@ class Adapter:
         """The native tensors' storage under HF names and shapes: write into these and the native tensors are loaded.
 
         Raises AdapterError naming each HF tensor that is no view (stacked of several, merged across strides, decoded).
+
+        >>> import fmoe, torch
+        >>> native = {"w": torch.zeros(2, 3)}
+        >>> _ = fmoe.rule("w.{e} [d]", "w [e d]").views(native)["w.1"].fill_(7)
+        >>> native["w"].tolist()
+        [[0.0, 0.0, 0.0], [7.0, 7.0, 7.0]]
         """
-        plan = self._to_hf_plan(native, None, axis_ranges)
-        if specs := [name for name, value in native.items() if isinstance(value, TensorSpec)]:
-            raise AdapterError([Problem(f"{some(specs)}: a TensorSpec has no storage: expected tensors", tuple(specs))])
-        views = Views(plan.run(native, views=True))
-        views.units = tuple((tuple(s), tuple(n for n in t if n in views)) for s, t in plan.units())
-        return views
+        return views_of(self._to_hf_plan(native, None, axis_ranges), native)
 
     def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
         back = (self if quantization is None else self.choose(quantization=quantization)).inverse

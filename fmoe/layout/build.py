@@ -64,7 +64,17 @@ def alias(name: str, *, of: str) -> Adapter:
 
 
 def either(name: str, quantized: str | None = None, **options: Adapter) -> Adapter:
-    """One of several tables, settled by the names that are there or by `choose(name=...)`; the first is published."""
+    """One of several tables, settled by the names that are there or by `choose(name=...)`; the first is published.
+
+    quantized: the option in which quantised tensors are published, where that is not the first. Raises AdapterError
+    for options that are no tables of rules.
+
+    >>> import torch
+    >>> adapter = either("layout", apart=rule("w.{e} [d]", "w [e d]"), fused=rule("w [e d]", "w [e d]"))
+    >>> native = {"w": torch.ones(2, 1)}
+    >>> list(adapter.to_hf(native)), list(adapter.choose(layout="fused").to_hf(native))
+    (['w.0', 'w.1'], ['w'])
+    """
     return Adapter((Table((Either(name, tuple((k, _entries(a)) for k, a in options.items()), quantized),)),))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from fmoe.folding import meant
 from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Address, Rule
 from fmoe.types import AdapterError, Problem, brief
@@ -129,8 +130,9 @@ class Either:
         for name, entries in self.options:
             if name == label:
                 return entries
-        known = ", ".join(repr(name) for name, _ in self.options)
-        raise AdapterError(f"{self.name}={label!r}: expected one of {known}")
+        known = [name for name, _ in self.options]
+        told = f"{', '.join(map(repr, known))}{meant(label, known)}"
+        raise AdapterError(f"{self.name}={label!r}: expected one of {told}")
 
     def __str__(self) -> str:
         lines = []

@@ -1,14 +1,16 @@
 """Stages planned and resolved one after the other, each for what comes out of the one before."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from fmoe.folding import meant
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.plan import TablePlan
 from fmoe.layout.stage import Stage, StagePlan
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Problem, brief
 
 
 def plan_stages(
@@ -83,6 +85,28 @@ def _renamed(problem: Problem, back: Stage, origins: Mapping[str, str]) -> Probl
         text = text.replace(repr(key), repr(origin)) if origin != key else text
         keys.append((place[key], origin))
     return Problem(text, tuple(origin for _, origin in sorted(keys)))
+
+
+def chosen_stages(stages: tuple[Stage, ...], choices: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages with choices made. Raises AdapterError for a choice, or an option, that there is not."""
+    known = {n: options for stage in stages for n, options in stage.choices().items()}
+    if unknown := sorted(choices.keys() - known.keys() - {"quantization"}):
+        told = "; ".join(f"{n}={' | '.join(map(repr, options))}" for n, options in known.items())
+        told = f"{told or 'none, all are made'}{meant(unknown[0], known)}"
+        raise AdapterError(f"no choice {', '.join(unknown)}: expected {told}")
+    if (asked := choices.get("quantization")) not in (None, True, False):
+        raise AdapterError(f"quantization={brief(asked)}: expected None, True or False")
+    return tuple(stage.choose(choices) for stage in stages)
+
+
+def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
+    """Raises AdapterError for what is no range of one of the stages' axes."""
+    axes = frozenset().union(*(stage.axes() for stage in stages))
+    for axis, asked in window.items():
+        sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
+        if axis not in axes or not sound:
+            told = ", ".join(sorted(axes))
+            raise AdapterError(f"{axis}={brief(asked)}: expected a range of one of the axes {told}")
 
 
 def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, equal
 
+from fmoe.folding import meant
 from fmoe.layout.entries import Alias, Entry, Keep, settle
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
@@ -127,7 +128,7 @@ class LoraTable(Table):
             return replace(self, entries=super().choose(choices).entries)
         form = choices.get("lora", self.form)
         if form not in (None, *FORMS):
-            raise AdapterError(f"lora={form!r}: expected one of {', '.join(map(repr, FORMS))}")
+            raise AdapterError(f"lora={form!r}: expected one of {', '.join(map(repr, FORMS))}{meant(form, FORMS)}")
         if form == "peft" and not self.forms.wrappers:
             raise AdapterError(f"lora='peft': PEFT cannot wrap these experts: {self.forms.no_peft}; use 'per-expert'")
         alike = {"shared": True, "separate": False}.get(choices.get("lora_A", ""), self.shared)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmoe.folding import meant
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import count
 from fmoe.shapes import check_params, odd
@@ -149,7 +150,8 @@ def topk_routing(
 def score_of(config: MoEConfig) -> Score:
     """The row of `SCORES` that a config names. Raises ValueError for an unknown name."""
     if config.score_func not in SCORES:
-        raise ValueError(f"score_func is {config.score_func!r}, expected one of {', '.join(SCORES)}")
+        told = f"{', '.join(SCORES)}{meant(config.score_func, SCORES)}"
+        raise ValueError(f"score_func is {config.score_func!r}, expected one of {told}")
     before = config.score_func == "softmax" and config.softmax_before_topk
     return BEFORE_TOPK if before else SCORES[config.score_func]
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.system import System
 from fmoe.types import AdapterError
@@ -25,5 +26,6 @@ def adapter(name: str, model_type: str, config: Any = None, **choices: Any) -> A
     Raises AdapterError for a system that there is not, and as `System.adapter`.
     """
     if name not in SYSTEMS:
-        raise AdapterError(f"system={name!r}: expected one of native, {', '.join(SYSTEMS)}")
+        told = f"native, {', '.join(SYSTEMS)}{meant(name, ('native', *SYSTEMS))}"
+        raise AdapterError(f"system={name!r}: expected one of {told}")
     return SYSTEMS[name].adapter(model_type, config, **choices)

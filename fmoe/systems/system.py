@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fmoe.codecs.quantised import Quantised
-from fmoe.families import FAMILIES
-from fmoe.families.kind import Family, as_dict
+from fmoe.families import family
+from fmoe.families.kind import as_dict
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.wording.complete import Complete
 from fmoe.systems.wording.facts import Facts
@@ -54,13 +55,12 @@ class System:
         lossy=True leaves out what has no place in the system. quantized="keep" moves codes and scales as they are.
         Raises AdapterError for a family or a choice that the system does not know.
         """
-        kind, name = _kind(model_type), FAMILY.get(model_type, model_type)
+        kind, name = family(model_type), FAMILY.get(model_type, model_type)
         if self.native:
             return self._from_native(model_type, config, choices)
         if name not in self.tables:
-            raise AdapterError(
-                f"system={self.name!r} does not know {model_type!r}: expected one of {', '.join(self.tables)}"
-            )
+            told = f"{', '.join(self.tables)}{meant(model_type, self.tables)}"
+            raise AdapterError(f"system={self.name!r} does not know {model_type!r}: expected one of {told}")
         facts = Facts(self.name, kind, as_dict(config), self._chosen(choices))
         if facts.keep and name not in self.kept:
             told = ", ".join(self.kept) or "none"
@@ -71,10 +71,13 @@ class System:
         codec = () if facts.keep else tuple(s for s in plain.stages if isinstance(s, Quantised))
         layouts = {n: v for n, v in choices.items() if n not in self.choices and n not in ALWAYS}
         made = Adapter((*codec, *published(facts).stages, Complete())) >> self.tables[name](facts)
+        for unknown in layouts.keys() - {n for stage in made.stages for n in stage.choices()}:
+            if near := meant(unknown, (*self.choices, *ALWAYS)):
+                raise AdapterError(f"system={self.name!r} has no choice {unknown}{near}")
         return replace(made, moe=plain.moe, config=plain.config).choose(**layouts)
 
     def _from_native(self, model_type: str, config: Any, choices: Mapping[str, Any]) -> Adapter:
-        kind = _kind(model_type)
+        kind = family(model_type)
         made = kind.adapter(config, **{n: v for n, v in choices.items() if n != "lossy"})
         facts = Facts(self.name, kind, as_dict(config), choices)
         return made >> self.tables[model_type](facts) if model_type in self.tables else made
@@ -92,9 +95,3 @@ class System:
                 raise AdapterError(f"quantized={value!r}: expected 'decode' or 'keep'")
             made[name] = value
         return made
-
-
-def _kind(model_type: str) -> Family:
-    if model_type not in FAMILIES:
-        raise AdapterError(f"model_type {model_type!r} is unknown: expected one of {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]

@@ -12,7 +12,7 @@ from fmoe.layout.claims import some
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
 from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Problem, TensorSpec
+from fmoe.types import AdapterError, Params, Problem, TensorSpec, brief
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -86,12 +86,20 @@ def run(
 
 
 def on_mesh(
-    plan: Callable[[dict[str, range]], Plan], hf: Mapping[str, Any], mesh: "DeviceMesh", **how: bool
+    plan: Callable[[dict[str, range]], Plan],
+    hf: Mapping[str, Any],
+    mesh: "DeviceMesh",
+    asked: Mapping[str, range],
+    **how: bool,
 ) -> dict[str, Any]:
     """This rank's part of what comes out, as DTensors on the mesh: its experts, and its slice along `ep_shard`.
 
-    plan: the plan for ranges of axes.
+    plan: the plan for ranges of axes. asked: the ranges that the caller names, which have to be none.
     """
+    if not hasattr(mesh, "mesh_dim_names"):
+        raise AdapterError(f"device_mesh is {brief(mesh)}, expected a DeviceMesh")
+    if asked:
+        raise AdapterError(f"{', '.join(asked)}: the device mesh says which experts are this rank's")
     whole = plan({})
     if any(isinstance(v, TensorSpec) for v in hf.values()):
         return dict(whole.targets)
@@ -138,3 +146,12 @@ class Views(dict[str, Tensor]):
         if unknown := tuple(sorted(done - self.keys())):
             raise AdapterError([Problem(f"{some(unknown)}: no view has this name, expected a HF name", unknown)])
         return tuple(n for natives, hf in self.units if done.issuperset(hf) for n in natives)
+
+
+def views_of(plan: Plan, native: Params) -> Views:
+    """The plan's way to Hugging Face, as views of native storage. Raises AdapterError for what has none."""
+    if specs := [name for name, value in native.items() if isinstance(value, TensorSpec)]:
+        raise AdapterError([Problem(f"{some(specs)}: a TensorSpec has no storage: expected tensors", tuple(specs))])
+    views = Views(plan.run(native, views=True))
+    views.units = tuple((tuple(s), tuple(n for n in t if n in views)) for s, t in plan.units())
+    return views
