@@ -88,19 +88,40 @@ def _spelled(parts: tuple[str, ...]) -> str:
 
 def lines(problems: Sequence[tuple[str, tuple[str, ...]]]) -> Iterator[str]:
     """A line for each problem, and one for three or more that differ in their names alone; about twenty in all."""
-    groups: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    groups: dict[str, list[tuple[str, list[list[str]]]]] = {}
     for text, keys in problems:
-        marked = text
-        for key in sorted(keys[:64], key=len, reverse=True):
-            marked = marked.replace(repr(key), "\0")
-        groups.setdefault(re.sub(r"\0(?:, \0)*(?: and \d+ more)?", "\0", marked), []).append((text, keys))
+        marked, places = _marked(text, keys)
+        groups.setdefault(marked, []).append((text, places))
     made = []
     for marked, group in groups.items():
         if len(group) < 3 or "\0" not in marked:
             made += [text for text, _ in group]
-        else:
-            folded = fold(key for _, keys in group for key in keys)
-            made.append(marked.replace("\0", folded, 1).replace("\0", "..") + f" ({len(group)} problems)")
+            continue
+        head, *parts = marked.split("\0")
+        folded = [fold(n for _, places in group for n in places[i]) for i in range(len(parts))]
+        told = ["it" if name in folded[:i] else name for i, name in enumerate(folded)]
+        made.append(head + "".join(map("".join, zip(told, parts, strict=True))) + f" ({len(group)} problems)")
     yield from made[:_LINES]
     if len(made) > _LINES:
         yield f"and {len(made) - _LINES} more, all of them in .problems"
+
+
+_QUOTED = re.compile(r"'[^']*'(?:, '[^']*')*(?: and \d+ more)?")
+
+
+def _marked(text: str, keys: Sequence[str]) -> tuple[str, list[list[str]]]:
+    """A problem's text with a mark for each place where keys stand, and the keys of each; `and 3 more` are the rest."""
+    known, places = {*keys}, list[list[str]]()
+
+    def mark(hit: re.Match[str]) -> str:
+        names = re.findall(r"'([^']*)'", hit[0])
+        if not known.issuperset(names):
+            return hit[0]
+        places.append(names)
+        return "\0"
+
+    marked = _QUOTED.sub(mark, text)
+    rest = [key for key in keys if repr(key) not in text]
+    if rest and places and " more" in text:
+        places[0] = [*places[0], *rest]
+    return marked, places

@@ -2,7 +2,8 @@
 
 An entry is a class: `forms`, as published and as in memory. Of a form, `stem` stands before the layers; `root`: names
 outside of layers; `tied`: those of them that are not saved where embeddings are tied; `towers`: what stands beside the
-text model; `stacks`: for each stack of layers its modules, each the smallest sets of names, one of which a layer has.
+text model; `stacks`: for each stack of layers its modules, each the smallest sets of names, one of which a layer has;
+`others`: what it has besides with some configs.
 """
 
 import json
@@ -132,36 +133,52 @@ def _main(form: Mapping[str, Any]) -> str:
     return next((s for s in form["stacks"] if stem(s) == form["stem"] and experts(s)), form["stem"] + "layers")
 
 
-def renamed(lost: list[str], config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
-    """Those of the names that are not there whose places hold as many names that the class does not have.
+def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
+    """Those of the names that are not there in whose stead a publisher has names of its own, in every layer.
 
-    A place is a layer, or all that is in none. So a checkpoint under its publisher's own names has no gaps for that.
+    Of a module that both have: where names in it that the class never has are a third as many or more (q, k and v in
+    one). Of modules that the checkpoint has not: where modules that the class has not hold half as many names. And a
+    name of a module that is not there, which stands in another. What some layer has
+    under the class's name is not renamed.
     """
-    forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
-    inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
-    tails = tuple({n.removeprefix(form["stem"]) for form in forms for n in form["root"]})
+    inside, tails = _names(config)
+    stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
     places: dict[str, list[str]] = {}
     for name in lost:
-        stack = max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
-        number = name.removeprefix(f"{stack}.").partition(".")[0] if stack else ""
-        places.setdefault(f"{stack}.{number}" if stack else "", []).append(name)
+        places.setdefault(stack_of(name), []).append(name)
     found: set[str] = set()
-    for place, names in places.items():
-        stack, _, number = place.rpartition(".")
-        there = stacks.get(stack, {}).get(int(number) if number.isdecimal() else 0, set())
-        strange = [n for n in there if not (n in inside if place else n.endswith(tails)) and not _SMALL.search(n)]
-        twin = lambda name, there=there: any(n.endswith(f".{'.'.join(name.split('.')[-2:])}") for n in there)
-        found |= set(names) if 2 * len(strange) >= len(names) else {n for n in names if n.count(".") > 1 and twin(n)}
+    for stack, names in places.items():
+        there = set[str]().union(*stacks.get(stack, {}).values())
+        module = lambda n, stack=stack: n.partition(".")[0] if stack else ".".join(n.split(".")[:-2])
+        part = lambda n, stack=stack: n.removeprefix(f"{stack}.").partition(".")[2] if stack else n
+        own = {n for n in there if not (n in inside if stack else n.endswith(tails)) and not _SMALL.search(n)}
+        lost_here = {part(n) for n in names} - there
+        held, foreign = {module(n) for n in there}, {module(n) for n in own} - {module(n) for n in there - own}
+        absent = {n for n in lost_here if module(n) not in held}
+        none = 2 * sum(module(n) in foreign for n in own) < len(absent)
+        gone = lost_here - absent if none else lost_here
+        for m in {module(n) for n in gone - absent}:
+            if 3 * sum(module(n) == m for n in own) < sum(module(n) == m for n in gone):
+                gone = {n for n in gone if module(n) != m}
+        twin = lambda n, there=there: any(o.endswith("." + ".".join(n.split(".")[-2:])) for o in there)
+        gone = gone | {n for n in absent if n.count(".") > 1 and twin(n)}
+        found |= {n for n in names if part(n) in gone}
     return found
 
 
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:
     """How many of the names that are there are the class's, of any form and layer."""
-    forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
-    inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
-    tails = tuple({n.removeprefix(form["stem"]) for form in forms for n in form["root"]})
+    inside, tails = _names(config)
     layers = sum(len(layer & inside) for name, found in stacks.items() if name for layer in found.values())
     return layers + sum(n.endswith(tails) for n in stacks.get("", {}).get(0, ()))
+
+
+def _names(config: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]]:
+    """All names that the config's class has in a layer, of any form, and the ends of those outside of layers."""
+    forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
+    inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
+    others = {n for form in forms for n in form["others"]}
+    return inside | others, tuple({n.removeprefix(f["stem"]) for f in forms for n in (*f["root"], *f["others"])})
 
 
 def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:

@@ -111,14 +111,18 @@ def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
         always = {n for n in always if n.startswith(stem) and not TOWER.search(n) or "lm_head" in n}
     ours = lambda stack: not hasattr(config, "text_config") or stack.startswith(stem) and not TOWER.search(stack)
     stacks = sorted({hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and ours(hit[1])})
+    required = {
+        stack: groups(s for names in found for s in by_stack(names).get(stack, {}).values()) for stack in stacks
+    }
+    seen = {n for names in found for layers in by_stack(names).values() for layer in layers.values() for n in layer}
+    told = {n for sets in required.values() for least in sets for s in least for n in s}
     return {
         "stem": stem,
         "root": sorted(always),
         "tied": sorted(found[0] - natives(cls, tied, name, original)),
         "towers": towers(config, stem, found[0]),
-        "stacks": {
-            stack: groups(s for names in found for s in by_stack(names).get(stack, {}).values()) for stack in stacks
-        },
+        "stacks": required,
+        "others": sorted(seen - told - always),
     }
 
 

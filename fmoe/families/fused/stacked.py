@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, fused, transposed
+from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, keep, rule, together
@@ -92,18 +93,7 @@ dbrx = Family(
 mistral4 = Family(
     model_types=("mistral4",),
     rules=fused() | KEPT,
-    fields=dict(
-        n_routed_experts="n_routed_experts num_local_experts",
-        n_activated_experts="num_experts_per_tok",
-        dim="hidden_size",
-        moe_inter_dim="moe_intermediate_size",
-        inter_dim="intermediate_size",
-        n_shared_experts="n_shared_experts",
-        n_expert_groups="n_group",
-        n_limited_groups="topk_group",
-        route_scale="routed_scaling_factor",
-        norm_topk_prob="norm_topk_prob",
-    ),
+    fields=deepseek_v3.fields,
     fixed=dict(score_func="softmax_in_groups"),
     formats={
         "fp8 expert [E 1 1]": r".*\.experts\.(gate_up|down)_proj",
