@@ -87,13 +87,21 @@ def relu2(u: Tensor, p: Tensor | None = None) -> Tensor:
 
 
 def halves(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, v) of u [.., (g i)]. Raises ValueError for an odd number of columns."""
+    """(g, v) of u [.., (g i)]. Raises ValueError for an odd number of columns.
+
+    >>> halves(torch.arange(4))
+    (tensor([0, 1]), tensor([2, 3]))
+    """
     gate, up = _even(u).chunk(2, -1)
     return gate, up
 
 
 def pairs(u: Tensor) -> tuple[Tensor, Tensor]:
-    """(g, v) of u [.., (i g)]. Raises ValueError for an odd number of columns."""
+    """(g, v) of u [.., (i g)]. Raises ValueError for an odd number of columns.
+
+    >>> pairs(torch.arange(4))
+    (tensor([0, 2]), tensor([1, 3]))
+    """
     return _even(u)[..., ::2], u[..., 1::2]
 
 

@@ -58,7 +58,12 @@ def local_params(params: Params) -> tuple[dict[str, Tensor], ProcessGroup | None
 
 
 def ep_dim(mesh: DeviceMesh) -> int | None:
-    """Which dim of a mesh cuts experts: the one called `ep`, or the only one, unless it is `ep_shard` or the like."""
+    """Which dim of a mesh cuts experts: the one called `ep`, or the only one, unless it is `ep_shard` or the like.
+
+    >>> from types import SimpleNamespace
+    >>> ep_dim(SimpleNamespace(mesh_dim_names=("ep_replicate", "ep"), ndim=2))
+    1
+    """
     names = mesh.mesh_dim_names or ("",)
     alone = mesh.ndim == 1 and not names[0].startswith("ep_")
     return names.index("ep") if "ep" in names else 0 if alone else None

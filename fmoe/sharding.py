@@ -1,8 +1,7 @@
 """Which experts are mine, and tensors of experts in and out of DTensor (NeMo Automodel's `state_dict_utils`).
 
-One rule says which experts a rank has: `expert_range`, balanced. DTensor's own Shard(0) cuts an uneven E into
-ceil-chunks; where the two differ for any rank, every rank raises, so an expert id is never wrong. Nothing here
-communicates, and DTensor is imported on first use, since torch may be built without it.
+`expert_range` says which experts a rank has. DTensor's own Shard(0) cuts an uneven E into ceil-chunks: where the two
+differ for any rank, every rank raises. Nothing communicates. DTensor is imported on first use: not all torch has it.
 """
 
 from __future__ import annotations
@@ -47,7 +46,11 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
 
 
 def get_submesh(device_mesh: DeviceMesh, dims: tuple[str, ...]) -> DeviceMesh:
-    """device_mesh[dims], and what it raises: KeyError for other names. Source: NeMo Automodel state_dict_utils."""
+    """device_mesh[dims], and what it raises: KeyError for other names.
+
+    >>> get_submesh({("ep",): "ranks that share experts"}, ("ep",))  # indexed as a DeviceMesh is
+    'ranks that share experts'
+    """
     return device_mesh[dims]
 
 
@@ -81,8 +84,7 @@ def get_expert_slice_for_rank(experts_tensor: Tensor, n_experts: int) -> tuple[T
 
     experts_tensor [E, ...]: a plain one comes back as it is, with (0, E), whatever its shape. Of a DTensor: the local
     shard, and the `expert_range` along the mesh dim that is Shard(0), whatever its name; (0, E) without one.
-    ValueError for a DTensor whose dim 0 is not E, or cut by two mesh dims, or cut otherwise than by `expert_range`,
-    and for placements other than Shard and Replicate. Source: NeMo Automodel state_dict_utils.
+    ValueError for another dim 0 than E, cut by two mesh dims or unlike `expert_range`, or neither Shard nor Replicate.
 
     >>> get_expert_slice_for_rank(torch.ones(4), 4)
     (tensor([1., 1., 1., 1.]), 0, 4)
@@ -116,8 +118,7 @@ def validate_dtensor_expert_sharding(tensor: Tensor, expected_experts: int, tens
 
     The rule for a DTensor: with an `ep` mesh dim, `ep` is Shard(0) or Replicate and no other mesh dim is Shard(0); on
     (ep_shard, ep), (Shard(1), Shard(0)) is valid, (Shard(0), Shard(1)) is not. Without `ep`, one mesh dim is Shard(0)
-    or all are Replicate: Shard(1) alone splits well, but is not expert parallelism. Other placements than these are
-    invalid, and an uneven E not cut as `expert_range`. Source: NeMo Automodel state_dict_utils (last placement only).
+    or all are Replicate. All else is invalid (Shard(1) alone too), and an uneven E not cut as `expert_range`.
 
     >>> validate_dtensor_expert_sharding(torch.ones(4, 2), 4)
     True
@@ -141,7 +142,7 @@ def create_dtensor_from_local(
     `ep_replicate` stay in the mesh only where one of them is larger than one. rank: unless None, local_tensor moves to
     the current CUDA device, if any; its value is not used. shape: the whole [E, D, ...]; without it each rank is taken
     to hold as much as this one (wrong for uneven parts), with it this rank's part is checked. ValueError: mesh dims of
-    other name, too few dims, another rank's part, E not cut by `expert_range`. Source: NeMo Automodel state_dict_utils.
+    other name, too few dims, another rank's part, E not cut by `expert_range`.
 
     >>> create_dtensor_from_local(torch.ones(2), None)
     tensor([1., 1.])
@@ -164,7 +165,7 @@ def create_dtensor_from_local(
         raise ValueError(f"a tensor of shape {tuple(whole)} has too few dims for {placements} on {mesh}")
     if shape is None:
         return DTensor.from_local(local_tensor, mesh, placements)
-    sizes = {d: len(part_of_rank(whole[d], mesh, i, experts=d == 0)) for i, d in enumerate(cuts) if d is not None}
+    sizes = {d: len(_part_of_rank(whole[d], mesh, i, experts=d == 0)) for i, d in enumerate(cuts) if d is not None}
     part = tuple(sizes.get(d, size) for d, size in enumerate(whole))
     if local_tensor.shape != part:
         found = f"{tuple(local_tensor.shape)}, expected {part}, this rank's of {tuple(whole)} on {mesh}"
@@ -204,10 +205,9 @@ def _place(mesh: DeviceMesh, *dim: int) -> int:
         raise ValueError(f"no one place for this process in {mesh} ({error}): it must be 1-D or have `ep`") from error
 
 
-def part_of_rank(n: int, mesh: DeviceMesh, dim: int, *, experts: bool) -> range:
+def _part_of_rank(n: int, mesh: DeviceMesh, dim: int, *, experts: bool) -> range:
     """What DTensor's Shard gives this process of range(n) along a mesh dim; of experts, only if our rule agrees."""
-    n_ranks = mesh.size(dim)
-    size = -(-n // n_ranks)
+    n_ranks, size = mesh.size(dim), -(-n // mesh.size(dim))
     theirs = [range(min(rank * size, n), min((rank + 1) * size, n)) for rank in range(n_ranks)]
     ours = [expert_range(n, n_ranks, rank) for rank in range(n_ranks)]
     if experts and ours != theirs:
@@ -228,7 +228,7 @@ def _experts_of(tensor: Tensor, n_experts: int, name: str) -> range:
     # Partial is a sum still to be made; a strided shard (neither) holds rows from all over
     if len(cuts) > 1 or not all(p.is_shard() or p.is_replicate() for p in active.values()):
         raise _unsupported(tensor, name)
-    return part_of_rank(n_experts, tensor.device_mesh, cuts[0], experts=True) if cuts else range(n_experts)
+    return _part_of_rank(n_experts, tensor.device_mesh, cuts[0], experts=True) if cuts else range(n_experts)
 
 
 def _unsupported(tensor: DTensor, name: str) -> ValueError:

@@ -16,7 +16,14 @@ from fmoe.types import Params
 
 
 def bridge(trainer: Adapter, engine: Adapter) -> Adapter:
-    """The trainer's side -> the engine's side, both given as adapters from Hugging Face's."""
+    """The trainer's side -> the engine's side, both given as adapters from Hugging Face's.
+
+    >>> import fmoe
+    >>> print(bridge(fmoe.rule("w.{e}", "mine.{e}"), fmoe.rule("w.{e}", "theirs.{e}")))
+    mine.{e}  <->  w.{e}
+    >>
+    w.{e}  <->  theirs.{e}
+    """
     return trainer.inverse >> engine
 
 

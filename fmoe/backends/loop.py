@@ -7,7 +7,14 @@ from fmoe.types import MoEConfig, Params
 
 
 def loop(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
-    """`mlp`, one expert after the other: waits for the device, takes every dtype, and copies no unused expert."""
+    """`mlp`, one expert after the other: waits for the device, takes every dtype, and copies no unused expert.
+
+    >>> import torch
+    >>> rows = Rows(torch.tensor([[2.0]]), torch.ones(1), torch.tensor([1]))
+    >>> config = MoEConfig(n_routed_experts=1, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
+    >>> loop({"gate_and_up_projs": torch.ones(1, 1, 1), "down_projs": torch.ones(1, 1, 1)}, rows, config)
+    tensor([[4.]])
+    """
     from fmoe.backends.mlp import mlp  # on first use: it needs torch._dynamo, which takes a second and loads triton
 
     return mlp(params, rows, config, by="loop")

@@ -22,6 +22,12 @@ def diff(one: Path | str, other: Path | str, *, values: bool = False) -> Iterato
     one", "only in other". Directories of one layout are compared under the names that they store. Where the layouts
     differ (native against Hugging Face, fused against one by one) both are compared under their native names.
     values: `largest`, the largest absolute difference, of tensors of one shape, also across dtypes.
+
+    >>> import fmoe, fmoe.docs, tempfile
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     _ = fmoe.convert(fmoe.docs.example(), f"{path}/native")
+    ...     {found["status"] for found in diff(fmoe.docs.example(), f"{path}/native")}
+    {'equal'}
     """
     a, b = _Side(opened(one)), _Side(opened(other))
     if not _alike(a.source, b.source):

@@ -26,6 +26,11 @@ def inspect(path: Where | str, *, config: Any = None, from_: str | None = None) 
 
     problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
     cannot be opened at all. config, from_: as in `fmoe.convert`, of another system's directory.
+
+    >>> import fmoe.docs
+    >>> found = inspect(fmoe.docs.example())
+    >>> found["model_type"], found["tensors"], found["problems"]
+    ('qwen3_moe', 52, [])
     """
     source = open_source(path, config)
     here = side(source, from_)

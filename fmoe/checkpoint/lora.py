@@ -117,6 +117,12 @@ def save(
     have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. base: the
     model's path or hub name. Names get PEFT's `base_model.model.` where they lack it. force: replace what is there.
     Returns the config. Raises AdapterError before anything is written.
+
+    >>> import fmoe, fmoe.docs, tempfile
+    >>> adapter, lora = fmoe.adapter(fmoe.docs.example()), fmoe.lora.init(fmoe.load(fmoe.docs.example()), r=4)
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(lora, path, adapter, lora_alpha=8).r
+    4
     """
     path = Path(path)
     if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:

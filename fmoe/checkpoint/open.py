@@ -63,6 +63,10 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
     """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's.
 
     adapter=: one of your own in place of the family's; then there are no other choices.
+
+    >>> import fmoe.docs
+    >>> adapter_of(open_checkpoint(fmoe.docs.example())).moe_config.n_routed_experts
+    8
     """
     if (own := choices.pop("adapter", None)) is not None:
         if not isinstance(own, Adapter) or choices or config is not None or system != "native":
@@ -168,7 +172,13 @@ def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter
 
 
 def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
-    """What an adapter makes of a checkpoint; of a native one that holds a range of an axis, with that range's names."""
+    """What an adapter makes of a checkpoint; of a native one that holds a range of an axis, with that range's names.
+
+    >>> import fmoe.docs
+    >>> source = open_checkpoint(fmoe.docs.example())
+    >>> len(source.specs), len(plan_from(source, adapter_of(source)).targets)
+    (52, 8)
+    """
     held = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
     if held and axis_ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")

@@ -120,7 +120,12 @@ class CodecPlan:
 
 
 def cut(tensor: Any, part: range, rows: int, name: str) -> Any:
-    """The entries of the first axis that belong to a range of units."""
+    """The entries of the first axis that belong to a range of units.
+
+    >>> import torch
+    >>> cut(torch.arange(6), range(1, 2), 2, "w")  # units of two rows
+    tensor([2, 3])
+    """
     if not rows:
         return tensor
     if is_dtensor(tensor):

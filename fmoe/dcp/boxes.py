@@ -65,7 +65,13 @@ def run_starts(whole: Sequence[int], offsets: Sequence[int], shape: Sequence[int
 
 @contextmanager
 def surfacing() -> Iterator[None]:
-    """What DCP gathers of all ranks and raises, which is no Exception, as one AdapterError with the keys of all."""
+    """What DCP gathers of all ranks and raises, which is no Exception, as one AdapterError with the keys of all.
+
+    >>> with surfacing():
+    ...     raise CheckpointException("load", {0: (AdapterError("'w' is missing"), None)})
+    Traceback (most recent call last):
+    fmoe.types.AdapterError: 'w' is missing
+    """
     try:
         yield
     except CheckpointException as error:

@@ -51,6 +51,13 @@ def save(
     quantization: as in `fmoe.save`. Raises AdapterError, on all ranks, where the parameters do not convert, path may
     not be written to, any rank cannot write, or what was changed since it was decoded would be lost in codes; path is
     then as it was.
+
+    >>> import fmoe, tempfile, torch
+    >>> adapter, block = fmoe.adapter("per_expert", {"model_type": "per_expert"}), "model.layers.0.mlp.experts"
+    >>> params = {f"{block}.gate_and_up_projs": torch.ones(4, 2, 6), f"{block}.down_projs": torch.ones(4, 3, 2)}
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     fmoe.dcp.save(params, path, adapter), len(fmoe.load(path))
+    (288, 2)
     """
     with ExitStack() as stack, surfacing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")

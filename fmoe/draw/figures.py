@@ -20,6 +20,10 @@ def layout(adapter: Adapter, *, ranks: int = 1, e: range | None = None) -> Any:
 
     adapter: a family's, with a config. ranks: experts are coloured by the rank of so many that holds them; e: or by
     whether they lie in this range. Raises AdapterError without a config.
+
+    >>> import fmoe, fmoe.docs
+    >>> len(layout(fmoe.adapter(fmoe.docs.example()), ranks=2).axes) > 0
+    True
     """
     found = panels(adapter)
     plot = pyplot()
@@ -33,7 +37,12 @@ def layout(adapter: Adapter, *, ranks: int = 1, e: range | None = None) -> Any:
 
 
 def checkpoint(path: Path | str, *, ranks: int = 1, e: range | None = None) -> Any:
-    """A figure of a directory: its layouts above, below them a bar of bytes for each layer, by kind. Headers only."""
+    """A figure of a directory: its layouts above, below them a bar of bytes for each layer, by kind. Headers only.
+
+    >>> import fmoe.docs
+    >>> len(checkpoint(fmoe.docs.example()).axes) > 1
+    True
+    """
     from fmoe.checkpoint import adapter_of, open_checkpoint
     from fmoe.checkpoint.sizes import kind_of, layer_of
 
@@ -60,6 +69,11 @@ def load(counts: "Tensor | Sequence[Tensor] | Mapping[str, Tensor]") -> Any:
     """A heat map: counts [layers, E] of tokens that each expert was given, relative to the mean of its layer.
 
     counts: a tensor [layers, E] or [E], a list of [E], or layer names -> [E], as `fmoe.routing.count` gives them.
+
+    >>> import torch
+    >>> figure = load(torch.tensor([[3, 1], [2, 2]]))
+    >>> figure.axes[0].images[0].get_array().shape
+    (2, 2)
     """
     names = list(counts) if isinstance(counts, Mapping) else []
     stack = list(counts.values()) if isinstance(counts, Mapping) else counts

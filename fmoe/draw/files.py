@@ -23,6 +23,12 @@ def save(figure: Any, path: Path | str) -> None:
     """Write a figure as its file's ending says; .html is a page that holds the figure as SVG.
 
     Raises AdapterError for another ending.
+
+    >>> import fmoe, tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(fmoe.draw.load(torch.ones(1, 4)), f"{folder}/load.svg")
+    ...     Path(folder, "load.svg").stat().st_size > 0
+    True
     """
     path = Path(path)
     if path.suffix.lower() not in ENDINGS:

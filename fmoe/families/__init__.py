@@ -29,6 +29,9 @@ def register(family: Family) -> Family:
     """Add a family of your own under each of its model types: `fmoe.adapter` finds it there, by name or by config.json.
 
     Raises AdapterError, and adds nothing, where a model type has a family already.
+
+    >>> register(FAMILIES["mixtral"]) is FAMILIES["mixtral"]  # there already, and the same: nothing changes
+    True
     """
     if taken := [name for name in family.model_types if FAMILIES.get(name, family) != family]:
         raise AdapterError(f"model_type {taken[0]!r} has a family already, from {FAMILIES[taken[0]].source!r}")
@@ -37,7 +40,11 @@ def register(family: Family) -> Family:
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`. Raises AdapterError, with the known ones, where there is none."""
+    """The family of a `model_type`. Raises AdapterError, with the known ones, where there is none.
+
+    >>> family("mixtral").layout
+    '{pre}layers.{l}.block_sparse_moe.experts.{e}.{g=w1|w3}.weight [i d]'
+    """
     if model_type in NO_FAMILY and model_type not in FAMILIES:
         raise AdapterError(f"model_type {model_type!r} is no Mixture-of-Experts family: {NO_FAMILY[model_type]}")
     if model_type not in FAMILIES:

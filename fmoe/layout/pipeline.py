@@ -53,7 +53,13 @@ class Plan:
         return tuple(copy for table in tables for copy in table.copies())
 
     def stacks(self, axis: str) -> dict[str, TensorSpec]:
-        """The targets of layout rules whose first dimension is this axis, under the names that come out."""
+        """The targets of layout rules whose first dimension is this axis, under the names that come out.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({"w.0": torch.ones(3), "w.1": torch.ones(3)})
+        >>> plan.stacks("e")
+        {'w': TensorSpec(shape=(2, 3), dtype=torch.float32)}
+        """
         found: set[str] = set()
         for stage in self.stages:
             moved = {s: t for sources, targets in stage.units() for s in sources for t in targets if s in found}
@@ -69,6 +75,11 @@ class Plan:
         Usually one native tensor and the HF tensors that make it. In the order of the first target's name, where a
         number counts by its value (`layers.2` before `layers.10`); the targets of one unit in the order of their rule:
         expert by expert. The names alone settle it, so it is the same in every process.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({"w.0": torch.ones(3), "w.1": torch.ones(3)})
+        >>> list(plan.units())
+        [(['w.0', 'w.1'], ['w'])]
         """
         return iter(self._units)
 
@@ -77,11 +88,23 @@ class Plan:
         return in_order(joined(self.stages, self._used) if self.stages else (([n], [n]) for n in self.specs))
 
     def gathered(self, axis: str) -> set[str]:
-        """The inputs that are each a part along an axis of one tensor that comes out."""
+        """The inputs that are each a part along an axis of one tensor that comes out.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({"w.0": torch.ones(3), "w.1": torch.ones(3)})
+        >>> sorted(plan.gathered("e"))
+        ['w.0', 'w.1']
+        """
         return self._inputs(lambda group: axis in group.rule.stacked)
 
     def touching(self, axis: str) -> set[str]:
-        """The inputs that have this axis."""
+        """The inputs that have this axis.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({"w.0": torch.ones(3), "w.1": torch.ones(3)})
+        >>> sorted(plan.touching("d"))
+        ['w.0', 'w.1']
+        """
         return self._inputs(lambda group: axis in group.sizes)
 
     def _inputs(self, choose: Callable[[Group], bool]) -> set[str]:
@@ -110,6 +133,11 @@ class Plan:
         """The targets (or only those of some units), from tensors of the planned names; writes to no argument.
 
         In the order of `targets`, or of `only`. Of DTensors, what lives wholly on other ranks is left out.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "w [e d]").plan({"w.0": torch.ones(3), "w.1": torch.ones(3)})
+        >>> plan.run({"w.0": torch.zeros(3), "w.1": torch.ones(3)})["w"].tolist()
+        [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
         """
         asked = self.targets if only is None else dict.fromkeys(only)
         wanted: list[Iterable[str] | None] = [*self._used]

@@ -86,6 +86,10 @@ def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = F
 
     |unmerge(merge(W)) - W| <= eps * (|W| + |scale * A @ B|) elementwise, with eps of W's dtype (2^-7 for bf16, 2^-23
     for fp32), barring overflow. Exact where no digit was lost; keep W to have it back exactly. Arguments as `merge`.
+
+    >>> lora = {"lora_down_A": torch.full((1, 2, 1), 3.0), "lora_down_B": torch.ones(1, 1, 2)}
+    >>> unmerge({"down_projs": torch.full((1, 2, 2), 2.5)}, lora, scale=0.5)["down_projs"].tolist()
+    [[[1.0, 1.0], [1.0, 1.0]]]
     """
     return _added(params, lora, scale, -1.0, interleaved)
 
@@ -95,6 +99,10 @@ def lift(lora: Params, *, interleaved: bool = False) -> dict[str, Tensor]:
 
     Gate takes the first r ranks and up the others: A @ B is the same, so `scale` stays what it was, and alpha / r is it
     no longer (`even` says what to give `fmoe.experts`). Everything else is passed on. interleaved: as in `merge`.
+
+    >>> lora = {"lora_gate_and_up_A": torch.ones(1, 3, 2, 4), "lora_gate_and_up_B": torch.ones(1, 4, 6)}
+    >>> {name: tuple(t.shape) for name, t in lift(lora).items()}
+    {'lora_gate_and_up_A': (1, 3, 8), 'lora_gate_and_up_B': (1, 8, 6)}
     """
     made = dict(lora)
     for pair in _pairs(lora):
@@ -115,6 +123,10 @@ def even(lora: Params, scale: Scale, *, interleaved: bool = False) -> tuple[dict
 
     Lifted, padded with zeros to the largest rank, and with scales that differ (`alpha_pattern`) taken into B: rounded
     to its dtype, exact for powers of two. With one scale and one rank nothing changes.
+
+    >>> lora = {"lora_down_A": torch.ones(1, 2, 4), "lora_down_B": torch.ones(1, 4, 2)}
+    >>> even(lora, scale=0.5)[1]  # lora_alpha: 0.5 times the rank
+    2.0
     """
     made = lift(lora, interleaved=interleaved)
     pairs = [p for p in _pairs(made) if p.experts]

@@ -70,7 +70,12 @@ def _logits(
 
 
 def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
-    """x @ weight^T + bias in the dtype that `route` takes logits in."""
+    """x @ weight^T + bias in the dtype that `route` takes logits in.
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
+    >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
+    tensor([[2., 6.]])
+    """
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if config.score_func != "softmax":
         dtype = torch.promote_types(dtype, torch.float32)
@@ -82,7 +87,12 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
 def routing_of(
     logits: Tensor, dtype: torch.dtype, config: MoEConfig, correction: Tensor | None, indices: Tensor | None = None
 ) -> Routing:
-    """`topk_routing`, weights in the dtype of x (fp32 if `config.router_weights_fp32`)."""
+    """`topk_routing`, weights in the dtype of x (fp32 if `config.router_weights_fp32`).
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
+    >>> routing_of(torch.tensor([[2.0, 6.0]]), torch.float32, config, None).indices
+    tensor([[1]])
+    """
     routing = topk_routing(logits, config, correction, indices)
     out = torch.promote_types(dtype, torch.float32) if config.router_weights_fp32 else dtype
     return routing._replace(weights=routing.weights.to(out))
@@ -96,7 +106,12 @@ def routed_of(
     indices: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Routed:
-    """The Routed of logits [T, E] that a gate has made of x of this dtype."""
+    """The Routed of logits [T, E] that a gate has made of x of this dtype.
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
+    >>> routed_of(torch.tensor([[2.0, 6.0], [1.0, 0.0]]), torch.float32, config, None).counts
+    tensor([1, 1])
+    """
     routing = routing_of(logits, dtype, config, correction, indices)._replace(mask=mask)
     return Routed(routing, logits, score_of(config).rank(_wide(logits)), count(routing, config.n_routed_experts))
 

@@ -55,6 +55,13 @@ def permute(native: Params, config: Any, order: Ids | Mapping[str, Ids]) -> tupl
     """`select` of all experts in another order: what the model computes stays, for every order.
 
     A layer that a mapping does not name keeps its order. Where a family routes by groups, groups stay together.
+
+    >>> sizes = dict(num_local_experts=2, hidden_size=2, intermediate_size=1)
+    >>> config = dict(model_type="mixtral", num_experts_per_tok=1, **sizes)
+    >>> native = {"layers.0.mlp.experts.down_projs": torch.tensor([1.0, 3.0]).view(2, 1, 1)}
+    >>> native["layers.0.mlp.experts.gate_and_up_projs"] = torch.zeros(2, 1, 2)
+    >>> permute(native, config, [1, 0])[0]["layers.0.mlp.experts.down_projs"].flatten()
+    tensor([3., 1.])
     """
     return _taken("permute", native, config, order, whole=True)
 
@@ -64,6 +71,14 @@ def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor
 
     Where a router does not share weights out among what it chose (sigmoid without normalisation), the down projection
     is divided by `times`. Raises ValueError for a family that routes by groups, which copies would outweigh.
+
+    >>> sizes = dict(num_local_experts=2, hidden_size=2, intermediate_size=1)
+    >>> config = dict(model_type="mixtral", num_experts_per_tok=1, **sizes)
+    >>> native = {"layers.0.mlp.experts.down_projs": torch.tensor([1.0, 3.0]).view(2, 1, 1)}
+    >>> native["layers.0.mlp.experts.gate_and_up_projs"] = torch.zeros(2, 1, 2)
+    >>> more, config = replicate(native, config, 2)
+    >>> more["layers.0.mlp.experts.down_projs"].flatten(), config["num_experts_per_tok"]
+    (tensor([1., 1., 3., 3.]), 2)
     """
     given, kind, moe = known(config)
     if not isinstance(times, int) or times < 1:
@@ -89,6 +104,13 @@ def merge(
     groups: lists of ids, together all experts once (`select` first, to leave some out), or such lists for each layer by
     name. weights: of the same form, each list summing to 1; None: the mean. Sums are taken in fp32 (fp64 stays).
     Raises ValueError for anything else, for weights in a code, and as `select`.
+
+    >>> sizes = dict(num_local_experts=2, hidden_size=2, intermediate_size=1)
+    >>> config = dict(model_type="mixtral", num_experts_per_tok=1, **sizes)
+    >>> native = {"layers.0.mlp.experts.down_projs": torch.tensor([1.0, 3.0]).view(2, 1, 1)}
+    >>> native["layers.0.mlp.experts.gate_and_up_projs"] = torch.zeros(2, 1, 2)
+    >>> merge(native, config, [[0, 1]])[0]["layers.0.mlp.experts.down_projs"].flatten()
+    tensor([2.])
     """
     given, kind, moe = known(config)
     E, found = moe.n_routed_experts, layers(native)

@@ -24,6 +24,9 @@ def adapter(name: str, model_type: str, config: Any = None, **choices: Any) -> A
     """Hugging Face <-> the system of a name: `fmoe.adapter(model_type, config, system=name)`.
 
     Raises AdapterError for a system that there is not, and as `System.adapter`.
+
+    >>> adapter("torchtitan", "qwen3_moe", {"num_hidden_layers": 1}).lossless
+    True
     """
     if name not in SYSTEMS:
         told = f"native, {', '.join(SYSTEMS)}{meant(name, ('native', *SYSTEMS))}"

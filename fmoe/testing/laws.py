@@ -19,13 +19,20 @@ Pair = tuple[Function, Function]
 
 
 def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of these specs: normal values, as bits that any dtype can hold."""
+    """Random tensors of these specs: normal values, as bits that any dtype can hold.
+
+    >>> tensors({"w": TensorSpec((2, 3), torch.bfloat16)})["w"].shape
+    torch.Size([2, 3])
+    """
     made = torch.Generator().manual_seed(seed)
     return {n: torch.randn(spec.shape, generator=made).to(spec.dtype) for n, spec in specs.items()}
 
 
 def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Asserts equal names, and for each equal shape, dtype and bits."""
+    """Asserts equal names, and for each equal shape, dtype and bits.
+
+    >>> same({"w": torch.ones(2)}, {"w": torch.ones(2)})
+    """
     assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())[:8]}"
     for name, x in a.items():
         y = b[name]

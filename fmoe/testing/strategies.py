@@ -36,6 +36,15 @@ def checkpoints(draw: Callable[..., Any], adapter: Adapter, dtypes: Iterable[tor
 
     dtypes: one is drawn for all tensors (default: those that hold any normal value). Raises AdapterError for an adapter
     with no rules, and for a ragged axis with two or more parts of unknown length, which cannot be inverted.
+
+    >>> import fmoe
+    >>> from hypothesis import given, settings
+    >>> adapter = fmoe.rule("w.{e} [d]", "w [e d]")
+    >>> @settings(max_examples=3, deadline=None, database=None)
+    ... @given(checkpoints(adapter))
+    ... def test_mine(specs):
+    ...     fmoe.testing.assert_laws(adapter, specs)
+    >>> test_mine()
     """
     dtype = draw(st.sampled_from([*dtypes] or [torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     settled = adapter
@@ -51,7 +60,16 @@ def checkpoints(draw: Callable[..., Any], adapter: Adapter, dtypes: Iterable[tor
 
 @st.composite
 def family_checkpoints(draw: Callable[..., Any], model_type: str, **choices: Any) -> tuple[Adapter, Specs]:
-    """(adapter, HF specs) of a family: its config's sizes drawn, and a checkpoint that fits them."""
+    """(adapter, HF specs) of a family: its config's sizes drawn, and a checkpoint that fits them.
+
+    >>> import fmoe
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=3, deadline=None, database=None)
+    ... @given(family_checkpoints("mixtral"))
+    ... def test_mixtral(drawn):
+    ...     fmoe.testing.assert_laws(*drawn)
+    >>> test_mixtral()
+    """
     found = family(model_type)
     sizes = {f: draw(st.integers(1, 5)) for f in ("n_routed_experts", "moe_inter_dim", "dim")} | {
         "n_activated_experts": 1
@@ -63,7 +81,12 @@ def family_checkpoints(draw: Callable[..., Any], model_type: str, **choices: Any
 
 @st.composite
 def rules(draw: Callable[..., Any], max_axes: int = 5) -> Adapter:
-    """A random rule: letters in names or axes, on either side; composite, interleaved, chosen, of size 1, square."""
+    """A random rule: letters in names or axes, on either side; composite, interleaved, chosen, of size 1, square.
+
+    >>> from hypothesis import find
+    >>> find(rules(), lambda rule: True).lossless
+    True
+    """
     letters = draw(st.permutations("abcdefg"))[: draw(st.integers(1, max_axes))]
     sizes = {a: draw(st.integers(1, 3)) for a in letters}
     places = {a: draw(st.sampled_from(["axis", "axis", "hf name", "native name", "both names"])) for a in letters}

@@ -146,6 +146,11 @@ def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None) -> 
     config: of a directory that has none.
 
     Raises AdapterError naming the file: none there, an index that disagrees with the files, a header that is not one.
+
+    >>> import fmoe.docs
+    >>> source = open_checkpoint(fmoe.docs.example())
+    >>> source.native, source.model_type, len(source.specs)
+    (False, 'qwen3_moe', 52)
     """
     path = where(path)
     there = _listed(path)

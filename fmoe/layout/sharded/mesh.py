@@ -58,7 +58,7 @@ def distributed(local: Tensor, mesh: "DeviceMesh", shape: tuple[int, ...]) -> Te
         local = local.to_local()
     kept = [where.get(n, Replicate()) for n in names or ("",)]
     stride = nested(local, shape)
-    sharding.part_of_rank(shape[0], mesh, names.index("ep") if "ep" in names else 0, experts=True)  # as DTensor cuts?
+    sharding._part_of_rank(shape[0], mesh, names.index("ep") if "ep" in names else 0, experts=True)  # as DTensor cuts?
     return DTensor.from_local(local, mesh, kept, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
