@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+PRELOADED = ["distributed", "processes", "fmoe.nn", "fmoe.parallel", "fmoe.checkpoint.convert"]
+PRELOADED += ["fmoe.cli.app", "fmoe.checkpoint.verify", "typer._adapters", "pydantic"]
+"""One server forks for a whole test process: of ranks, and of programs that are killed."""
 
 
 def run(
@@ -30,14 +35,11 @@ def run(
 
     dies: ranks that kill themselves on the way, whose result is None; nobody waits for them at the end.
     """
-    spawn, deadline = multiprocessing.get_context("spawn"), time.time() + timeout
+    server, deadline = _server(), time.time() + timeout
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # spawned children get this process's environment and sys.path, so they find what it finds
-        ranks = [
-            spawn.Process(target=_child, args=(folder, rank, n_ranks, deadline, not dies, function, args), daemon=True)
-            for rank in range(n_ranks)
-        ]
+        told = (folder, n_ranks, deadline, not dies, dict(os.environ), function, args)
+        ranks = [server.Process(target=_child, args=(rank, *told), daemon=True) for rank in range(n_ranks)]
         try:
             for process in ranks:
                 process.start()
@@ -50,6 +52,14 @@ def run(
                 if process.pid is not None:
                     process.kill()
                     process.join()
+
+
+@cache
+def _server() -> Any:
+    """Where ranks are forked from: it has imported torch and fmoe once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def _watch(ranks: Mapping[int, BaseProcess], deadline: float) -> list[int]:
@@ -78,8 +88,16 @@ def _results(folder: Path, ranks: Mapping[int, BaseProcess], alive: list[int], w
 
 
 def _child(
-    folder: Path, rank: int, n_ranks: int, deadline: float, waits: bool, function: Callable[..., Any], args: Any
+    rank: int,
+    folder: Path,
+    n_ranks: int,
+    deadline: float,
+    waits: bool,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
+    os.environ.update(environment)
     left = max(deadline - time.time(), 1)
     with open(folder / f"{rank}.stack", "w") as stack:
         faulthandler.dump_traceback_later(max(left - 0.5, 0.1), file=stack)

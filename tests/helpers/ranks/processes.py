@@ -25,6 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from distributed import PRELOADED
+
 CHANGES = (
     "write",
     "pwrite",
@@ -38,7 +40,6 @@ CHANGES = (
     "rmdir",
 )
 LIMIT, SYNC = 100_000, 200_000  # bytes of a job, and from one wait for the disk to the next: many of both
-PRELOADED = ("fmoe.cli.app", "fmoe.checkpoint.convert", "fmoe.checkpoint.verify", "typer._adapters", "pydantic")
 STARTED: list[ForkServerProcess] = []
 
 
@@ -68,7 +69,7 @@ class Started(NamedTuple):
 @cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes", *PRELOADED])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
