@@ -64,6 +64,26 @@ def check_params(
         raise ValueError("\n".join(f"{owner}: {problem}" for problem in problems))
 
 
+def check_level(owner: str, params: Params, needed: Sequence[str]) -> None:
+    """Raises ValueError where none of the needed names is there, and some are below a prefix: a whole model's dict.
+
+    >>> import torch
+    >>> check_level("experts", {"layers.3.mlp.experts.down_projs": torch.ones(1)}, ["down_projs"])
+    Traceback (most recent call last):
+    ValueError: experts: params has 'layers.3.mlp.experts.down_projs', expected 'down_projs': the names of one layer.
+    Fix: fmoe.subtree(params, 'layers.3.mlp.experts')
+    """
+    for name in needed:
+        if name in params:
+            return
+    found = {name[: -len(bare) - 1]: (name, bare) for bare in needed for name in params if name.endswith(f".{bare}")}
+    if found:
+        prefix, (name, bare) = next(iter(found.items()))
+        told = f"params has {name!r}, expected {bare!r}: the names of one layer"
+        more = f", or another of {len(found)} such prefixes" if len(found) > 1 else ""
+        raise ValueError(f"{owner}: {told}.\nFix: fmoe.subtree(params, {prefix!r}){more}")
+
+
 QUANTISERS = ("bitsandbytes", "torchao")
 """Libraries whose tensors are numbers of another format, whatever their dtype says."""
 

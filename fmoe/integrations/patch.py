@@ -11,6 +11,7 @@ from torch import nn
 from fmoe.backends import Backend
 from fmoe.integrations import bindings, stacks, transformers
 from fmoe.integrations.kinds import Registered, kind_of
+from fmoe.layout.eager.html import table
 from fmoe.sharding import is_dtensor
 
 
@@ -39,6 +40,10 @@ class Report:
         lines = [f"bound to fmoe: {len(self.bound)}", *(f"  {b.name} ({b.kind}): {b.told}" for b in self.bound)]
         lines += [f"not bound: {len(self.passed)}", *(f"  {b.name} ({b.kind}): {b.told}" for b in self.passed)]
         return "\n".join(lines if self.passed else lines[:-1])
+
+    def _repr_html_(self) -> str:
+        rows = [("bound to fmoe", b) for b in self.bound] + [("not bound", b) for b in self.passed]
+        return table((state, b.name, b.kind, b.told) for state, b in rows)
 
 
 def patch(model: nn.Module, backend: str | Backend | None = None) -> Report:

@@ -16,7 +16,7 @@ from fmoe.dispatch.local import local
 from fmoe.folding import meant
 from fmoe.layer.experts import as_routing, experts
 from fmoe.routing import count, route, routed
-from fmoe.shapes import check_params, in_shape, odd
+from fmoe.shapes import check_level, check_params, in_shape, odd
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
 SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai")
@@ -65,6 +65,7 @@ def moe(
     tensor([[[9.],
              [4.]]])
     """
+    check_level("moe", params, ("experts.gate_and_up_projs", "experts.down_projs", "gate.weight"))
     _check(params, config, x.device)
     held = partial(_linear, params)
     below = _below(params, "experts.")

@@ -20,7 +20,7 @@ from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.layer.invariant import one_by_one
 from fmoe.layer.recompute import recompute as again
-from fmoe.shapes import check_params, odd
+from fmoe.shapes import check_level, check_params, odd
 from fmoe.sharding import is_dtensor
 from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 
@@ -83,6 +83,7 @@ def experts(
     [45.0, 4.0, 0.0]
     """
     routing = as_routing(routing)
+    check_level("experts", params, ("gate_and_up_projs", "down_projs"))
     _check_tokens(x, routing, config)
     multiply = find(backend, x.device)
     h = x.to(_product_dtype(x))

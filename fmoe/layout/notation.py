@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from fmoe.layout.eager.html import table_of
 from fmoe.types import AdapterError, brief
 
 Atom = str  # an axis letter, "1", or the labels "q|k|v" of a ragged concatenation
@@ -106,6 +107,9 @@ class Rule:
 
     def __str__(self) -> str:
         return f"{self.source}  <->  {self.target}{_where(self.bounds)}"
+
+    def _repr_html_(self) -> str:
+        return table_of(str(self))
 
     @cached_property
     def bound(self) -> dict[str, Bound]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fmoe.folding import meant
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import count
-from fmoe.shapes import check_params, odd
+from fmoe.shapes import check_level, check_params, odd
 from fmoe.types import INTEGERS, MoEConfig, Params, Routed, Routing
 
 
@@ -62,6 +62,7 @@ def _logits(
     params: Params, x: Tensor, config: MoEConfig, indices: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(logits, correction bias)."""
+    check_level("route", params, ("gate.weight",))
     gate = {name: p for name, p in params.items() if name.startswith("gate.")}
     _check(gate, x, config, {"indices": indices, "mask": mask})
     seen = x if mask is None else x.masked_fill(~mask[:, None], 0)

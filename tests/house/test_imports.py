@@ -23,11 +23,12 @@ CHECKPOINTS = """
 folding
 types
 sharding
+layout.eager.html
 layout.notation
 layout.names layout.parsing
 layout.entries layout.axes
 layout.proved.suspects
-layout.claims layout.eager.html layout.eager.converting layout.sharded.placements
+layout.claims layout.eager.converting layout.sharded.placements
 layout.grouping layout.sharded.shards
 layout.proved
 layout.plan layout.stage

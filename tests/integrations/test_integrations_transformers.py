@@ -533,6 +533,7 @@ def test_L0_the_report_tells_what_is_bound_and_what_is_not_and_why() -> None:
         "model.layers.1.mlp.experts", "GptOssExperts", "quick_geglu(activation_alpha=1.5, activation_limit=1.25)"
     )  # fmt: skip
     assert str(report).count("\n") == 2
+    assert report._repr_html_().count("<tr>") == len(report.bound) and "GptOssExperts" in report._repr_html_()
 
 
 def test_L0_patches_nest_and_undo_in_turn(calls: Calls) -> None:

@@ -294,3 +294,35 @@ def test_batch_invariance_differentiates_and_holds_with_lora_and_no_tokens(backe
     naive.near(alone, y[2:3], 1e-6)
     none = Routing(*(t[:0] for t in ROUTING))
     assert fmoe.experts(PARAMS, X[:0], none, CONFIG, backend=backend, batch_invariant=True).shape == (0, 6)
+
+
+# a whole model's dict, where one layer's is wanted
+
+LAYER = fmoe.MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=8, moe_inter_dim=6, dtype="float32")
+PARTS = {"gate.weight": (4, 8), "experts.gate_and_up_projs": (4, 8, 12), "experts.down_projs": (4, 6, 8)}
+ROWS_OF_IT = fmoe.Routing(torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2))
+CALLS_OF_IT = {
+    "moe": ("{block}", lambda p: fmoe.moe(p, torch.ones(3, 8), LAYER)),
+    "moe, replayed": ("{block}", lambda p: fmoe.moe(p, torch.ones(3, 8), LAYER, routing=ROWS_OF_IT)),
+    "route": ("{block}", lambda p: fmoe.route(p, torch.ones(3, 8), LAYER)),
+    "routed": ("{block}", lambda p: fmoe.routing.routed(p, torch.ones(3, 8), LAYER)),
+    "experts": ("{block}.experts", lambda p: fmoe.experts(p, torch.ones(3, 8), ROWS_OF_IT, LAYER)),
+}
+
+
+@pytest.mark.parametrize("block", ["model.layers.0.mlp", "mtp.layers.3.mlp", "mlp"])
+@pytest.mark.parametrize("call", CALLS_OF_IT)
+def test_a_whole_models_dict_is_answered_with_the_subtree_to_take(call, block):
+    whole = {f"{block}.{name}": torch.ones(shape) for name, shape in PARTS.items()} | {"norm.weight": torch.ones(8)}
+    prefix, function = CALLS_OF_IT[call]
+    with pytest.raises(ValueError) as error:
+        function(whole)
+    fix = str(error.value).partition("Fix: ")[2]
+    assert fix == f"fmoe.subtree(params, {prefix.format(block=block)!r})"
+    function(fmoe.subtree(whole, prefix.format(block=block)))  # the fix is one
+
+
+def test_of_many_layers_the_first_is_named_and_how_many_there_are():
+    whole = {f"model.layers.{l}.mlp.{name}": torch.ones(shape) for l in range(3) for name, shape in PARTS.items()}
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp'\), or another of 3 such prefixes"):
+        fmoe.moe(whole, torch.ones(3, 8), LAYER)

@@ -57,6 +57,8 @@ def test_a_repr_is_a_line_and_problems_of_one_kind_fold():
     plan = adapter.plan(hf)
     assert repr(plan).startswith("Plan(162 tensors -> 18 tensors") and "<table>" in plan._repr_html_()
     assert "<table>" in adapter._repr_html_()
+    (own,) = rule("a.{e} [d]", "b [e d]").stages[0].rules()
+    assert own._repr_html_() == "<table><tr><td><code>a.{e} [d]</code></td><td><code>b [e d]</code></td></tr></table>"
     for e in (2, 3):
         for l in range(9):
             del hf[head.format(l, e, "gate")], hf[head.format(l, e, "up")]
