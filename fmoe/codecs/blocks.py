@@ -6,6 +6,7 @@ from torch import Tensor
 from fmoe.codecs.values import E4M3, E8M0, MOST, PER_BYTE, Block, as_number, as_scale, decode, grid
 
 _PART = 2**19  # numbers encoded at a time, if a block is no larger
+_RANGE = (2.0**-119, 72 * 2.0**113)  # of fresh e4m3 scales; 448 times the largest is a number of bf16
 
 
 def blocks_of(x: Tensor, block: Block, fill: float = 0.0) -> Tensor:
@@ -131,15 +132,21 @@ def _quantised(
 
 
 def fresh_scale(weight: Tensor, code: str, block: Block, dtype: torch.dtype) -> Tensor:
-    """One scale for each block: the least under which nothing is cut off, of powers of two (int4: of five-bit numbers).
+    """One scale for each block, such that what is decoded, in bf16 too, is encoded alike without it.
 
-    So whatever is decoded is a number of bf16. NaN counts for none; of zeros alone it is 1.
+    int4, int8: the least number of five bits under which nothing is cut off. e4m3: amax / 448, rounded to seven bits,
+    as 448 times the scale leads back to it; a scale that is not float32 or bfloat16, and every one of e2m1, is the
+    least power of two under which nothing is cut off. NaN counts for none; of zeros alone it is 1.
     """
     most = blocks_of(weight, block).nan_to_num(nan=0.0).abs().amax(dim=(-3, -1))
     if code in ("int4", "int8"):
         mantissa, exponent = torch.frexp(most / (7 if code == "int4" else 127))
         made = torch.ldexp(mantissa.mul(32).ceil().div(32), exponent).to(dtype)
         return torch.where(made == 0, torch.ones((), dtype=dtype, device=made.device), made)
+    if code == "e4m3" and dtype in (torch.float32, torch.bfloat16):
+        mantissa, exponent = torch.frexp(most / MOST[code])
+        made = torch.ldexp(mantissa.mul(128).round().div(128), exponent).clamp(*_RANGE)
+        return torch.where(most == 0, 1.0, made).to(dtype)
     mantissa, exponent = torch.frexp(most)
     # the largest number becomes a code from half the largest on, so that what was decoded is encoded alike
     places, within = (9, mantissa <= 464 / 512) if code == "e4m3" else (3, mantissa < 7 / 8)

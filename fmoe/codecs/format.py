@@ -60,7 +60,8 @@ class Format(Stored):
         scale: one to use again in every block where it gives weight back exactly, such as the one that weight was
         decoded with; every other block gets a fresh one, with which |decode - w| is at most, s being the scale,
 
-            e4m3   2^-4 |w| + 2^-10 s        (s the least power of two that fits)
+            e4m3   2^-4 |w| + 2^-10 s        (s amax / 448 in seven bits; of other dtypes than float32 and bfloat16
+                                              the least power of two that fits)
             e2m1   |w| / 5 + s / 4           (s the least power of two that fits)
             int4   s / 2                     (s the least number of five bits that fits, under 17/16 max |w| / 7)
 

@@ -30,12 +30,13 @@ def quantize(weight: Tensor, scale: Tensor | None = None, block: int = 128) -> t
     """(q, s) with dequantize(q, s) nearest to weight: |q * s - w| <= 2^-4 |w| + 2^-10 s in every block.
 
     weight [.., R, C] floating; scale: one to use again in every block where it gives weight back exactly, such as the
-    one that weight was decoded with. New scales are the least powers of two that fit, in fp32. Returns (q e4m3, s).
-    NaN stays NaN and counts for no scale. Raises ValueError for an infinity: e4m3 has none.
+    one that weight was decoded with. New scales are amax / 448 in fp32, rounded to seven bits, so that (q, s) comes
+    back from what is decoded, also without s, and |q * s - w| is at most 3.7 % of amax. Returns (q e4m3, s). NaN stays
+    NaN and counts for no scale. Raises ValueError for an infinity: e4m3 has none.
 
-    >>> q, s = quantize(torch.tensor([[1.0, -3.0]]))
+    >>> q, s = quantize(torch.tensor([[224.0, -3.0]]))
     >>> dequantize(q, s, torch.float32), s
-    (tensor([[ 1., -3.]]), tensor([[0.0078]]))
+    (tensor([[224.,  -3.]]), tensor([[0.5000]]))
     """
     return replace(FORMATS["fp8 blocks"], block=(block, block)).encode(weight, scale)
 

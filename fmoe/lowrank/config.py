@@ -1,7 +1,7 @@
 """adapter_config.json as a value."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,15 +10,20 @@ from fmoe.types import AdapterError
 
 UNSIGNED = "0.17.1"
 """What a config without peft_version is from: releases before 0.18 did not write it."""
-REFUSED = dict.fromkeys(
-    ("use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
-    "more than two matrices A and B say. Fix: merge it with PEFT (merge_and_unload), and convert the model",
-) | {
-    "modules_to_save": "whole weights beside A and B. Fix: merge it with PEFT (merge_and_unload)",
-    "trainable_token_indices": "rows of an embedding beside A and B. Fix: merge it with PEFT (merge_and_unload)",
-    "layer_replication": "other layers than the base's. Fix: merge it with PEFT (merge_and_unload)",
+_MERGE = "Fix: merge it with PEFT (merge_and_unload), and convert the model"
+_MORE = """use_dora lora_bias fan_in_fan_out use_qalora use_bdlora alora_invocation_tokens kasa_config monteclora_config
+    arrow_config""".split()
+REFUSED = {name: f"more than two matrices A and B say. {_MERGE}" for name in _MORE} | {
+    "modules_to_save": f"whole weights beside A and B. {_MERGE}",
+    "trainable_token_indices": f"rows of an embedding beside A and B. {_MERGE}",
+    "layer_replication": f"other layers than the base's. {_MERGE}",
+    "bias": f"biases of the base, trained beside A and B. {_MERGE}",
 }
 """Fields of adapter_config.json that two matrices cannot express, and what they mean."""
+HARMLESS = {"bias": "none"}
+"""What such a field says where it says nothing."""
+STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Values of init_lora_weights that change the base's own weights too."""
 LAYOUTS = ("rank_major", "grouped_by_expert")
 """How a wrapper's B packs ranks and experts in its last dimension: (r e), PEFT's; or (e r)."""
 
@@ -49,7 +54,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
-        if problems := [f"{name}={self.other[name]!r}: {why}" for name, why in REFUSED.items() if self.other.get(name)]:
+        if problems := [*_refused(self.other)]:
             raise AdapterError([f"adapter_config.json says {problem}" for problem in problems])
         if (found := self.other.get("lora_B_layout") or LAYOUTS[0]) not in LAYOUTS:
             raise AdapterError(f"adapter_config.json has lora_B_layout {found!r}, expected one of {', '.join(LAYOUTS)}")
@@ -110,6 +115,16 @@ class LoraConfig:
         """alpha / r of a parameter or module; with rslora alpha / sqrt(r)."""
         r = self.rank(key)
         return _matched(self.alpha_pattern, key, self.lora_alpha) / (r**0.5 if self.use_rslora else r)
+
+
+def _refused(other: Mapping[str, Any]) -> Iterator[str]:
+    for name, why in REFUSED.items():
+        if (said := other.get(name)) and said != HARMLESS.get(name):
+            yield f"{name}={said!r}: {why}"
+    start = other.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(STARTS):
+        fix = f"Fix: save it with PEFT's path_initial_model_for_weight_conversion, or {_MERGE.removeprefix('Fix: ')}"
+        yield f"init_lora_weights={start!r}: A and B belong to a base whose weights the start has changed. {fix}"
 
 
 def _matched(patterns: Mapping[str, Any], key: str, default: Any) -> Any:

@@ -6,14 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmoe.layout.claims import some
 from fmoe.lowrank.derive import NATIVE
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Params
+from fmoe.types import AdapterError, Params, Problem
 
 Scale = float | Mapping[str, float]
 _WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
 _LINEAR = ".lora_A.weight"
+_NATIVE = "Fix: pass what fmoe.load gives of its base, and what fmoe.lora.load gives of its directory"
+_WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
 
 
 class Pair(NamedTuple):
@@ -154,7 +157,9 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
     for pair in _pairs(lora):
         name = next((n for n in (pair.weight, pair.weight.removeprefix(WRAPPED)) if n in params), None)
         if name is None:
-            raise AdapterError(f"lora: {pair.a!r} has no weight {pair.weight.removeprefix(WRAPPED)!r} to be added to")
+            weight = pair.weight.removeprefix(WRAPPED)
+            told = f"lora: {pair.a!r} has no weight {weight!r} to be added to, expected it among params. {_NATIVE}"
+            raise AdapterError([Problem(told, (pair.a,))])
         W, A, B = params[name], lora[pair.a], lora[pair.b]
         if is_dtensor(W) or is_dtensor(A) or not W.is_floating_point() or W.element_size() < 2:
             raise AdapterError(f"lora: {name!r} is {W.dtype}{' in a DTensor' * is_dtensor(W)}, expected plain floats")
@@ -208,5 +213,6 @@ def _pairs(lora: Params) -> Iterator[Pair]:
             raise AdapterError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
         seen |= {pair.a, pair.b}
         yield pair
-    if other := [n for n in lora if n not in seen]:
-        raise AdapterError(f"lora: {other[0]!r} is no matrix A or B of a pair, and cannot be merged")
+    if other := tuple(n for n in lora if n not in seen):
+        told = f"lora: {some(other)}: no matrix A or B of a pair, which cannot be merged. {_WHOLE}"
+        raise AdapterError([Problem(told, other)])

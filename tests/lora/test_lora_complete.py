@@ -1,13 +1,16 @@
 """A PEFT directory is whole against its config and its base, and what two matrices cannot say is refused by name."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fmoe
+from fmoe.lowrank.config import HARMLESS, REFUSED, STARTS
 
 E, r, D, I, L = 4, 2, 16, 8, 3
 SIZES = dict(num_hidden_layers=L, hidden_size=D, moe_intermediate_size=I, num_experts_per_tok=1)
@@ -71,8 +74,53 @@ def test_other_forms_are_refused_by_name_in_load_and_merge(what, kind, tmp_path)
     with pytest.raises(fmoe.AdapterError) as error:
         fmoe.lora.load(written(tmp_path / "it", tensors, config), adapter)
     assert key in error.value.keys
-    with pytest.raises(fmoe.AdapterError):
+    with pytest.raises(fmoe.AdapterError, match="Fix|expected") as error:
         fmoe.lora.merge({"model.layers.1.mlp.experts.down_projs": torch.ones(E, I, D)}, tensors, 1.0)
+    assert any(key.removesuffix(".lora_A.weight").removeprefix(P) in k for k in error.value.keys)
+
+
+SAYS: dict[str, Any] = dict.fromkeys(REFUSED, True) | {
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [5, 7],
+    "layer_replication": [[0, 2], [1, 3]],
+    "bias": "lora_only",
+    "alora_invocation_tokens": [5],
+} | dict.fromkeys(("kasa_config", "monteclora_config", "arrow_config", "use_bdlora"), {"a": 1})  # fmt: skip
+SAYS = {name: (name, value) for name, value in SAYS.items()}
+SAYS |= {f"init {start}": ("init_lora_weights", f"{start}_niter_4") for start in STARTS}
+
+
+@pytest.mark.parametrize("what", SAYS)
+def test_what_two_matrices_cannot_say_is_refused_by_the_fields_name_with_what_to_do(what, tmp_path):
+    """In what `load` reads and what `save` would write; and what PEFT writes where nothing is meant is taken."""
+    field, value = SAYS[what]
+    adapter = fmoe.adapter("qwen3_moe", SIZES | BASES["qwen3_moe"])
+    made = fmoe.lora.init({f"model.layers.{l}.mlp.experts.down_projs": torch.ones(E, I, D) for l in range(L)}, r=r)
+    config = fmoe.lora.save(made, tmp_path / "it", adapter)
+    plain = config.json() | {name: HARMLESS.get(name) for name in REFUSED} | {"init_lora_weights": True}
+    for said, refused in (plain, False), (plain | {field: value}, True):
+        (tmp_path / "it" / "adapter_config.json").write_text(json.dumps(said))
+        if not refused:
+            assert fmoe.lora.load(tmp_path / "it", adapter).params.keys() == {P + n for n in made}
+            continue
+        with pytest.raises(
+            fmoe.AdapterError, match=f"^adapter_config.json says {field}=.*Fix: (merge|save) it with PEFT"
+        ):
+            fmoe.lora.load(tmp_path / "it", adapter)
+        with pytest.raises(fmoe.AdapterError, match=f"says {field}="):
+            fmoe.lora.LoraConfig.read(said)
+
+
+def test_every_field_of_pefts_config_is_read_or_refused_or_says_nothing_of_a_merge():
+    peft = pytest.importorskip("peft")
+    read = {"peft_type", "peft_version", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern"}
+    read |= {"alpha_pattern", "target_modules", "target_parameters", "exclude_modules", "layers_to_transform"}
+    training = {"lora_dropout", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+    training |= {"velora_config", "qalora_group_size"}  # how it starts, and a backward; sizes of what is refused
+    about = {"task_type", "auto_mapping", "revision", "inference_mode", "runtime_config", "layers_pattern"}
+    about |= {"megatron_config", "megatron_core", "ensure_weight_tying"}  # where it runs; of layers that are tied
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig)}
+    assert fields - set(REFUSED) - read - training - about == set(), "new in PEFT: read it, or refuse it by name"
 
 
 def test_no_matrices_are_no_merge():
