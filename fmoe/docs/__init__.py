@@ -7,6 +7,7 @@ experts     experts as a pure function: grad, vmap, ensembles, per-sample gradie
 train       load, train, export; Transformers; LoRA
 quantised   FP8, MXFP8, MXFP4, INT4: decode, keep, write
 parallel    expert parallelism, FSDP2, distributed checkpoints, weight synchronisation
+refused     what is refused, the error as printed, and why; written by the tests
 glossary, faq, comparison
 """
 
