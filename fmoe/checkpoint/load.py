@@ -14,11 +14,14 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.checkpoint.whole import whole
-from fmoe.codecs.cast import held
+from fmoe.codecs.cast import CastExperts, castable, held
+from fmoe.families.kind import as_dict
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.grouping import Specs
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank
-from fmoe.types import AdapterError, Params, Problem, TensorSpec
+from fmoe.types import AdapterError, Params, Problem, TensorSpec, as_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +35,7 @@ def load(
     out: Params | None = None,
     mmap: bool = True,
     threads: int | None = None,
+    cast: str = "experts",
     **choices: Any,
 ) -> dict[str, Any]:
     """The native parameters of a directory, Hugging Face's or native: `from_hf` of its tensors.
@@ -42,9 +46,12 @@ def load(
     process.
 
     device: where they go ("meta": shapes and dtypes only). device_mesh: this rank's experts, as DTensors. out: native
-    tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`, such as `dtype=`; adapter=:
-    one of your own; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. Raises AdapterError
-    with every problem found.
+    tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`; adapter=: one of your own;
+    a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read.
+
+    dtype= casts the experts and nothing else. With cast="all" it casts the other tensors too. Integers, quantised parts
+    and what is kept in fp32 stay as they are: correction biases, `A_log`, `dt_bias`, and every tensor that is stored in
+    fp32 although the config names a narrower dtype. Raises AdapterError with every problem found.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -58,6 +65,7 @@ def load(
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
     specs = plan_from(source, adapter.inverse).targets if source.native else source.specs
+    adapter = _casting(adapter, source, specs, cast, choices.get("dtype"))
     if source.native:
         whole(source, source.specs, specs, **choices)
     stacks: dict[str, TensorSpec] = {}
@@ -89,6 +97,20 @@ def load(
         for _, tensors in in_order(executor, run, plan.units(), ahead=2 * source.readers if source.readers else 4):
             made |= {n: finish(n, t) for n, t in tensors.items()}
     return {n: made[n] for n in plan.targets}
+
+
+def _casting(adapter: Adapter, source: Checkpoint, specs: Specs, cast: str, dtype: Any) -> Adapter:
+    """The adapter, and after it what casts the tensors that are no experts', if that was asked for."""
+    if cast not in ("experts", "all"):
+        raise AdapterError(f"cast={cast!r}: expected 'experts' or 'all'{meant(cast, ('experts', 'all'))}")
+    if cast == "experts":
+        return adapter
+    if dtype is None:
+        raise AdapterError("cast='all' says what to cast, and no dtype= says to which. Fix: dtype='bfloat16'")
+    config = as_dict(source.config)
+    said = config.get("dtype") or config.get("torch_dtype")
+    names = castable(adapter.plan(specs).targets, as_dtype(said) if said else None)
+    return adapter >> Adapter((CastExperts(as_dtype(dtype), names),))
 
 
 def inputs(source: Checkpoint, plan: Plan, names: list[str], maps: Maps | None) -> dict[str, Tensor]:

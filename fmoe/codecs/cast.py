@@ -1,5 +1,6 @@
-"""Merged expert tensors cast to one dtype on the way in; nothing is cast on the way out, and nothing else ever is."""
+"""Merged expert tensors, or what a call names besides, cast to one dtype on the way in; nothing on the way out."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,30 @@ def held(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         text = f"{name!r} holds {worst:.4g}, expected at most {most:.4g}, which {kind} can hold"
         raise AdapterError([Problem(f"{text}. Fix: another dtype, as bfloat16", (name,))])
     return made
+
+
+KEPT = ("e_score_correction_bias", "A_log", "dt_bias", "_fp32_params")
+"""Segments of native names whose tensors stay in fp32, as Transformers keeps them."""
+
+
+def castable(specs: Specs, said: torch.dtype | None) -> frozenset[str]:
+    """The native tensors that may be cast: floats of 16 bits or more that are no scales and not kept in fp32.
+
+    Kept are names with a segment of `KEPT`, and what a checkpoint stores in fp32 though its config says less (said).
+
+    >>> kinds = {"a.weight": torch.bfloat16, "a.weight_scale_inv": torch.float32, "gate.e_score_correction_bias": None}
+    >>> sorted(castable({n: TensorSpec((1,), d or torch.float32) for n, d in kinds.items()}, None))
+    ['a.weight']
+    """
+    wide = said is not None and said.itemsize < 4
+    scales = lambda n: "scale" in n.rpartition(".")[2] and any(n[:k] in specs for k in range(len(n)) if n[k] == "_")
+    return frozenset(
+        name
+        for name, spec in specs.items()
+        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1
+        if not scales(name) and not re.search(r"(input|activation)_scale$", name)
+        if not any(part in KEPT for part in name.split(".")) and not (wide and spec.dtype == torch.float32)
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ _EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that
 _STACKED = re.compile(
     r"(^|\.)((block_sparse_)?moe\.(gate|up|down)_proj|(block_sparse_moe|mlp)\.(in|out)put_linear)\."
 )  # experts in one tensor, under no such segment
+_FUSED = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)(_bias)?$")
 _QUANTISED = re.compile(
     r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|weight_packed|qscale_\w+|\.(qweight|qzeros|absmax))$"
 )
@@ -61,6 +62,9 @@ def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], the
         return None
     first = next((s for s in segments if s in near), segments[-1])
     line = f"{{pre}}{first}" + ".{rest}" * (first != segments[-1])
+    if _FUSED.search(template):
+        held = "no rule claims it: all experts in one tensor, as Transformers holds them in memory"
+        return f'{held}. Fix: layout="fused" where the family has it; else a rule for it, or | keep("{line}")'
     return f'no rule claims it, and it looks like an expert\'s. Fix: add a rule for it, or | keep("{line}")'
 
 

@@ -1,0 +1,80 @@
+"""`load(dtype=)` casts experts; with cast="all" the rest too, and never what has to stay as it is."""
+
+import hf
+import hf_zoo as zoo
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fmoe
+from fmoe.types import EXPERT_TENSORS
+
+FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen3_next"]
+KEPT = ("e_score_correction_bias", "A_log", "dt_bias")
+half, full = torch.float16, torch.float32
+
+
+def stays(name: str) -> bool:
+    return any(part in name for part in KEPT)
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_all_casts_the_rest_but_what_is_kept_in_fp32(name, native, tmp_path):
+    _, path = zoo.saved(name)
+    if native:
+        fmoe.convert(path, tmp_path / "native", fsync=False)
+        path = tmp_path / "native"
+    plain, experts, whole = (fmoe.load(path, **how) for how in ({}, dict(dtype=half), dict(dtype=half, cast="all")))
+    assert plain.keys() == experts.keys() == whole.keys() and any(map(stays, plain)) == (name in FAMILIES[2:])
+    for n, t in plain.items():
+        of_experts = n.rpartition(".")[2] in EXPERT_TENSORS
+        assert experts[n].dtype == (half if of_experts else t.dtype), n
+        assert whole[n].dtype == (t.dtype if stays(n) else half) and torch.equal(whole[n], t.to(whole[n].dtype)), n
+    out = {n: torch.empty_like(t) for n, t in whole.items()}
+    assert all(torch.equal(t, whole[n]) for n, t in fmoe.load(path, out=out, dtype=half, cast="all").items())
+
+
+def test_what_a_narrow_checkpoint_stores_in_fp32_stays(tmp_path):
+    model = hf.build("mixtral").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    held["model.norm.weight"] = held["model.norm.weight"].float()
+    save_file(held, file, {"format": "pt"})
+    whole = fmoe.load(tmp_path, dtype=half, cast="all")
+    assert {n for n, t in whole.items() if t.dtype == full} == {"model.norm.weight"}
+    assert {t.dtype for t in whole.values()} == {half, full}
+
+
+def test_scales_stay_with_what_was_decoded(tmp_path):
+    _, path = zoo.saved("deepseek_v3")
+    fmoe.convert(path, tmp_path / "fp8", "hf", quantize="fp8", fsync=False)
+    plain = fmoe.load(tmp_path / "fp8")
+    whole = fmoe.load(tmp_path / "fp8", dtype=half, cast="all")
+    scales = {n for n in plain if n.endswith("_scale_inv")}
+    assert scales and all(torch.equal(plain[n], whole[n]) and whole[n].dtype == plain[n].dtype for n in scales)
+    assert {t.dtype for n, t in whole.items() if n not in scales and not stays(n)} == {half}
+
+
+@pytest.mark.parametrize("how, why", [
+    (dict(cast="all"), "no dtype= says to which. Fix: dtype='bfloat16'"),
+    (dict(cast="alll", dtype=half), "cast='alll': expected 'experts' or 'all'. Did you mean 'all'?"),
+])  # fmt: skip
+def test_what_cannot_be_meant_is_an_error(how, why):
+    with pytest.raises(fmoe.AdapterError) as error:
+        fmoe.load(zoo.saved("mixtral")[1], **how)
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "olmoe"])
+def test_a_live_state_dict_is_understood_or_the_error_says_how(name):
+    model, path = zoo.saved(name)
+    live = model.state_dict()
+    native = fmoe.adapter(name, model.config).from_hf(live)
+    same = fmoe.load(path)
+    assert all(torch.equal(t, same[n]) for n, t in native.items() if n in same) and native.keys() >= same.keys()
+    with pytest.raises(fmoe.AdapterError, match='as Transformers holds them in memory. Fix: layout="fused"'):
+        fmoe.adapter(path).from_hf(live)
+    fixed = fmoe.adapter(path, layout="fused").from_hf(live)
+    assert fixed.keys() == native.keys() and all(torch.equal(t, native[n]) for n, t in fixed.items())
