@@ -1,6 +1,7 @@
 """Commands that write, or prove what writing would give: convert, verify, demo."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,6 +114,10 @@ def convert(
     _say(report, f"{what} {would} {dst} ({human(report.nbytes)}{went_on})", as_json)
     for path, digest in () if as_json else report.checksums.items():
         print(f"{digest}  {path}")
+    if not as_json and sys.stdout.isatty():
+        from fmoe.cli.show import rows
+
+        rows([("next", line) for line in _next(to, str(dst), dry_run)])
 
 
 @app.command()
@@ -162,6 +167,21 @@ def demo(
     found = run(keep, (lambda line: None) if as_json else print)
     if as_json:
         print(json.dumps(found))
+
+
+def _next(to: str, dst: str, dry_run: bool) -> list[str]:
+    """What one may do with what was converted, one command a line."""
+    where = shlex.quote(dst)
+    if dry_run:
+        return ["the same command without --dry-run writes it"]
+    if to == "native":
+        back = f"fmoe convert {where} BACK --to hf    # byte for byte what it was made from"
+        return [f"fmoe.load({dst!r}) in Python, to train", back]
+    from fmoe.families import FAMILIES
+
+    if to == "hf" or to in FAMILIES:
+        return [f"fmoe verify {where}", f"AutoModelForCausalLM.from_pretrained({dst!r}) in Python"]
+    return [f"fmoe inspect {where}", f"fmoe convert {where} BACK --to hf --from {to}"]
 
 
 def _say(report: "Report", text: str, as_json: bool) -> None:

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
+import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from threading import Thread
@@ -274,3 +276,32 @@ def test_the_program_itself_converts_into_a_pipe_and_draws_its_bar_on_a_terminal
         b"qwen3_moe, 52 tensors, 594.4 kB: everything comes back bit for bit\n",
         b"",
     )
+
+
+# what to do next: on a terminal, and nowhere else
+
+NEXT = {
+    "native": (("--to", "native"), ["fmoe.load('{dst}')", "fmoe convert {dst} BACK --to hf"]),
+    "hf": (("--to", "hf", "--layout", "fused"), ["fmoe verify {dst}", "from_pretrained('{dst}')"]),
+    "mixtral": (("--to", "mixtral", "--lossy"), ["fmoe verify {dst}", "from_pretrained('{dst}')"]),
+    "torchtitan": (("--to", "torchtitan"), ["fmoe inspect {dst}", "fmoe convert {dst} BACK --to hf --from torchtitan"]),
+    "dry": (("--dry-run",), ["the same command without --dry-run"]),
+}
+
+
+@pytest.mark.parametrize("how", ["terminal", "pipe", "json"])
+@pytest.mark.parametrize("to", NEXT)
+def test_convert_ends_with_what_to_do_next_on_a_terminal_alone(to, how, kept, run, tmp_path, monkeypatch):
+    (options, lines), dst = NEXT[to], tmp_path / "out"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: how != "pipe", raising=False)
+    json_ = ("--json",) if how == "json" else ()
+    code, out, _ = run("convert", kept / "hf", dst, "--quiet", *options, *json_, columns=300)
+    assert code == 0
+    if how == "terminal":
+        out = re.sub(r"\x1b\[\d*m", "", out)
+        said = [line for line in out.splitlines() if any(expected.format(dst=dst) in line for expected in lines)]
+        assert len(said) == len(lines) and said[0].startswith("next") and out.rstrip().endswith(said[-1])
+    else:
+        assert "next" not in out
+    if how == "json":
+        json.loads(out)
