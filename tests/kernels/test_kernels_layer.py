@@ -1,7 +1,9 @@
 """The whole layer on kernels, forward and every gradient, against fp64: no worse than the eager twin."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fmoe_kernels
 import kernel_cases
@@ -33,8 +35,21 @@ CASES = {name: Case(activation=name) for name in SCALARS} | {
 }
 
 
-@DTYPES
-@pytest.mark.parametrize("name", CASES)
+SLOW = pytest.mark.slow  # seconds each in the interpreter: the other dtype runs the same program every time
+HALF = {"biases", "in out", "odd sizes", "one token"}
+
+
+def twice(names: Iterable[str], always: torch.dtype, both: Collection[str] = ()) -> Any:
+    """Each case in both dtypes, the second time under `-m slow` but for some."""
+    rows = [(n, d) for n in names for d in kernel_cases.DTYPES]
+    return pytest.mark.parametrize(
+        ("name", "dtype"),
+        [pytest.param(n, d, marks=() if d == always or n in both else SLOW) for n, d in rows],
+        ids=str,
+    )
+
+
+@twice(CASES, torch.float32, HALF)
 def test_against_fp64(name: str, dtype: torch.dtype) -> None:
     no_worse(run(fmoe_kernels.experts, CASES[name], dtype), CASES[name], dtype)
 
@@ -44,6 +59,7 @@ def test_bf16_against_fp64(name: str) -> None:
     no_worse(run(fmoe_kernels.experts, CASES[name], torch.bfloat16), CASES[name], torch.bfloat16)
 
 
+@SLOW  # a minute for each dtype
 @DTYPES
 def test_on_average_errors_are_no_larger_than_the_twins(dtype: torch.dtype) -> None:
     """Without a factor: over draws of several layers, the mean square error of every tensor."""
@@ -68,8 +84,7 @@ TILES = {
 }
 
 
-@DTYPES
-@pytest.mark.parametrize("name", TILES)
+@twice(TILES, torch.float16)
 def test_every_path_is_no_worse(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     table = kernel_cases.table(tmp_path, **TILES[name])
     even = Case(D=24, I=16, bias=True)  # rows of 16 bytes: descriptors can be made
