@@ -146,7 +146,7 @@ class MoEConfig:
     n_activated_experts: int  #: K, experts a token; routers
     dim: int  #: features of the model; D, unless moe_latent_size is set
     moe_inter_dim: int  #: I, features inside an expert
-    inter_dim: int | None = None  #: features inside the dense MLP; kept for you, experts do not use it
+    inter_dim: int | None = None  #: features inside dense MLPs, as `adapter.moe_config` reads them; layers use none
     n_shared_experts: int = 0  #: experts that every token passes; `moe`, nn.MoE
     n_expert_groups: int = 1  #: groups that experts are chosen from; routers
     n_limited_groups: int = 1  #: groups that a token may choose from; routers
@@ -177,13 +177,15 @@ class MoEConfig:
     enable_routing_replay: bool = False  #: refused when True: pass `indices=` or `routing=` instead
 
     def __post_init__(self) -> None:
-        for name in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim"):
+        for name in "n_routed_experts n_activated_experts dim moe_inter_dim".split():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
-        if self.n_activated_experts > self.n_routed_experts:
-            told = f"n_routed_experts={self.n_routed_experts}, expected E >= K={self.n_activated_experts}"
-            raise ValueError(f"MoEConfig.n_activated_experts is {self.n_activated_experts} with {told}")
+        for name in "gate_bias_update_factor aux_loss_coeff swiglu_limit shared_swiglu_limit".split():
+            if not (isinstance(value := getattr(self, name) or 0, int | float) and value >= 0):  # NaN compares false
+                raise ValueError(f"MoEConfig.{name} is {value!r}, expected a number from 0 on")
+        if (K := self.n_activated_experts) > (E := self.n_routed_experts):
+            raise ValueError(f"MoEConfig.n_activated_experts is {K} with n_routed_experts={E}, expected E >= K={K}")
         for name in ("expert_activation", "shared_expert_activation"):
             if (value := getattr(self, name)) not in EXPERT_ACTIVATIONS:
                 told = f"{', '.join(EXPERT_ACTIVATIONS)}{meant(value, EXPERT_ACTIVATIONS)}"

@@ -65,6 +65,7 @@ LAYER = {
     "replace(config, expert_activation='tanh')": "no such activation",
     "replace(config, n_activated_experts=5)": "more choices than experts",
     "replace(config, enable_routing_replay=True)": "it would do nothing here",
+    "replace(config, aux_loss_coeff=-1.0)": "it would be ignored, as a rate of 0 is",
 }
 KERNELS = {
     "fmoe_kernels.experts(x, ids, weights, mask.int(), w_up, w_down)": "a mask of whole numbers would be read as bytes",
