@@ -8,6 +8,7 @@
         assert_laws(my_adapter, specs)
 
     assert_laws((from_hf, to_hf), specs)  # two functions of yours
+    same(by_einops(my_adapter, hf), my_adapter.from_hf(hf))  # another reading of the same rules
 
 The strategies need hypothesis: `pip install "fmoe[testing]"`. The laws do not.
 """
@@ -15,11 +16,12 @@ The strategies need hypothesis: `pip install "fmoe[testing]"`. The laws do not.
 from typing import TYPE_CHECKING, Any
 
 from fmoe.testing.laws import assert_laws, same, tensors
+from fmoe.testing.naive import by_einops
 
 if TYPE_CHECKING:
     from fmoe.testing.strategies import checkpoints, family_checkpoints, rules
 
-__all__ = ["assert_laws", "checkpoints", "family_checkpoints", "rules", "same", "tensors"]
+__all__ = ["assert_laws", "by_einops", "checkpoints", "family_checkpoints", "rules", "same", "tensors"]
 
 
 def __getattr__(name: str) -> Any:
