@@ -42,7 +42,7 @@ def _made(rule: Rule, hf: Mapping[str, Tensor], given: Mapping[str, int]) -> dic
             groups.setdefault(tuple(at[n] for n in rule.shared), {})[tuple(at[n] for n in rule.stacked)] = tensor
     made: dict[str, Tensor] = {}
     for shared, parts in groups.items():
-        sizes = {letter: len(bound) for letter, bound in rule.bound.items()} | given
+        sizes = {letter: len(bound) for letter, bound in rule.bound.items()} | dict(given)
         sizes |= {letter: len({at[k] for at in parts}) for k, letter in enumerate(rule.stacked)}
         pattern = f"{_dim(rule.stacked)} {_dims(rule.source)} -> {_dim(rule.unstacked)} {_dims(rule.target)}"
         known = {letter: n for letter, n in sizes.items() if letter in {*rule.source.atoms, *rule.stacked}}
