@@ -81,7 +81,8 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
 def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any) -> tuple[Adapter, Adapter]:
     """Hugging Face -> the source's side, and the source's side -> the target's."""
     if here == to:
-        raise AdapterError(f"{source.path} is {to} already")
+        fix = ". Fix: from_=, or --from SYSTEM, where it is another system's"
+        raise AdapterError(f"{source.path} is {to} already{fix}")
     own = {n: v for n, v in choices.items() if n in ("quantized", "dtype")}
     back = _back(source, here, lossy, own)
     names = source.specs if here == "hf" else back.plan(source.specs).targets

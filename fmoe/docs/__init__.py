@@ -4,6 +4,8 @@ index       what there is, and where to begin
 notation    a rule, form by form
 compose     your own transforms, and how to test them
 experts     experts as a pure function: grad, vmap, ensembles, per-sample gradients; backends
+research    what researchers ask next: per-sample gradients, router replay, surgery, upcycling
+systems     other trainers, engines and formats: what verified them, and a model there and back
 train       load, train, export; Transformers; LoRA
 quantised   FP8, MXFP8, MXFP4, INT4: decode, keep, write
 parallel    expert parallelism, FSDP2, distributed checkpoints, weight synchronisation
