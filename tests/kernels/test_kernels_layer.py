@@ -41,12 +41,9 @@ HALF = {"biases", "in out", "odd sizes", "one token"}
 
 def twice(names: Iterable[str], always: torch.dtype, both: Collection[str] = ()) -> Any:
     """Each case in both dtypes, the second time under `-m slow` but for some."""
-    rows = [(n, d) for n in names for d in kernel_cases.DTYPES]
-    return pytest.mark.parametrize(
-        ("name", "dtype"),
-        [pytest.param(n, d, marks=() if d == always or n in both else SLOW) for n, d in rows],
-        ids=str,
-    )
+    slow = lambda n, d: () if d == always or n in both else SLOW
+    rows = [pytest.param(n, d, marks=slow(n, d)) for n in names for d in kernel_cases.DTYPES]
+    return pytest.mark.parametrize(("name", "dtype"), rows, ids=str)
 
 
 @twice(CASES, torch.float32, HALF)
