@@ -6,7 +6,10 @@ compose     your own transforms, and how to test them
 experts     experts as a pure function: grad, vmap, ensembles, per-sample gradients; backends
 research    what researchers ask next: per-sample gradients, router replay, surgery, upcycling
 systems     other trainers, engines and formats: what verified them, and a model there and back
-train       load, train, export; Transformers; LoRA
+train       load, train, export; Transformers
+lora        LoRA on experts: train, PEFT and back, merge
+backends    one backend in place of another, with a parity check; your own
+sync        a trainer's weights to an engine's names, each rank its own experts
 quantised   FP8, MXFP8, MXFP4, INT4: decode, keep, write
 parallel    expert parallelism, FSDP2, distributed checkpoints, weight synchronisation
 refused     what is refused, the error as printed, and why; written by the tests

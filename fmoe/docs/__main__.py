@@ -6,8 +6,8 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-PAGES = """index train compose notation experts research directories families quantised systems parallel glossary
-    faq refused comparison""".split()
+PAGES = """index train lora compose notation experts backends research directories families quantised systems
+    parallel sync glossary faq refused comparison""".split()
 MODULES = """fmoe fmoe.layout.adapter fmoe.activations fmoe.routing fmoe.losses fmoe.surgery fmoe.dispatch fmoe.backends
     fmoe.nn fmoe.parallel fmoe.lora fmoe.dcp fmoe.sharding fmoe.families fmoe.systems fmoe.sync fmoe.codecs.formats
     fmoe.integrations fmoe.draw fmoe.testing fmoe_kernels.ops.layer fmoe_kernels.ops.products""".split()
