@@ -19,12 +19,11 @@ from fmoe.codecs.formats import FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
-from fmoe.codecs.unscaled import cut_across, unscaled
-from fmoe.layout.claims import some
+from fmoe.codecs.unscaled import cut_across, left_plain, unscaled
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.layout.notation import Rule
-from fmoe.types import AdapterError, Problem, TensorSpec
+from fmoe.types import AdapterError, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -198,12 +197,11 @@ class Quantised:
                 if f.fits(shape) and (p := as_named(n, f, shape)) is not None:
                     made[n] = p
                     break
-        left = (n for n, s in specs.items() if "experts" in n.split(".") and len(s.shape) == 3)
-        if fused := tuple(n for n in left if n not in made and n not in carried):
-            text = f"{some(fused)}: fused experts have no quantised form: choose layout='per_expert' to quantise"
-            raise AdapterError([Problem(text, fused)])
+        written = [(f, pattern) for f, (_, pattern) in zip(self.own, self.fresh, strict=True) if pattern is not None]
+        if problems := [*left_plain(specs, made.keys() | carried.keys(), written)]:
+            raise AdapterError(problems)
         if self.alone and not made and not carried:
-            told = ", ".join(name for name, pattern in self.fresh if pattern is not None)
+            told = ", ".join(f.name for f, _ in written)
             raise AdapterError(f"no tensor of this checkpoint can be written in {told}: expected experts that fit it")
         return made
 

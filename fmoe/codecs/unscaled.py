@@ -1,8 +1,11 @@
-"""What a plan of quantised tensors refuses: integers that no scale explains, and ranges that would cut blocks."""
+"""What a plan of quantised tensors refuses: integers without scales, ranges that cut blocks, experts left plain."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from fmoe.codecs.format import Format
 from fmoe.codecs.parts import Parts
+from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Rule
@@ -31,3 +34,24 @@ def cut_across(found: Collection[str], window: Window) -> list[Problem]:
     others = window.keys() - {"e"} if found else set()
     text = f"{', '.join(sorted(others))}: quantised blocks can only be cut by expert"
     return [Problem(text, tuple(found)[:8])] * bool(others)
+
+
+def left_plain(specs: Specs, done: Collection[str], written: Sequence[tuple[Format, str]]) -> Iterator[Problem]:
+    """A problem for experts that an export would leave plain among quantised ones. written: formats, and for which."""
+    told = ", ".join(f.name for f, _ in written)
+    left = {n: s.shape for n, s in specs.items() if n not in done and "experts" in n.split(".")}
+    named = {n: s for n, s in left.items() if len(s) in (2, 3) and any(re.fullmatch(p, n) for _, p in written)}
+    ragged = tuple(n for n, s in named.items() if not any(_in_groups(f, s) for f, _ in written))
+    if ragged:
+        wide = " or ".join(str(f.block[1]) for f, _ in written if f.grouped_by_row)
+        found = f"{some(ragged)}: {list(left[ragged[0]])} cannot be written in {told}"
+        fix = "Fix: choose another format; blocks of fp8 may be of any size"
+        yield Problem(f"{found}, expected whole groups of {wide} columns. {fix}", ragged)
+    if fused := tuple(n for n, s in left.items() if len(s) == 3 and n not in ragged):
+        fix = "choose layout='per_expert' to quantise, where the family has it, or another format"
+        yield Problem(f"{some(fused)}: fused experts have no form in {told}: {fix}", fused)
+
+
+def _in_groups(f: Format, shape: tuple[int, ...]) -> bool:
+    """Whether rows are whole groups, if the format has any."""
+    return not f.grouped_by_row or f.as_stored(shape)[-1] % f.block[1] == 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from codec_cases import CASES, PLAIN, config, made
+from codec_cases import CASES, FEW, PLAIN, config, made
 from hf import save
 from safetensors.torch import load_file
 
@@ -75,6 +75,47 @@ def test_a_plain_checkpoint_becomes_a_quantised_one_whose_config_says_so(name, q
         assert "_scale" in n or (t.float() - was[n].float()).abs().max() <= was[n].float().abs().max() / 5
     fmoe.convert(tmp_path / "codes", tmp_path / "plain", "hf", dtype="bfloat16", fsync=False)
     assert held(tmp_path / "plain").keys() == tensors.keys() and says(tmp_path / "plain") is None
+
+
+STACKED = {("gpt_oss", "int4"), ("gpt_oss", "nvfp4")}  # whose files hold matrices
+
+
+@pytest.mark.parametrize("quantize", [*EXPORTS, *FORMATS])
+@pytest.mark.parametrize("name", FEW)
+def test_formats_that_are_foreign_to_a_family_are_written_or_refused_by_name(name, quantize, tmp_path):
+    torch.manual_seed(0)
+    tensors = FEW[name](128, 256)
+    save(config(name, 128, 256), tensors, tmp_path / "hf")
+    write = lambda: fmoe.convert(tmp_path / "hf", tmp_path / "codes", "hf", quantize=quantize, fsync=False)
+    if quantize not in EXPORTS or (name, quantize) in STACKED:
+        match = "fused experts have no form in" if quantize in EXPORTS else "expected one of 'fp8', 'mxfp8', 'mxfp4'"
+        with pytest.raises(fmoe.AdapterError, match=match) as error:
+            write()
+        assert quantize in str(error.value) and not (tmp_path / "codes").exists()
+        return
+    write()
+    assert says(tmp_path / "codes") is not None
+    held_plain = {n for n, t in held(tmp_path / "codes").items() if t.dtype == torch.bfloat16 and "scale" not in n}
+    assert held_plain == {n for n in tensors if "bias" in n}
+    fmoe.verify(tmp_path / "codes")
+    was, now = fmoe.load(tmp_path / "hf"), fmoe.load(tmp_path / "codes")
+    bound = {"fp8": 0.04, "mxfp8": 0.0625}.get(quantize, 0.2)
+    for n, t in was.items():
+        assert (now[n].float() - t.float()).abs().max() <= bound * t.float().abs().max()
+
+
+@pytest.mark.parametrize("quantize", EXPORTS)
+@pytest.mark.parametrize("name", FEW)
+def test_experts_that_fill_no_whole_groups_are_refused_by_name_and_none_is_left_plain(name, quantize):
+    torch.manual_seed(0)
+    plain, made_ = (fmoe.adapter(name, config(name, 100, 256), **how) for how in ({}, {"quantize": quantize}))
+    native = plain.from_hf(FEW[name](100, 256))
+    if quantize == "fp8":
+        experts = {n: t for n, t in made_.to_hf(native).items() if "scale" not in n and "bias" not in n}
+        assert {t.dtype for t in experts.values()} == {torch.float8_e4m3fn}
+        return
+    with pytest.raises(fmoe.AdapterError, match=r"cannot be written in .*, expected whole groups of (16|32) columns"):
+        made_.to_hf(native)
 
 
 def test_modules_that_the_config_leaves_alone_stay_as_they_are(tmp_path):

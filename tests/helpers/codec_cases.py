@@ -135,6 +135,13 @@ PLAIN: dict[str, Make] = {
     "mistral4": lambda D, I: fused(MLP, None, D, I),
 }
 
+FEW: dict[str, Make] = {
+    "qwen3_moe": lambda D, I: per_expert(MLP, None, PROJ, D, I),
+    "mixtral": lambda D, I: per_expert(M3, None, W123, D, I),
+    "gpt_oss": PLAIN["gpt_oss"],
+}
+"""Plain checkpoints of which few or no formats are published."""
+
 
 def config(model_type: str, D: int, I: int) -> dict[str, Any]:
     fields = family(model_type).fields

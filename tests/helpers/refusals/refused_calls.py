@@ -24,6 +24,7 @@ CONFIGS = {
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(gptq)": "a format that is not read: its codes are no weights",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(zero)": "the codes could not be told from what they decode to",
     "fmoe.adapter('qwen3_moe', SIZES, quantize='fp7')": "no such format can be written",
+    "fmoe.adapter('qwen3_moe', SIZES, quantize='mxfp4').to_hf(native)": "experts would be left plain",
     "fmoe.adapter('qwen3_moe', SIZES, dtype='int8')": "a whole number cannot hold a decoded one",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(unknown)": "experts that no rule knows would be left out of the stack",
 }
@@ -87,7 +88,8 @@ def configs() -> dict[str, Any]:
     plain = {n: torch.ones(shapes[n.split(".")[-2]]) for n in layers}
     codes = {CODES: torch.ones(I, D).to(torch.float8_e4m3fn), CODES + "_scale_inv": torch.ones(1, 1)}
     return dict(
-        fmoe=fmoe, SIZES=SIZES, plain=plain, unknown=plain | {BLOCK + "0.mid_proj.weight": torch.ones(I, D)},
+        fmoe=fmoe, SIZES=SIZES, plain=plain, native=fmoe.adapter("qwen3_moe", SIZES).from_hf(plain),
+        unknown=plain | {BLOCK + "0.mid_proj.weight": torch.ones(I, D)},
         lone_scale=plain | {CODES + "_scale_inv": torch.ones(1, 1)},
         lone_codes=plain | {CODES: codes[CODES]},
         gptq={n: t for n, t in plain.items() if n != CODES} | {CODES[:-6] + "qweight": torch.ones(1, I).int()},
