@@ -27,6 +27,7 @@ VERIFIED = {
     "keys": "key table only",
     "laws": "round trip of drawn checkpoints",
 }
+KEPT = ("decode", "keep")
 EXPERTS_ONLY = r".*\.experts\.\d+\.\w+\.weight"
 
 
@@ -93,8 +94,8 @@ class Family:
         if quantize and choices.get("quantized") == "keep":
             raise AdapterError(f"quantize={quantize!r} with quantized='keep': expected one of both")
         lora = {n: choices.pop(n) for n in ("peft_version", "target_parameters", "lora_r") if n in choices}
-        if (quantized := choices.pop("quantized", "decode")) not in ("decode", "keep"):
-            raise AdapterError(f"quantized={quantized!r}: expected 'decode' or 'keep'")
+        if (quantized := choices.pop("quantized", "decode")) not in KEPT:
+            raise AdapterError(f"quantized={quantized!r}: expected 'decode' or 'keep'{meant(quantized, KEPT)}")
         keep = quantized == "keep"
         tables = carry(self.rules.stages, self.model_types, **lora)
         known = {n: o for stage in tables if isinstance(stage, Table) for n, o in stage.choices().items()}

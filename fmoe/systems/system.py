@@ -7,7 +7,7 @@ from typing import Any
 
 from fmoe.codecs.quantised import Quantised
 from fmoe.families import family
-from fmoe.families.kind import as_dict
+from fmoe.families.kind import KEPT, as_dict
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.wording.complete import Complete
@@ -88,10 +88,12 @@ class System:
             options = self.choices.get(name)
             if options and value not in options:
                 told = " | ".join(map(repr, options))
-                raise AdapterError(f"system={self.name!r}: {name}={value!r}, expected {told}")
+                raise AdapterError(
+                    f"system={self.name!r}: {name}={value!r}, expected {told}{meant(value, map(str, options))}"
+                )
             if options == () and (type(value) is not int or value < 1):
                 raise AdapterError(f"system={self.name!r}: {name}={value!r}, expected a whole number from 1 on")
-            if name == "quantized" and value not in ("decode", "keep"):
-                raise AdapterError(f"quantized={value!r}: expected 'decode' or 'keep'")
+            if name == "quantized" and value not in KEPT:
+                raise AdapterError(f"quantized={value!r}: expected 'decode' or 'keep'{meant(value, KEPT)}")
             made[name] = value
         return made

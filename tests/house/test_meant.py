@@ -55,6 +55,12 @@ KINDS_OF_NAMES = {
     "choice of a system": (["lossy"], lambda n: fmoe.adapter("qwen3_moe", LAYERS, system="torchtitan", **{n: True})),
     "option": (["apart", "fused"], lambda n: fmoe.either("layout", **APART).choose(layout=n)),
     "option of a family": (["fused", "per_expert"], lambda n: fmoe.adapter("qwen3_moe", layout=n)),
+    "way of reading": (["decode", "keep"], lambda n: fmoe.adapter("qwen3_moe", quantized=n)),
+    "way of reading of a system": (
+        ["decode", "keep"],
+        lambda n: fmoe.adapter("qwen3_moe", LAYERS, system="torchtitan", quantized=n),
+    ),
+    "option of a system": (["local"], lambda n: fmoe.adapter("qwen3_moe", LAYERS, system="megatron", specs=n)),
     "format": (EXPORTS, lambda n: exports((), n)),
 }
 ROWS = [
