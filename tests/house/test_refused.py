@@ -4,4 +4,5 @@ import refused
 
 
 def test_the_page_is_what_the_refusals_print():
-    assert refused.page() == refused.PAGE.read_text(), "run python tests/helpers/refusals/refused.py"
+    found = refused.PAGE.read_text(), refused.README.read_text()
+    assert refused.pages() == found, "run python tests/helpers/refusals/refused.py"

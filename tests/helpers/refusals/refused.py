@@ -1,5 +1,7 @@
 """`python tests/helpers/refusals/refused.py` writes `fmoe/docs/refused.md`: what is refused, its error, and why.
 
+And in README a row of each section, the shortest.
+
 Every row is run: those of the tests' tables (`REFUSED` of test_proof.py and test_checkpoint_refusals.py, `CALLS` of
 test_only_adapter_errors.py), and the expressions of `refused_calls.py`. A row that is not refused, or has no reason,
 is an error here; a page that is not what this writes is one in tests/house/test_refused.py.
@@ -18,6 +20,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[3]
 LONG = 400  # characters of a line that are shown
 PAGE = ROOT / "fmoe" / "docs" / "refused.md"
+README = ROOT / "README.md"
+TABLE = "| what one writes | the error | why |\n|---|---|---|"
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path[:0] = [str(ROOT / "tests" / room) for room in ("helpers", "layout", "checkpoint")]
@@ -160,14 +164,17 @@ def line(row: Row) -> str:
     raise AssertionError(f"not refused: {row.what}")
 
 
-def page() -> str:
-    """The whole page."""
-    made = [HEAD]
+def pages() -> tuple[str, str]:
+    """The whole page, and README with its short table."""
+    made, short = [HEAD], list[str]()
     for title, (intro, rows) in SECTIONS.items():
-        table = "\n".join(["| what one writes | the error | why |", "|---|---|---|", *map(line, rows())])
-        made.append(f"## {title}\n\n{intro}\n\n{table}\n")
-    return "\n".join(made)
+        lines = [line(row) for row in rows()]
+        short.append(min(lines, key=lambda text: (len(text), text)))
+        made.append("\n".join([f"## {title}\n\n{intro}\n", TABLE, *lines, ""]))
+    before, _, rest = README.read_text().partition(TABLE)
+    return "\n".join(made), before + "\n".join([TABLE, *short, "", rest.partition("\n\n")[2]])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    for path, text in zip((PAGE, README), pages(), strict=True):
+        path.write_text(text)
