@@ -10,6 +10,7 @@ letter occurs once per side, a rule is a bijection, and its inverse is the pair 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from fmoe.layout.eager.html import table_of
 from fmoe.types import AdapterError, brief
@@ -90,8 +91,20 @@ class Rule:
             raise AdapterError(f"rule {self}: {problem}")
 
     @cached_property
+    def _hash(self) -> int:
+        return hash((self.source, self.target, self.bounds))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rule, (self.source, self.target, self.bounds)  # without what is cached: hashes differ between processes
+
+    @cached_property
     def inverse(self) -> "Rule":
-        return Rule(self.target, self.source, self.bounds)
+        made = Rule(self.target, self.source, self.bounds)
+        made.__dict__["inverse"] = self
+        return made
 
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
@@ -146,10 +159,24 @@ class Rule:
                     found |= {atom: c.name for c in there.captures.values() if frozenset(c.choices) == labels}  # noqa: B035
         return found
 
+    @cached_property
+    def numbers(self) -> frozenset[str]:
+        """The captures that are numbers: an axis somewhere, shifted, or a single letter. The others are text."""
+        captures = [*self.source.captures.values(), *self.target.captures.values()]
+        return frozenset(
+            c.name for c in captures if c.name in self.stacked + self.unstacked or len(c.name) == 1 or c.offset or c.by
+        )
+
     def indexed(self, name: str) -> bool:
-        """Whether a capture is a number: it is an axis somewhere, shifted, or a single letter. Else it is text."""
-        captures = [a.captures[name] for a in (self.source, self.target) if name in a.captures]
-        return name in self.stacked + self.unstacked or len(name) == 1 or any(c.offset or c.by for c in captures)
+        """Whether a capture is a number."""
+        return name in self.numbers
+
+    @cached_property
+    def limited(self) -> tuple[str, ...]:
+        """The source's captures of which the rule claims some numbers only: index in a bound, or shifted."""
+        shifted = {c.name for side in (self.source, self.target) for c in side.captures.values() if c.offset}
+        bounded = {*self.shared} & {*self.bound} & self.numbers
+        return tuple(n for n in self.source.captures if n in bounded | shifted)
 
     def _malformed(self) -> str | None:
         for side in (self.source, self.target):

@@ -5,6 +5,7 @@ A keep that spells such a name keeps it: its text before or between captures, or
 
 import re
 from collections.abc import Container, Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from fmoe.layout.entries import Entry, Keep, walk
@@ -36,6 +37,7 @@ def watched(entries: Iterable[Entry]) -> list[Region] | None:
     return [region for rule in layouts if of_experts(rule) for region in _region(rule)] if layouts else None
 
 
+@lru_cache(maxsize=4096)
 def of_experts(rule: Rule) -> bool:
     """Whether a rule relates experts' tensors: it has the letter e, or a name of its has a segment like an expert's."""
     text = [p if isinstance(p, str) else "" for side in (rule.source, rule.target) for p in side.parts]
@@ -55,7 +57,7 @@ def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], the
         why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
         return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{segments[-1]}")'
     near = {s: None for s in segments if _like(s)}
-    near |= {word: None for word, region in regions if region.match(template)}
+    near |= {region.word: None for region in regions if _begins(region.pattern, template)}
     if found := _STACKED.search(template):
         near[found[2].partition(".")[0]] = None
     if not near or any(_spells(k) or near.keys() <= set(k.spelled.split(".")) for k in keeps):
@@ -68,6 +70,11 @@ def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], the
     return f'no rule claims it, and it looks like an expert\'s. Fix: add a rule for it, or | keep("{line}")'
 
 
+@lru_cache(maxsize=1 << 14)
+def _begins(region: Pattern, template: str) -> bool:
+    return region.match(template) is not None
+
+
 def _spells(keep: Keep) -> bool:
     """Whether a keep has text of its own, other than the end of names after a free beginning."""
     first, *others = keep.pattern.parts
@@ -75,7 +82,8 @@ def _spells(keep: Keep) -> bool:
     return isinstance(first, str) or bool(first.choices) or any(texts)
 
 
-def _region(rule: Rule) -> list[Region]:
+@lru_cache(maxsize=4096)
+def _region(rule: Rule) -> tuple[Region, ...]:
     """Names that begin as the rule's do, up to the segment with the first capture that counts experts or halves."""
     parts: list[str | Capture] = []
     for part in rule.source.parts:
@@ -83,16 +91,16 @@ def _region(rule: Rule) -> list[Region]:
             break
         parts.append(part)
     else:
-        return []
+        return ()
     while parts and not (isinstance(parts[-1], str) and "." in parts[-1]):
         parts.pop()
     if not parts:
-        return []
+        return ()
     stem = str(parts[-1]).rpartition(".")[0]
     word, tail = stem.rpartition(".")[2], "rest"
     while tail in rule.source.captures:
         tail += "_"
     if not word:
-        return []
+        return ()
     beginning = Address((*parts[:-1], stem + ".", Capture(tail)))
-    return [Region(word, Pattern(beginning, patterns(rule)[0].indexed - {tail}))]
+    return (Region(word, Pattern(beginning, patterns(rule)[0].indexed - {tail})),)
