@@ -10,6 +10,7 @@ from fmoe.codecs.parts import in_file
 from fmoe.codecs.quantised import Quantised
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.grouping import Specs
+from fmoe.layout.names import Names
 from fmoe.types import as_dtype
 
 
@@ -22,4 +23,4 @@ def agreeing(
     """
     made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
     codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
-    return made if codec is None else stated(made, specs, in_file(specs, codec.readable, codec.fresh)[0])
+    return made if codec is None else stated(made, specs, in_file(specs, Names(specs), codec.readable, codec.fresh)[0])

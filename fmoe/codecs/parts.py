@@ -9,6 +9,7 @@ import torch
 from fmoe.codecs.format import SHAPES, Format
 from fmoe.codecs.formats import FORMATS
 from fmoe.codecs.values import E8M0
+from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec
 
 ALL = tuple(FORMATS.values())
@@ -16,6 +17,7 @@ UNREAD_OF = {"weight_zero_point": "zero points", "weight_g_idx": "an activation 
 """Parts that change what codes mean, and what they are."""
 UNREAD = tuple(f"{{S}}.{name}" for name in UNREAD_OF)
 Specs = Mapping[str, TensorSpec]
+Found = tuple[dict[str, "Parts"], list[Problem]]
 Fresh = tuple[tuple[str, str | None], ...]  # names of formats, and a regex for what a fresh export writes in them
 ACTIVATION = {0: "_activation_tensor", 1: "_activation_expert"}  # by its number of dimensions
 
@@ -69,9 +71,9 @@ def own(template: str) -> bool:
     return template not in ("{X}", "{S}.weight")
 
 
-def _eight_bits(spec: TensorSpec, formats: Iterable[Format]) -> bool:
-    small = spec.dtype.is_floating_point and spec.dtype.itemsize == 1 and spec.dtype != E8M0
-    return small or spec.dtype == torch.int8 and any(f.stored == torch.int8 for f in formats)
+def _eight_bits(dtype: torch.dtype, formats: Iterable[Format]) -> bool:
+    small = dtype.is_floating_point and dtype.itemsize == 1 and dtype != E8M0
+    return small or dtype == torch.int8 and any(f.stored == torch.int8 for f in formats)
 
 
 def _is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fresh) -> bool:
@@ -82,7 +84,7 @@ def _is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fre
     return pattern is not None and re.fullmatch(pattern, x) is not None
 
 
-def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[dict[str, Parts], list[Problem]]:
+def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fresh) -> Found:
     """The quantised tensors among a file's names, and the parts that are no part of one."""
     candidates: dict[str, dict[str, Format]] = {}
     by_tail: dict[str, list[tuple[str, Format]]] = {}
@@ -90,7 +92,7 @@ def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[di
         for template in (f.scale, f.weight, f.shape, f.second):
             if template and own(template):
                 by_tail.setdefault(template.partition("}")[2], []).append((template, f))
-    for name in (n for n in specs if n.endswith(tuple(by_tail))):
+    for name in names.ending(tuple(by_tail)):
         for template, f in (pair for tail, pairs in by_tail.items() if name.endswith(tail) for pair in pairs):
             if (x := read(template, name)) is not None and spell(template, x) == name:
                 if _is_part(template, x, f, specs, fresh):
@@ -119,11 +121,11 @@ def in_file(specs: Specs, formats: tuple[Format, ...], fresh: Fresh) -> tuple[di
             found[x] = made[0]
     claimed = {n for x in candidates for f in formats for n in (spell(f.weight, x),)} | candidates.keys()
     claimed |= {n for p in found.values() for n in p.stored}
-    for name, spec in specs.items():
-        if _eight_bits(spec, formats) and name not in claimed:
-            scales_ = dict.fromkeys(s for f in formats if (s := spell(f.scale, name)))
-            missing = next(iter(scales_), name)
-            problems.append(Problem(f"{name!r} is {spec.dtype} and its scale {missing!r} is missing", (name, missing)))
+    small = {dtype for dtype in {s.dtype for s in specs.values()} if _eight_bits(dtype, formats)}
+    for name in [n for n, spec in specs.items() if spec.dtype in small and n not in claimed] if small else ():
+        scales_ = dict.fromkeys(s for f in formats if (s := spell(f.scale, name)))
+        missing, dtype = next(iter(scales_), name), specs[name].dtype
+        problems.append(Problem(f"{name!r} is {dtype} and its scale {missing!r} is missing", (name, missing)))
     return found, problems
 
 
@@ -168,13 +170,13 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair)
 
 
-def beside(specs: Specs, formats: tuple[Format, ...], *, kept: bool) -> tuple[dict[str, Parts], list[Problem]]:
+def beside(specs: Specs, names: Names, formats: tuple[Format, ...], *, kept: bool) -> Found:
     """The tensors among these names that carry scales (kept: that are codes), and the scales that are no tensor's."""
     found: dict[str, Parts] = {}
     problems: list[Problem] = []
     for suffix in dict.fromkeys(f.beside for f in formats):
         mine = [f for f in formats if f.beside == suffix]
-        for name in (n for n in specs if n.endswith(suffix) and n != suffix):
+        for name in (n for n in names.ending((suffix,)) if n != suffix):
             x = name.removesuffix(suffix)
             if x not in specs:
                 problems.append(Problem(f"{name!r} is the scale of {x!r}, which is missing", (name, x)))
@@ -192,7 +194,7 @@ def beside(specs: Specs, formats: tuple[Format, ...], *, kept: bool) -> tuple[di
             else:
                 found[x] = made[0]
     held = {p.activation[1] for p in found.values() if p.activation}
-    for name in (n for n in specs if any(f.activation for f in formats) and n.endswith(tuple(ACTIVATION.values()))):
+    for name in names.ending(tuple(ACTIVATION.values())) if any(f.activation for f in formats) else ():
         if name not in held:
             problems.append(Problem(f"{name!r} is a scale of activations for a tensor that carries no scale", (name,)))
     return found, problems

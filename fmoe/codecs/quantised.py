@@ -125,14 +125,14 @@ class Quantised:
         return [name]
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
-        there = lambda: in_file(specs, self.readable, self.fresh)
-        found, problems = beside(specs, self.formats, kept=self.keep) if self.flipped else there()
+        there = lambda: in_file(specs, names, self.readable, self.fresh)
+        found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
         problems += cut_across(found, window) + unscaled(specs, found, self.experts)
         if self.keep:
             problems += [p for seam in self.seams for p in seam.problems(specs, found)]
-            plan = self._kept(specs, found)
-        else:
-            plan = self._encoding(specs, found) if self.flipped else self._decoding(specs, found)
+        made = self._kept if self.keep else self._encoding if self.flipped else self._decoding
+        passed = not found and not (self.flipped and self.quantization)
+        plan = CodecPlan(dict(specs), (), str(self)) if passed else made(specs, found)
         if problems:
             raise AdapterError(problems, rest=plan)
         return plan

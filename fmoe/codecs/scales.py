@@ -136,7 +136,7 @@ class Seam:
     def problems(self, specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[Problem]:
         """What of these tensors the rule would tear, or turn."""
         wrong = []
-        mine = [n for _, _, rows in hits(self.rule, Names({**specs, **found})) for n, _ in rows]
+        mine = [n for _, _, rows in hits(self.rule, Names({**specs, **found})) for n in rows.names]
         if self.turned and (plain := tuple(n for n in mine if n not in found)):
             text = f"{some(plain)}: not quantised, and quantized='keep' moves codes: leave it out"
             wrong.append(Problem(text, plain))

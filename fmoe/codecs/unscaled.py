@@ -19,12 +19,13 @@ def weight_rules(rules: list[Rule]) -> tuple[Rule, ...]:
 
 def unscaled(specs: Specs, found: Mapping[str, Parts], rules: tuple[Rule, ...]) -> list[Problem]:
     """A problem for each tensor of experts that is neither floating nor a part of a quantised one."""
+    whole = {d for d in {spec.dtype for spec in specs.values()} if not d.is_floating_point and not d.is_complex}
     parts = {n for p in found.values() for n in (p.name, *p.stored)}
-    odd = [n for n, s in specs.items() if n not in parts and not s.dtype.is_floating_point and not s.dtype.is_complex]
+    odd = [n for n, spec in specs.items() if spec.dtype in whole and n not in parts] if whole else []
     if not odd:
         return []
     names = Names(odd)
-    named = dict.fromkeys(n for rule in rules for _, _, rows in hits(rule, names) for n, _ in rows)
+    named = dict.fromkeys(n for rule in rules for _, _, rows in hits(rule, names) for n in rows.names)
     text = "{!r} is {}, and no scale beside it says what its numbers mean: expected a floating dtype, or its scales"
     return [Problem(text.format(n, str(specs[n].dtype).removeprefix("torch.")), (n,)) for n in named]
 

@@ -152,7 +152,7 @@ def _unlike(here: MoEConfig | str, there: MoEConfig | str) -> list[str]:
 
 def _some(names: list[str]) -> str:
     """Names by template, with how many there are of each."""
-    found = {template.replace("\0", "*"): len(rows) for template, rows in Names(names).rows.items()}
+    found = {template.replace("\0", "*"): len(rows.names) for template, rows in Names(names).rows.items()}
     return ", ".join(f"{t!r}{f' ({n})' * (n > 1)}" for t, n in found.items())
 
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from fmoe.layout.names import Value, patterns
+from fmoe.layout.names import patterns
 from fmoe.layout.notation import Address, Rule
+from fmoe.layout.templates import Value
 from fmoe.types import TensorSpec
 
 Dims = tuple[tuple[str, ...], ...]
@@ -80,7 +81,11 @@ class Group:
         return tuple(a for i in self.storage for a in dims[i] if a in self.rule.stacked)
 
     def grid(self, names: tuple[str, ...]) -> Iterator[Coords]:
-        return product(*(range(len(self.parts[n])) if n in self.parts else self.asked(n) for n in names))
+        return product(*map(self._counted, names))
+
+    def _counted(self, axis: str) -> range:
+        """What names count of an axis: its parts, or its entries."""
+        return range(len(self.parts[axis])) if axis in self.parts else self.asked(axis)
 
     @cached_property
     def sources(self) -> list[str]:
@@ -89,8 +94,7 @@ class Group:
 
     @cached_property
     def targets(self) -> list[str]:
-        pattern, axes = patterns(self.rule)[1], self.rule.unstacked
-        return [pattern.render(self.shared | dict(zip(axes, c, strict=True))) for c in self.grid(axes)]
+        return patterns(self.rule)[1].renders(self.shared, {n: self._counted(n) for n in self.rule.unstacked})
 
     @cached_property
     def permutation(self) -> list[int] | None:

@@ -1,14 +1,17 @@
 """Who claims which name: the first half of planning a table, on names alone, in time linear in their number."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
 from fmoe.folding import fold, listed
 from fmoe.layout.entries import Alias, Drop, Entry, Keep, rules_of
-from fmoe.layout.names import Hit, Names, Numbers, Row, Value, hits, patterns
+from fmoe.layout.names import Hit, Names, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.proved.suspects import suspicion, watched
+from fmoe.layout.templates import Rows, Value, template
 from fmoe.types import Problem
 
 Shared = tuple[Value, ...]
@@ -30,85 +33,93 @@ class Claims:
     problems: list[Problem] = field(default_factory=list)
 
 
+class Taken(NamedTuple):
+    """Who claims what: templates of which one rule claims every name, and names."""
+
+    whole: dict[str, Rule]
+    names: dict[str, object]
+
+
 def claim(entries: tuple[Entry, ...], names: Names, *, guard: bool = True) -> Claims:
     """Every name with the one entry that claims it; what is claimed twice, or by nobody, is a problem.
 
     guard: so is what looks like an expert's, or like part of a quantised tensor, and is merely kept.
     """
     found = Claims(rules_of(entries))
-    owner: dict[str, object] = {}
-    matched = [(i, template) for i, rule in enumerate(found.rules) for template, _, _ in hits(rule, names)]
-    several = {t for t, n in Counter(template for _, template in matched).items() if n > 1}
-    for i, rule in enumerate(found.rules):
-        for _, hit, rows in hits(rule, names, within=several):
-            _own(found, owner, [r[0] for r in rows], rule)
-            if rule.source.axes is None:
-                _rename(found, rule, hit, rows)
-            else:
-                _gather(found, i, hit, rows)
-    present = set(names.names)
+    taken = Taken({}, {})
+    matched = [(i, *hit) for i, rule in enumerate(found.rules) for hit in hits(rule, names)]
+    several = {t for t, n in Counter(at for _, at, _, _ in matched).items() if n > 1}
+    if several:
+        matched = [(i, *hit) for i, rule in enumerate(found.rules) for hit in hits(rule, names, within=several)]
+    for i, at, hit, rows in matched:
+        rule = found.rules[i]
+        if at not in several and len(rows.names) == len(names.rows[at].names):
+            taken.whole[at] = rule
+        else:
+            _own(found, taken, at, rows.names, rule)
+        if rule.source.axes is None:
+            _rename(found, rule, hit, rows)
+        else:
+            _gather(found, i, hit, rows)
     for entry in entries:
         if isinstance(entry, Alias):
-            found.aliases[entry] = entry.name in present
-            _own(found, owner, [entry.name] if entry.name in present and not entry.flipped else [], entry)
+            found.aliases[entry] = entry.name in names
+            there = found.aliases[entry] and not entry.flipped
+            _own(found, taken, template(entry.name), [entry.name] if there else [], entry)
         elif isinstance(entry, Drop) and not entry.flipped:
-            dropped = [r[0] for _, _, rows in hits(entry.rule, names) for r in rows]
-            _own(found, owner, dropped, entry)
+            gone = [(at, rows.names) for at, _, rows in hits(entry.rule, names)]
+            for at, mine in gone:
+                _own(found, taken, at, mine, entry)
+            dropped = [n for _, mine in gone for n in mine]
             if entry.refused and dropped:
                 text = f"{some(dropped)}: {entry.because}; lossy=True leaves it out"
                 found.problems.append(Problem(text, tuple(dropped)))
             found.dropped += dropped
-    _keep(found, entries, names, owner, guard)
+    _keep(found, entries, names, taken, guard)
     return found
 
 
-def _own(found: Claims, owner: dict[str, object], names: list[str], entry: object) -> None:
-    twice = [n for n in names if n in owner] if owner and not owner.keys().isdisjoint(names) else []
-    for name in twice:
-        found.problems.append(Problem(f"{name!r} is claimed twice: by {owner[name]} and by {entry}", (name,)))
-    owner.update(dict.fromkeys(names, entry))
+def _own(found: Claims, taken: Taken, at: str, names: list[str], entry: object) -> None:
+    for name in names:
+        if (other := taken.names.get(name, taken.whole.get(at))) is not None:
+            found.problems.append(Problem(f"{name!r} is claimed twice: by {other} and by {entry}", (name,)))
+    taken.names.update(dict.fromkeys(names, entry))
 
 
-def _rename(found: Claims, rule: Rule, hit: Hit, rows: list[Row]) -> None:
+def _rename(found: Claims, rule: Rule, hit: Hit, rows: Rows) -> None:
     target, shared = patterns(rule)[1], rule.shared
-    for name, numbers in rows:
-        found.pairs[name] = target.render(dict(zip(shared, hit.values(shared, numbers), strict=True)))
+    for name, values in zip(rows.names, hit.values(shared, rows), strict=True):
+        found.pairs[name] = target.render(dict(zip(shared, values, strict=True)))
         found.renamed[name] = rule
 
 
-def _gather(found: Claims, i: int, hit: Hit, rows: list[Row]) -> None:
+def _gather(found: Claims, i: int, hit: Hit, rows: Rows) -> None:
     rule = found.rules[i]
-    shared, stacked = _reader(hit, rule.shared), _reader(hit, rule.stacked)
-    for name, numbers in rows:
-        found.groups.setdefault((i, shared(numbers)), {})[stacked(numbers)] = name
+    known: dict[tuple[Value, ...], tuple[Value, ...]] = {}  # all layers have the same places: one tuple for each
+    places, start = [known.setdefault(at, at) for at in hit.values(rule.stacked, rows)], 0
+    for shared, run in groupby(hit.values(rule.shared, rows)):  # of one layer, names mostly follow each other
+        end = start + len(list(run))
+        found.groups.setdefault((i, shared), {}).update(zip(places[start:end], rows.names[start:end], strict=True))
+        start = end
 
 
-def _reader(hit: Hit, names: tuple[str, ...]) -> Callable[[Numbers], tuple[Value, ...]]:
-    """`hit.values(names, .)`, quicker where one value at most varies: this runs once for every key."""
-    values = [hit.readers[n] for n in names]
-    varying = [i for i, v in enumerate(values) if callable(v)]
-    if len(varying) != 1:
-        return lambda numbers: hit.values(names, numbers)
-    before, read, after = tuple(values[: varying[0]]), values[varying[0]], tuple(values[varying[0] + 1 :])
-    return lambda numbers: (*before, read(numbers), *after)  # type: ignore[operator,arg-type]
-
-
-def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, owner: dict[str, object], guard: bool) -> None:
+def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, taken: Taken, guard: bool) -> None:
     """Pass on what is left, if a keep says so and it does not look like something that a rule should have claimed."""
-    left = Names([name for name in names.names if name not in owner])
+    free = [rows.names for at, rows in names.rows.items() if at not in taken.whole]
+    left = Names([name for same in free for name in same if name not in taken.names])
     fits: dict[str, tuple[Keep, ...]] = {}
     for entry in entries:
         if isinstance(entry, Keep):
-            fits |= {n: (*fits.get(n, ()), entry) for _, _, rows in hits(entry.rule, left) for n, _ in rows}
+            fits |= {n: (*fits.get(n, ()), entry) for _, _, rows in hits(entry.rule, left) for n in rows.names}
     watch = watched(entries) if guard else None
-    for template, rows in left.rows.items():
+    for at, rows in left.rows.items():
         alike: dict[tuple[Keep, ...], list[str]] = {}
-        for name, _ in rows:
+        for name in rows.names:
             alike.setdefault(fits.get(name, ()), []).append(name)
         for keeps, same in alike.items():
             why = 'no rule claims it. Fix: add a rule for it, or | keep("{rest}")' if not keeps else None
             if keeps and watch is not None and not any(k.sure for k in keeps):
-                why = suspicion(template, watch, keeps, names.rows)
+                why = suspicion(at, watch, keeps, names.rows)
             if why:
                 found.problems.append(Problem(f"{some(same)}: {why}", tuple(same)))
             else:

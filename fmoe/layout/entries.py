@@ -206,9 +206,9 @@ def _claims(entries: Iterable[Entry], names: Names) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in walk(entries):
         if isinstance(entry, Rule):
-            found |= {template: rows[0][0] for template, _, rows in hits(entry, names)}
-        elif isinstance(entry, Alias) and not entry.flipped and entry.name in names.names:
+            found |= {template: rows.names[0] for template, _, rows in hits(entry, names)}
+        elif isinstance(entry, Alias) and not entry.flipped and entry.name in names:
             found[entry.name] = entry.name
         elif isinstance(entry, Drop) and not entry.flipped:
-            found |= {template: rows[0][0] for template, _, rows in hits(entry.rule, names)}
+            found |= {template: rows.names[0] for template, _, rows in hits(entry.rule, names)}
     return found

@@ -4,16 +4,19 @@ Checked here: the sources are the whole grid of stacked captures, agree in shape
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, product
 from math import prod
+from operator import itemgetter
+from typing import cast
 
 from fmoe.layout.axes import Group
 from fmoe.layout.claims import Shared, some
-from fmoe.layout.names import Value, patterns
+from fmoe.layout.names import patterns
 from fmoe.layout.notation import Rule
+from fmoe.layout.templates import Value
 from fmoe.types import Problem, TensorSpec
 
 Specs = Mapping[str, TensorSpec]
@@ -45,7 +48,7 @@ class Claimed:
         """The full sizes known before any shape is read: choices, bounds, and the count of stacked names."""
         sizes = {a: r.stop for a, r in self.window.items() if a in self.local}
         for i, name in enumerate(self.rule.stacked):
-            sizes[name] = max(int(at[i]) for at in self.found) + 1
+            sizes[name] = int(max(map(itemgetter(i), self.found))) + 1
         sizes |= {a: len(bound) for a, bound in self.rule.bound.items() if a in self._axes}
         for side in (self.rule.source, self.rule.target):
             sizes |= {n: len(c.choices) for n, c in side.captures.items() if c.choices}
@@ -56,18 +59,19 @@ class Claimed:
         return {*self.rule.source.atoms, *self.rule.target.atoms}
 
     @cached_property
-    def inside(self) -> dict[tuple[Value, ...], str]:
-        """What is found in the window, in the order of the grid."""
+    def inside(self) -> tuple[Sequence[tuple[Value, ...]], list[str]]:
+        """What is found in the window, in the order of the grid: coordinates and names."""
         self._check_window({a: self.given[a] for a in self.rule.stacked if a in self.given})
         spans = [self._span(n) for n in self.rule.stacked]
         if prod(map(len, spans)) > len(self.found) + _MOST_ABSENT:  # do not count up to a number gone wild
             near = product(*(span[: len(self.found) + 2] for span in spans))
             self._holes([at for at in islice(near, _MOST_ABSENT) if at not in self.found])
         grid = list(product(*spans))
-        lost = [at for at in grid if at not in self.found]
+        names = list(map(self.found.get, grid))
+        lost = [at for at, name in zip(grid, names, strict=True) if name is None] if None in names else []
         if lost or len(self.found) > len(grid) and not all(map(self._fits, self.found)):
             self._holes(lost)
-        return {at: self.found[at] for at in grid}
+        return grid, cast(list[str], names)
 
     def _span(self, name: str) -> range:
         if name in self.rule.ragged.values():
@@ -95,12 +99,13 @@ class Claimed:
 
     def group(self) -> Group:
         """The group. Raises Wrong with the keys that are missing, out of range, or do not fit."""
-        inside = self.inside or dict(self.found)  # an empty window: sizes from what it leaves out
-        self._alike(list(inside.values()))
+        grid, names = self.inside
+        if not names:  # an empty window: sizes from what it leaves out
+            grid, names = list(self.found), list(self.found.values())
+        self._alike(names)
         full = self._joined() | self.given
         lengths: dict[str, dict[str, int]] = {p: {} for p in self.rule.ragged.values()}
-        reads = inside.items() if lengths else list(inside.items())[:1]
-        for at, name in reads:
+        for at, name in list(zip(grid, names, strict=True))[: None if lengths else 1]:
             part = {
                 p: self.rule.source.captures[p].choices[int(at[i])]
                 for i, p in enumerate(self.rule.stacked)
@@ -108,11 +113,10 @@ class Claimed:
             }
             self._solve(name, full, lengths, part)
         self._check_window(full)
-        first = next(iter(inside.values()))
-        parts = {p: self._lay(p, found, full, first) for p, found in lengths.items()}
+        parts = {p: self._lay(p, found, full, names[0]) for p, found in lengths.items()}
         shared = dict(zip(self.rule.shared, self.shared, strict=True))
         window = {a: r for a, r in self.window.items() if a in full}
-        dtype = self.specs[first].dtype
+        dtype = self.specs[names[0]].dtype
         return Group(self.rule, shared, full, dtype, self.found, parts, window, self.local & full.keys())
 
     def _joined(self) -> dict[str, int]:
@@ -122,7 +126,10 @@ class Claimed:
 
     def _alike(self, names: list[str]) -> None:
         """One shape and dtype: those that the axes' sizes say, where they do, else those of most."""
-        specs = {n: self.specs[n] for n in names}
+        every = [self.specs[n] for n in names]
+        if every.count(every[0]) == len(every):
+            return
+        specs = dict(zip(names, every, strict=True))
         ragged = not self.rule.ragged.keys().isdisjoint(self.rule.target.atoms)
         seen = Counter((None if ragged else spec.shape, spec.dtype) for spec in specs.values())
         if len(seen) == 1:

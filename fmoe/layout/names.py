@@ -1,32 +1,25 @@
 """Names matched against addresses, fast: 47,000 keys have some forty shapes.
 
 A name whose whole dotted segments are numbers is split into a *template* (each number a blank) and its numbers. An
-address is compiled once and matched against the few templates; per name, only the numbers are read.
+address is compiled once and matched against the few templates; of the names, only the numbers are read, in columns.
 """
 
 import re
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import islice
-from typing import NamedTuple
+from itertools import product, starmap
+from typing import NamedTuple, cast
 
 from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.templates import BLANK, DIGITS, NUMBER, Columns, Rows, Value, blanked, columns, template
 from fmoe.types import AdapterError, Problem, brief
 
-BLANK = "\0"
-_DIGITS = "0|[1-9][0-9]{0,8}"  # canonical: 07 is no index, and what has ten digits counts nothing
-_NUMBER = re.compile(rf"(?<![^.])(?:{_DIGITS})(?![^.])")  # a whole segment
-_DOTTED = re.compile(rf"\.({_DIGITS})(?![^.\n])")  # the same where a dot stands before every segment: far faster
-
-Value = int | str
-Numbers = tuple[str, ...]
-Row = tuple[str, Numbers]  # a name and its numbers
-Reader = Callable[[Numbers], Value]
+Reader = Callable[[Columns], Sequence[Value]]
 
 
 class Names:
-    """A set of names, by template. `rows[template]` lists each name with its numbers, in order."""
+    """A set of names, by template: `rows[template]` are its names, and their numbers."""
 
     def __init__(self, names: Iterable[str]):
         if not isinstance(names, Iterable):
@@ -34,31 +27,51 @@ class Names:
         self.names = list(names)
         if odd := [n for n in self.names if not isinstance(n, str)]:
             raise AdapterError(f"{brief(odd[0])}: a key that is a {type(odd[0]).__name__}, expected a name")
-        text = "." + "\n.".join(self.names)
-        if BLANK in text or text.count("\n") != max(len(self.names) - 1, 0):
+        text = "." + "\n.".join(self.names) + "\n"
+        if BLANK in text or text.count("\n") != max(len(self.names), 1):
             bad = tuple(n for n in self.names if "\n" in n or BLANK in n)
             raise AdapterError([Problem(f"{bad[0]!r}: a name holds a line break or a zero byte", bad)])
-        numbers = iter(_DOTTED.findall(text))
-        found: dict[str, tuple[int, list[Row]]] = {}
-        for name, dotted in zip(self.names, _DOTTED.sub("." + BLANK, text).split("\n"), strict=False):
+        templates, numbers = blanked(text)
+        found: dict[str, tuple[int, list[str], list[int]]] = {}
+        at = 0
+        for name, dotted in zip(self.names, templates, strict=False):
             if dotted not in found:
-                found[dotted] = (dotted.count(BLANK), [])
-            count, rows = found[dotted]
-            rows.append((name, tuple(islice(numbers, count))))
-        self.rows = {dotted[1:]: rows for dotted, (_, rows) in found.items() if rows}
+                found[dotted] = (dotted.count(BLANK), [], [])
+            count, mine, starts = found[dotted]
+            mine.append(name)
+            starts.append(at)
+            at += count
+        self.rows = {t[1:]: Rows(mine, partial(columns, numbers, s, n)) for t, (n, mine, s) in found.items()}
+        self.templates = tuple(self.rows)
+
+    def ending(self, tails: tuple[str, ...]) -> list[str]:
+        """Those that end so, in order. tails: none has a whole segment that is a number."""
+        found = {n for t, rows in self.rows.items() if t.endswith(tails) for n in rows.names}
+        return [n for n in self.names if n in found] if found else []
+
+    def __contains__(self, name: str) -> bool:
+        found = self.rows.get(template(name))
+        return found is not None and name in found.names
 
 
 class Hit(NamedTuple):
-    """An address that fits a template: how to read each capture off a name's numbers, and which names to refuse."""
+    """An address that fits a template: how to read each capture off names' numbers, and which names to refuse."""
 
     readers: dict[str, "Value | Reader"]
-    tests: tuple[Callable[[Numbers], bool], ...]
+    tests: tuple[Callable[[Columns], Iterable[bool]], ...]
 
-    def values(self, names: Iterable[str], numbers: Numbers) -> tuple[Value, ...]:
-        return tuple([r(numbers) if callable(r) else r for r in map(self.readers.__getitem__, names)])
+    def column(self, name: str, rows: Rows) -> Sequence[Value]:
+        """For each row, what this capture is."""
+        reader = self.readers[name]
+        return reader(rows.columns) if callable(reader) else [reader] * len(rows.names)
+
+    def values(self, names: Iterable[str], rows: Rows) -> Iterable[tuple[Value, ...]]:
+        """For each row, what these captures are."""
+        read = [self.column(n, rows) for n in names]
+        return zip(*read, strict=True) if read else [()] * len(rows.names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pattern:
     """An address compiled for matching. `indexed`: the captures that are numbers; the others are text."""
 
@@ -70,7 +83,7 @@ class Pattern:
         """A regex over templates, and the numbers that the address itself spells out."""
         marked = "".join(p if isinstance(p, str) else chr(0xE000 + i) for i, p in enumerate(self.address.parts))
         out, at, spelled = "", 0, []
-        for found in re.finditer(rf"{_NUMBER.pattern}|[\uE000-\uF8FF]", marked):
+        for found in re.finditer(rf"{NUMBER.pattern}|[\uE000-\uF8FF]", marked):
             out += re.escape(marked[at : found.start()])
             around = marked[max(found.start() - 1, 0) : found.start()], marked[found.end() : found.end() + 1]
             at = found.end()
@@ -87,7 +100,7 @@ class Pattern:
         if capture.choices:
             return "|".join(re.escape(_blanked(c, before, after)) for c in capture.choices)
         if capture.name in self.indexed:
-            return BLANK if before in ("", ".") and after in ("", ".") else _DIGITS
+            return BLANK if before in ("", ".") and after in ("", ".") else DIGITS
         if not before and after not in ("", "."):
             return r"(?:.+?\.)?"  # a free prefix: nothing, or whole segments with their dot
         return "[^.]+" if before and after else ".+"
@@ -98,15 +111,15 @@ class Pattern:
         if not found:
             return None
         readers: dict[str, Value | Reader] = {}
-        tests: list[Callable[[Numbers], bool]] = []
+        tests: list[Callable[[Columns], Iterable[bool]]] = []
         free = list(range(template.count(BLANK)))
         for name, text in found.groupdict().items():
             span = slice(start := template.count(BLANK, 0, found.start(name)), start + text.count(BLANK))
             readers[name] = _reader(capture := self.address.captures[name], name in self.indexed, text, span)
             free = [p for p in free if not span.start <= p < span.stop]
             if capture.choices and BLANK in text:
-                tests.append(partial(_is_choice, text, span, capture.choices))
-        tests += [partial(_is_number, p, digits) for p, digits in zip(free, spelled, strict=True)]
+                tests.append(partial(_are_choices, text, span, capture.choices))
+        tests += [partial(_are_number, p, int(digits)) for p, digits in zip(free, spelled, strict=True)]
         return Hit(readers, tuple(tests))
 
     def render(self, values: dict[str, Value]) -> str:
@@ -116,17 +129,30 @@ class Pattern:
             if isinstance(part, str):
                 out.append(part)
             else:
-                value = values[part.name]
-                if part.choices:
-                    value = part.choices[int(value)]
-                elif part.name in self.indexed:
-                    value = int(value) + part.offset
-                out.append(str(value))
+                out.append(self._text(part, values[part.name]))
         return "".join(out)
+
+    def renders(self, fixed: Mapping[str, Value], free: Mapping[str, Iterable[Value]]) -> list[str]:
+        """All names that the free captures' values spell beside fixed ones; of the free ones, the last varies first."""
+        place = {n: f"{{{i}}}" for i, n in enumerate(free)}
+        spelled = ""
+        for part in self.address.parts:
+            if isinstance(part, Capture) and part.name in free:
+                spelled += place[part.name]
+            else:
+                text = part if isinstance(part, str) else self._text(part, fixed[part.name])
+                spelled += text.replace("{", "{{").replace("}", "}}")
+        texts = ([self._text(self.address.captures[n], v) for v in values] for n, values in free.items())
+        return list(starmap(spelled.format, product(*texts)))
+
+    def _text(self, capture: Capture, value: Value) -> str:
+        if capture.choices:
+            return capture.choices[int(value)]
+        return str(int(value) + capture.offset) if capture.name in self.indexed else str(value)
 
 
 def _reader(capture: Capture, indexed: bool, text: str, span: slice) -> Value | Reader:
-    """The capture's value where its text is fixed by the template, else a function of a name's numbers."""
+    """The capture's value where its text is fixed by the template, else a function of its names' numbers."""
     if capture.choices:
         read: Callable[[str], Value] = capture.choices.index
     elif indexed:
@@ -135,66 +161,69 @@ def _reader(capture: Capture, indexed: bool, text: str, span: slice) -> Value | 
         read = str
     if span.start == span.stop:
         return read(text)
-    if text == BLANK:
-        return lambda numbers: read(numbers[span.start])
-    return lambda numbers: read(_fill(text, numbers[span]))
+    if indexed and not capture.choices:
+        shift, at = capture.offset, span.start
+        return lambda columns: [n - shift for n in columns[at]] if shift else columns[at]
+    return lambda columns: [read(_fill(text, numbers)) for numbers in zip(*columns[span], strict=True)]
 
 
 def _blanked(choice: str, before: str, after: str) -> str:
     """A choice with blanks for the whole segments of it that are numbers, between these neighbours."""
     before, after = (beside if beside in ("", ".") else "x" for beside in (before, after))
-    return _NUMBER.sub(BLANK, before + choice + after)[len(before) :].removesuffix(after)
+    return NUMBER.sub(BLANK, before + choice + after)[len(before) :].removesuffix(after)
 
 
-def _is_choice(text: str, span: slice, choices: tuple[str, ...], numbers: Numbers) -> bool:
-    return _fill(text, numbers[span]) in choices
+def _are_choices(text: str, span: slice, choices: tuple[str, ...], columns: Columns) -> list[bool]:
+    return [_fill(text, numbers) in choices for numbers in zip(*columns[span], strict=True)]
 
 
-def _is_number(at: int, digits: str, numbers: Numbers) -> bool:
-    return numbers[at] == digits
+def _are_number(at: int, number: int, columns: Columns) -> list[bool]:
+    return [n == number for n in columns[at]]
 
 
-def _fill(text: str, numbers: Numbers) -> str:
+def _fill(text: str, numbers: tuple[int, ...]) -> str:
     pieces = text.split(BLANK)
-    return pieces[0] + "".join(n + p for n, p in zip(numbers, pieces[1:], strict=True))
+    return pieces[0] + "".join(f"{n}{p}" for n, p in zip(numbers, pieces[1:], strict=True))
 
 
 @lru_cache(maxsize=4096)
 def patterns(rule: Rule) -> tuple[Pattern, Pattern]:
     """The rule's two sides, compiled."""
-    names = {*rule.source.captures, *rule.target.captures}
-    indexed = frozenset(n for n in names if rule.indexed(n))
-    return Pattern(rule.source, indexed), Pattern(rule.target, indexed)
+    return Pattern(rule.source, rule.numbers), Pattern(rule.target, rule.numbers)
 
 
-def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[tuple[str, Hit, list[Row]]]:
+@lru_cache(maxsize=1 << 14)
+def _fitting(rule: Rule, templates: tuple[str, ...]) -> tuple[tuple[str, Hit], ...]:
+    """The templates that a rule's source fits. Plans of one family ask the same again and again."""
+    pattern = patterns(rule)[0]
+    return tuple((t, hit) for t in templates if (hit := pattern.match(t)) is not None)
+
+
+def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[tuple[str, Hit, Rows]]:
     """The rule's source against every template: the template, how to read its captures, and the names that it claims.
 
     A shared number outside its bound is not the rule's to claim. One that becomes an axis is, and is wrong later; but
     in the templates `within`, which rules share out among themselves, each claims only the numbers in its bound.
     """
-    pattern = patterns(rule)[0]
-    captures = pattern.address.captures
-    shifted = {n for side in (rule.source, rule.target) for n, c in side.captures.items() if c.offset}
-    limits = [n for n in captures if rule.indexed(n) and (n in rule.shared and n in rule.bound or n in shifted)]
-    for template, rows in names.rows.items():
-        hit = pattern.match(template)
-        if hit is not None:
-            here = [n for n in captures if rule.indexed(n)] if template in within else limits
-            if hit.tests or here:
-                rows = [r for r in rows if all(t(r[1]) for t in hit.tests) and _inside(hit, rule, here, r[1])]
-            if rows and rule.unsettled:
-                text = f"{rows[0][0]!r}: rule {rule} needs the size {rule.unsettled}: give a config, or bind it"
-                raise AdapterError([Problem(text, (rows[0][0],))])
-            if rows:
-                yield template, hit, rows
+    for at, hit in _fitting(rule, names.templates):
+        rows = names.rows[at]
+        for test in hit.tests:
+            rows = rows.where(test(rows.columns))
+        for name in rule.source.captures if at in within else rule.limited:
+            rows = _inside(hit, rule, name, rows)
+        if rows.names and rule.unsettled:
+            text = f"{rows.names[0]!r}: rule {rule} needs the size {rule.unsettled}: give a config, or bind it"
+            raise AdapterError([Problem(text, (rows.names[0],))])
+        if rows.names:
+            yield at, hit, rows
 
 
-def _inside(hit: Hit, rule: Rule, limits: list[str], numbers: Numbers) -> bool:
-    for name, value in zip(limits, hit.values(limits, numbers), strict=True):
-        if isinstance(value, int):
-            there = rule.target.captures.get(name)
-            least = -min(there.offset, 0) if there else 0
-            if value < least or name in rule.bound and value not in rule.bound[name]:
-                return False
-    return True
+def _inside(hit: Hit, rule: Rule, name: str, rows: Rows) -> Rows:
+    """The rows in which this capture, if it is a number, is one that the rule can write, and within its bound."""
+    if name not in rule.numbers:
+        return rows
+    there, bound = rule.target.captures.get(name), rule.bound.get(name)
+    least = -min(there.offset, 0) if there else 0
+    values = cast(Sequence[int], hit.column(name, rows))
+    outside = {v for v in set(values) if v < least or bound is not None and v not in bound}
+    return rows.where(v not in outside for v in values) if outside else rows

@@ -8,7 +8,7 @@ in the names.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 
@@ -29,7 +29,7 @@ from fmoe.types import AdapterError, Problem, TensorSpec, human
 
 @dataclass(frozen=True)
 class TablePlan:
-    """One table's plan. `targets`: what comes out, in the order of the sources' names."""
+    """One table's plan. `targets`: what comes out, in the order of the sources' names; names: theirs, already read."""
 
     specs: Specs
     groups: tuple[Group, ...]
@@ -37,6 +37,7 @@ class TablePlan:
     targets: dict[str, TensorSpec]
     aliases: tuple[Alias, ...] = ()
     dropped: tuple[str, ...] = ()
+    names: Names | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def makers(self) -> dict[str, Group | str]:
@@ -148,18 +149,21 @@ def plan_table(
             groups.append(Claimed(claims.rules[i], shared, found, specs, window, local).group())
         except Wrong as wrong:
             problems.append(wrong.problem)
-    problems += apart(entries, claims) + unequal(entries, groups) + _collisions(groups, claims.pairs)
-    problems += _aliases(claims, specs)
+    problems += apart(entries, claims) + unequal(entries, groups)
     targets = {t: spec for group in groups for t, spec in group.target_specs().items()}
     targets |= {t: specs[s] for s, t in claims.pairs.items()}
+    if len(targets) < sum(len(group.targets) for group in groups) + len(claims.pairs):
+        problems += _collisions(groups, claims.pairs)
+    problems += _aliases(claims, specs)
     aliases = tuple(a for a, present in claims.aliases.items() if (a.of in targets if a.flipped else present))
     given = [a for a in aliases if a.flipped and a.name in targets]
     problems += [Problem(f"{a.name!r} is there, and is written as an alias of {a.of!r}", (a.name, a.of)) for a in given]
     targets |= {a.name: targets[a.of] for a in aliases if a.flipped}
-    problems = problems or way_back(entries, claims, groups, targets, guards[1])
+    made = Names(() if problems else targets)
+    problems = problems or way_back(entries, claims, groups, made, guards[1])
     if problems:
         raise AdapterError(dict.fromkeys(problems))
-    return TablePlan(specs, tuple(groups), claims.pairs, targets, aliases, tuple(claims.dropped))
+    return TablePlan(specs, tuple(groups), claims.pairs, targets, aliases, tuple(claims.dropped), made)
 
 
 def _collisions(groups: list[Group], pairs: Mapping[str, str]) -> list[Problem]:

@@ -31,7 +31,7 @@ def plan_stages(
     for k, stage in enumerate(stages):
         if plans:
             was, at = at, plans[-1].targets
-            names = names if at.keys() == was.keys() else Names(at)
+            names = names if at.keys() == was.keys() else _names(plans[-1])
         try:
             stage = stage.resolve(names, default=True)
             if hasattr(stage, "guarded"):
@@ -50,6 +50,12 @@ def plan_stages(
     if problems:
         raise AdapterError(problems)
     return Plan(tuple(plans), specs)
+
+
+def _names(plan: StagePlan) -> Names:
+    """The names of its targets: read already, where the plan is a table's."""
+    found = getattr(plan, "names", None)
+    return found if found is not None and found.names == list(plan.targets) else Names(plan.targets)
 
 
 def _traced(problems: Iterable[Problem], stages: list[Stage], plans: list[StagePlan], of: int) -> Iterable[Problem]:

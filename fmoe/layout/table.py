@@ -66,7 +66,7 @@ class Table:
         """The names that its keeps fit, and whether one of them spells any of the name: `{rest}` alone does not."""
         keeps = [e for e in settle(self.entries, names, default=True) if isinstance(e, Keep)]
         keeps.sort(key=lambda keep: keep.spelled.strip(".") != "")
-        return {n: k.spelled.strip(".") != "" for k in keeps for _, _, rows in hits(k.rule, names) for n, _ in rows}
+        return {n: k.spelled.strip(".") != "" for k in keeps for _, _, rows in hits(k.rule, names) for n in rows.names}
 
     def choose(self, choices: Mapping[str, Any]) -> "Table":
         made: list[Entry] = []

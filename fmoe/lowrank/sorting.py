@@ -109,8 +109,8 @@ def twins(rules: Iterable[Rule], names: Names, *, of_gates: bool = False) -> dic
         g, there = next(n for n in rule.stacked if rule.source.captures[n].choices), patterns(rule)[0]
         captures = tuple(rule.source.captures)
         for _, hit, rows in hits(rule, names):
-            for name, numbers in rows:
-                at = dict(zip(captures, hit.values(captures, numbers), strict=True))
+            for name, values in zip(rows.names, hit.values(captures, rows), strict=True):
+                at = dict(zip(captures, values, strict=True))
                 if of_gates and at[g] == 0:
                     made[there.render(at | {g: 1})] = name
                 elif not of_gates and at[g] == 1:
@@ -149,7 +149,7 @@ def paired(native: Specs, plans: Iterable[TablePlan]) -> Iterator[Problem]:
 
 
 def _hit(rules: Iterable[Rule], names: Names) -> dict[str, None]:
-    return dict.fromkeys(n for rule in rules for _, _, rows in hits(rule, names) for n, _ in rows)
+    return dict.fromkeys(n for rule in rules for _, _, rows in hits(rule, names) for n in rows.names)
 
 
 def _kind(forms: Forms, module: str, names: list[str], targets: tuple[str, ...] | None) -> tuple[str, str]:

@@ -227,7 +227,7 @@ class LoraTable(Table):
 
 def _apart(names: Names) -> tuple[Names, Names]:
     """LoRA names, and all others."""
-    mine = {n for template, rows in names.rows.items() if is_lora(template) for n, _ in rows}
+    mine = {n for template, rows in names.rows.items() if is_lora(template) for n in rows.names}
     return (
         (Names([]), names)
         if not mine

@@ -70,6 +70,6 @@ def parameter(table: LoraTable, name: str) -> str:
     for wrapper in table.forms.wrappers:
         rule = wrapper.naming()
         for _, hit, rows in hits(rule, Names([name])):
-            shared = dict(zip(rule.shared, hit.values(rule.shared, rows[0][1]), strict=True))
-            return patterns(rule)[1].render(shared).removeprefix(WRAPPED)
+            (shared,) = hit.values(rule.shared, rows)
+            return patterns(rule)[1].render(dict(zip(rule.shared, shared, strict=True))).removeprefix(WRAPPED)
     raise AdapterError([Problem(f"{name!r}: PEFT wraps no parameter for it", (name,))])

@@ -14,12 +14,13 @@ from fmoe.layout.beside import Beside
 from fmoe.layout.build import rule
 from fmoe.layout.claims import claim
 from fmoe.layout.entries import Alias, Drop, Entry, Keep, Together, walk
-from fmoe.layout.names import Names, Value, hits, patterns
+from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.notation import Address, Capture, Rule
 from fmoe.layout.planning import plan_stages
 from fmoe.layout.proved.back import loose_parts
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
+from fmoe.layout.templates import Value
 from fmoe.types import AdapterError, TensorSpec
 
 Specs = dict[str, TensorSpec]
@@ -142,7 +143,7 @@ def _fitting(stages: Stages, specs: Specs) -> tuple[Specs, Specs]:
         except AdapterError as error:
             alike = Names(error.keys).rows  # where all that is named is missing: what it is missing from
             wrong = specs.keys() & set(error.keys) or {
-                n for t, rows in Names(specs).rows.items() if t in alike for n, _ in rows
+                n for t, rows in Names(specs).rows.items() if t in alike for n in rows.names
             }
             if not wrong:
                 raise
@@ -185,7 +186,7 @@ def _scales(rule: Rule) -> bool:
 
 
 def _hit(rules: Iterable[Rule], name: str) -> bool:
-    return any(any(hits(r, Names([name]))) for r in rules)
+    return any(any(hits(r, names)) for names in [Names([name])] for r in rules)
 
 
 def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:

@@ -24,7 +24,7 @@ folding
 types
 sharding
 layout.eager.html
-layout.notation
+layout.notation layout.templates
 layout.names layout.parsing
 layout.entries layout.axes
 layout.proved.suspects

@@ -108,7 +108,7 @@ def test_every_mutation_is_an_error_that_names_the_key(name):
         for apart in (False, True) if form == "per-expert" and name == KINDS[0] else (False,):
             adapter = adapter_of(name)
             files = adapter.choose(lora=form).to_hf(native(name, form, apart))
-            one_of_each = {template: rows[-1][0] for template, rows in Names(files).rows.items()}
+            one_of_each = {template: rows.names[-1] for template, rows in Names(files).rows.items()}
             for key in (n for n in one_of_each.values() if "self_attn" not in n):
                 tensor = files[key]
                 others = {n: t for n, t in files.items() if n != key}

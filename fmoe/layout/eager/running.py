@@ -26,7 +26,12 @@ def specs_of(values: Any) -> dict[str, TensorSpec]:
     if not isinstance(values, Mapping):
         raise AdapterError(f"a {type(values).__name__}, expected a dict of names to tensors{_instead(values)}")
     try:
-        specs = {name: TensorSpec(tuple(values[name].shape), values[name].dtype) for name in sorted(values)}
+        specs = {
+            n: v
+            if type(v := values[n]) is TensorSpec and type(v.shape) is tuple
+            else TensorSpec(tuple(v.shape), v.dtype)
+            for n in sorted(values)
+        }
         sound = all(map(_is_tensor, values.values())) and all(map(_is_sized, set(specs.values())))
     except (AttributeError, TypeError, RuntimeError):
         sound = False

@@ -11,19 +11,20 @@ from fmoe.layout.claims import Claims, claim, some
 from fmoe.layout.entries import Drop, Entry, rules_of
 from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Atom, Rule
-from fmoe.types import Problem, TensorSpec
+from fmoe.types import Problem
 
 Maker = tuple[Rule | None, tuple[str, ...]]
 
 
 def way_back(
-    entries: tuple[Entry, ...], claims: Claims, groups: Sequence[Group], targets: Mapping[str, TensorSpec], guard: bool
+    entries: tuple[Entry, ...], claims: Claims, groups: Sequence[Group], targets: Names, guard: bool
 ) -> list[Problem]:
     """Why `inverse` would not give back the names and sizes that went in, for every target. Empty: it would."""
     lost = list(_unsplit(groups)) + list(_vanished(groups))
     inverse = tuple(e.inverse for e in entries)
-    back = claim(inverse, Names(targets), guard=guard)
-    made = {_key(i, group): _coordinates(group) for (i, _), group in zip(claims.groups, groups, strict=True)}
+    back = claim(inverse, targets, guard=guard)
+    known: dict[tuple, tuple] = {}
+    made = {_key(i, group): _coordinates(group, known) for (i, _), group in zip(claims.groups, groups, strict=True)}
     pairs = {t: s for s, t in claims.pairs.items()}
     if (
         not back.problems
@@ -47,8 +48,10 @@ def _key(i: int, group: Group) -> tuple[int, tuple]:
     return i, tuple(group.shared[n] for n in group.rule.inverse.shared)
 
 
-def _coordinates(group: Group) -> dict[tuple, str]:
-    return dict(zip(group.grid(group.rule.unstacked), group.targets, strict=True))
+def _coordinates(group: Group, known: dict[tuple, tuple]) -> dict[tuple, str]:
+    """Each target by its place. known: the places of all groups, which are mostly the same."""
+    places = (known.setdefault(at, at) for at in group.grid(group.rule.unstacked))
+    return dict(zip(places, group.targets, strict=True))
 
 
 def _explained(
@@ -59,11 +62,11 @@ def _explained(
     takers: dict[str, list[object]] = {}
     for back in rules_of(inverse):
         for _, _, rows in hits(back, names, within=names.rows):
-            for name, _ in rows:
+            for name in rows.names:
                 takers.setdefault(name, []).append(back.inverse)
     for entry in inverse:
         for _, _, rows in hits(entry.rule, names) if isinstance(entry, Drop) and not entry.flipped else ():
-            for name, _ in rows:
+            for name in rows.names:
                 takers.setdefault(name, []).append(entry.inverse)
     for target in wrong:
         rule, sources = makers[target]

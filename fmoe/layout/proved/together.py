@@ -6,8 +6,9 @@ from dataclasses import replace
 from fmoe.layout.axes import Group
 from fmoe.layout.claims import Claims, some
 from fmoe.layout.entries import Entry, Together
-from fmoe.layout.names import Names, Value, patterns
+from fmoe.layout.names import patterns
 from fmoe.layout.notation import Rule
+from fmoe.layout.templates import Value, template
 from fmoe.types import Problem
 
 
@@ -35,8 +36,9 @@ def unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
     towers: dict[tuple[str, Value], list[Group]] = {}
     for group in groups:
         if group.rule in bundled:
+            tower = _tower(group)
             for letter in group.sizes:
-                towers.setdefault((letter, _tower(group)), []).append(group)
+                towers.setdefault((letter, tower), []).append(group)
     problems = []
     for (letter, _), having in sorted(towers.items()):
         usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
@@ -55,7 +57,7 @@ def _tower(group: Group) -> str:
     captures = group.rule.source.captures
     text = {n: v for n, v in group.shared.items() if not group.rule.indexed(n)}
     said = (captures[n].choices[int(v)] if captures[n].choices else str(v) for n, v in text.items())
-    return next(iter(Names([" ".join(said)]).rows))
+    return template(" ".join(said))
 
 
 def _absent(group: Group, letter: str, size: int) -> list[str]:
