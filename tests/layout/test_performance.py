@@ -1,4 +1,4 @@
-"""What the design promises of speed, in numbers that this machine can hold: seconds of planning, ratios of one run."""
+"""What the design promises of speed: seconds of this process for planning, ratios of one run."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hf_synthetic as synthetic
+import pytest
 
 import fmoe
 from fmoe import TensorSpec
@@ -16,20 +17,25 @@ from fmoe import TensorSpec
 def best(run: Callable[[], object], rounds: int) -> float:
     times = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
-def test_a_deepseek_v3_is_planned_and_proved_in_half_a_second():
-    specs = {n: TensorSpec(*spec) for n, spec in synthetic.deepseek_v3_keys().items()}
-    assert len(specs) > 46_000
-    adapter = fmoe.adapter("deepseek_v3", synthetic.DEEPSEEK_V3_CONFIG)
-    assert best(lambda: adapter.plan(specs), 5) < 0.5
+@pytest.mark.parametrize("E, names, most", [(256, 46_183, 0.3), (900, 160_171, 1.5)])
+def test_every_name_is_planned_and_proved(E, names, most):
+    """DeepSeek-V3, and one with 900 experts in each of its layers.
+
+    Measured: 0.15 to 0.3 s and 0.8 to 1.2 s on two cores that other work kept busy. Hence the room.
+    """
+    specs = {n: TensorSpec(*spec) for n, spec in synthetic.deepseek_v3_keys(n_routed_experts=E).items()}
+    assert len(specs) == names
+    adapter = fmoe.adapter("deepseek_v3", synthetic.DEEPSEEK_V3_CONFIG | {"n_routed_experts": E})
+    assert best(lambda: adapter.plan(specs), 5) < most
     native = adapter.plan(specs).targets
-    assert native["model.layers.60.mlp.experts.gate_and_up_projs"].shape == (256, 7168, 4096)
-    assert best(lambda: adapter.inverse.plan(native), 5) < 0.5
+    assert native["model.layers.60.mlp.experts.gate_and_up_projs"].shape == (E, 7168, 4096)
+    assert best(lambda: adapter.inverse.plan(native), 5) < most
 
 
 def test_stacking_experts_is_as_fast_as_cloning_them(tmp_path):
