@@ -27,6 +27,8 @@ from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import quantization_of
+from fmoe.codecs.survival import Survival, telling
+from fmoe.codecs.survival import told as told_of
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
@@ -112,6 +114,8 @@ def convert(
             raise AdapterError(
                 [f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these", *crossing.lost]
             )
+    survived: list[Survival] = []
+    there = telling(there, survived.append)
     plan = plan_from(source, there, **ranges)
     found = crossing.notes if crossing else complete(source, adapter, plan, to, how)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), how | ranges)
@@ -162,13 +166,14 @@ def convert(
                     stage.fill(NATIVE, with_checksums(small[NATIVE], {n: sums[str(dst / n)] for n in layout.heads}))
                 sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
         source.unchanged()
+        notes.extend(told_of(survived))
         stage.publish()
         return sums
 
     if process_group is not None:
         rank = Rank(dst, work, threads, fsync)
         resumed, read, written, sums = in_ranks(process_group, engine, rank, opening, begin, finish, carried)
-        return replace(report, read=read, written=written, resumed=resumed, checksums=sums)
+        return replace(report, read=read, written=written, resumed=resumed, checksums=sums, notes=(*found, *notes))
     with opening() as stage:
         begin(stage)
         if stage.stale is None:
@@ -178,6 +183,7 @@ def convert(
         else:
             resumed = plan.nbytes
         sums = finish(stage)
+    report = replace(report, notes=(*found, *notes))
     return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
 
 

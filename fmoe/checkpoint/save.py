@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.quantised import Quantised
-from fmoe.codecs.survival import Survival, told
+from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
@@ -130,7 +129,7 @@ def prepare(
     if layout == "hf":
         no_part(path, ranges)
     adapter = adapter if quantization is None else adapter.choose(quantization=quantization)
-    adapter = replace(adapter, stages=tuple(_telling(s, survived) for s in adapter.stages))
+    adapter = telling(adapter, survived)
     claim()
     hf = adapter._to_hf_plan(params, None, ranges)
     adapter._plan(hf.targets, ranges, frozenset(ranges))  # and what is written can be read
@@ -155,10 +154,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AdapterError(f"{path} holds a {type(found).__name__}, expected an object")
     return found
-
-
-def _telling(stage: Any, survived: Callable[[Survival], None] | None) -> Any:
-    return replace(stage, told=survived) if isinstance(stage, Quantised) else stage
 
 
 def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:

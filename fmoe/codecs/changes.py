@@ -49,14 +49,17 @@ def encoding(p: Parts, told: Callable[[Survival], None] | None = None) -> Change
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             if p.second:
-                given = params.get(p.beside), params.get(p.second[1])
+                given = (params.get(p.beside), params.get(p.second[1]))
                 codes, scale, second = twofold.encode(p.format, params[p.name], *given)
-                made = {p.second[0]: second.reshape(p.kept[1][2])}
+                made, used = {p.second[0]: second.reshape(p.kept[1][2])}, p.format.folded(scale, second)
+                was = None if given[0] is None or given[1] is None else p.format.folded(given[0], given[1])
             else:
-                (codes, scale), made = p.format.encode(params[p.name], params.get(p.beside)), {}
+                was = params.get(p.beside)
+                (codes, scale), made = p.format.encode(params[p.name], was), {}
+                used = scale
         except ValueError as error:
             raise AdapterError([Problem(f"{p.name!r}: {error}", (p.name,))]) from None
-        if told and p.beside in params and (found := survival(p, params[p.name], params[p.beside], codes, scale)):
+        if told and was is not None and (found := survival(p, params[p.name], was, codes, used)):
             told(found)
         _, _, there, here = p.kept[0]
         return {p.codes: codes, p.scale: _spelled(scale, here, there)} | made | _made(p, codes)

@@ -5,13 +5,15 @@ half a step, the nearest code is the one that it had, and the change is gone.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmoe.codecs.parts import Parts
+from fmoe.layout.adapter import Adapter
 from fmoe.types import AdapterError, Problem
 
 LEAST = 0.05
@@ -32,6 +34,12 @@ class Survival(NamedTuple):
     size: float
 
 
+def telling(adapter: Adapter, survived: Callable[[Survival], None] | None) -> Adapter:
+    """The adapter, whose codecs say of every tensor that has changed since it was decoded how much survives."""
+    tell: Callable[[Any], Any] = lambda stage: replace(stage, told=survived) if hasattr(stage, "told") else stage
+    return replace(adapter, stages=tuple(map(tell, adapter.stages)))
+
+
 @torch.no_grad()
 def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tensor) -> Survival | None:
     """Of a weight that was decoded with a scale, and is written as these codes under `used`; None if it is as it was.
@@ -39,7 +47,7 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tenso
     Changes much smaller than a step leave numbers near their codes; larger ones leave them anywhere, a quarter of a
     step away on average. So the mean distance says how many moved.
     """
-    if weight.is_meta or p.second:
+    if weight.is_meta:
         return None
     after = p.format.decode(codes, used, torch.float32)
     found = Survival(p.name, 0, 0.0, 0.0, 0.0)
@@ -83,7 +91,7 @@ def told(found: list[Survival]) -> tuple[str, ...]:
         worst = min(lost, key=lambda s: s.moved)
         text = f"{worst.name!r}: about {worst.moved:.1%} of its {worst.changed:,} changed numbers reach another code"
         how = f"expected at least {LEAST:.0%}: the change is smaller than the steps of the format, and would be lost"
-        fix = "Fix: quantization=False writes the weights as they are"
+        fix = "Fix: quantization=False in save, dtype= in convert, writes the weights as they are"
         raise AdapterError([Problem(f"{text} ({len(lost)} such tensors), {how}. {fix}", tuple(s.name for s in lost))])
     if not found:
         return ()

@@ -167,6 +167,21 @@ def test_a_change_that_codes_would_lose_is_refused_and_a_large_one_is_told(case,
     }
     (note,) = fmoe.save(large, tmp_path / "large", codec, fsync=False).notes
     assert "changed numbers reach another code" in note
+    for name, params in (("small", nudge), ("large", large), ("same", native)):  # merged, saved natively, converted
+        fmoe.save(params, tmp_path / f"{name} native", codec, "native", fsync=False)
+    refused = f.code == "e2m1" or f.scales[0] in (torch.uint8, torch.float8_e8m0fnu)
+    there = lambda name, **how: fmoe.convert(
+        tmp_path / f"{name} native", tmp_path / f"{name} hf", "hf", fsync=False, **how
+    )
+    if refused:
+        with pytest.raises(fmoe.AdapterError, match="changed numbers reach another code.*dtype= in convert"):
+            there("small")
+        assert not (tmp_path / "small hf").exists()
+    assert any("changed numbers reach another code" in note for note in there("large").notes)
+    assert not any("changed numbers" in note for note in there("same").notes)
+    there("small", dtype=torch.bfloat16, force=True)
+    plain = fmoe.load(tmp_path / "small hf")
+    assert all(torch.equal(plain[n], nudge[n]) for n in stacks)
 
 
 @ALL
