@@ -84,6 +84,21 @@ def test_every_format_is_read_in_every_family_and_comes_back(family, fmt):
                 assert torch.equal(down[e].double(), said[f"{e}.{names[-1]}"].T.float().double())
 
 
+@pytest.mark.parametrize("fmt", [name for name in FOREIGN if FORMATS[name].second])
+def test_a_change_that_codes_under_two_scales_would_lose_is_refused(fmt, tmp_path):
+    config, hf, _ = checkpoint("qwen3_moe", fmt)
+    adapter = fmoe.adapter("qwen3_moe", config)
+    native = adapter.from_hf(hf)
+    assert fmoe.save(native, tmp_path / "same", adapter, fsync=False).notes == ()
+    stacks = [n for n in native if n.endswith("_projs")]
+    nudge = native | {n: native[n] * (1 + 2**-7 * torch.rand(native[n].shape)) for n in stacks}
+    with pytest.raises(fmoe.AdapterError, match="changed numbers reach another code.*quantization=False"):
+        fmoe.save(nudge, tmp_path / "small", adapter, fsync=False)
+    large = native | {n: native[n] + native[n].std() * torch.randn(native[n].shape) for n in stacks}
+    (note,) = fmoe.save(large, tmp_path / "large", adapter, fsync=False).notes
+    assert "changed numbers reach another code" in note
+
+
 @pytest.mark.parametrize("fmt", ["int4 pack", "int8 pack"])
 @pytest.mark.parametrize("group", [16, 32])
 def test_the_size_of_groups_is_what_shapes_say(fmt, group):
