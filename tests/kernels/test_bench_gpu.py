@@ -78,7 +78,7 @@ def test_a_step_that_hangs_fails_or_dies_stops_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.txt").exists()
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])  # 20 s
 def test_a_kill_loses_nothing_that_was_measured(how: signal.Signals, tmp_path: Path) -> None:
     run = drive(tmp_path, {"works": 20, "hangs": 60})
     path, until = tmp_path / "out" / "records.jsonl", time.monotonic() + 150
