@@ -162,7 +162,7 @@ class MoEConfig:
     apply_router_weight_after_down: bool = False  #: else the weight multiplies the activation
     activation_alpha: float = 1.702  #: of swigluoai and quick_geglu
     activation_limit: float = 7.0  #: clamp of swigluoai and quick_geglu
-    swiglu_limit: float = 0.0  #: clamp of swiglu; 0: none
+    swiglu_limit: float = 0.0  #: clamp of swiglu; 0 or less: none
     softmax_before_topk: bool = False  #: softmax over all E, else over the K chosen
     router_weights_fp32: bool = False  #: weights in fp32, else in x's dtype; routers
     router_weight_uses_score_correction_bias: bool = False  #: weights of biased scores
@@ -182,8 +182,8 @@ class MoEConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
         for name in "gate_bias_update_factor aux_loss_coeff swiglu_limit shared_swiglu_limit".split():
-            if not (isinstance(value := getattr(self, name) or 0, int | float) and value >= 0):  # NaN compares false
-                raise ValueError(f"MoEConfig.{name} is {value!r}, expected a number from 0 on")
+            if not (isinstance(v := getattr(self, name) or 0, int | float) and (v >= 0 or v < 0 and "limit" in name)):
+                raise ValueError(f"MoEConfig.{name} is {v!r}, expected a number{' from 0 on' * ('limit' not in name)}")
         if (K := self.n_activated_experts) > (E := self.n_routed_experts):
             raise ValueError(f"MoEConfig.n_activated_experts is {K} with n_routed_experts={E}, expected E >= K={K}")
         for name in ("expert_activation", "shared_expert_activation"):

@@ -52,8 +52,8 @@ REFUSED = {
     "enable_routing_replay": [True],
     "aux_loss_coeff": [-1.0, float("nan"), "1"],
     "gate_bias_update_factor": [-0.1, float("nan")],
-    "swiglu_limit": [-7.0],
-    "shared_swiglu_limit": [-7.0, "7"],
+    "swiglu_limit": [float("nan")],
+    "shared_swiglu_limit": [float("nan"), "7"],
 }
 SAID = {"inter_dim": "intermediate_size"}
 """Facts of a model that no layer here has: the adapter's config tells them."""
