@@ -160,8 +160,9 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
         for m in {module(n) for n in gone - absent}:
             if 3 * sum(module(n) == m for n in own) < sum(module(n) == m for n in gone):
                 gone = {n for n in gone if module(n) != m}
-        twin = lambda n, there=there: any(o.endswith("." + ".".join(n.split(".")[-2:])) for o in there)
-        gone = gone | {n for n in absent if n.count(".") > 1 and twin(n)}
+        tail = lambda n: "." + ".".join(n.split(".")[-2:])
+        proper = {n for n in absent if stack and n.count(".") > 1 and "#" not in tail(n)}
+        gone = gone | {n for n in proper if any(o.endswith(tail(n)) for o in there)}
         found |= {n for n in names if part(n) in gone}
     return found
 

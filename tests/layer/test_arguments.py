@@ -254,7 +254,7 @@ def test_te_refuses_meta() -> None:
     ("backend", "activation", "dtype"),
     [
         *((by, act, d) for by in ALL[:2] for act in EXPERT_ACTIVATIONS for d in (torch.float32, torch.bfloat16)),
-        ("triton", "swiglu", torch.float32),
+        pytest.param("triton", "swiglu", torch.float32, marks=pytest.mark.slow),  # the kernels' own test has it too
     ],
     ids=str,
 )
