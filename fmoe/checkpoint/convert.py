@@ -27,8 +27,7 @@ from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import quantization_of
-from fmoe.codecs.survival import Survival, telling
-from fmoe.codecs.survival import told as told_of
+from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
@@ -97,9 +96,9 @@ def convert(
             raise AdapterError(
                 "to and from other systems one process converts, as fast as it can: without ranks, bandwidth"
             )
-        told: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
-        told |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
-        return convert_between(src, Path(dst), to, config, from_, **told)
+        given: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
+        given |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
+        return convert_between(src, Path(dst), to, config, from_, **given)
     source, dst = open_checkpoint(src), Path(dst)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
@@ -122,10 +121,10 @@ def convert(
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
     if to != "native":
         config = crossing.config if crossing else source.config
-        told = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
-        if crossing or told != config:
-            others["config.json"] = json.dumps(told, indent=2, default=str).encode() + b"\n"
-        if quantization_of(told) is None and QUANT in others:
+        agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
+        if crossing or agreed != config:
+            others["config.json"] = json.dumps(agreed, indent=2, default=str).encode() + b"\n"
+        if quantization_of(agreed) is None and QUANT in others:
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
@@ -166,13 +165,13 @@ def convert(
                     stage.fill(NATIVE, with_checksums(small[NATIVE], {n: sums[str(dst / n)] for n in layout.heads}))
                 sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
         source.unchanged()
-        notes.extend(told_of(survived))
+        notes.extend(told(survived))
         stage.publish()
         return sums
 
     if process_group is not None:
         rank = Rank(dst, work, threads, fsync)
-        resumed, read, written, sums = in_ranks(process_group, engine, rank, opening, begin, finish, carried)
+        resumed, read, written, sums = in_ranks(process_group, engine, rank, survived, opening, begin, finish, carried)
         return replace(report, read=read, written=written, resumed=resumed, checksums=sums, notes=(*found, *notes))
     with opening() as stage:
         begin(stage)

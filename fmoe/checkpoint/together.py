@@ -12,6 +12,7 @@ from fmoe.checkpoint.staging.shares import Share
 from fmoe.checkpoint.staging.staging import Staging
 from fmoe.checkpoint.stream.carry import default_threads, in_order, pool
 from fmoe.checkpoint.stream.engine import Engine, Unit
+from fmoe.codecs.survival import Survival
 from fmoe.types import AdapterError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def in_ranks(
     group: "ProcessGroup",
     engine: Engine,
     how: Rank,
+    survived: list[Survival],
     opening: Callable[[], AbstractContextManager[Staging]],
     begin: Callable[[Staging], None],
     finish: Callable[[Staging], dict[str, str]],
@@ -49,6 +51,7 @@ def in_ranks(
 ) -> Done:
     """The work of an engine, by all ranks of a group, which all call this; the first alone opens, begins, finishes.
 
+    survived: what this rank has found out of changes that its codes keep; afterwards what all ranks have.
     Raises AdapterError on all ranks where one of them fails or ends; the same call goes on, with any number of ranks.
     """
     with together(group) as ranks, ExitStack() as stack:
@@ -63,6 +66,7 @@ def in_ranks(
         shown(0)
         _carry(ranks, engine, todo, how, shown)
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
+        survived[:] = [each for mine in ranks.gather(survived) for each in mine]
         sums = finish(stage) if stage else {}
         try:
             sums = ranks.tell(sums)

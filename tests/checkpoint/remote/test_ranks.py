@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from codec_cases import config, made
 from command import demo
 from directories import files
+from hf import save
 from processes import end_all
 from rank_processes import ended, ranks
 from servers import serving
@@ -54,6 +57,20 @@ def test_the_files_are_those_of_one_process_and_every_byte_passes_once(world, so
     told = [(tmp_path / "notes" / f"out.{r}").read_text() for r in range(world)]
     said = json.loads(told[0])
     assert (said["read"], said["written"], said["resumed"]) == (594432, 594432, 0) and told[1:] == [""] * (world - 1)
+
+
+def test_a_change_that_codes_would_lose_is_refused_whichever_rank_writes_it(tmp_path):
+    case = ("gpt_oss", "mxfp4 blocks")
+    save(config(case[0], 128, 256), made(case)[1], tmp_path / "hf")
+    native = fmoe.load(tmp_path / "hf")
+    for name in native:  # one tensor at a time: the rank that has it is not always the first
+        if name.endswith("_projs"):
+            nudged = native | {name: native[name] * (1 + 2**-7 * torch.rand(native[name].shape)).bfloat16()}
+            fmoe.save(nudged, tmp_path / name, fmoe.adapter(tmp_path / "hf"), "native", fsync=False)
+            arguments = ["convert", tmp_path / name, tmp_path / "out", "--to", "hf", "--json"]
+            assert 0 not in ended(ranks(arguments, tmp_path / "notes", 2), LONG)
+            said = json.loads((tmp_path / "notes" / "out.0").read_text())["error"]["problems"]
+            assert "changed numbers reach another code" in said[0] and not (tmp_path / "out").exists()
 
 
 def test_without_locks_and_from_a_server(source, new, tmp_path):
