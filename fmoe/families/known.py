@@ -134,12 +134,13 @@ def _main(form: Mapping[str, Any]) -> str:
 
 
 def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
-    """Those of the names that are not there in whose stead a publisher has names of its own, in every layer.
+    """Those of the lost names that a publisher spells in another way: no gaps. lost: names that the class has.
 
-    Of a module that both have: where names in it that the class never has are a third as many or more (q, k and v in
-    one). Of modules that the checkpoint has not: where modules that the class has not hold half as many names. And a
-    name of a module that is not there, which stands in another. What some layer has
-    under the class's name is not renamed.
+    A name that any layer of its stack has under the class's spelling is never one of them. The others are, if
+
+    - the module is there, and holds other names that the class never has, at least a third as many (q, k, v in one);
+    - the module is not there, and modules that the class never has hold at least half as many names;
+    - the module is not there, and another module holds a part of that name (`mlp.gate_proj.weight`).
     """
     inside, tails = _names(config)
     stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
@@ -155,14 +156,14 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
         lost_here = {part(n) for n in names} - there
         held, foreign = {module(n) for n in there}, {module(n) for n in own} - {module(n) for n in there - own}
         absent = {n for n in lost_here if module(n) not in held}
-        none = 2 * sum(module(n) in foreign for n in own) < len(absent)
-        gone = lost_here - absent if none else lost_here
+        replaced = 2 * sum(module(n) in foreign for n in own) >= len(absent)
+        gone = lost_here if replaced else lost_here - absent
         for m in {module(n) for n in gone - absent}:
             if 3 * sum(module(n) == m for n in own) < sum(module(n) == m for n in gone):
                 gone = {n for n in gone if module(n) != m}
         tail = lambda n: "." + ".".join(n.split(".")[-2:])
-        proper = {n for n in absent if stack and n.count(".") > 1 and "#" not in tail(n)}
-        gone = gone | {n for n in proper if any(o.endswith(tail(n)) for o in there)}
+        parts = {n for n in absent if stack and n.count(".") > 1 and "#" not in tail(n)}
+        gone = gone | {n for n in parts if any(o.endswith(tail(n)) for o in there)}
         found |= {n for n in names if part(n) in gone}
     return found
 
