@@ -1,6 +1,8 @@
-"""What the design promises of speed: seconds of this process for planning, ratios of one run."""
+"""What the design promises of speed: calls a name for planning, ratios of one run."""
 
+import cProfile
 import json
+import pstats
 import subprocess
 import sys
 import time
@@ -23,19 +25,29 @@ def best(run: Callable[[], object], rounds: int) -> float:
     return min(times)
 
 
-@pytest.mark.parametrize("E, names, most", [(256, 46_183, 0.3), (900, 160_171, 1.5)])
-def test_every_name_is_planned_and_proved(E, names, most):
-    """DeepSeek-V3, and one with 900 experts in each of its layers.
+def calls(run: Callable[[], object]) -> int:
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
 
-    Measured: 0.15 to 0.3 s and 0.8 to 1.2 s on two cores that other work kept busy. Hence the room.
+
+@pytest.mark.parametrize("E, names", [(256, 46_183), (900, 160_171)])
+def test_every_name_is_planned_and_proved(E, names):
+    """DeepSeek-V3, and one with 900 experts in each of its layers: at most nine calls a name, either way.
+
+    A machine's seconds are its own (0.09 s and 0.36 s where this was written, 0.32 s for the first on a busy one):
+    beside the count stands the time that the same process needs to parse these names as a file's header.
     """
     specs = {n: TensorSpec(*spec) for n, spec in synthetic.deepseek_v3_keys(n_routed_experts=E).items()}
     assert len(specs) == names
+    header = json.dumps({n: {"dtype": "BF16", "shape": s.shape, "data_offsets": [0, 1]} for n, s in specs.items()})
     adapter = fmoe.adapter("deepseek_v3", synthetic.DEEPSEEK_V3_CONFIG | {"n_routed_experts": E})
-    assert best(lambda: adapter.plan(specs), 5) < most
     native = adapter.plan(specs).targets
     assert native["model.layers.60.mlp.experts.gate_and_up_projs"].shape == (E, 7168, 4096)
-    assert best(lambda: adapter.inverse.plan(native), 5) < most
+    parsed = best(lambda: json.loads(header), 3)
+    for plan in (lambda: adapter.plan(specs), lambda: adapter.inverse.plan(native)):
+        assert calls(plan) < 9 * names
+        assert best(plan, 3) < 6 * parsed
 
 
 def test_stacking_experts_is_as_fast_as_cloning_them(tmp_path):
