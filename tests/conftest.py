@@ -27,3 +27,8 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores: a third of the time, tests wait for disks, clocks and each other."""
+    return -(-(os.cpu_count() or 1) * 3 // 2)

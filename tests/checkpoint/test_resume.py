@@ -189,7 +189,8 @@ def test_without_waiting_for_the_disk_nothing_counts_after_a_power_failure(sourc
         assert (ended.code, files(dst)) == (0, new) and json.loads(ended.out)["resumed"] == 0
 
 
-def test_50_random_kills_leave_50_times_the_same(source, new, tmp_path):
+@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.slow)])
+def test_random_kills_leave_every_time_the_same(source, new, tmp_path, kills):
     dst, notes, rng, hit = tmp_path / "out", tmp_path / "notes", random.Random(3), 0
     call = ["convert", source, dst, "--max-shard-size", "100KB"]  # on several threads
     for _ in range(2):  # the second one tells how long it takes
@@ -197,7 +198,7 @@ def test_50_random_kills_leave_50_times_the_same(source, new, tmp_path):
         began = time.monotonic()
         assert start(call, notes, slow=0.005).end().code == 0
         took = time.monotonic() - began
-    for _ in range(50):
+    for _ in range(kills):
         shutil.rmtree(dst)
         code = start(call, notes, slow=0.005).end(after=rng.uniform(0, took)).code
         hit += code == -signal.SIGKILL and (dst / JOURNAL).exists()
@@ -205,7 +206,7 @@ def test_50_random_kills_leave_50_times_the_same(source, new, tmp_path):
         ended = start(call, notes).end()
         assert ended.code == 0 or "is not empty" in ended.err and (code == 0 or not (dst / JOURNAL).exists())
         assert files(dst) == new
-    assert hit > 20
+    assert hit > 0.4 * kills
 
 
 def test_killed_again_and_again_it_comes_to_an_end(source, new, tmp_path):

@@ -47,7 +47,9 @@ def by_hand(f: Format, codes: Tensor, scale: Tensor) -> Tensor:
     per_word = {"e4m3": 1, "e2m1": 2, "int4": 8, "int8": 4 if f.stored == torch.int32 else 1}[f.code]
     rows = [row.flatten() for row in codes]
     R, C = len(rows), rows[0].numel() * per_word
-    out = torch.empty(R, C, dtype=torch.float64)
+    out = [[0.0] * C for _ in range(R)]
+    factors = [factor(s, f.zero) for s in scale.flatten()]
+    across = scale.shape[1] if scale.ndim == 2 else 1
     for r in range(R):
         words = rows[r].view(torch.int32 if f.stored == torch.int32 else torch.uint8).tolist()
         for c in range(C):
@@ -60,11 +62,10 @@ def by_hand(f: Format, codes: Tensor, scale: Tensor) -> Tensor:
             else:
                 nibble = word >> 4 * (c % per_word) & 15
                 value = nibble - 8.0 if f.code == "int4" else e2m1(nibble)
-            at = (r // (f.block[0] or R), c // (f.block[1] or C))
-            out[r, c] = value * factor(
-                scale if scale.ndim == 0 else scale.flatten()[0] if f.each else scale[at], f.zero
-            )
-    return out.mT if f.transposed else out
+            at = r // (f.block[0] or R) * across + c // (f.block[1] or C)
+            out[r][c] = value * factors[0 if scale.ndim == 0 or f.each else at]
+    made = torch.tensor(out, dtype=torch.float64).view(R, C)
+    return made.mT if f.transposed else made
 
 
 def parts(fmt: str, name: str, weight: Tensor) -> dict[str, Tensor]:

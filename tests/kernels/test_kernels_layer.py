@@ -36,7 +36,7 @@ CASES = {name: Case(activation=name) for name in SCALARS} | {
 
 
 SLOW = pytest.mark.slow  # seconds each in the interpreter: the other dtype runs the same program every time
-HALF = {"biases", "in out", "odd sizes", "one token"}
+HALF = {"odd sizes", "one token"}
 
 
 def twice(names: Iterable[str], always: torch.dtype, both: Collection[str] = ()) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import hf_synthetic as synthetic
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmoe
 from fmoe import TensorSpec
@@ -31,7 +32,7 @@ def calls(run: Callable[[], object]) -> int:
     return pstats.Stats(profile).total_calls  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("E, names", [(256, 46_183), (900, 160_171)])
+@pytest.mark.parametrize("E, names", [(256, 46_183), pytest.param(900, 160_171, marks=pytest.mark.slow)])
 def test_every_name_is_planned_and_proved(E, names):
     """DeepSeek-V3, and one with 900 experts in each of its layers: at most nine calls a name, either way.
 
@@ -50,6 +51,31 @@ def test_every_name_is_planned_and_proved(E, names):
         assert best(plan, 3) < 6 * parsed
 
 
+class Written(TorchDispatchMode):
+    """The bytes of the results of every operator that makes no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **kwargs or {})
+        self.bytes += 0 if func.is_view or "empty" in func.overloadpacket.__name__ else out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("name", [n for n in synthetic.CHECKPOINTS if "fp8" not in n and "mxfp4" not in n])
+def test_every_byte_that_is_stacked_is_written_once(name):
+    config, hf = synthetic.CHECKPOINTS[name]()
+    adapter = fmoe.adapter(config["model_type"], config)
+    with Written() as written:
+        native = adapter.from_hf(hf)
+    given = {t.untyped_storage().data_ptr() for t in hf.values()}
+    stacked = sum(t.nbytes for t in native.values() if t.untyped_storage().data_ptr() not in given)
+    assert written.bytes == stacked
+
+
+@pytest.mark.slow  # seconds of a machine, and of one that does nothing else
 def test_stacking_experts_is_as_fast_as_cloning_them(tmp_path):
     bench = Path(__file__).parents[2] / "bench" / "adapters.py"
     found = tmp_path / "rows.json"
