@@ -8,6 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fmoe.checkpoint.files.containers.gguf_files import SUFFIX
+from fmoe.checkpoint.files.containers.gguf_written import OUT, Like, gguf_layout
+from fmoe.checkpoint.files.containers.gguf_written import like as like_of
 from fmoe.checkpoint.files.containers.source import Foreign
 from fmoe.checkpoint.files.containers.written import dcp_layout
 from fmoe.checkpoint.files.directory import INDEX, Checkpoint
@@ -20,6 +25,10 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.engine import Engine
+from fmoe.codecs.agree import agreeing
+from fmoe.codecs.cast import CastExperts
+from fmoe.codecs.quantised import Quantised
+from fmoe.families import family
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.pipeline import Plan
@@ -32,28 +41,34 @@ KEPT_OUT = ("metadata.json", "common.pt", "latest_checkpointed_iteration.txt")
 
 def convert_between(
     src: Where | str, dst: Path, to: str, config: Any, from_: str | None, *, max_shard_size: int | str, force: bool,
-    dry_run: bool, checksums: bool, fsync: bool, threads: int | None, lossy: bool, progress: Progress, **choices: Any,
+    dry_run: bool, checksums: bool, fsync: bool, threads: int | None, lossy: bool, progress: Progress,
+    like: Path | str | None, **choices: Any,
 ) -> Report:  # fmt: skip
     """`fmoe.convert`, where another system is on either side: memory does not grow with the source, and it resumes."""
     if to not in ("hf", "native", *SYSTEMS):
         raise AdapterError(f"to={to!r}: expected hf, native or one of {', '.join(SYSTEMS)}")
     if checksums:
         raise AdapterError("checksums=True: not to or from another system. Fix: leave it out, and fmoe.verify(dst)")
+    model = _model(to, dst, like)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     source = open_source(src, config)
     here = side(source, from_)
     adapter, there = adapters(source, here, to, lossy, **{n: v for n, v in choices.items() if n not in ranges})
     plan = plan_from(source, there, **ranges)
-    layout, small = _layout(source, plan, to, size_of(max_shard_size))
-    small |= _beside(source, small, layout)
+    if model is not None and (wider := model.wider(plan.targets)):
+        there = there >> Adapter((CastExperts(torch.float32, wider),))
+        plan = plan_from(source, there, **ranges)
+    layout, small = _layout(source, plan, to, size_of(max_shard_size), model)
+    small |= _beside(source, small, layout, _config(source, to, plan))
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
     work = _work(source, here, to, there, ranges, layout, engine)
-    claim = lambda: replaced(dst, source.path, force, work=work)
+    home = source.given or source.path if isinstance(source, Foreign) else source.path
+    claim = lambda: replaced(dst, home, force, work=work)
     claim()
     check_space(dst, sum(size for _, size in layout.heads.values()) + sum(len(f) for f in small.values()))
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads),
-        lost=_lost(plan), notes=_notes(source), sides=_sides(source, here, to, layout, plan))  # fmt: skip
+        lost=_lost(plan), notes=_notes(source, plan, model), sides=_sides(source, here, to, layout, plan))  # fmt: skip
     if dry_run:
         return report
     carried = lambda done: progress(done * source.nbytes // max(1, plan.nbytes), source.nbytes)
@@ -71,19 +86,41 @@ def convert_between(
     return replace(report, read=engine.read, written=engine.written, resumed=resumed)
 
 
-def _layout(source: Checkpoint, plan: Plan, to: str, most: int) -> tuple[Layout, dict[str, bytes]]:
+def _model(to: str, dst: Path, given: Path | str | None) -> Like | None:
+    """The GGUF file whose metadata a new one takes."""
+    if to != "gguf":
+        if given is not None:
+            raise AdapterError(f"like={str(given)!r} with to={to!r}: expected to='gguf', which takes its metadata")
+        return None
+    if dst.suffix == SUFFIX:
+        raise AdapterError(f"{dst}: name the directory to write, in which {OUT} will lie")
+    return like_of(given)
+
+
+def _layout(source: Checkpoint, plan: Plan, to: str, most: int, model: Like | None) -> tuple[Layout, dict[str, bytes]]:
     container = SYSTEMS[to].container if to in SYSTEMS else "safetensors"
-    if container in ("gguf", "orbax"):
+    if container == "orbax":
         raise AdapterError(f"to={to!r}: a {container} container is not written yet; the adapter gives its tensors")
+    if model is not None:
+        return gguf_layout(plan.targets, model), {}
     if container == "dcp":
         return dcp_layout(plan.targets, most, megatron=to == "megatron_dist")
     layout = Layout.of(plan.targets, shard(plan.targets, most), {})
     return layout, {INDEX: layout.index.encode()} if layout.index else {}
 
 
-def _beside(source: Checkpoint, small: Mapping[str, bytes], layout: Layout) -> dict[str, bytes]:
+def _config(source: Checkpoint, to: str, plan: Plan) -> dict[str, Any]:
+    """The source's config; Hugging Face's says of its tensors whether they are quantised, and how."""
+    stages = family(source.model_type).adapter(source.config).stages if to == "hf" else ()
+    codec = next((s for s in stages if isinstance(s, Quantised)), None)
+    return source.config if codec is None else agreeing(source.config, Adapter((codec,)), plan.targets)
+
+
+def _beside(
+    source: Checkpoint, small: Mapping[str, bytes], layout: Layout, config: Mapping[str, Any]
+) -> dict[str, bytes]:
     """config.json, with which the directory can go back, and the other small files of the source."""
-    made = {"config.json": json.dumps(source.config, indent=2, default=str).encode() + b"\n"}
+    made = {"config.json": json.dumps(config, indent=2, default=str).encode() + b"\n"}
     for path in source.others():
         name = str(path)
         if name not in {*small, *layout.heads, *made, *KEPT_OUT} and path.suffix in (
@@ -126,19 +163,20 @@ def _lost(plan: Plan) -> tuple[str, ...]:
     return (f"left out: {some(dropped)}",) if dropped else ()
 
 
-def _notes(source: Checkpoint) -> tuple[str, ...]:
-    return (
-        (f"not the model's, left out: {some(source.left_out)}",)
-        if isinstance(source, Foreign) and source.left_out
-        else ()
-    )
+def _notes(source: Checkpoint, plan: Plan, model: Like | None) -> tuple[str, ...]:
+    more = model.notes(plan.targets) if model is not None else ()
+    left = source.left_out if isinstance(source, Foreign) else ()
+    return ((f"not the model's, left out: {some(left)}",) if left else ()) + more
+
+
+CONTAINERS = {"dcp": "torch DCP", "gguf": "GGUF"}
 
 
 def _sides(source: Checkpoint, here: str, to: str, layout: Layout, plan: Plan) -> str:
     def told(name: str, container: str, tensors: int, files: int) -> str:
         return f"{name} ({container}, {tensors:,} tensors in {files:,} files)"
 
-    kind = "torch DCP" if isinstance(source, Foreign) else "safetensors"
-    other = "torch DCP" if to in SYSTEMS and SYSTEMS[to].container == "dcp" else "safetensors"
+    kind = CONTAINERS[source.container] if isinstance(source, Foreign) else "safetensors"
+    other = CONTAINERS.get(SYSTEMS[to].container, "safetensors") if to in SYSTEMS else "safetensors"
     left = told(here, kind, len(source.specs), len(source.stamps))
     return f"{left} -> {told(to, other, len(plan.targets), len(layout.heads))}; the plan is proved bijective"

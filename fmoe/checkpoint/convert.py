@@ -53,6 +53,7 @@ def convert(
     lossy: bool = False,
     config: Any = None,
     from_: str | None = None,
+    like: Path | str | None = None,
     process_group: "ProcessGroup | None" = None,
     bandwidth: int | str | None = None,
     progress: Progress = lambda done, of: None,
@@ -67,6 +68,7 @@ def convert(
     full; lossy: is done without, and told in the report.
     to: or another system, as "torchtitan" (`fmoe.systems`), or from one: found by files and names, or said with from_.
     config: a Hugging Face config (a dict, a JSON file or its directory), for a source without one.
+    like: to "gguf", an existing GGUF file of the same model, whose metadata the new one takes.
     choices: as in `fmoe.adapter`; adapter=: one of your own;
     a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
     dtype="bfloat16" writes what is quantised decoded and experts in that dtype, and quantize="fp8" (mxfp8, mxfp4, int4)
@@ -98,7 +100,10 @@ def convert(
             )
         given: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
         given |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
+        given["like"] = like
         return convert_between(src, Path(dst), to, config, from_, **given)
+    if like is not None:
+        raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")
     source, dst = open_checkpoint(src), Path(dst)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)

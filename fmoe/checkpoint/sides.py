@@ -6,9 +6,10 @@ from os.path import exists, isfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fmoe import systems
-from fmoe.checkpoint.files.containers.source import Foreign, open_foreign
-from fmoe.checkpoint.files.containers.torch_dcp import METADATA
+from fmoe.checkpoint.files.containers.source import Foreign, container_of, open_foreign
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter_of, layers_fit
@@ -22,10 +23,10 @@ from fmoe.types import AdapterError
 
 def of_systems(src: Where | str, to: str, config: Any, from_: str | None) -> bool:
     """Whether another system is on either side."""
-    there = not isinstance(src, Address) and "://" not in str(src) and Path(src).is_dir()
-    if to in SYSTEMS or from_ in SYSTEMS or config is not None or there and isfile(Path(src) / METADATA):
+    there = not isinstance(src, Address) and "://" not in str(src)
+    if to in SYSTEMS or from_ in SYSTEMS or config is not None or there and container_of(Path(src)):
         return True
-    if not there or exists(Path(src) / NATIVE) or not isfile(Path(src) / "config.json"):
+    if not there or not Path(src).is_dir() or exists(Path(src) / NATIVE) or not isfile(Path(src) / "config.json"):
         return False
     try:
         return side(open_checkpoint(src)) in SYSTEMS
@@ -51,7 +52,7 @@ def open_source(src: Where | str, config: Any = None) -> Checkpoint:
     """The checkpoint of a directory in any container that is read, with its own config or the one given."""
     given = config_of(config)
     path = Path(str(src))
-    if "://" in str(src) or not isfile(path / METADATA):
+    if "://" in str(src) or not container_of(path):
         return open_checkpoint(src, given)
     if given is None:
         beside = [p for p in (path, path.parent) if isfile(p / "config.json")]
@@ -70,9 +71,11 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
         return from_
     if source.native:
         return "native"
-    dcp = isinstance(source, Foreign)
+    container = source.container if isinstance(source, Foreign) else "safetensors"
+    if container == "gguf":
+        return container
     fits = [s.name for s in SYSTEMS.values() if s.marks(source.specs, source.model_type)]
-    fits = [n for n in fits if dcp == (SYSTEMS[n].container == "dcp")] or fits
+    fits = [n for n in fits if (container == "dcp") == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
         raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")
     return fits[0] if fits else "hf"
@@ -84,6 +87,9 @@ def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any
         fix = ". Fix: from_=, or --from SYSTEM, where it is another system's"
         raise AdapterError(f"{source.path} is {to} already{fix}")
     own = {n: v for n, v in choices.items() if n in ("quantized", "dtype")}
+    if to == "hf" and own.get("quantized") == "decode" and _packed(source, here):
+        fix = "Fix: quantized='keep', and then convert once more, to='hf' with dtype='bfloat16'"
+        raise AdapterError(f"{source.path} holds MXFP4, which goes to Hugging Face's layout as it is. {fix}")
     back = _back(source, here, lossy, own)
     names = source.specs if here == "hf" else back.plan(source.specs).targets
     if to == "hf":
@@ -115,6 +121,7 @@ def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Ad
     if here == "native":
         return adapter_of(source, **own).inverse
     system, problem = SYSTEMS[here], None
+    own = own | {"quantized": "keep"} if _packed(source, here) else own
     options = {n: o for n, o in system.choices.items() if o}
     for chosen in product(*options.values()):
         try:
@@ -127,3 +134,8 @@ def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Ad
         except AdapterError as error:
             problem = problem or error
     raise problem or AdapterError(f"{here}: no table")
+
+
+def _packed(source: Checkpoint, here: str) -> bool:
+    """Whether a source holds MXFP4 in GGUF's blocks, which its table moves as they are."""
+    return here == "gguf" and any(spec.dtype == torch.uint8 for spec in source.specs.values())

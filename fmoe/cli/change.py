@@ -42,6 +42,7 @@ def convert(
     to: Annotated[str, typer.Option(help="native, hf, another family's model type, or a system")] = "native",
     from_: From = None,
     config: Given = None,
+    like: Annotated[str | None, typer.Option(help="to gguf: a GGUF of the same model, for its metadata")] = None,
     layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
     experts: Experts = None,
     quantized: Kept = None,
@@ -74,12 +75,13 @@ def convert(
         fmoe convert DIR PART --experts 0:16           the first 16 experts of every layer
         fmoe convert DIR TITAN --to torchtitan         another system's directory; see `fmoe systems`
         fmoe convert MEGATRON HF --to hf --config JSON and from one, with no trainer
+        fmoe convert X.gguf HF --to hf --config JSON   from llama.cpp's file; and into one, --to gguf --like X.gguf
     """
     if number is not None and ranks.world() == 1:
         raise typer.Exit(ranks.started(number, sys.argv[1:]))
     quiet = quiet or not ranks.first()
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
-    given = (("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
+    given = (("like", like), ("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
     how |= {n: v for n, v in given if v}
     how |= (
         ranges(experts)
