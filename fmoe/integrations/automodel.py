@@ -35,7 +35,8 @@ EXTRA = r".*_extra_state.*"
 
 
 class StateDictAdapter:
-    """to_hf / from_hf of one model: `fmoe.adapter(model_type, config)`, and a note of what lies in the model already.
+    """to_hf / from_hf of one model, `fmoe.adapter(model_type, config, system="automodel")`, whose native names are the
+    loader's own beyond experts too; and a note of what lies in the model already.
 
     config: a Transformers config or a dict with its fields, or the directory of a checkpoint, whose layout is then the
     one that `to_hf` writes; its `model_type` names the family. moe_config: not needed, kept. backend: an object whose
@@ -63,7 +64,7 @@ class StateDictAdapter:
         **choices: Any,
     ) -> None:
         self.config, self.moe_config, self.backend, self.dtype = config, moe_config, backend, dtype
-        given = choices if dtype is None else choices | {"dtype": dtype}
+        given = choices | {"system": "automodel"} | ({} if dtype is None else {"dtype": dtype})
         if isinstance(config, str | Path):
             self.adapter: Adapter = adapter_of(config, **given)
         else:
