@@ -151,6 +151,15 @@ def is_gated_activation(name: str) -> bool:
     return _entry(name).gated
 
 
+def is_interleaved(name: str) -> bool:
+    """Do gate and up columns alternate? Raises ValueError for an unknown name.
+
+    >>> is_interleaved("quick_geglu"), is_interleaved("swiglu")
+    (True, False)
+    """
+    return _entry(name).interleaved
+
+
 def _entry(name: str) -> Activation:
     if name not in ACTIVATIONS:
         raise ValueError(

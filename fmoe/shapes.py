@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fmoe.codecs.stacks import is_beside, is_code
 from fmoe.folding import meant
 from fmoe.types import Params
 
@@ -19,12 +20,12 @@ def check_params(
     *,
     where: torch.device,
     optional: Collection[str] = (),
-    coded: Mapping[str, torch.dtype] = MappingProxyType({}),
+    coded: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> None:
     """params has every name of `axes` that is not optional, no other name, and each the shape that its letters say.
 
-    The `_scale_inv` that a decoded FP8 parameter carries along is passed over; an 8-bit one, not decoded, is refused
-    unless `coded` has its name with its dtype.
+    Scales that a decoded parameter carries along are passed over; codes, not decoded, are refused unless `coded` has
+    their name, with the shape of what they say.
     axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number. where:
     the device of x, which has to be that of every parameter; each is a plain tensor, see `odd`.
     Raises ValueError with one line for each problem: what was found, what was expected.
@@ -37,17 +38,15 @@ def check_params(
     """
     if foreign := [f"parameter {n!r} is a {type(p).__name__}" for n, p in params.items() if not isinstance(p, Tensor)]:
         raise ValueError("\n".join(f"{owner}: {told}, expected a tensor" for told in foreign))
-    known = {*axes, *(name + "_scale_inv" for name in axes)}
     unknown = [
         f"unknown parameter {name!r}, expected only {', '.join(axes)}{meant(name, axes)}"
         for name in params
-        if name not in known
+        if name not in axes and not is_beside(name, axes)
     ]
     undecoded = [
-        f"parameter {name!r} is {tensor.dtype}, expected it decoded: `from_hf` does, with its scales"
+        f"parameter {name!r} is {tensor.dtype}, expected it decoded, as `from_hf` does, or its scales beside it"
         for name, tensor in params.items()
-        if name in axes and (tensor.dtype.itemsize < 2 or not tensor.is_floating_point())
-        if coded.get(name) != tensor.dtype
+        if name in axes and name not in coded and is_code(tensor)
     ]
     missing = [
         f"parameter {name!r} is missing, expected shape {_say(letters, sizes)}"
@@ -55,9 +54,9 @@ def check_params(
         if name not in params and name not in optional
     ]
     wrong = [
-        f"parameter {name!r} has shape {list(params[name].shape)}, expected {_say(letters, sizes)}"
+        f"parameter {name!r} has shape {[*coded.get(name, params[name].shape)]}, expected {_say(letters, sizes)}"
         for name, letters in axes.items()
-        if name in params and list(params[name].shape) != _shape(letters, sizes)
+        if name in params and [*coded.get(name, params[name].shape)] != _shape(letters, sizes)
     ]
     strange = [f"parameter {told}" for told in odd(params, where)]
     if problems := unknown + missing + wrong + undecoded + strange:

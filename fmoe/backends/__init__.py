@@ -5,12 +5,12 @@ it runs (a GPU, or TRITON_INTERPRET=1) `BACKENDS["triton"] = find("triton", devi
 Only files in this folder may import an accelerator library.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
-from torch import Tensor, device, dtype, float8_e4m3fn
+from torch import Tensor, device
 
 from fmoe.backends.loop import loop
 from fmoe.backends.torch_mm import torch_mm
@@ -30,7 +30,7 @@ class Fused:
 
     layer(params, x, routing, config, recompute=, wide=, batch_invariant=) -> y [T, D], without LoRA, in fp32 if wide
     and otherwise in x's dtype: `fmoe.experts` calls it where nobody moves tokens (`dispatcher=local`), no LoRA matrix
-    is present and nothing is fp64, and otherwise `rows`.
+    is present, nothing is fp64 and no weight is codes, and otherwise `rows`, which takes all of these.
     """
 
     rows: Backend
@@ -43,13 +43,13 @@ class Fused:
 
 @dataclass(frozen=True)
 class Coded:
-    """A backend that takes weights as they are stored, with their scales beside them.
+    """A backend that multiplies codes as they are, with their scales beside them.
 
-    coded: the name and the dtype of each that need not be decoded.
+    takes(params): whether it does so with all of these that are codes; otherwise they are decoded for it.
     """
 
     rows: Backend
-    coded: Mapping[str, dtype]
+    takes: Callable[[Params], bool]
 
     def __call__(self, params: Params, rows: Rows, config: MoEConfig) -> Tensor:
         """rows(params, rows, config)."""
@@ -72,6 +72,17 @@ def find(backend: str | Backend | None, where: device) -> Backend:
     return BACKENDS[name] if name in BACKENDS else ON_DEMAND[name](name)
 
 
+def takes_codes(backend: Backend, params: Params) -> bool:
+    """Whether a backend takes these parameters, of which some are codes, as they are.
+
+    >>> takes_codes(loop, {}), takes_codes(lambda params, rows, config: rows.x, {})
+    (True, False)
+    """
+    if isinstance(backend, Coded):
+        return backend.takes(params)
+    return backend in (loop, torch_mm) or isinstance(backend, Fused)
+
+
 def _triton(name: str) -> Backend:
     if not HAS_TRITON:
         others = " or ".join(map(repr, BACKENDS))
@@ -81,7 +92,7 @@ def _triton(name: str) -> Backend:
     if name == "triton_fp8":
         from fmoe.backends import fp8
 
-        return Coded(fp8.triton_fp8, dict.fromkeys(("gate_and_up_projs", "down_projs"), float8_e4m3fn))
+        return Coded(fp8.triton_fp8, fp8.takes)
     from fmoe.backends import triton
 
     return Fused(triton.triton, triton.fused)

@@ -13,8 +13,10 @@ from fmoe_kernels.host.flops import formula
 from fmoe_kernels.programs import fp8 as kernels
 from torch import Tensor
 
+from fmoe.backends.held import WEIGHTS
 from fmoe.backends.mlp import mlp
 from fmoe.backends.products import tgmm_op
+from fmoe.codecs.stacks import is_code
 from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params
 
@@ -34,6 +36,15 @@ def triton_fp8(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
         return _gmm(h, *quantize_blocks(w.detach()), w.to(h.dtype), offsets)
 
     return mlp(params, rows, config, by="triton", weigh=weigh)
+
+
+def takes(params: Params) -> bool:
+    """Whether the weights that are codes are e4m3 in blocks of 128x128, each with a floating scale."""
+    held = [(params[n], params.get(n + SCALE)) for n in WEIGHTS if n in params and is_code(params[n])]
+    grid = lambda w: [len(w), *(-(-n // 128) for n in w.shape[1:])]
+    return all(
+        w.dtype == kernels.E4M3 and s is not None and not is_code(s) and list(s.shape) == grid(w) for w, s in held
+    )
 
 
 def quantize_blocks(w: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fmoe.activations import activation
+from fmoe.backends.coded import gmm as gmm_codes
+from fmoe.backends.held import in_codes
 from fmoe.backends.products import gmm
 from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params
@@ -19,7 +21,8 @@ def mlp(params: Params, rows: Rows, config: MoEConfig, by: str, weigh: Product |
     Where LoRA matrices A and B stand beside W, each h @ W is h @ W + (h @ A) @ B. Matrices multiply in x's dtype,
     whatever the dtype of the parameters; [N, D] comes back in the dtype of the weights, fp32 or fp64. Parameters are
     those of `fmoe.experts`, here [E, ..] with E = len(rows.counts). by: who multiplies, a name in `RAW`.
-    weigh(h, name, offsets): h @ params[name] of the two weights, where they are not multiplied as all else is.
+    weigh(h, name, offsets): h @ params[name] of the two weights, where they are not multiplied as all else is; without
+    it they may be codes, with their scales beside them.
 
     >>> import torch
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
@@ -29,10 +32,10 @@ def mlp(params: Params, rows: Rows, config: MoEConfig, by: str, weigh: Product |
     [4.0, 45.0]
     """
     x, w, act = rows.x, rows.weights[:, None], activation(config)
-    offsets = rows.counts.cumsum(0).int()
+    offsets, coded = rows.counts.cumsum(0).int(), {} if weigh else in_codes(params)
 
     def product(h: Tensor, name: str) -> Tensor:
-        return gmm(h, params[name], offsets, by)
+        return gmm_codes(h, params, name, offsets, config, by) if name in coded else gmm(h, params[name], offsets, by)
 
     def project(h: Tensor, weight: str, lora: str) -> Tensor:
         out = weigh(h, weight, offsets) if weigh else product(h, weight)

@@ -8,7 +8,9 @@ import fmoe_kernels
 import torch
 from torch import Tensor
 
+from fmoe.backends.held import WEIGHTS
 from fmoe.backends.mlp import mlp
+from fmoe.codecs.stacks import is_code
 from fmoe.dispatch import Rows
 from fmoe.types import MoEConfig, Params, Routing
 
@@ -26,7 +28,8 @@ def fused(params: Params, x: Tensor, routing: Routing, config: MoEConfig, **how:
 
 def triton(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
     """out[n] = weights[n] * mlp_e(x[n]), e the expert of row n: [N, D] in the dtype of the weights."""
-    if rows.weights.dtype == torch.float64 or any(name.startswith("lora_") for name in params):
+    lora = any(name.startswith("lora_") for name in params)
+    if lora or rows.weights.dtype == torch.float64 or any(n in params and is_code(params[n]) for n in WEIGHTS):
         return mlp(params, rows, config, by="triton")
     # rows past the last expert's belong to expert E, which is dropped: the host need not know how many there are
     expert = torch.searchsorted(rows.counts.cumsum(0), torch.arange(len(rows.x), device=rows.x.device), right=True)

@@ -106,12 +106,12 @@ def _only(rows: Tensor, routed: Tensor) -> Tensor:
 
 def _on_host(n: Tensor) -> int | None:
     """n as an int, or None where no host can know it."""
-    if torch.compiler.is_compiling() or _batched(n) or n.is_meta or isinstance(n, FakeTensor):
+    if torch.compiler.is_compiling() or batched(n) or n.is_meta or isinstance(n, FakeTensor):
         return None
     return int(n)
 
 
-def _batched(t: Tensor) -> bool:
+def batched(t: Tensor) -> bool:
     """Is t one tensor for each member of a vmap, below any other transforms of torch.func?"""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(t):

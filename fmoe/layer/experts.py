@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fmoe.activations import is_gated_activation
-from fmoe.backends import Backend, Coded, Fused, find
+from fmoe.backends import Backend, Fused, find, takes_codes
+from fmoe.backends.held import in_codes, shapes, stacks
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
+from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
 from fmoe.layer.recompute import recompute as again
 from fmoe.shapes import check_level, check_params, odd
@@ -56,6 +58,11 @@ def experts(
     matrix products. Weights and sums over k are fp32 (fp64 if x is), rounded once. With
     `config.apply_router_weight_after_down` the weight multiplies the rounded output of the expert, not its activation.
 
+    Codes: either weight may be codes [E, D / packed, U], [E, I / packed, D] with their scales beside it, as
+    `fmoe.load(quantized="keep")` gives them, in every format of `fmoe.codecs.formats.FORMATS`. Only experts that have
+    rows are decoded, one at a time, to the dtype of the products, and again for backward; bit for bit what decoding all
+    first gives. Codes and scales have no gradient: LoRA beside them has. Scales of activations are not looked at.
+
     LoRA: with `lora_gate_and_up_A` [E, D, r], `_B` [E, r, U], `lora_down_A` [E, I, r], `_B` [E, r, D] (either pair or
     both) each h @ W is h @ W + lora_alpha / r * (h @ A) @ B.
 
@@ -73,8 +80,8 @@ def experts(
     All arguments on `meta`, or fake tensors: nothing is computed, shapes and dtypes come out (so one learns memory, and
     with `torch.utils.flop_counter` the cost). As no routing can be read there, each slot counts as one row.
 
-    Raises ValueError for an unknown backend, and for parameters or tensors that do not fit the config; ImportError for
-    a backend whose library is not installed.
+    Raises ValueError for an unknown backend, for parameters or tensors that do not fit the config, and for codes that
+    require a gradient or lack scales; ImportError for a backend whose library is not installed.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
@@ -87,14 +94,16 @@ def experts(
     _check_tokens(x, routing, config)
     multiply = find(backend, x.device)
     h = x.to(_product_dtype(x))
-    coded = multiply.coded if isinstance(multiply, Coded) else {}
-    fused = multiply if dispatcher is local and not any(name in PAIRS for name in params) else None
+    coded = in_codes(params)
+    fused = multiply if dispatcher is local and not coded and not any(name in PAIRS for name in params) else None
     with without_autocast(x.device):
         # what is computed in fp64 is computed by plain torch, whose products take it
         if isinstance(fused, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
             _check_params(params, config, x.device, n_experts=config.n_routed_experts)
             how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
             return fused.layer(params, h, routing, config, **how).to(x.dtype)
+        if coded and not takes_codes(multiply, params):
+            multiply = by_expert(multiply, backend if isinstance(backend, str) else _name(backend))
         product = one_by_one(multiply) if batch_invariant else multiply
 
         def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
@@ -172,7 +181,7 @@ def _check_params(
     where: torch.device,
     *,
     n_experts: int,
-    coded: Mapping[str, torch.dtype] = MappingProxyType({}),
+    coded: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     if named := [name for name, p in params.items() if is_dtensor(p)]:
         told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
@@ -190,7 +199,14 @@ def _check_params(
         told = f"{list(matrices[uneven[0]].shape)}, expected [E, n, r={sizes['r']}] of one rank"
         raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale) makes such of any others")
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    check_params("experts", params, AXES, sizes, where=where, optional=(*biases, *PAIRS), coded=coded)
+    said = shapes(params, coded) if coded else {}
+    check_params("experts", params, AXES, sizes, where=where, optional=(*biases, *PAIRS), coded=said)
+    if coded and not torch.compiler.is_compiling():  # a compiler's graph finds it out when it runs
+        stacks(params, config, torch.float32)
+
+
+def _name(backend: Any) -> str:
+    return str(getattr(backend, "__name__", type(backend).__name__))
 
 
 def _say(t: Tensor | None) -> str:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import kept
 import naive
 import published
 import pytest
@@ -365,3 +366,14 @@ print(*({{"transformer_engine", "deep_ep", "fmoe.backends.te"}} & set(sys.module
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == ""
     assert "te" in NAMES and "te" not in BACKENDS
+
+
+def test_l1_experts_in_codes_are_decoded_for_it_one_at_a_time(world: World) -> None:
+    codes, decoded, config = kept.layer("nvfp4")
+    x, routing = kept.tokens(config)
+    for more in ({}, kept.lora(config)):
+        found = kept.results(codes | more, x, routing, config, backend="te")
+        expected = kept.results(decoded | more, x, routing, config, backend="te")
+        near = kept.results(decoded | more, x, routing, config, backend="loop")
+        assert all(torch.equal(t, found[n]) for n, t in expected.items())
+        assert all((t - near[n]).norm() <= 1e-5 * near[n].norm() for n, t in expected.items())

@@ -68,6 +68,7 @@ LAYERS = """
 folding
 types
 sharding
+codecs.values codecs.blocks codecs.stored codecs.format codecs.formats codecs.stacks
 activations shapes parallel
 dispatch
 backends

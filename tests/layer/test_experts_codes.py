@@ -1,0 +1,223 @@
+"""Experts run on their codes: what decoding all of them first gives, bit for bit, in every format on every backend."""
+
+from dataclasses import replace
+from typing import Any
+
+import kept
+import pytest
+import torch
+from kept import FORMATS, layer, lora, results, tokens
+from torch import Tensor
+
+import fmoe
+from fmoe.backends import BACKENDS
+from fmoe.backends.loop import loop
+from fmoe.codecs.stacks import Codes, stack
+from fmoe.types import MoEConfig, Routing, bits
+
+FEW = ["fp8 blocks", "mxfp4 blocks", "nvfp4", "int4 pack"]
+
+
+def mine(params: Any, rows: Any, config: MoEConfig) -> Tensor:
+    """A backend of one's own, which has never heard of codes."""
+    assert all(p.is_floating_point() and p.dtype.itemsize > 1 for p in params.values()) and len(rows.counts) == 1
+    return loop(params, rows, config)
+
+
+EVERY = {**BACKENDS, "one's own": mine}
+every_format = pytest.mark.parametrize("fmt", FORMATS)
+few_formats = pytest.mark.parametrize("fmt", FEW)
+every_backend = pytest.mark.parametrize("backend", EVERY.values(), ids=EVERY)
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys() and expected["y"].any() and expected["x"].any()
+    for name, t in expected.items():
+        assert torch.equal(found[name], t), name
+
+
+@every_format
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_give_what_decoding_all_first_gives(fmt: str, backend: Any, dtype: torch.dtype) -> None:
+    codes, decoded, config = layer(fmt, dtype)
+    x, routing = tokens(config, dtype)
+    expected = results(decoded, x, routing, config, backend="loop" if backend is mine else backend)
+    equal(results(codes, x, routing, config, backend=backend), expected)
+
+
+@few_formats
+@every_backend
+@pytest.mark.parametrize("how", [dict(recompute=True), dict(batch_invariant=True)], ids=str)
+@pytest.mark.parametrize("after", [False, True])
+def test_options_change_no_bit(fmt: str, backend: Any, how: dict[str, bool], after: bool) -> None:
+    codes, decoded, config = layer(fmt)
+    config = replace(config, apply_router_weight_after_down=after)
+    x, routing = tokens(config)
+    plain = "loop" if backend is mine else backend
+    equal(
+        results(codes, x, routing, config, backend=backend, **how),
+        results(decoded, x, routing, config, backend=plain, **how),
+    )
+
+
+@few_formats
+def test_every_order_of_strides_and_fp64(fmt: str) -> None:
+    codes, decoded, config = layer(fmt)
+    x, routing = tokens(config)
+    equal(
+        results({n: t.contiguous() for n, t in codes.items()}, x, routing, config), results(codes, x, routing, config)
+    )
+    wide = {n: t.double() for n, t in decoded.items()}
+    biases = {n: t for n, t in wide.items() if "bias" in n}
+    equal(results(codes | biases, x.double(), routing, config), results(wide, x.double(), routing, config))
+
+
+@every_backend
+@few_formats
+def test_of_no_tokens_and_of_none_that_goes_anywhere(fmt: str, backend: Any) -> None:
+    codes, _, config = layer(fmt)
+    x, routing = tokens(config)
+    nowhere = routing._replace(indices=torch.full_like(routing.indices, -1))
+    for params in (codes, codes | lora(config)):
+        found = results(params, x, nowhere, config, backend=backend)
+        assert all(t is not None and not t.any() for t in found.values())
+        none = Routing(routing.indices[:0], routing.weights[:0])
+        assert results(params, x[:0], none, config, backend=backend)["y"].shape == (0, config.dim)
+
+
+def test_columns_of_gate_and_up_that_take_turns_have_each_its_scale() -> None:
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 120, (2, 32, 8), generator=g, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale = torch.tensor([[[1.0, 4.0]], [[2.0, 0.5]]])
+    by_column = {False: scale.repeat_interleave(4, 2), True: scale.repeat(1, 1, 4)}
+    for alternate, each in by_column.items():
+        made = stack(codes, scale, None, "_scale_fp8_side_one", torch.float32, alternate=alternate)
+        assert made.shape == (2, 32, 8) and all(torch.equal(made[e], codes[e].float() * each[e]) for e in range(2))
+    config = MoEConfig(
+        n_routed_experts=2, n_activated_experts=1, dim=32, moe_inter_dim=4, expert_activation="quick_geglu"
+    )
+    params = {
+        "gate_and_up_projs": codes,
+        "gate_and_up_projs_scale_fp8_side_one": scale,
+        "down_projs": torch.ones(2, 4, 32),
+    }
+    x, routing = torch.randn(3, 32, generator=g) / 64, Routing(torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
+    decoded = {"gate_and_up_projs": codes.float() * by_column[True], "down_projs": params["down_projs"]}
+    torch.testing.assert_close(fmoe.experts(params, x, routing, config), fmoe.experts(decoded, x, routing, config))
+
+
+@every_backend
+@few_formats
+def test_only_used_experts_are_decoded_and_again_in_backward(
+    fmt: str, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, _, config = layer(fmt)
+    x, routing = tokens(config)
+    asked: list[int] = []
+    seen, told = (
+        Codes.__getitem__,
+        {codes[n][e].data_ptr(): e for n in ("gate_and_up_projs", "down_projs") for e in range(kept.E)},
+    )
+
+    def asking(held: Codes, e: int) -> Tensor:
+        mine = held.codes[e]
+        while torch._C._functorch.is_functorch_wrapped_tensor(mine):
+            mine = torch._C._functorch.get_unwrapped(mine)
+        asked.append(told[mine.data_ptr()])
+        return seen(held, e)
+
+    monkeypatch.setattr(Codes, "__getitem__", asking)
+    x.requires_grad_()
+    saved: list[int] = []
+    pack = lambda t: saved.append(t.nbytes * t.is_floating_point() * (t.itemsize > 1)) or t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fmoe.experts(codes, x, routing, config, backend=backend)
+    forward, asked[:] = sorted(asked), []
+    assert forward == [0, 0, 2, 2]
+    y.square().sum().backward()
+    assert set(asked) == {0, 2} and 4 <= len(asked) <= 8
+    rows = 4 * 12 * max(config.dim, 2 * config.moe_inter_dim)
+    assert max(saved) <= max(rows, max(codes[n].nbytes for n in codes if "_scale" in n))  # nothing decoded is kept
+
+
+@few_formats
+@every_backend
+def test_lora_beside_codes_is_lora_beside_what_they_say(fmt: str, backend: Any) -> None:
+    codes, decoded, config = layer(fmt)
+    x, routing = tokens(config)
+    for adapters in (lora(config), {n: t for n, t in lora(config).items() if "down" in n}):
+        expected = results(
+            decoded | adapters, x, routing, config, lora_alpha=8.0, backend="loop" if backend is mine else backend
+        )
+        found = results(codes | adapters, x, routing, config, lora_alpha=8.0, backend=backend)
+        assert set(adapters) < found.keys() and all(found[n][0].any() and not found[n][1].any() for n in adapters)
+        equal(found, expected)
+
+
+@few_formats
+def test_a_step_of_training_changes_lora_and_nothing_else(fmt: str) -> None:
+    codes, _, config = layer(fmt)
+    x, routing = tokens(config)
+    before = {n: t.clone() for n, t in codes.items()}
+    train = {n: torch.nn.Parameter(t) for n, t in lora(config).items()}
+    optimizer = torch.optim.Adam(train.values(), lr=1e-5)
+    loss = lambda: fmoe.experts(codes | train, x, routing, config).square().mean()
+    old, first = {n: t.detach().clone() for n, t in train.items()}, loss()
+    first.backward()
+    optimizer.step()
+    assert loss() < first
+    assert all(not torch.equal(t, old[n]) for n, t in train.items())
+    assert all(torch.equal(bits(t), bits(before[n])) for n, t in codes.items())
+
+
+def refusals() -> dict[str, tuple[Any, str]]:
+    scale = "gate_and_up_projs_scale_inv"
+    floats = lambda p: {n: t for n, t in p.items() if n != scale}
+    return {
+        "no scale": (floats, "'gate_and_up_projs' is torch.uint8, expected it decoded.* its scales"),
+        "two scales": (lambda p: p | {"gate_and_up_projs_scale_nvfp4": p[scale]}, "beside two scales.*expected one"),
+        "a scale too short": (lambda p: p | {scale: p[scale][:, :1]}, r"is codes .*scales \[3, 1, 256\] uint8.*mxfp4"),
+        "codes of another width": (lambda p: p | {"down_projs": p["down_projs"][:, :32]}, r"has shape \[3, 64, 128\]"),
+        "of other experts": (lambda p: p | {scale: p[scale][:2]}, r"scales \[2, 4, 256\]"),
+        "scales of floats": (lambda p: p | {scale: torch.ones(3, 4, 256)}, "float32.*expected those of"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", refusals())
+@every_backend
+def test_what_does_not_fit_is_refused_by_name(case: str, backend: Any) -> None:
+    codes, _, config = layer("mxfp4 blocks")
+    change, text = refusals()[case]
+    with pytest.raises(ValueError, match=text):
+        fmoe.experts(change(codes), *tokens(config), config, backend=backend)
+
+
+def test_codes_that_require_a_gradient_are_refused() -> None:
+    codes, _, config = layer("fp8 blocks")
+    trained = codes | {"down_projs": codes["down_projs"].clone().requires_grad_()}
+    with pytest.raises(ValueError, match="'down_projs' is codes and requires a gradient, expected it frozen"):
+        fmoe.experts(trained, *tokens(config), config)
+    with pytest.raises(ValueError, match="'gate_and_up_projs' is codes and requires a gradient"):
+        torch.func.grad(lambda p: fmoe.experts(p, *tokens(config), config).sum())(codes)
+
+
+@every_format
+def test_what_is_decoded_takes_its_scales_along(fmt: str) -> None:
+    """`fmoe.load` leaves them beside the weights, so that the bytes come back."""
+    codes, decoded, config = layer(fmt)
+    scales = {n: t for n, t in codes.items() if n not in decoded}
+    assert scales
+    equal(results(decoded | scales, *tokens(config), config), results(decoded, *tokens(config), config))
+
+
+@every_backend
+@few_formats
+def test_through_the_whole_block(fmt: str, backend: Any) -> None:
+    codes, decoded, config = layer(fmt)
+    sizes = dict(n_routed_experts=kept.E, n_activated_experts=2, dim=config.dim, moe_inter_dim=config.moe_inter_dim)
+    config = MoEConfig(**sizes, expert_activation=config.expert_activation, expert_bias=config.expert_bias)
+    gate = {"gate.weight": torch.randn(3, config.dim, generator=torch.Generator().manual_seed(3))}
+    x, _ = tokens(config)
+    run = lambda p, b: fmoe.moe(gate | {f"experts.{n}": t for n, t in p.items()}, x, config, backend=b)
+    assert torch.equal(run(codes, backend), run(decoded, "loop" if backend is mine else backend))
