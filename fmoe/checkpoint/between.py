@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,25 @@ from typing import Any
 import torch
 
 from fmoe.checkpoint.files.containers.gguf_files import SUFFIX
-from fmoe.checkpoint.files.containers.gguf_written import OUT, Like, gguf_layout
+from fmoe.checkpoint.files.containers.gguf_written import Like, gguf_layout
 from fmoe.checkpoint.files.containers.gguf_written import like as like_of
 from fmoe.checkpoint.files.containers.source import Foreign
 from fmoe.checkpoint.files.containers.written import dcp_layout
-from fmoe.checkpoint.files.directory import INDEX, Checkpoint
+from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint
+from fmoe.checkpoint.files.origin import origin_text, with_checksums
+from fmoe.checkpoint.files.weights import OUT, SUMS
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import adapters, open_source, side
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carrying import carry_out
+from fmoe.checkpoint.stream.digests import checksums as digests
+from fmoe.checkpoint.stream.digests import sums_text
 from fmoe.checkpoint.stream.engine import Engine
+from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.quantised import Quantised
@@ -47,19 +52,28 @@ def convert_between(
     """`fmoe.convert`, where another system is on either side: memory does not grow with the source, and it resumes."""
     if to not in ("hf", "native", *SYSTEMS):
         raise AdapterError(f"to={to!r}: expected hf, native or one of {', '.join(SYSTEMS)}")
-    if checksums:
-        raise AdapterError("checksums=True: not to or from another system. Fix: leave it out, and fmoe.verify(dst)")
     model = _model(to, dst, like)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     source = open_source(src, config)
     here = side(source, from_)
     adapter, there = adapters(source, here, to, lossy, **{n: v for n, v in choices.items() if n not in ranges})
     plan = plan_from(source, there, **ranges)
+    if to != "native":
+        whose = {"hf": "Hugging Face"}.get(to, to)
+        no_part(dst, narrowed(source.model_type, source.config, choices), whose)
+        if "dtype" in choices:
+            plain = {n: v for n, v in choices.items() if n not in ranges and n != "dtype"}
+            _told(plan, adapters(source, here, to, lossy, **plain)[1].plan(source.specs), choices["dtype"], to)
     if model is not None and (wider := model.wider(plan.targets)):
         there = there >> Adapter((CastExperts(torch.float32, wider),))
         plan = plan_from(source, there, **ranges)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), model)
     small |= _beside(source, small, layout, _config(source, to, plan))
+    if to == "native":
+        hf = plan_from(source, adapter.inverse, **ranges).targets
+        held = Layout.of(hf, shard(hf, size_of(max_shard_size)), {})
+        index = None if ranges else held.index
+        small[NATIVE] = origin_text(held.files, sum(s.nbytes for s in hf.values()), index, choices)
     engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
     work = _work(source, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
@@ -71,9 +85,12 @@ def convert_between(
         lost=_lost(plan), notes=_notes(source, plan, model), sides=_sides(source, here, to, layout, plan))  # fmt: skip
     if dry_run:
         return report
-    carried = lambda done: progress(done * source.nbytes // max(1, plan.nbytes), source.nbytes)
+    of = source.nbytes * (3 if checksums else 1)
+    carried = lambda done: progress(done * source.nbytes // max(1, plan.nbytes), of)
+    kept = {SUMS: b""} if checksums and to in SYSTEMS else {}
+    sums: dict[str, str] = {}
     with staging(dst, work, claim, fsync=fsync) as stage:
-        stage.begin(layout.heads, list(small))
+        stage.begin(layout.heads, [*small, *kept])
         resumed = plan.nbytes
         if stage.stale is None:
             _framed(stage, layout)
@@ -81,9 +98,37 @@ def convert_between(
             carry_out(stage, engine, threads or source.readers, resumed, carried)
             for name, given in small.items():
                 stage.fill(name, given)
+        if checksums:
+            counted = lambda done, all_: progress(source.nbytes + 2 * source.nbytes * done // max(1, all_), of)
+            sums = _digested(source, dst, stage, {*layout.heads, *small}, bool(kept), threads, counted)
         source.unchanged()
         stage.publish()
-    return replace(report, read=engine.read, written=engine.written, resumed=resumed)
+    return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
+
+
+def _told(plan: Plan, without: Plan, dtype: Any, to: str) -> None:
+    """Raises AdapterError for a dtype that changes nothing: only what is decoded takes it."""
+    if plan.targets == without.targets:
+        fix = "Fix: convert to 'hf', and that with dtype="
+        raise AdapterError(f"dtype={dtype!r} with to={to!r}: what is not quantised keeps its dtype. {fix}")
+
+
+def _digested(
+    source: Checkpoint, dst: Path, stage: Staging, names: Collection[str], kept: bool, threads: int | None, counted: Any
+) -> dict[str, str]:
+    """sha256 of all files of both sides; those of the new ones are kept beside them, in `fmoe.json` of a native one."""
+    theirs = {str(source.path / n): source.path / n for n in source.stamps}
+    ours = {n: stage.where(n) for n in sorted(names) if n != NATIVE}
+    sums = digests(theirs | {str(dst / n): path for n, path in ours.items()}, threads, counted)
+    made = {n: sums[str(dst / n)] for n in ours}
+    if stage.stale is None and kept:
+        stage.fill(SUMS, sums_text(made))
+    if NATIVE in names:
+        if stage.stale is None:
+            weights = {n: digest for n, digest in made.items() if n.endswith(".safetensors")}
+            stage.fill(NATIVE, with_checksums(stage.where(NATIVE).read_bytes(), weights))
+        sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
+    return sums
 
 
 def _model(to: str, dst: Path, given: Path | str | None) -> Like | None:

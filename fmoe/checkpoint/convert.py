@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.disk import bytes_of, identity
-from fmoe.checkpoint.files.origin import FORMAT, head_of, with_checksums
+from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
 from fmoe.checkpoint.remote.address import Where
@@ -207,18 +207,11 @@ def _layout(
 def _origin(source: Checkpoint, plan: Plan, choices: Mapping[str, Any]) -> bytes:
     """What a native directory was made from, and by which choices: enough to give back the same files."""
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
-    index, where, size = source.index, source.files, source.nbytes
-    headers = {} if ranges else other_headers(source)
-    if ranges:
-        index, where = None, {n: source.files[n] for n in plan.sources}
-        size = sum(source.specs[n].nbytes for n in where)
-    facts: dict[str, Any] = FORMAT | {"weight_map": where, "metadata": source.metadata, "index": index, "bytes": size}
-    facts |= {"headers": headers} if headers else {}
-    if named := {n: v for n, v in choices.items() if isinstance(v, str) and n != "dtype"}:
-        facts["choices"] = named
-    if ranges:
-        facts["ranges"] = {n: [r.start, r.stop] for n, r in ranges.items()}
-    return json.dumps(facts).encode() + b"\n"
+    if not ranges:
+        headers = other_headers(source)
+        return origin_text(source.files, source.nbytes, source.index, choices, source.metadata, headers)
+    where = {n: source.files[n] for n in plan.sources}
+    return origin_text(where, sum(source.specs[n].nbytes for n in where), None, choices, source.metadata)
 
 
 def _digest(

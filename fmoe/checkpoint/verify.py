@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmoe.checkpoint.files.containers.source import Foreign
 from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import forth, open_source, side
-from fmoe.checkpoint.stream.digests import other_bytes
+from fmoe.checkpoint.stream.digests import kept_sums, other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
 from fmoe.layout.adapter import Adapter
@@ -35,10 +37,11 @@ def verify(
     """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
 
     A native directory whose `fmoe.json` has digests is compared with them; of one without, a note of the report says
-    that its values are not vouched for. Nothing is written, and memory does not grow with the directory. choices: as in
-    `fmoe.adapter`, or adapter=, one of your own. config, from_: as in `fmoe.convert`, of another system's directory,
-    which is proved to come back from Hugging Face's layout. Raises AdapterError naming each tensor that comes back
-    different, and each file that has other bytes than were written.
+    that its values are not vouched for. Another system's is compared with `fmoe.sha256`, where a conversion left one.
+    Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
+    your own. config, from_: as in `fmoe.convert`, of another system's directory, which is proved to come back from
+    Hugging Face's layout. Raises AdapterError naming each tensor that comes back different, and each file that has
+    other bytes than were written.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -56,8 +59,10 @@ def verify(
         native = source.specs if source.native else plan.targets
         notes = whole(source, native, plan.targets if source.native else None, **choices)
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
-    digests = (source.origin or {}).get("checksums", {})
-    wrong = other_bytes(source.path, digests)
+    digests, by = (source.origin or {}).get("checksums", {}), NATIVE
+    if isinstance(source, Foreign) or side(source, from_) in SYSTEMS:
+        digests, by = kept_sums(source.path), SUMS
+    wrong = other_bytes(source.path, digests, by=by)
     wrong += [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
     wrong += [Problem(f"{n!r} comes back, and was not there", (n,)) for n in back.targets if n not in source.specs]
     done, size = 0, source.nbytes

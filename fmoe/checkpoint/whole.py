@@ -38,13 +38,11 @@ def narrowed(model_type: str, config: Mapping[str, Any], choices: Mapping[str, A
     return {n: v for n, v in ranges.items() if (n, v) != ("e", range(count or 0))}
 
 
-def no_part(path: object, ranges: Mapping[str, Any]) -> None:
-    """Raises AdapterError where a Hugging Face checkpoint would hold a range: its router and config are for all."""
+def no_part(path: object, ranges: Mapping[str, Any], whose: str = "Hugging Face") -> None:
+    """Raises AdapterError where another checkpoint than ours would hold a range: its router and config are for all."""
     if ranges:
         held = ", ".join(f"{n}={v}" for n, v in ranges.items())
-        text = (
-            f"{path} would be a part of a Hugging Face checkpoint ({held}), with a router and a config for all experts"
-        )
+        text = f"{path} would be a part of a {whose} checkpoint ({held}), with a router and a config for all experts"
         raise AdapterError(f"{text}. Fix: write a part as 'native', or all experts")
 
 

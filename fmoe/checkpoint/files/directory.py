@@ -19,7 +19,7 @@ from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import MOST, parse
-from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, UNFINISHED, chosen, instead
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, UNFINISHED, chosen, instead
 from fmoe.checkpoint.remote.address import Address, Where, look, where
 from fmoe.checkpoint.remote.spans import scattered
 from fmoe.checkpoint.remote.stores import AT_ONCE
@@ -119,7 +119,7 @@ class Checkpoint:
 
         Raises AdapterError for one that may not be copied, as a link that leads out of the directory.
         """
-        ours = {INDEX, NATIVE, JOURNAL, *self.stamps}
+        ours = {INDEX, NATIVE, JOURNAL, SUMS, *self.stamps}
         if isinstance(self.path, Address):
             there = map(Path, self.path.names())
             return [p for p in there if str(p) not in ours and p.suffix not in UNFINISHED and str(p)[0] != "."]

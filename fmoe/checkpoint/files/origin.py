@@ -73,6 +73,22 @@ def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def origin_text(
+    files: Mapping[str, str],
+    nbytes: int,
+    index: str | None,
+    choices: Mapping[str, Any],
+    metadata: Mapping[str, Mapping[str, str]] = {},
+    headers: Mapping[str, str] = {},
+) -> bytes:
+    """`fmoe.json` of a native directory that was made from HF tensors in these files, by these choices."""
+    ranges = {n: [v.start, v.stop] for n, v in choices.items() if isinstance(v, range)}
+    named = {n: v for n, v in choices.items() if isinstance(v, str) and n != "dtype"}
+    facts: dict[str, Any] = {"weight_map": dict(files), "metadata": dict(metadata), "index": index, "bytes": nbytes}
+    more = {"headers": dict(headers), "choices": named, "ranges": ranges}
+    return json.dumps(FORMAT | facts | {n: v for n, v in more.items() if v}).encode() + b"\n"
+
+
 def head_of(text: str) -> bytes:
     """The bytes before the data of a file whose header is this text."""
     return len(text.encode()).to_bytes(8, "little") + text.encode()

@@ -19,6 +19,11 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NATIVE = "fmoe.json"
 JOURNAL = "fmoe.journal"
+SUMS = "fmoe.sha256"
+OUT = "model.gguf"
+METADATA = ".metadata"
+OPENS = (INDEX, NATIVE, METADATA)
+"""What says which files a checkpoint consists of: it comes last, and goes first."""
 UNFINISHED = (".part", ".incomplete")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".part"} | PICKLES
@@ -76,6 +81,11 @@ def _sound(path: Where, file: str, files: Iterable[str]) -> None:
             raise AdapterError(f"{path / missing} is not there, and {file} is: download it, or {INDEX}")
 
 
+def holds(name: str) -> bool:
+    """Whether a file of this name is what a checkpoint cannot be without."""
+    return name.endswith((".safetensors", ".distcp")) or name in OPENS
+
+
 def instead(there: Iterable[str]) -> str:
     """What a directory without weights has in their place."""
     pickles = [n for n in there if Path(n).suffix in PICKLES]
@@ -92,6 +102,12 @@ def former(path: Path, code: Iterable[str] = ()) -> set[str]:
         if entry.is_dir(follow_symlinks=False):
             inside = (p for p in Path(entry.path).rglob("*") if not p.is_dir()) if entry.name in FOLDERS else ()
             found |= {str(p.relative_to(path)) for p in inside}
-        elif Path(entry.name).suffix in WEIGHTS - {".part"} or _KINDS.fullmatch(entry.name) or entry.name in code:
+        elif (
+            holds(entry.name)
+            or Path(entry.name).suffix in WEIGHTS - {".part"}
+            or _KINDS.fullmatch(entry.name)
+            or entry.name in code
+        ):
             found.add(entry.name)
-    return found | ({NATIVE} if (path / NATIVE).exists() else set())
+    beside = (NATIVE, SUMS, *(["metadata.json"] if METADATA in found else []))  # the last is Megatron's
+    return found | {n for n in beside if (path / n).exists()}

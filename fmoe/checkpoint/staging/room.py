@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE
+from fmoe.checkpoint.files.weights import JOURNAL, OUT, holds
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable
 from fmoe.checkpoint.staging.journal import ONCE, lines
@@ -55,7 +55,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     if not os.access(home, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
-    weights = {n for n in there if n.endswith(".safetensors") or n in (INDEX, NATIVE)}
+    weights = {n for n in there if holds(n) or n == OUT and sum(m.endswith(".gguf") for m in there) == 1}
     old = weights | {n for n in there if _MODEL.match(n)} if bystanders else weights and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:

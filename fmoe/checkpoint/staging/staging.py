@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fmoe.checkpoint.files.disk import Unreadable, copied
-from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, METADATA, OPENS, holds
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, opened, told
 from fmoe.checkpoint.staging.locks import locked
@@ -110,12 +110,13 @@ class Staging:
             self.stale = sorted(self.old)
             self._note(publishing=self.stale, safe=self.fsync)
             self._settled([self.path / JOURNAL])
-        for name in sorted(self.stale, key=lambda n: n not in (INDEX, NATIVE)):
-            weights = name.endswith(".safetensors") or name in (INDEX, NATIVE)
-            if name not in self.names or weights and self._part(name).exists():  # else it is a new one already
+        for name in sorted(self.stale, key=lambda n: n not in OPENS):
+            if name not in self.names or holds(name) and self._part(name).exists():  # else it is a new one already
                 (self.path / name).unlink(missing_ok=True)
                 self._emptied((self.path / name).parent)
-        for name in sorted(self.names, key=lambda n: (n == INDEX, n.endswith(".safetensors"), n)):
+        for name in sorted(
+            self.names, key=lambda n: (n in (INDEX, METADATA), n.endswith((".safetensors", ".distcp")), n)
+        ):
             if self._part(name).exists():
                 os.replace(self._part(name), self.path / name)
         self._settled(folders)

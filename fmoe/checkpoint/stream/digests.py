@@ -1,11 +1,15 @@
 """sha256 of whole files, on a few threads; and whether files are still those that were written."""
 
+import re
 from collections.abc import Callable, Mapping
 
 from fmoe.checkpoint.files.disk import bytes_of, digest
+from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
-from fmoe.types import Problem
+from fmoe.types import AdapterError, Problem
+
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 
 BLOCK = 2**20
 
@@ -22,13 +26,40 @@ def checksums(paths: Mapping[str, Where], threads: int | None, progress: Callabl
     return found
 
 
-def other_bytes(folder: Where, wanted: Mapping[str, str], threads: int | None = None) -> list[Problem]:
+def sums_text(digests: Mapping[str, str]) -> bytes:
+    """File -> sha256 as `sha256sum -c` reads them.
+
+    >>> sums_text({"a": "0" * 64})[-4:]
+    b'  a\\n'
+    """
+    return "".join(f"{digest}  {file}\n" for file, digest in sorted(digests.items())).encode()
+
+
+def kept_sums(folder: Where) -> dict[str, str]:
+    """The digests that a conversion kept beside the files of another system's directory; none where it kept none.
+
+    Raises AdapterError where they are not as `sums_text` writes them.
+    """
+    path = folder / SUMS
+    if not path.exists():
+        return {}
+    with open(str(path), encoding="utf-8", errors="replace") as file:
+        lines = [line.rstrip("\n") for line in file]
+    found = [_LINE.fullmatch(line) for line in lines]
+    if wrong := next((line for line, m in zip(lines, found, strict=True) if m is None or m[2] in (".", "..")), None):
+        raise AdapterError(f"{path} has the line {wrong[:100]!r}, expected a sha256 and a file's name")
+    return {m[2]: m[1] for m in found if m is not None}
+
+
+def other_bytes(
+    folder: Where, wanted: Mapping[str, str], threads: int | None = None, by: str = NATIVE
+) -> list[Problem]:
     """Which files of a folder have another digest than was written down, or are not there."""
     there = {file: folder / file for file in wanted if (folder / file).exists()}
     found = checksums(there, threads, lambda done, of: None)
     what = {file: f"sha256 {found[file][:16]}..." if file in found else "no such file" for file in wanted}
     return [
-        Problem(f"{folder / file}: {what[file]}, expected {digest[:16]}..., as fmoe.json has it: other bytes", (file,))
+        Problem(f"{folder / file}: {what[file]}, expected {digest[:16]}..., as {by} has it: other bytes", (file,))
         for file, digest in wanted.items()
         if found.get(file) != digest
     ]

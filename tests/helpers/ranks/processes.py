@@ -129,6 +129,7 @@ def _run(
     module = sys.modules["fmoe.checkpoint.convert"]
     engine = module.Engine  # type: ignore[attr-defined]
     module.Engine, carrying.SYNC = partial(engine, limit=limit), SYNC  # type: ignore[attr-defined]
+    sys.modules["fmoe.checkpoint.between"].Engine = module.Engine  # type: ignore[attr-defined]
     if "--threads=1" in arguments:
         pools = chain([Later()], repeat(AtOnce()))  # the jobs, and the waiting for the disk beside them
         carrying.pool = lambda threads: nullcontext(next(pools))  # type: ignore[assignment]

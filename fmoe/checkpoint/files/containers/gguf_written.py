@@ -17,12 +17,12 @@ import torch
 from fmoe.checkpoint.files.containers.gguf import CODES, DTYPES, MAGIC, TYPES, File, Info
 from fmoe.checkpoint.files.containers.gguf_files import read_files
 from fmoe.checkpoint.files.containers.written import Framed
+from fmoe.checkpoint.files.weights import OUT
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 NEEDED = """to='gguf' needs like=FILE.gguf (--like): llama.cpp reads sizes and the tokenizer from the file's metadata, \
 which no checkpoint of tensors has. Fix: a GGUF of the same model, of any type"""
-OUT = "model.gguf"
 MADE = "rope_"
 """Tensors of these names llama.cpp's converter makes of the config: taken along as they are."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "MXFP4"}

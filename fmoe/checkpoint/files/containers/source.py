@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fmoe.checkpoint.files.containers.gguf_files import is_gguf, read_files, unread
-from fmoe.checkpoint.files.containers.torch_dcp import METADATA, open_dcp
+from fmoe.checkpoint.files.containers.torch_dcp import open_dcp
 from fmoe.checkpoint.files.directory import Checkpoint
-from fmoe.checkpoint.files.weights import JOURNAL
+from fmoe.checkpoint.files.weights import JOURNAL, METADATA
 from fmoe.layout.axes import Copy
 from fmoe.types import AdapterError, TensorSpec
 

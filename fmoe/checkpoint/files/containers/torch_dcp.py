@@ -14,11 +14,11 @@ import torch
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.containers import items, pickles
 from fmoe.checkpoint.files.containers.pickles import Record
+from fmoe.checkpoint.files.weights import METADATA
 from fmoe.layout.axes import Copy
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
-METADATA = ".metadata"
 LEFT_OUT = (
     "optimizer.",
     "optim.",

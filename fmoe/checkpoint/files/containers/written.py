@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fmoe.checkpoint.files.containers.items import frame
-from fmoe.checkpoint.files.containers.torch_dcp import METADATA
+from fmoe.checkpoint.files.weights import METADATA
 from fmoe.checkpoint.files.writer import Layout
 from fmoe.types import TensorSpec
 
