@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.layout.claims import some
 from fmoe.lowrank.derive import NATIVE
 from fmoe.lowrank.sorting import WRAPPED
@@ -39,8 +40,9 @@ def init(
 
     For every `gate_and_up_projs` [E, D, U] and `down_projs` [E, I, D] of params, with any prefix: A [E, n, r] and B
     [E, r, out] under the native LoRA names, on their device, in dtype or theirs. The fans are those of one expert; the
-    seed system takes those of the stack, so that its first update depends on E. Raises AdapterError where there is
-    none.
+    seed system takes those of the stack, so that its first update depends on E. Weights may be codes with their scales
+    beside them (`fmoe.load(quantized="keep")`): dtype is bfloat16 then, if not said. Raises AdapterError where there is
+    none, and for codes without scales.
 
     >>> made = init({"layers.0.down_projs": torch.ones(4, 3, 2)}, r=8)
     >>> {name: tuple(t.shape) for name, t in made.items()}
@@ -54,7 +56,13 @@ def init(
         if bare not in NATIVE:
             continue
         E, n, out = weight.shape
-        how: dict = dict(dtype=dtype or weight.dtype, device=weight.device)
+        if coded := is_code(weight):
+            if (suffix := suffix_of(name, params)) is None:
+                raise AdapterError(
+                    f"lora.init: {name!r} is {weight.dtype}, expected it decoded, or its scales beside it"
+                )
+            n *= packed(suffix, weight.dtype)
+        how: dict = dict(dtype=dtype or (torch.bfloat16 if coded else weight.dtype), device=weight.device)
         stem = f"{prefix}.{NATIVE[bare]}".lstrip(".")
         drawn = torch.empty(E, n, r, **how)
         if kind == "xavier":

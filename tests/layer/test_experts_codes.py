@@ -155,6 +155,16 @@ def test_lora_beside_codes_is_lora_beside_what_they_say(fmt: str, backend: Any) 
         equal(found, expected)
 
 
+@every_format
+def test_lora_is_drawn_in_the_shape_of_what_codes_say(fmt: str) -> None:
+    codes, decoded, _ = layer(fmt)
+    made, wanted = fmoe.lora.init(codes, r=4), fmoe.lora.init(decoded, r=4)
+    assert {n: t.shape for n, t in made.items()} == {n: t.shape for n, t in wanted.items()}
+    assert {t.dtype for t in made.values()} == {torch.bfloat16}
+    with pytest.raises(fmoe.AdapterError, match="'down_projs' is .*, expected it decoded, or its scales beside it"):
+        fmoe.lora.init({"down_projs": codes["down_projs"]}, r=4)
+
+
 @few_formats
 def test_a_step_of_training_changes_lora_and_nothing_else(fmt: str) -> None:
     codes, _, config = layer(fmt)
