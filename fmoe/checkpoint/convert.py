@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fmoe.checkpoint.between import convert_between
@@ -14,11 +13,13 @@ from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
 from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
+from fmoe.checkpoint.sending import place_of
 from fmoe.checkpoint.sides import of_systems
-from fmoe.checkpoint.staging.beside import of_the_former, taken_along
-from fmoe.checkpoint.staging.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging.staging import Staging, staging
+from fmoe.checkpoint.staging.beside import taken_along
+from fmoe.checkpoint.staging.room import check_space, size_of
+from fmoe.checkpoint.staging.staging import Staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.engine import Engine
@@ -41,7 +42,7 @@ QUANT = "hf_quant_config.json"  # where some writers say again what quantization
 
 def convert(
     src: Where | str,
-    dst: Path | str,
+    dst: Where | str,
     to: Literal["native", "hf"] | str = "native",
     *,
     max_shard_size: int | str = "5GB",
@@ -74,6 +75,11 @@ def convert(
     dtype="bfloat16" writes what is quantised decoded and experts in that dtype, and quantize="fp8" (mxfp8, mxfp4, int4)
     the experts, and what else the family quantises, in codes with fresh scales; config.json says which it is.
 
+    dst: a directory, or an address that takes files: s3://..., any of fsspec's, or hf://ORG/NAME, in one commit. Then
+    each file is made in a folder of the cache (XDG_CACHE_HOME moves it; the notes say how much it takes), sent when it
+    is whole, and not kept; config.json and the index go last, and sizes are compared in the end. Of a bucket force
+    takes the former config.json and index away before the first file is sent.
+
     Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
     call goes on where it stopped. force: replace the checkpoint that dst holds. dry_run: check everything, write
     nothing. checksums: of all files of both sides, read once more. fsync=False: do not wait for the disk.
@@ -101,14 +107,15 @@ def convert(
         given: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
         given |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
         given["like"] = like
-        return convert_between(src, Path(dst), to, config, from_, **given)
+        return convert_between(src, here(dst, "other systems"), to, config, from_, **given)
     if like is not None:
         raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")
-    source, dst = open_checkpoint(src), Path(dst)
+    source = open_checkpoint(src)
+    place = place_of(dst, source.path, ranks=process_group is not None, checksums=checksums)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
     if to != "native":
-        no_part(dst, ranges or (source.origin or {}).get("ranges", {}))
+        no_part(place.shown, ranges or (source.origin or {}).get("ranges", {}))
     if to in ("native", "hf") or to not in FAMILIES:
         adapter, there = adapter_between(source, to, **how)
     else:
@@ -132,24 +139,26 @@ def convert(
         if quantization_of(agreed) is None and QUANT in others:
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
-    engine = Engine(source, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
+    engine = Engine(
+        source, plan, {n: (place.home / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
+    )
+    place.order(engine, layout.heads)
     if bandwidth is not None:
         engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
     work = _digest(source, to, adapter, ranges, layout, engine)
-    claim = lambda: replaced(dst, source.path, force, work=work)
-    notes += of_the_former(dst, claim(), {*layout.heads, *small, *others})
+    notes += place.notes(engine, place.claim(work, force), {*layout.heads, *small, *others})
     beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))
-    check_space(dst, sum(size for _, size in layout.heads.values()) + beside)
+    check_space(place.home, place.room(engine) + beside)
     report = Report(
-        str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
+        place.shown, source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
     )
     report = replace(report, lost=crossing.lost if crossing else (), notes=(*found, *notes))
     if dry_run:
         return report
     size, of = source.nbytes, source.nbytes * (3 if checksums else 1)
     carried = lambda done: progress(done * size // max(1, plan.nbytes), of)
-    opening = lambda: staging(dst, work, claim, fsync=fsync)
-    begin = lambda stage: stage.begin(layout.heads, [*others, *small])
+    opening = lambda: place.opening(work, force, fsync)
+    begin = lambda stage: place.begin(stage, layout.heads, [*others, *small])
 
     def finish(stage: Staging) -> dict[str, str]:
         if stage.stale is None:
@@ -163,27 +172,30 @@ def convert(
             paths: dict[str, Where] = {
                 str(source.path / n): source.path / n for n in dict.fromkeys(theirs) if (source.path / n).exists()
             }
-            paths |= {str(dst / n): stage.where(n) for n in stage.names if n != NATIVE}
+            paths |= {str(place.home / n): stage.where(n) for n in stage.names if n != NATIVE}
             sums = digests(paths, threads, lambda done, all_: progress(size + 2 * size * done // all_, of))
             if NATIVE in small:
                 if stage.stale is None:
-                    stage.fill(NATIVE, with_checksums(small[NATIVE], {n: sums[str(dst / n)] for n in layout.heads}))
-                sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
+                    stage.fill(
+                        NATIVE, with_checksums(small[NATIVE], {n: sums[str(place.home / n)] for n in layout.heads})
+                    )
+                sums |= digests({str(place.home / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
         source.unchanged()
         notes.extend(told(survived))
-        stage.publish()
+        place.publish(stage)
         return sums
 
     if process_group is not None:
-        rank = Rank(dst, work, threads, fsync)
+        rank = Rank(place.home, work, threads, fsync)
         resumed, read, written, sums = in_ranks(process_group, engine, rank, survived, opening, begin, finish, carried)
         return replace(report, read=read, written=written, resumed=resumed, checksums=sums, notes=(*found, *notes))
-    with opening() as stage:
+    with opening() as stage, place.clean(stage):
         begin(stage)
         if stage.stale is None:
             done = {*range(stage.done), *stage.also}
             resumed = sum(engine.items[i].nbytes for i in done)
-            carry_out(stage, engine, threads or source.readers, resumed, carried)
+            with place.sending(stage) as sent:
+                carry_out(stage, engine, threads or source.readers, resumed, carried, sent)
         else:
             resumed = plan.nbytes
         sums = finish(stage)

@@ -18,6 +18,7 @@ from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint, read_he
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
+from fmoe.checkpoint.remote.targets import here
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.lowrank.complete import missing
@@ -124,7 +125,7 @@ def save(
     ...     save(lora, path, adapter, lora_alpha=8).r
     4
     """
-    path = Path(path)
+    path = here(path, "adapters")
     if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:
         raise AdapterError(
             [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]

@@ -11,6 +11,7 @@ from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
 from fmoe.checkpoint.files.origin import FORMAT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
+from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
@@ -64,7 +65,7 @@ def save(
     ...     sorted(file.name for file in Path(path).iterdir()), report.made, report.written
     (['model.safetensors'], 3, 108)
     """
-    path = Path(path)
+    path = here(path, "parameters")
     claim = lambda: replaced(path, None, force, bystanders=True)
     survived: list[Survival] = []
     how: Any = dict(claim=claim, quantization=quantization, survived=survived.append)

@@ -11,7 +11,7 @@ from fmoe.checkpoint.remote.trouble import Unreadable
 from fmoe.checkpoint.staging.shares import Share
 from fmoe.checkpoint.staging.staging import Staging
 from fmoe.checkpoint.stream.carry import default_threads, in_order, pool
-from fmoe.checkpoint.stream.engine import Engine, Unit
+from fmoe.checkpoint.stream.engine import Engine
 from fmoe.codecs.survival import Survival
 from fmoe.types import AdapterError
 
@@ -110,20 +110,10 @@ def _settle(engine: Engine, journal: Share, items: Sequence[int], fsync: bool) -
     if not fsync or not items:
         return
     try:
-        for path in _written(engine, items):
+        for path in engine.files(items):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     except OSError:
         journal.lost()
         raise
     journal.synced(items)
-
-
-def _written(engine: Engine, items: Sequence[int]) -> set[Path]:
-    found: set[Path] = set()
-    for item in (engine.items[i] for i in items):
-        if isinstance(item, Unit):
-            found |= {engine.starts[t][0] for t in item.targets}
-        else:
-            found |= {engine.paths[b.to.name] for b in item.boxes}
-    return found

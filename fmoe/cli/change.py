@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from fmoe.checkpoint import Report
 
 SHARD = "the most that a file may hold, as 5GB or 200MB; back to hf, the files are as they were"
-WRITTEN = "the directory to write: a new or an empty one"
+WRITTEN = "the directory to write, new or empty; or an address: s3://..., hf://ORG/NAME"
 
 
 @app.command()
 def convert(
     src: Annotated[str, typer.Argument(metavar="SRC", help=DIRECTORY)],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help=WRITTEN, readable=False)],
+    dst: Annotated[str, typer.Argument(metavar="DST", help=WRITTEN)],
     to: Annotated[str, typer.Option(help="native, hf, another family's model type, or a system")] = "native",
     from_: From = None,
     config: Given = None,
@@ -65,7 +65,8 @@ def convert(
 
     A native directory converts back to the very files that it was made from. Interrupted or killed, the same command
     goes on where it stopped; until all is written no file in DST bears its own name. To another family, what does not
-    carry over is told on standard error, and refused without --lossy.
+    carry over is told on standard error, and refused without --lossy. To an address, each file is made in a folder of
+    the cache, which XDG_CACHE_HOME moves, sent when it is whole, and removed there; config.json and the index go last.
 
         fmoe convert DIR NATIVE                        experts stacked
         fmoe convert NATIVE BACK --to hf               the files that DIR held
@@ -76,6 +77,7 @@ def convert(
         fmoe convert DIR TITAN --to torchtitan         another system's directory; see `fmoe systems`
         fmoe convert MEGATRON HF --to hf --config JSON and from one, with no trainer
         fmoe convert X.gguf HF --to hf --config JSON   from llama.cpp's file; and into one, --to gguf --like X.gguf
+        fmoe convert hf://ORG/NAME s3://BUCKET/NATIVE  from one address to another, file by file
     """
     if number is not None and ranks.world() == 1:
         raise typer.Exit(ranks.started(number, sys.argv[1:]))
@@ -90,7 +92,7 @@ def convert(
         | {"max_shard_size": size(max_shard_size), "lossy": lossy}
     )
     how |= {"bandwidth": size(bandwidth, "--bandwidth")} if bandwidth else {}
-    with bar("converting", quiet or as_json, dst) as progress:
+    with bar("converting", quiet or as_json, None if "://" in dst else Path(dst)) as progress:
         from fmoe import checkpoint
         from fmoe.families import FAMILIES
         from fmoe.folding import meant
@@ -113,13 +115,13 @@ def convert(
     what = f"{count(report.tensors, 'tensor')} -> {report.made:,} in {count(report.files, 'file')}"
     would = "would be written to" if dry_run else "in"
     went_on = f", {human(report.resumed)} of it by an earlier run" if report.resumed else ""
-    _say(report, f"{what} {would} {dst} ({human(report.nbytes)}{went_on})", as_json)
+    _say(report, f"{what} {would} {report.path} ({human(report.nbytes)}{went_on})", as_json)
     for path, digest in () if as_json else report.checksums.items():
         print(f"{digest}  {path}")
     if not as_json and sys.stdout.isatty():
         from fmoe.cli.show import rows
 
-        rows([("next", line) for line in _next(to, str(dst), dry_run)])
+        rows([("next", line) for line in _next(to, report.path, dry_run)])
 
 
 @app.command()

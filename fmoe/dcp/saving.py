@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.save import Job, prepare
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced
@@ -61,7 +62,7 @@ def save(
     """
     with ExitStack() as stack, surfacing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
-        planner = _Planner(params, Path(path), adapter, layout, max_shard_size, quantization=quantization)
+        planner = _Planner(params, here(path, "parameters"), adapter, layout, max_shard_size, quantization=quantization)
         writer = _Writer(planner, stack, force, fsync)
         dcp.save({}, storage_writer=writer, planner=planner, process_group=process_group)
     return writer.written

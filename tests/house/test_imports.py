@@ -50,6 +50,7 @@ checkpoint.staging
 checkpoint.stream
 checkpoint.remote.ranks
 checkpoint.together
+checkpoint.sending
 checkpoint.whole
 checkpoint.open
 checkpoint.sides

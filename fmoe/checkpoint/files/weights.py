@@ -93,21 +93,26 @@ def instead(there: Iterable[str]) -> str:
 
 
 def former(path: Path, code: Iterable[str] = ()) -> set[str]:
-    """What a model in this directory consists of: weights of every kind, and what else Transformers would read with it.
-
-    code: names of its remote code besides the usual ones. Folders with a purpose of their own are left alone.
-    """
-    found: set[str] = set()
+    """What a model in this directory consists of, as `of_model` has it."""
+    names: list[str] = []
     for entry in os.scandir(path):
         if entry.is_dir(follow_symlinks=False):
             inside = (p for p in Path(entry.path).rglob("*") if not p.is_dir()) if entry.name in FOLDERS else ()
-            found |= {str(p.relative_to(path)) for p in inside}
-        elif (
-            holds(entry.name)
-            or Path(entry.name).suffix in WEIGHTS - {".part"}
-            or _KINDS.fullmatch(entry.name)
-            or entry.name in code
-        ):
-            found.add(entry.name)
-    beside = (NATIVE, SUMS, *(["metadata.json"] if METADATA in found else []))  # the last is Megatron's
-    return found | {n for n in beside if (path / n).exists()}
+            names += [p.relative_to(path).as_posix() for p in inside]
+        else:
+            names.append(entry.name)
+    return of_model(names, code)
+
+
+def of_model(names: Iterable[str], code: Iterable[str] = ()) -> set[str]:
+    """Those of a folder's files that are its model's: weights of every kind, and what else Transformers would read.
+
+    code: names of its remote code besides the usual ones. Folders with a purpose of their own are left alone.
+
+    >>> sorted(of_model(["model.safetensors", "config.json", "photo.jpg", "onnx/a", "mine/a"]))
+    ['config.json', 'model.safetensors', 'onnx/a']
+    """
+    names, weights = list(names), WEIGHTS - {".part"}
+    named = {*code, NATIVE, SUMS, *(["metadata.json"] if METADATA in names else [])}  # the last is Megatron's
+    here = lambda n: holds(n) or Path(n).suffix in weights or n in named or bool(_KINDS.fullmatch(n))
+    return {n for n in names if (n.partition("/")[0] in FOLDERS if "/" in n else here(n))}

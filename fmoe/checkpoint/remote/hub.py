@@ -64,7 +64,7 @@ class Hub:
         try:
             found = self.hub.HfApi().model_info(self.repo, revision=self.revision, files_metadata=True)
         except Exception as error:
-            raise _trouble(error) from None
+            raise trouble_of(error) from None
         self.commit = str(found.sha or self.revision or "main")
         for entry in found.siblings or ():
             if entry.rfilename.startswith(self.folder):
@@ -76,7 +76,7 @@ class Hub:
         try:
             found = self.hub.get_hf_file_metadata(self._url(file))
         except Exception as error:
-            raise _trouble(error) from None
+            raise trouble_of(error) from None
         if found.size is None:
             return facts(self._url(file), self._headers())
         return Facts(int(found.size), str(found.etag or ""))
@@ -102,10 +102,10 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _trouble(error: Exception) -> Trouble:
+def trouble_of(error: Exception) -> Trouble:
     from fmoe.checkpoint.remote.trouble import status
 
-    answer = getattr(error, "response", None)
+    answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     code = getattr(answer, "status_code", None)
     if isinstance(code, int):
         return status(code)

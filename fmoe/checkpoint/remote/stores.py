@@ -82,7 +82,7 @@ class Driven:
         self.root = str(self.root).rstrip("/")
 
     def names(self) -> list[str]:
-        found = self._call(lambda: self.fs.find(self.root))
+        found = self.call(lambda: self.fs.find(self.root))
         return sorted(str(path)[len(self.root) :].lstrip("/") for path in found)
 
     def facts(self, file: str) -> Facts | None:
@@ -91,7 +91,7 @@ class Driven:
             return self.fs.info(f"{self.root}/{file}")
 
         try:
-            found = self._call(look)
+            found = self.call(look)
         except Trouble as trouble:
             if "not found" in str(trouble):
                 return None
@@ -102,12 +102,12 @@ class Driven:
         return Facts(int(found["size"]), next((str(found[n]) for n in said if found.get(n)), ""))
 
     def read(self, file: str, view: memoryview, at: int) -> None:
-        data = self._call(lambda: self.fs.cat_file(f"{self.root}/{file}", start=at, end=at + len(view)))
+        data = self.call(lambda: self.fs.cat_file(f"{self.root}/{file}", start=at, end=at + len(view)))
         view[: len(data)] = data[: len(view)]
         if len(data) < len(view):
             raise Trouble(f"the answer ended {len(view) - len(data):,} bytes early", again=True, done=len(data))
 
-    def _call(self, call: Any) -> Any:
+    def call(self, call: Any) -> Any:
         try:
             return call()
         except FileNotFoundError:

@@ -22,13 +22,15 @@ class Staging:
     """The files of one directory, under a lock that lasts as long as the process.
 
     begun: whether there is something to go on with, or to remove. old: the files that these replace. done: how many
-    jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done.
+    jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done. sent: which
+    files are elsewhere, and hold nothing here.
     """
 
     def __init__(self, path: Path, work: str, journal: int, *, fresh: bool, fsync: bool):
         self.path, self.work, self.fsync = path, work, fsync
         self.done = 0
         self.also: set[int] = set()
+        self.sent: set[str] = set()
         self.old: set[str] = set()
         self.names: list[str] = []
         self.sizes: dict[str, int] = {}
@@ -81,6 +83,7 @@ class Staging:
             return False
         self._note(boot=boot())
         self.done, self.stale = done or 0, stale
+        self.sent = {line["sent"] for line in found if "sent" in line}
         self.also = shared(self.path, self.work) if stale is None else set()
         return True
 
@@ -100,6 +103,14 @@ class Staging:
             self._parts_settled(self.sizes)
             self._note(synced=done)
             self._settled([self.path / JOURNAL])
+
+    def gone(self, name: str) -> None:
+        """This file is safe elsewhere: its bytes here are given up, once the journal says so."""
+        self._note(sent=name)
+        self._settled([self.path / JOURNAL])
+        self.sent.add(name)
+        os.truncate(self._part(name), 0)
+        os.truncate(self._part(name), self.sizes[name])  # takes no room
 
     def publish(self) -> None:
         """Every file under its own name, and none of those that they replace; what opens the whole comes last."""

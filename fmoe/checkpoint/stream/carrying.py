@@ -10,8 +10,18 @@ from fmoe.checkpoint.stream.engine import Engine
 SYNC = 2**30  # bytes from one wait for the disk to the next
 
 
-def carry_out(stage: Staging, engine: Engine, threads: int | None, done: int, progress: Callable[[int], None]) -> None:
-    """Every item that is not done yet; now and then the disk is waited for, while others go on."""
+def carry_out(
+    stage: Staging,
+    engine: Engine,
+    threads: int | None,
+    done: int,
+    progress: Callable[[int], None],
+    after: Callable[[int], None] = lambda items: None,
+) -> None:
+    """Every item that is not done yet; now and then the disk is waited for, while others go on.
+
+    after: called with how many items, from the first on, are done.
+    """
     synced, waiting = done, None
     progress(done)
     with pool(threads) as executor, pool(1) as aside:
@@ -20,6 +30,7 @@ def carry_out(stage: Staging, engine: Engine, threads: int | None, done: int, pr
             stage.mark(i + 1)
             done += engine.items[i].nbytes
             progress(done)
+            after(i + 1)
             if done - synced > SYNC and (waiting is None or waiting.done()):
                 waiting, synced = _next(waiting, aside.submit(stage.sync, i + 1)), done
         _next(waiting, None)

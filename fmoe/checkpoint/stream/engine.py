@@ -5,7 +5,7 @@ Every thread holds at most two buffers of about a job's size, so memory does not
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,13 @@ class Engine:
         size = lambda targets: sum(plan.targets[t].nbytes for t in targets)
         units = [Unit(sources, targets, size(targets)) for sources, targets in self.flow.units]
         self.items: list[Job | Unit] = [*jobs((b for b in boxes if b.nbytes), limit), *units]
+
+    def files(self, items: Iterable[int]) -> set[Path]:
+        """Those that these items write to, as they are called in the making."""
+        jobs = [self.items[i] for i in items]
+        names = {b.to.name for job in jobs if isinstance(job, Job) for b in job.boxes}
+        made = {self.starts[t][0] for job in jobs if isinstance(job, Unit) for t in job.targets}
+        return made | {self.paths[n] for n in names}
 
     def run(self, item: Job | Unit) -> None:
         """Everything that an item moves. Raises AdapterError where a source file is not what it was; OSError."""
