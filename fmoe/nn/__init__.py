@@ -3,5 +3,6 @@
 from fmoe.nn.block import MoE
 from fmoe.nn.edges import GroupedExpertsDeepEP, GroupedExpertsTE
 from fmoe.nn.experts import GroupedExperts
+from fmoe.nn.mxfp4 import GroupedExpertsMXFP4
 
-__all__ = ["GroupedExperts", "GroupedExpertsDeepEP", "GroupedExpertsTE", "MoE"]
+__all__ = ["GroupedExperts", "GroupedExpertsDeepEP", "GroupedExpertsMXFP4", "GroupedExpertsTE", "MoE"]

@@ -50,10 +50,17 @@ class GroupedExperts(nn.Module):
         shapes = {"gate_and_up_projs": (E, D, U), "down_projs": (E, I, D)}
         biases = {"gate_up_proj_bias": (E, U), "down_proj_bias": (E, D)}
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
-        for name, shape in (shapes | biases).items():
-            made = name in shapes or config.expert_bias
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)) if made else None)
+        made = lambda shape: nn.Parameter(torch.empty(shape, dtype=dtype))
+        for name, sizes in shapes.items():
+            for part, p in self._weight(name, *sizes, made).items():
+                self.register_parameter(part, p)
+        for name, shape in biases.items():
+            self.register_parameter(name, made(shape) if config.expert_bias else None)
         self.init_weights()
+
+    def _weight(self, name: str, E: int, K: int, M: int, made: Any) -> dict[str, nn.Parameter]:
+        """The parameters that hold a weight."""
+        return {name: made((E, K, M))}
 
     def forward(self, x: Tensor, token_mask: Tensor | None, weights: Tensor, indices: Tensor) -> Tensor:
         """y [T, D] of x [T, D], token_mask [T] bool (True: a token) or None, weights and indices [T, K]."""

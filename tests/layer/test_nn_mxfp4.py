@@ -1,0 +1,92 @@
+"""GroupedExpertsMXFP4: the reference's names, frozen; what it says is what GroupedExperts says of decoded weights."""
+
+import kept
+import pytest
+import torch
+
+import fmoe
+from fmoe.codecs.formats import FORMATS
+from fmoe.nn import GroupedExperts, GroupedExpertsMXFP4
+from fmoe.types import MoEConfig, bits
+
+MXFP4 = ["mxfp4 .scale", "mxfp4 blocks", "mxfp4 packed", "mxfp4 side"]
+CONFIG = MoEConfig(n_routed_experts=3, n_activated_experts=2, dim=64, moe_inter_dim=32, dtype=torch.float32)
+
+
+def call(layer: torch.nn.Module, x: torch.Tensor, routing: fmoe.Routing) -> torch.Tensor:
+    return layer(x, routing.mask, routing.weights, routing.indices)
+
+
+def test_names_shapes_and_dtypes_are_those_of_the_reference() -> None:
+    biased = MoEConfig(**{**vars(CONFIG), "expert_bias": True})
+    found = {n: (list(t.shape), t.dtype) for n, t in GroupedExpertsMXFP4(biased).state_dict().items()}
+    assert found == {
+        "gate_and_up_projs_packed": ([3, 64, 32], torch.int8),
+        "gate_and_up_projs_scales": ([3, 64, 2], torch.float8_e8m0fnu),
+        "down_projs_packed": ([3, 64, 16], torch.int8),
+        "down_projs_scales": ([3, 64, 1], torch.float8_e8m0fnu),
+        "gate_up_proj_bias": ([3, 64], torch.float32),
+        "down_proj_bias": ([3, 64], torch.float32),
+    }
+    assert {n for n, p in GroupedExpertsMXFP4(biased).named_parameters() if p.requires_grad} == {
+        "gate_up_proj_bias",
+        "down_proj_bias",
+    }
+
+
+@pytest.mark.parametrize("fmt", MXFP4)
+@pytest.mark.parametrize("backend", ["loop", "torch_mm"])
+def test_it_is_grouped_experts_of_what_its_codes_say(fmt: str, backend: str) -> None:
+    codes, decoded, config = kept.layer(fmt)
+    mine, decoded = ({n: t.clone() if "bias" in n else t for n, t in p.items()} for p in (codes, decoded))
+    layer, plain = GroupedExpertsMXFP4.from_native(mine, config, backend), GroupedExperts(config, backend)
+    plain.load_state_dict(decoded, assign=True)
+    x, routing = kept.tokens(config)
+    assert torch.equal(call(layer, x, routing), call(plain, x, routing))
+    assert layer.down_projs_packed.data_ptr() == codes["down_projs"].data_ptr()
+    for name, p in kept.lora(config).items():
+        layer.register_parameter(name, torch.nn.Parameter(p))
+        plain.register_parameter(name, torch.nn.Parameter(p.clone()))
+    y = call(layer, x, routing)
+    assert torch.equal(y, call(plain, x, routing))
+    before = {n: bits(t) for n, t in layer.state_dict().items() if n.endswith(("_packed", "_scales"))}
+    y.square().mean().backward()
+    torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=1e-3).step()
+    assert all(torch.equal(bits(layer.state_dict()[n]), b) for n, b in before.items())
+    assert not torch.equal(layer.lora_down_B, plain.lora_down_B)
+
+
+def test_drawn_weights_are_near_a_normal_distribution_and_come_back_through_a_state_dict() -> None:
+    torch.manual_seed(0)
+    layer, other = GroupedExpertsMXFP4(CONFIG), GroupedExpertsMXFP4(CONFIG)
+    decoded = FORMATS["mxfp4 .scale"].decode(layer.down_projs_packed.data, layer.down_projs_scales.data, torch.float32)
+    assert abs(float(decoded.std()) - 0.02) < 0.002
+    other.load_state_dict(layer.state_dict())
+    x, routing = torch.randn(6, 64), kept.tokens(kept.layer("mxfp4 packed")[2])[1]
+    assert torch.equal(call(layer, x, routing), call(other, x, routing)) and call(layer, x, routing).any()
+
+
+def test_casts_leave_codes_alone() -> None:
+    layer = GroupedExpertsMXFP4(CONFIG)
+    before = {n: bits(t) for n, t in layer.state_dict().items()}
+    layer.to(torch.bfloat16).half().float()
+    assert all(torch.equal(bits(t), before[n]) for n, t in layer.state_dict().items())
+
+
+def test_what_is_no_mxfp4_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="gate_and_up_projs has rows of 48, expected whole groups of 32"):
+        GroupedExpertsMXFP4(MoEConfig(**{**vars(CONFIG), "dim": 48}))
+    for fmt, text in {
+        "fp8 blocks": "is float8_e4m3fn, expected MXFP4",
+        "int4 pack": "is int32, expected MXFP4",
+        "nvfp4": "scales of 'gate_and_up_projs' are float8_e4m3fn, expected powers of two",
+    }.items():
+        codes, _, config = kept.layer(fmt)
+        with pytest.raises(ValueError, match=text):
+            GroupedExpertsMXFP4.from_native(codes, config)
+    codes, _, config = kept.layer("mxfp4 packed")
+    name = next(n for n in codes if n.startswith("down_projs_scale"))
+    with pytest.raises(ValueError, match="a scale of 'down_projs' is byte 0"):
+        GroupedExpertsMXFP4.from_native(codes | {name: torch.zeros_like(codes[name])}, config)
+    with pytest.raises(ValueError, match="is missing, expected MXFP4"):
+        GroupedExpertsMXFP4.from_native({}, config)
