@@ -121,6 +121,20 @@ def jobs(boxes: Iterable[Box], limit: int) -> list[Job]:
     return sorted(made, key=lambda job: min((b.source.step is not None, b.source.name, b.at) for b in job.boxes))
 
 
+def bundled(made: Iterable[Job], limit: int) -> Iterator[Job]:
+    """Jobs that follow each other as one, up to the limit, where they take nothing that a step makes."""
+    last: Job | None = None
+    for job in made:
+        if last and not (last.steps or job.steps) and last.nbytes + job.nbytes <= limit:
+            last = Job(last.boxes + job.boxes, last.nbytes + job.nbytes)
+            continue
+        if last:
+            yield last
+        last = job
+    if last:
+        yield last
+
+
 def _runs(boxes: list[Box], limit: int) -> Iterator[list[Box]]:
     """Contiguous runs, those that lie side by side on both ends as one, cut and then bundled to the limit."""
     joined: list[Box] = []

@@ -20,13 +20,14 @@ from fmoe.checkpoint.remote.spans import Gate
 from fmoe.checkpoint.staging.staging import naming
 from fmoe.checkpoint.stream.ahead import fetched
 from fmoe.checkpoint.stream.arrange import frame, move, ranges
-from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, jobs
+from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, bundled, jobs
 from fmoe.checkpoint.stream.flow import Step, flow
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.layout.pipeline import Plan
 from fmoe.types import bits
 
 LIMIT = 16 * 2**20
+BUNDLE = LIMIT // 4  # of small jobs that are asked for at once, where every request costs
 FLIGHT = 16 * LIMIT  # bytes on their way from another machine, and what is made of them
 
 
@@ -62,7 +63,9 @@ class Engine:
             boxes.append(box_of(copy, place, start, Place(path.name), at))
         size = lambda targets: sum(plan.targets[t].nbytes for t in targets)
         units = [Unit(sources, targets, size(targets)) for sources, targets in self.flow.units]
-        self.items: list[Job | Unit] = [*jobs((b for b in boxes if b.nbytes), limit), *units]
+        made = jobs((b for b in boxes if b.nbytes), limit)
+        far = isinstance(source.path, Address)
+        self.items: list[Job | Unit] = [*(bundled(made, min(limit, BUNDLE)) if far else made), *units]
 
     def files(self, items: Iterable[int]) -> set[Path]:
         """Those that these items write to, as they are called in the making."""

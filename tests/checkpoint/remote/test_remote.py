@@ -15,6 +15,7 @@ from fmoe import AdapterError
 from fmoe.checkpoint import open_checkpoint
 from fmoe.checkpoint.remote import trouble
 from fmoe.checkpoint.remote.spans import joined
+from fmoe.checkpoint.stream.boxes import Box, Job, Place, bundled
 
 TEMPLATE = "{repo_id}/resolve/{revision}/{filename}"
 
@@ -95,7 +96,8 @@ def test_what_is_refused_is_told_at_once_with_file_and_status(status, source):
         assert f"status {status}" in str(error.value) and ".safetensors bytes " in str(error.value)
 
 
-def test_what_never_answers_is_told_after_a_while_and_gone_on_from(source, tmp_path):
+def test_what_never_answers_is_told_after_a_while_and_gone_on_from(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("fmoe.checkpoint.stream.engine.BUNDLE", 1)  # many requests
     with serving(source) as server:
         server.fails = lambda n: n > 45
         with pytest.raises(AdapterError, match="status 503, 8 times in a row: run again"):
@@ -167,6 +169,21 @@ def test_spans_that_lie_close_are_one_and_nothing_is_asked_for_in_vain():
     assert joined([(0, 50), (20, 30)]) == [(0, 50)]
     assert joined([(0, 10_000), (10_050, 20_000)]) == [(0, 20_000)]
     assert joined([(0, 10), (10, 20)], most=15) == [(0, 10), (10, 20)]
+
+
+def test_small_jobs_that_follow_each_other_are_asked_for_at_once(source, tmp_path):
+    place = Place("a")
+    jobs = [Job((Box(place, place, (n,), 0, (1,), 0, (1,), 1),), n, steps) for n, steps in
+            [(3, ()), (4, ()), (5, ()), (20, ()), (2, ()), (1, (0,)), (1, ()), (1, ())]]  # fmt: skip
+    made = list(bundled(jobs, 10))
+    assert [b for job in made for b in job.boxes] == [b for job in jobs for b in job.boxes]
+    assert [job.nbytes for job in made] == [7, 5, 20, 2, 1, 2] and list(bundled([], 10)) == []
+    with serving(source) as server:
+        fmoe.inspect(server.url)
+        before = len(server.requests)
+        fmoe.convert(server.url, tmp_path / "out", max_shard_size="100KB")
+        asked = [path for method, path, first, end in server.requests[before:] if method == "GET" and end > first > 0]
+        assert 0 < sum(path.endswith(".safetensors") for path in asked) <= 6, asked
 
 
 def test_the_command_line_takes_addresses(source, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 from command import demo, runner
+from deeper import deeper
 from directories import files
 
 import fmoe
@@ -175,8 +176,7 @@ def test_what_is_there_is_replaced_when_that_is_asked_for_and_opens_no_more_mean
 
 def test_no_more_is_here_at_once_than_the_notes_say(source, store, monkeypatch, tmp_path):
     monkeypatch.setattr("fmoe.checkpoint.sending.AHEAD", 2)
-    big = tmp_path / "big"
-    tripled(source, big)
+    big = deeper(source, tmp_path / "big", layers=24)
     held: list[int] = []
 
     def look(name: str) -> None:
@@ -191,25 +191,6 @@ def test_no_more_is_here_at_once_than_the_notes_say(source, store, monkeypatch, 
     report = fmoe.convert(big, "sent://m", max_shard_size="300KB", threads=1)
     assert max(held) <= rooms[0] + 4096 * 2 * report.files and rooms[0] < report.written / 2
     assert "at most " in report.notes[-1]
-
-
-def tripled(source: Path, to: Path, layers: int = 24) -> None:
-    """The same model with more layers."""
-    import json
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, to)
-    tensors = {n: t for f in source.glob("*.safetensors") for n, t in load_file(f).items()}
-    for path in (*to.glob("*.safetensors"), to / "model.safetensors.index.json"):
-        path.unlink()
-    more = {n.replace("layers.0.", f"layers.{l}."): t.clone() for l in range(layers) for n, t in tensors.items()
-            if "layers.0." in n}  # fmt: skip
-    save_file(
-        {n: t for n, t in tensors.items() if ".layers." not in n} | more, to / "model.safetensors", {"format": "pt"}
-    )
-    config = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

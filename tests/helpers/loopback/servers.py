@@ -19,7 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Served:
-    """What a server is like, and what it was asked. requests: (method, path, first byte, end) of every one."""
+    """What a server is like, and what it was asked. requests: (method, path, first byte, end) of every one.
+
+    rate: bytes that it sends in a second, over all connections. latency: seconds before every answer.
+    """
 
     root: Path
     url: str = ""
@@ -37,7 +40,16 @@ class Served:
     headers: list[dict[str, str]] = field(default_factory=list)
     sent: int = 0
     data: int = 0
+    free: float = 0.0
     lock: Lock = field(default_factory=Lock)
+
+    def wait(self, size: int) -> None:
+        """Until so many bytes more may go out."""
+        if self.rate:
+            with self.lock:
+                self.free = max(self.free, time.monotonic()) + size / self.rate
+                until = self.free
+            time.sleep(max(0.0, until - time.monotonic()))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -121,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
             left = (end - first) // 2 if cut else end - first
             while left:
                 block = file.read(min(left, 2**18))
+                it.wait(len(block))
                 try:
                     self.wfile.write(block)
                 except OSError:
@@ -129,8 +142,6 @@ class _Handler(BaseHTTPRequestHandler):
                 with it.lock:
                     it.sent += len(block)
                     it.data += len(block) if path.suffix == ".safetensors" else 0
-                if it.rate:
-                    time.sleep(len(block) / it.rate)
         if cut:
             self.close_connection = True
             self.connection.close()
