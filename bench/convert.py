@@ -170,9 +170,11 @@ class Timed(Exception):
 
 def child(name: str, src: Path, dst: Path) -> None:
     """One method, measured from inside its process."""
+    import torch.distributed.checkpoint
+
     import fmoe
 
-    assert fmoe
+    assert torch.distributed.checkpoint and fmoe.convert  # fmoe imports what it needs when it is asked for it
     if "Transformers" in name:
         from transformers import Qwen3_5MoeForConditionalGeneration, Qwen3MoeForCausalLM
 
@@ -185,18 +187,19 @@ def child(name: str, src: Path, dst: Path) -> None:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    before, started = _bytes(), time.perf_counter()
+    before, used, started = _bytes(), sum(os.times()[:4]), time.perf_counter()
     try:
         kept = METHODS[name](src, dst)
         seconds = time.perf_counter() - started
         del kept
     except Timed as timed:
         seconds = timed.args[0]
-    after = _bytes()
+    after, used = _bytes(), sum(os.times()[:4]) - used
     stop.set()
     watcher.join()
     read, written = (b - a for a, b in zip(before, after, strict=True))
-    print(json.dumps({"seconds": seconds, "memory": max(0, peak[0] - base), "read": read, "written": written}))
+    found = {"seconds": seconds, "cpu": used, "memory": max(0, peak[0] - base), "read": read, "written": written}
+    print(json.dumps(found))
 
 
 def _anonymous() -> int:
@@ -225,10 +228,10 @@ def source(family: str, gigabytes: float, src: Path) -> int:
     return size
 
 
-def measure(name: str, src: Path) -> dict[str, Any]:
+def measure(name: str, src: Path, script: str = __file__) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=src.parent) as folder:
         os.sync()  # what the method before has left to write is not this one's
-        command = [sys.executable, __file__, "--child", name, str(src), str(Path(folder) / "out")]
+        command = [sys.executable, script, "--child", name, str(src), str(Path(folder) / "out")]
         run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if run.returncode:
         return {"error": (run.stderr.strip().splitlines() or ["?"])[-1][:200]}

@@ -22,7 +22,8 @@ def rows(family: str, size: int, rounds: list[dict[str, Row]]) -> list[Row]:
             ratios = [r[name]["seconds"] / r[against]["seconds"] for r in good]
             row |= {"seconds": middle("seconds"), "rate": size / middle("seconds"), "against": against}
             row |= {"times cp": median(ratios), "rounds": len(good)}
-            row |= {key: middle(key) for key in ("memory", "read", "written")}
+            row |= {key: middle(key) for key in ("memory", "read", "written", "cpu")}
+            row["cpu times cp"] = median(r[name]["cpu"] / r[against]["cpu"] for r in good)
         else:
             row["error"] = rounds[0][name]["error"]
         made.append(row)

@@ -155,7 +155,7 @@ vllm = System(
         qwen3_next=qwen3_next,
     ),
     container="memory",
-    verified="its source alone, and tensors made by hand after it; it was not run",
+    verified="its source alone, and tensors made by hand after it (Qwen3, DeepSeek-V3, gpt-oss); it was not run",
     source="vllm-project/vllm, files of several commits",
 )
 sglang = System(
@@ -164,6 +164,6 @@ sglang = System(
         qwen3_moe=qwen3_moe, mixtral=mixtral, deepseek_v3=deepseek("fused_qkv_a_proj_with_mqa"), qwen3_next=qwen3_next
     ),
     container="memory",
-    verified="its source alone, and tensors made by hand after it; it was not run",
+    verified="its source alone, and tensors made by hand after it (DeepSeek-V3); it was not run",
     source="sgl-project/sglang",
 )

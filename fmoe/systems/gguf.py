@@ -200,6 +200,7 @@ gguf = System(
     ),
     container="gguf",
     kept=("gpt_oss",),
-    verified="files that llama.cpp's converter wrote, run; norms, ssm_a: values to within their bounds",
+    verified="files that llama.cpp's converter wrote; norms, ssm_a: values to within their bounds; "
+    "the container by the gguf package, both ways",
     source="llama.cpp of llama-cpp-python 0.3.36, gguf 0.19.0",
 )

@@ -44,6 +44,6 @@ gpt_oss_original = System(
     tables=dict(gpt_oss=gpt_oss),
     container="safetensors",
     kept=("gpt_oss",),
-    verified="its source alone",
+    verified="its source alone, and tensors made by hand after it",
     source="openai/gpt-oss 7b58334",
 )

@@ -150,6 +150,7 @@ maxtext = System(
     tables=dict(qwen3_moe=qwen3_moe, mixtral=mixtral, deepseek_v3=deepseek_v3, gpt_oss=gpt_oss),
     choices={"scan": (False, True)},
     container="orbax",
-    verified="its own mappings and hooks, run on a CPU",
+    verified="its own mappings and hooks, run on a CPU, scanned (Qwen3, Mixtral, DeepSeek-V3); "
+    "gpt-oss, and layers with numbers, by tensors made by hand after its source",
     source="AI-Hypercomputer/maxtext e591f30",
 )

@@ -169,3 +169,70 @@ def test_mxfp4_moves_as_it_is():
             assert torch.equal(
                 there[L + "mlp.experts.up_proj.scales"], hf[L + "mlp.experts.gate_up_proj_scales"][:, 1::2]
             )
+
+
+def joined_rows(hf, at, kind="weight"):
+    return cat([hf[f"{at}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+
+
+def test_gpt_oss_keeps_rows_interleaved_in_vllm_torchtitan_and_its_original():
+    for system, qkv, up, down in (
+        ("vllm", L + "attn.qkv", L + "mlp.experts.w13_weight", L + "mlp.experts.w2_weight"),
+        ("gpt_oss_original", "block.0.attn.qkv", "block.0.mlp.mlp1_weight", "block.0.mlp.mlp2_weight"),
+        ("torchtitan", "", f"{TITAN}.mlp1_weight_EGD", f"{TITAN}.mlp2_weight_EDF"),
+    ):
+        _, hf, there = made(system, "gpt_oss")
+        assert torch.equal(there[up], hf[L + "mlp.experts.gate_up_proj"].mT), system
+        assert torch.equal(there[down], hf[L + "mlp.experts.down_proj"].mT), system
+        for kind in ("weight", "bias") if qkv else ():
+            assert torch.equal(there[f"{qkv}.{kind}"], joined_rows(hf, L, kind)), system
+
+
+TITAN = "layers.0.moe.routed_experts.inner_experts"
+
+
+def test_deepseek_by_name_and_number():
+    c, hf, there = made("deepseek", "deepseek_v3")
+    l = c["first_k_dense_replace"]
+    at, x = f"model.layers.{l}.", f"model.layers.{l}.mlp.experts."
+    same = {
+        f"layers.{l}.ffn.experts.2.w3.weight": f"{x}2.up_proj.weight",
+        f"layers.{l}.ffn.gate.bias": f"{at}mlp.gate.e_score_correction_bias",
+        f"layers.{l}.attn.q_norm.weight": f"{at}self_attn.q_a_layernorm.weight",
+        "layers.0.ffn.w2.weight": "model.layers.0.mlp.down_proj.weight",
+        "head.weight": "lm_head.weight",
+    }
+    assert all(torch.equal(there[a], hf[b]) for a, b in same.items())
+    sglang = made("sglang", "deepseek_v3")[2]
+    both = cat([hf[f"{at}self_attn.{p}.weight"] for p in ("q_a_proj", "kv_a_proj_with_mqa")])
+    assert torch.equal(sglang[f"{at}self_attn.fused_qkv_a_proj_with_mqa.weight"], both)
+    titan = made("torchtitan", "deepseek_v3")[2]
+    assert torch.equal(titan[f"layers.{l}.moe.shared_experts.w3.weight"], hf[f"{at}mlp.shared_experts.up_proj.weight"])
+    assert torch.equal(titan[f"layers.{l}.moe.expert_bias_E"], hf[f"{at}mlp.gate.e_score_correction_bias"])
+
+
+def test_deepseek_in_megatron_and_in_maxtext_with_its_layers_numbered_by_kind():
+    c, hf, there = made("megatron", "deepseek_v3")
+    l = c["first_k_dense_replace"]
+    at, d = f"model.layers.{l}.", "decoder.layers.0.mlp.linear_fc1"
+    dense = [hf[f"model.layers.0.mlp.{p}_proj.weight"] for p in ("gate", "up")]
+    assert torch.equal(there[f"{d}.weight"], cat(dense))
+    assert torch.equal(there[f"{d}.layer_norm_weight"], hf["model.layers.0.post_attention_layernorm.weight"])
+    norm = there[f"decoder.layers.{l}.self_attention.linear_kv_up_proj.layer_norm_weight"]
+    assert torch.equal(norm, hf[f"{at}self_attn.kv_a_layernorm.weight"])
+    kv = hf[f"{at}self_attn.kv_b_proj.weight"]
+    moe = {False: ("moe_layers_0-", lambda t: t), True: ("moe_layers-", lambda t: t[:, 0])}
+    for scan, (name, first) in moe.items():
+        there = made("maxtext", "deepseek_v3", scan=scan)[2]
+        laid = kv.T.reshape(kv.shape[1], c["num_attention_heads"], -1)
+        assert torch.equal(first(there[f"params-decoder-{name}self_attention-wkv_b-kernel"]), laid)
+        wo = there[f"params-decoder-{name}DeepSeekMoeBlock_0-MoeBlock_0-wo"]
+        assert torch.equal(first(wo), experts(hf, "down_proj", f"{at}mlp.experts.").mT)
+
+
+def test_prime_rl_and_mlx_stack_experts_by_projection():
+    _, hf, there = made("prime_rl", "qwen3_moe alike")
+    assert torch.equal(there[L + "mlp.experts.w3"], experts(hf, "up_proj"))
+    assert torch.equal(there[L + "mlp.router.gate.weight"], hf[L + "mlp.gate.weight"])
+    there = made("mlx", "qwen3_moe alike")[2]
+    assert torch.equal(there[L + "mlp.switch_mlp.down_proj.weight"], experts(hf, "down_proj"))

@@ -1,0 +1,140 @@
+"""Directories of other systems: fmoe from one to another against cp, and against torch's own dcp.load of the whole.
+
+    python bench/systems.py --gb 2.4 --rounds 3 --json bench/results/systems.json
+
+As `convert.py`: rounds are interleaved, times are medians of what a process measures of itself, sources are written by
+fmoe before anything is measured and lie in the page cache, nothing waits for the disk. memory: the peak of anonymous
+memory over what the imports took. A row's `needed` is the bytes that it must read: of all experts, or of a range.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import report_convert
+from convert import METHODS, child, cp, measure, method, source
+
+KIND = "qwen3_moe"
+METHODS.clear()
+METHODS["cp"] = cp
+
+
+def made(src: Path, to: str) -> Path:
+    """The same model in another system's directory: made once, before anything is measured."""
+    import fmoe
+
+    there = src.with_name(f"{src.name}-{to}")
+    if not there.exists():
+        fmoe.convert(src, there, to, **({"like": like(src)} if to == "gguf" else {}))
+    return there
+
+
+def like(src: Path) -> Path:
+    """A GGUF with the tensors of this model and next to no metadata: its data are a hole."""
+    import fmoe
+    from fmoe.checkpoint.files.containers.gguf import CODES, TYPES, File, Info
+    from fmoe.checkpoint.files.containers.gguf_written import Like, gguf_layout
+    from fmoe.checkpoint.files.disk import Stamp
+
+    checkpoint = fmoe.checkpoint.open_checkpoint(src)
+    specs = fmoe.adapter(KIND, checkpoint.config, system="gguf").plan(checkpoint.specs).targets
+    infos = {n: Info(s.shape, TYPES[CODES["BF16"]], 0, s.nbytes) for n, s in specs.items()}
+    ((head, size),) = gguf_layout(specs, Like([File(src, Stamp(), {}, infos, 32)])).heads.values()
+    path = src.with_name("like.gguf")
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(size)
+    return path
+
+
+def row(name: str, here: str, to: str, **how: Any) -> None:
+    def run(src: Path, dst: Path) -> None:
+        import fmoe
+
+        more = {"like": src.with_name("like.gguf")} if to == "gguf" else {}
+        fmoe.convert(made(src, here) if here != "hf" else src, dst, to, fsync=False, **how, **more)
+
+    METHODS[name] = run
+
+
+row("HF to torchtitan (moves)", "hf", "torchtitan")
+row("torchtitan to HF (moves)", "torchtitan", "hf")
+row("HF to torch_dist (moves)", "hf", "megatron_dist")
+row("torch_dist to HF (moves)", "megatron_dist", "hf")
+row("torch_dist to torchtitan (moves)", "megatron_dist", "torchtitan")
+row("HF to GGUF (moves)", "hf", "gguf")
+row("GGUF to HF (moves)", "gguf", "hf")
+row("torchtitan to native (transposes)", "torchtitan", "native")
+row("native to torch_dist (transposes)", "native", "megatron_dist")
+row("experts 1 of 8 of torchtitan to native", "torchtitan", "native", e=range(16, 32))
+row("experts 1 of 8 of torch_dist to native", "megatron_dist", "native", e=range(16, 32))
+row("experts 1 of 8 of GGUF to native", "gguf", "native", e=range(16, 32))
+
+
+@method("torch: dcp.load of the whole (to memory)")
+def whole(src: Path, dst: Path) -> object:
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(str(made(src, "torchtitan")))
+    found = reader.read_metadata().state_dict_metadata
+    state = {n: torch.empty(t.size, dtype=t.properties.dtype) for n, t in found.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@method("torch: dcp.load, to_hf, save_file")
+def by_hand(src: Path, dst: Path) -> None:
+    from safetensors.torch import save_file
+
+    import fmoe
+
+    state = whole(src, dst)
+    config = json.loads((src / "config.json").read_text())
+    dst.mkdir()
+    tensors = fmoe.adapter(KIND, config, system="torchtitan").to_hf(state)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, dst / "model.safetensors")
+
+
+def needed(src: Path, name: str) -> int:
+    """Bytes of the tensors that a row has to read."""
+    import fmoe
+
+    checkpoint = fmoe.checkpoint.open_checkpoint(src)
+    part = "1 of 8" in name
+    return sum(s.nbytes // (8 if part and ".experts." in n else 1) for n, s in checkpoint.specs.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work; it needs six times the size")
+    parser.add_argument("--only", default="", help="methods with this in their name, and cp")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child[0], Path(args.child[1]), Path(args.child[2]))
+        return
+    names = [n for n in METHODS if args.only in n or n == "cp"]
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="fmoe-bench-") as folder:
+        src = Path(folder) / "src"
+        size = source(KIND, args.gb, src)
+        for to in ("torchtitan", "megatron_dist", "gguf", "native"):
+            made(src, to)
+        rounds = [{name: measure(name, src, __file__) for name in names} for _ in range(args.rounds)]
+        found = report_convert.rows(KIND, size, rounds)
+        for line in found:
+            line["needed"] = needed(src, line["what"])
+        shutil.rmtree(folder, ignore_errors=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    report_convert.show(found)
+
+
+if __name__ == "__main__":
+    main()
