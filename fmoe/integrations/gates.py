@@ -71,7 +71,9 @@ KNOWN: dict[str, Read] = {
     PREFIX + "glm5_next.modeling_glm5_next.Glm5NextTextExperts._apply_gate": _clamped("swiglu_limit"),
     PREFIX + "gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate": _oai("quick_geglu", "alpha", "limit"),
     PREFIX + "hy_v4.modeling_hy_v4.HYV4Experts._apply_gate": _clamped("swiglu_limit"),
+    PREFIX + "hy_v4_vl.modeling_hy_v4_vl.HYV4VLExperts._apply_gate": _clamped("swiglu_limit"),
     PREFIX + "inkling2.modeling_inkling2.Inkling2Experts._apply_gate": lambda m: OWN,
+    PREFIX + "inkling2_loop.modeling_inkling2_loop.Inkling2LoopExperts._apply_gate": lambda m: OWN,
     PREFIX + "minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts._apply_gate": _oai(
         "swigluoai", "swiglu_alpha", "swiglu_limit"
     ),

@@ -64,7 +64,7 @@ def register(name: str = "fmoe", backend: str | Backend | None = None) -> None:
     marks = inspect.signature(moe.use_experts_implementation).parameters
     if unread := sorted(marks.keys() - {*FLAGS, "experts_class", "experts_interface"}):
         told = f"transformers {transformers.__version__} marks experts with {', '.join(unread)}"
-        raise RuntimeError(f"{told}, which this fmoe does not read: `pip install -U fmoe`, or 'transformers<=5.23'")
+        raise RuntimeError(f"{told}, which this fmoe does not read: `pip install -U fmoe`, or 'transformers<=5.24'")
     # imported on first use, the module may exist twice: the decorated classes look into the one that they were given
     for registry in (here, marks["experts_interface"].default):
         registry.register(name, functools.partial(bindings.decorated, backend=backend))

@@ -109,6 +109,10 @@ MODELS: dict[str, tuple[str, Config]] = {
 
 MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2]))
 MROPE_GLM = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]))
+LOOP: Config = dict(unpadded_vocab_size=61, vision_config=dict(text_hidden_size=32, projection_hidden_dim=16))
+LOOP["vision_config"] |= dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+HY_VL: Config = dict(vision_config=dict(max_image_size=16), mlp_layer_types=["dense", "sparse"])
+HY_VL |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]))
 VISION: Config = hf.VISION | dict(num_attention_heads=2, num_hidden_layers=1, image_size=16)
 VISION |= dict(adapter_in_dim=16, adapter_out_dim=32)
 AUDIO: Config = dict(d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=20, output_dim=32)
@@ -168,8 +172,13 @@ MODELS |= {
     "glm5_next": ("Glm5NextForConditionalGeneration", SPARSE | HYPER | KDA),
     "glm5_next_text": ("Glm5NextTextModel", SPARSE | HYPER | KDA),
     "hy_v4": ("HYV4ForCausalLM", HYPER | dict(mlp_layer_types=["dense", "sparse"])),
-    "inkling2_text": ("Inkling2ForCausalLM", {}),
+    "hy_v4_vl": ("HYV4VLForConditionalGeneration", HYPER | HY_VL),
+    "hy_v4_vl_text": ("HYV4VLTextModel", HYPER | HY_VL),
+    "inkling2_text": ("Inkling2ForCausalLM", dict(unpadded_vocab_size=61)),
+    "inkling2_loop": ("Inkling2LoopForConditionalGeneration", LOOP),
+    "inkling2_loop_text": ("Inkling2LoopForCausalLM", dict(unpadded_vocab_size=61)),
     "kolibri1": ("Kolibri1ForCausalLM", {}),
+    "lara_mini": ("LaraMiniForCausalLM", {}),
     "mistral_large4_text": ("MistralLarge4TextModel", INDEXED),
     "muse_spark_text": ("MuseSparkTextModel", dict(moe_hidden_size=28)),
     "openai_privacy_filter": ("OpenAIPrivacyFilterForTokenClassification", NARROW),
@@ -180,6 +189,8 @@ MODELS |= {
     "unlimited_ocr_text": ("UnlimitedOcrTextModel", SPARSE | dict(n_group=None, topk_group=None)),
     "zaya": ("ZayaForCausalLM", dict(num_experts_per_tok=1, router_hidden_size=12)),
 }
+MODELS = {name: entry for name, entry in MODELS.items() if hasattr(transformers, entry[0])}
+"""Of this Transformers: some models came with its last releases."""
 
 
 def build(name: str, seed: int = 0) -> Any:

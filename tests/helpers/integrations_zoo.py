@@ -64,8 +64,11 @@ REST: dict[str, tuple[str, str, Config]] = {
         | dict(linear_num_heads=2, linear_head_dim=8),
     ),
     "hy_v4": ("hy_v4", "HYV4ForCausalLM", dict(swiglu_limit=0.5)),
-    "inkling2": ("inkling2", "Inkling2ForCausalLM", {}),
+    "hy_v4_vl": ("hy_v4_vl", "HYV4VLTextModel", zoo.HY_VL | dict(swiglu_limit=0.5)),
+    "inkling2": ("inkling2", "Inkling2ForCausalLM", dict(unpadded_vocab_size=61)),
+    "inkling2_loop": ("inkling2_loop", "Inkling2LoopForCausalLM", dict(unpadded_vocab_size=61)),
     "kolibri1": ("kolibri1", "Kolibri1ForCausalLM", {}),
+    "lara_mini": ("lara_mini", "LaraMiniForCausalLM", {}),
     "mistral_large4": ("mistral_large4", "MistralLarge4TextModel", HEADS),
     "muse_spark": ("muse_spark", "MuseSparkTextModel", dict(moe_hidden_size=28)),
     "openai_privacy_filter": (
@@ -81,6 +84,7 @@ REST: dict[str, tuple[str, str, Config]] = {
     "unlimited_ocr": ("unlimited_ocr", "UnlimitedOcrTextModel", dict(mlp_layer_types=["dense", "sparse"])),
     "zaya": ("zaya", "ZayaForCausalLM", dict(num_experts_per_tok=1)),
 }  # fmt: skip
+REST = {n: entry for n, entry in REST.items() if hasattr(transformers, entry[1])}  # of this Transformers
 UNDECORATED = ("llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p7", "switch_transformers", "nllb-moe")
 NAMES = tuple(
     n for n in dict.fromkeys((*zoo.MODELS, *hf.MODELS, *REST)) if n.removesuffix("_text") not in REST or n in REST

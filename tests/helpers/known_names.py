@@ -1,5 +1,7 @@
 """Which tensors a model has, as Transformers says: run as a program, this writes fmoe/families/known.json.
 
+`known_names.py [--also] [NAME ...]`; also: the forms of another release of Transformers, beside those that are there.
+
 Every class of the zoo is built without memory, once as its tiny config has it and once for each field of that config
 with another value (a flag turned, a size gone). What all of them have is required: by name outside of layers; in a
 layer, module by module, one of the smallest sets of tensors that a layer was ever seen with.
@@ -147,8 +149,12 @@ def data(name: str) -> dict[str, Any]:
 
 def main(names: list[str]) -> None:
     made = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name in names or [*hf.MODELS, *zoo.MODELS]:
-        made[family_type(name)] = data(name)
+    also = names[:1] == ["--also"]
+    for name in names[also:] or [*hf.MODELS, *zoo.MODELS]:
+        there, found = made.get(family_type(name), {"forms": []})["forms"], data(name)
+        made[family_type(name)] = found | {
+            "forms": [*there, *(f for f in found["forms"] if f not in there)] if also else found["forms"]
+        }
         FILE.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
         print(name, flush=True)
 

@@ -71,7 +71,7 @@ lara_mini = Family(  # the shared expert is added without a gate
     model_types=("lara_mini",),
     rules=fused() | rule(MLP + "shared_expert.{rest}", MLP + "shared_experts.{rest}") | KEPT,
     fields=qwen2_moe.fields,
-    fixed=dict(n_shared_experts=1, score_func="softmax in fp32, in the order of a class that is not compared"),
+    fixed=dict(n_shared_experts=1, softmax_before_topk=True),
     source="the class lara_mini of Transformers 5.24",
-    verified="keys",
+    verified="block",
 )

@@ -42,5 +42,5 @@ inkling2_loop = replace(
     inkling2,
     model_types=("inkling2_loop", "inkling2_loop_text"),
     source="Inkling-2-Mini, decoded to bf16",
-    verified="keys",
+    verified="round trip",
 )

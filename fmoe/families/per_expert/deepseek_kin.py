@@ -59,9 +59,7 @@ hy_v4 = replace(
     source="tencent/Hy4-preview",
 )
 
-hy_v4_vl = replace(
-    hy_v4, model_types=("hy_v4_vl", "hy_v4_vl_text"), source="the class hy_v4_vl of Transformers 5.24", verified="keys"
-)
+hy_v4_vl = replace(hy_v4, model_types=("hy_v4_vl", "hy_v4_vl_text"), source="the class hy_v4_vl of Transformers 5.24")
 
 mistral_large4 = replace(
     deepseek_v3,
