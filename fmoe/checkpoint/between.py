@@ -82,7 +82,8 @@ def convert_between(
     check_space(dst, sum(size for _, size in layout.heads.values()) + sum(len(f) for f in small.values()))
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads),
-        lost=_lost(plan), notes=_notes(source, plan, model), sides=_sides(source, here, to, layout, plan))  # fmt: skip
+        lost=_lost(plan), notes=_notes(source, to, plan, model),
+        sides=_sides(source, here, to, layout, plan))  # fmt: skip
     if dry_run:
         return report
     of = source.nbytes * (3 if checksums else 1)
@@ -208,9 +209,13 @@ def _lost(plan: Plan) -> tuple[str, ...]:
     return (f"left out: {some(dropped)}",) if dropped else ()
 
 
-def _notes(source: Checkpoint, plan: Plan, model: Like | None) -> tuple[str, ...]:
+def _notes(source: Checkpoint, to: str, plan: Plan, model: Like | None) -> tuple[str, ...]:
     more = model.notes(plan.targets) if model is not None else ()
     left = source.left_out if isinstance(source, Foreign) else ()
+    if to == "hf" and isinstance(source, Foreign) and source.container == "gguf":
+        wide = [n for n, spec in plan.targets.items() if spec.dtype == torch.float32]
+        if 0 < len(wide) < len(plan.targets):
+            more = (f"in F32, as the file has them: {some(wide)}",)
     return ((f"not the model's, left out: {some(left)}",) if left else ()) + more
 
 

@@ -315,7 +315,7 @@ DIRECTORIES: dict[str, tuple[Change, str]] = {
         put(A, "<!DOCTYPE html><html>"),
         f"{A} has 21 bytes, .* it is a web page: the download went wr",
     ),
-    "a shard of GGUF": (put(A, b"GGUF\x03\0\0\0" + bytes(64)), f"{A} has .* it is GGUF: convert it to safetensors fir"),
+    "a shard of GGUF": (put(A, b"GGUF\x03\0\0\0" + bytes(64)), f"{A} has .* it is GGUF: .fmoe convert X"),
     "a pickle for a shard": (
         instead(A, lambda p: torch.save({}, p)),
         f"{A} has .* what torch.save writes, a pickle, which may run code .*: convert it to safetensors first",

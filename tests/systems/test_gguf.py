@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from command import runner
 from gguf_writer import KEYS, key, write
 from safetensors.torch import load_file, save_file
 from systems_zoo import model
@@ -260,3 +261,19 @@ def test_a_file_without_config_beside_it_says_so(tmp_path):
     path = write(tmp_path / "x.gguf", parts("mixtral")[2])
     with pytest.raises(AdapterError, match="--config"):
         fmoe.convert(path, tmp_path / "out", to="hf")
+
+
+def test_the_commands_take_a_file_by_its_name(tmp_path, monkeypatch, capsys):
+    fmoe_ = runner(monkeypatch, capsys)
+    config, hf, theirs = parts("qwen3_moe alike")
+    src = saved(tmp_path / "hf", config, hf)
+    half = {n: t if t.ndim == 1 else t.half() for n, t in theirs.items()}
+    path = write(tmp_path / "x.gguf", half)
+    for command in ("inspect", "plan", "verify"):
+        assert fmoe_(command, path, "--config", src)[0] == 0, command
+    code, out, err = fmoe_("convert", path, tmp_path / "back", "--to", "hf", "--config", src)
+    assert code == 0 and "gguf (GGUF, 39 tensors" in out and "in F32, as the file has them" in err
+    assert fmoe_("convert", src, tmp_path / "there", "--to", "gguf", "--like", path, "--checksums")[0] == 0
+    assert (tmp_path / "there" / "fmoe.sha256").exists() and fmoe_("verify", tmp_path / "there")[0] == 0
+    with pytest.raises(AdapterError):
+        fmoe.convert(tmp_path / "missing.gguf", tmp_path / "no", to="hf", config=src)

@@ -45,7 +45,7 @@ PICKLE = "a pickle, which may run code when it is opened and is not read here: c
 _KINDS = {
     b"PK\x03\x04": f"it is what torch.save writes, {PICKLE}",
     b"version https://git-lfs": "it is a Git LFS pointer: fetch the file itself with `git lfs pull`",
-    b"GGUF": "it is GGUF: convert it to safetensors first",
+    b"GGUF": "it is GGUF: `fmoe convert X.gguf HF --to hf --config JSON`",
     b"\x89HDF": "it is HDF5: convert it to safetensors first",
     b"<": "it is a web page: the download went wrong",
     b"\0\0\0\0\0\0\0\0": f"it begins with zeros, as an unfinished download does: {AGAIN}",

@@ -1,5 +1,6 @@
 """A model in GGUF files, one or several (`x-00001-of-00003.gguf`), as a directory's or by the name of a file."""
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,13 +15,16 @@ _SPLIT = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.gguf)")
 
 def is_gguf(path: Path) -> bool:
     """Whether a path is a GGUF file, by its first bytes or its name, or a directory of such and of no safetensors."""
-    if path.is_dir():
-        names = [p.name for p in path.iterdir()]
-        return any(n.endswith(SUFFIX) for n in names) and not any(n.endswith(".safetensors") for n in names)
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == MAGIC or path.suffix == SUFFIX
+    try:
+        if path.is_dir():
+            names = os.listdir(path)
+            return any(n.endswith(SUFFIX) for n in names) and not any(n.endswith(".safetensors") for n in names)
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC or path.suffix == SUFFIX
+    except OSError:  # whoever opens it says why
+        return path.suffix == SUFFIX
 
 
 def read_files(path: Path) -> list[File]:
