@@ -11,6 +11,7 @@ PAGES = """index train lora compose notation experts backends research directori
 MODULES = """fmoe fmoe.layout.adapter fmoe.activations fmoe.routing fmoe.losses fmoe.surgery fmoe.dispatch fmoe.backends
     fmoe.nn fmoe.parallel fmoe.lora fmoe.dcp fmoe.sharding fmoe.families fmoe.systems fmoe.sync fmoe.codecs.formats
     fmoe.integrations fmoe.draw fmoe.testing fmoe_kernels.ops.layer fmoe_kernels.ops.products""".split()
+LABELS = {"lora": "LoRA", "faq": "FAQ"}
 OPTIONS = {"show_root_heading": True, "show_source": False, "members_order": "source", "show_if_no_docstring": False}
 
 
@@ -42,15 +43,19 @@ def build(out: Path) -> None:
         for page in pages:
             (docs / f"{page}.md").write_text((here / f"{page}.md").read_text())
         (docs / "reference.md").write_text(reference())
+        (docs / "code.css").write_text(
+            import_module("pygments.formatters").HtmlFormatter().get_style_defs(".codehilite")
+        )
         settings = {
             "site_name": "fmoe",
             "docs_dir": str(docs),
             "site_dir": str(out.resolve()),
-            "theme": {"name": "mkdocs"},
+            "theme": {"name": "mkdocs", "highlightjs": False},  # its own loads a script from elsewhere
+            "extra_css": ["code.css"],
             "use_directory_urls": False,
-            "nav": [{page.capitalize(): f"{page}.md"} for page in [*pages, "reference"]],
+            "nav": [{LABELS.get(page, page.capitalize()): f"{page}.md"} for page in [*pages, "reference"]],
             "plugins": ["search", {"mkdocstrings": {"handlers": {"python": python}}}],
-            "markdown_extensions": ["tables", "fenced_code"],
+            "markdown_extensions": ["tables", "fenced_code", {"codehilite": {"guess_lang": False}}],
             "strict": True,
         }
         file.write_text(json.dumps(settings))  # JSON is YAML
