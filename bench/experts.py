@@ -3,6 +3,7 @@
     python bench/experts.py --json bench/results/experts.json          the whole table
     python bench/experts.py --tokens 1 16 --experts 8 --rounds 20      some of it
     python bench/experts.py --model                                    a tiny Qwen3-MoE: generate, and a training step
+    python bench/experts.py --codes --tokens 1 16 512                  experts in codes against decoding all first
 
 Weights and routing are the same; all run in one process in turns, and what counts is the ratio of their least times.
 Clock: processor time of one thread, since a machine that others use too counts what they take as ours; `--wall` takes
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import codes
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -154,11 +156,17 @@ def model(args: Any) -> Iterator[dict[str, Any]]:
         yield {"model": "qwen3_moe", "what": what, "ratio": took["fmoe"] / took["grouped_mm"]}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title="time of fmoe over that of the best of Transformers' own")
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=140).print(table)
+
+
+def finish(rows: list[dict[str, Any]], title: str, path: Path | None) -> None:
+    show(rows, title)
+    if path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def main() -> None:
@@ -171,19 +179,22 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=10.0, help="seconds for a cell")
     parser.add_argument("--wall", action="store_true")
     parser.add_argument("--model", action="store_true")
+    parser.add_argument("--codes", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     dtypes = (torch.float32, torch.bfloat16)
+    if args.codes:
+        clock = time.perf_counter if args.wall else time.process_time
+        finish(list(codes.rows(args, least, clock)), "time on codes over that of decoding everything first", args.json)
+        return
     cells = itertools.product(args.tokens, args.experts, args.chosen, dtypes, (False, True))
     rows = list(model(args)) if args.model else [measure(*cell, args) for cell in cells]
-    show(rows)
+    finish(rows, "time of fmoe over that of the best of Transformers' own", args.json)
     for what, wanted in {} if args.model else WANTED.items():
         ratios = [row[what] for row in rows]
         held = sum(r <= wanted for r in ratios)
         print(f"{what}: geometric mean {statistics.geometric_mean(ratios):.2f}, {held} of {len(rows)} at most {wanted}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,24 @@ SECTIONS = (
         },
     ),
     Section(
+        "experts_codes.json",
+        "Experts in codes, 32 of them, 1024 wide, I = 512, 2 a token, bf16: time over that of decoding all first, and"
+        " over that of experts decoded before; MB at most held above the arguments in a step, and MB of weights read.",
+        {
+            "format": lambda r: r["format"],
+            "T": lambda r: r["T"],
+            "used": lambda r: r["used"],
+            "forward / decoding first": lambda r: r["forward"],
+            "both / decoding first": lambda r: r["both"],
+            "forward / decoded": lambda r: r["forward_plain"],
+            "both / decoded": lambda r: r["both_plain"],
+            "memory": lambda r: f"{r['memory_codes'] / 1e6:.1f}",
+            "decoding first": lambda r: f"{r['memory_first'] / 1e6:.1f}",
+            "read": lambda r: f"{r['read_codes'] / 1e6:.1f}",
+            "decoding first ": lambda r: f"{r['read_first'] / 1e6:.1f}",
+        },
+    ),
+    Section(
         "convert.json",
         "Conversion on a disk. `durable` waits for the disk, and is compared with a durable `cp`.",
         _CONVERT,
