@@ -101,6 +101,20 @@ SECTIONS = (
         bar=("decode / copy", "format", lambda r: "one core"),
     ),
     Section(
+        "aot_codes.json",
+        "What compilers make of the product that decodes its tiles, for sm_90: none ever run. Turned: the gradient of"
+        " rows.",
+        {
+            "codes": lambda r: r["kind"] + " turned" * r["turned"],
+            "class": lambda r: r["class"],
+            "tiles": lambda r: r["tiles"],
+            "registers": lambda r: r["registers"],
+            "spilled bytes": lambda r: r["spills"],
+            "shared bytes": lambda r: r["shared"],
+            "main loop": lambda r: r["loop"],
+        },
+    ),
+    Section(
         "aot.json",
         "What compilers make of the large and the odd tiles for sm_90: instructions of a thread, none ever run.",
         {

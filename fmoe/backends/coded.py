@@ -1,12 +1,14 @@
 """Products of rows and matrices that are held as codes: each expert's is decoded when its rows are multiplied.
 
 As `products.py`, and never with a gradient for codes and scales. Nothing decoded is kept: backward decodes again. The
-host reads where each expert ends, whoever multiplies, so that only what is used is decoded.
+host reads where each expert ends, so that only what is used is decoded; triton's kernel decodes the tile that it
+multiplies and waits for nothing (but of int8, and of blocks that are no powers of two, which it does not know).
 """
 
 from dataclasses import replace
 from typing import Any
 
+import fmoe_kernels
 import torch
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.flops import formula
@@ -15,7 +17,7 @@ from torch import Tensor
 from fmoe.backends.held import held, parts
 from fmoe.backends.raw import RAW
 from fmoe.backends.raw.memory import empty
-from fmoe.codecs.stacks import packed
+from fmoe.codecs.stacks import Codes, packed
 from fmoe.dispatch.watched import unwatched
 from fmoe.types import MoEConfig, Params
 
@@ -46,12 +48,28 @@ def _multiply(
     w = replace(held(codes, scale, second, name, suffix, alternate, x.dtype), turned=turned)
     if by == "loop" or x.dtype == torch.float64 or (by == "torch_mm" and x.device.type == "cpu"):
         return RAW["loop"].gmm(x, w, offsets)
+    if by == "triton" and (tiles := in_tiles(w)) is not None:
+        return fmoe_kernels.products.gmm_codes(x, tiles, offsets)
     out, start = empty((x.shape[0], w.shape[2]), x), 0
     for e, end in enumerate(offsets.tolist()):
         if start < end:
             out[start:end] = RAW[by].gmm(x[start:end], w[e][None], (offsets[e : e + 1] - start).int())
         start = end
     return out
+
+
+def in_tiles(w: Codes) -> Any:
+    """The same matrices for the kernel that decodes tile by tile; None where it does not know the format."""
+    f, M = w.format, w.codes.shape[2]
+    if f.code == "int8" or any(side & (side - 1) for side in f.block):
+        return None
+    bytes_ = lambda t: t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+    scale = w.spread(w.scale) if f.block[0] == 1 else w.scale
+    second = None if w.second is None else w.spread(w.second).float().expand(-1, 1, M)
+    how = dict(zero=f.zero, divides=f.divides, turned=w.turned)
+    from fmoe_kernels.programs import codes as kernel  # on first use: it imports triton
+
+    return kernel.Coded(bytes_(w.codes), bytes_(scale), second, f.code, f.block[::-1], **how)
 
 
 @torch.library.custom_op("fmoe::gmm_codes", mutates_args=())

@@ -52,18 +52,17 @@ class Codes:
 
     def __getitem__(self, e: int) -> Tensor:
         """Raises ValueError as `Format.decode`."""
-        second = None if self.second is None else self._spread(self.second[e].mT)
-        scale = self.scale[e].mT
-        scale = self._spread(scale) if self.format.block[0] == 1 else scale
-        made = self.format.decode(self.codes[e].mT, scale, self.dtype, second=second)
+        second = None if self.second is None else self.spread(self.second[e]).mT
+        scale = self.spread(self.scale[e]) if self.format.block[0] == 1 else self.scale[e]
+        made = self.format.decode(self.codes[e].mT, scale.mT, self.dtype, second=second)
         return made if self.turned else made.mT
 
-    def _spread(self, scale: Tensor) -> Tensor:
-        """One for each row, where there is one for gate and one for up."""
+    def spread(self, scale: Tensor) -> Tensor:
+        """One for each column, where the last dimension has one for gate and one for up."""
         M = self.codes.shape[2]
-        if scale.shape[0] != 2 or M == 2:
+        if scale.shape[-1] != 2 or M == 2:
             return scale
-        return scale.repeat(M // 2, 1) if self.alternate else scale.repeat_interleave(M // 2, 0)
+        return torch.cat([scale] * (M // 2), -1) if self.alternate else scale.repeat_interleave(M // 2, -1)
 
 
 def is_code(t: Tensor) -> bool:

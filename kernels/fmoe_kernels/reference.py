@@ -183,3 +183,33 @@ def experts(
             expert = torch.arange(len(w_up), device=x.device).repeat_interleave(r.counts)
             rows = rows + w * b_down.index_select(0, expert)
     return combine(rows, r.slot_ids, len(x), indices.shape[1]).to(x.dtype)
+
+
+def decode(
+    words: Tensor, scale: Tensor, second: Tensor | None, code: str, block: tuple[int, int], **how: bool
+) -> Tensor:
+    """The matrices [E, K, N] in fp32 that `programs.codes.Coded` holds: value(code) * scale, block by block.
+
+    how: zero, divides.
+    """
+    packed = {"e4m3": 1, "e2m1": 2, "int4": 8}[code]
+    places = 4 * torch.arange(packed, device=words.device).view(1, 1, -1, 1)
+    nibbles = (words[:, :, None].int() >> places & 15).flatten(1, 2)
+    if code == "e4m3":
+        value = words.view(torch.float8_e4m3fn).float()
+    elif code == "e2m1":
+        half = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6], device=words.device)
+        value = torch.cat([half, -half])[nibbles]
+    else:
+        value = nibbles.float() - 8
+    if second is not None:
+        whole = scale.view(torch.float8_e4m3fn).float()
+        factor = whole / second if how.get("divides") else whole * second
+    elif scale.dtype == torch.uint8:
+        factor = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+        factor = factor.masked_fill(scale == 255, torch.nan).masked_fill((scale == 0) & how.get("zero", False), 0.0)
+    else:
+        factor = scale.float()
+    for axis, side in zip((1, 2), block, strict=True):
+        factor = factor.repeat_interleave(side or value.shape[axis], axis).narrow(axis, 0, value.shape[axis])
+    return value * factor

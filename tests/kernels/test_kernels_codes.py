@@ -1,11 +1,23 @@
-"""Experts in codes by Triton: the bits of its products on what they say."""
+"""Experts in codes by Triton: the bits of its products on what they say; what compilers make of the kernel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import kernel_cases as cases
 import pytest
 import torch
+from fmoe_kernels.host import configs
+from fmoe_kernels.programs.codes import tiles_of
 from kept import layer, lora, results, tokens
 
 from fmoe.backends.mlp import mlp
+
+BENCH = Path(__file__).parents[2] / "bench"
+SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+KINDS = ("mxfp4", "nvfp4", "int4", "fp8")
 
 
 @pytest.mark.slow  # the cheap row is in test_kernels_fp8.py
@@ -23,3 +35,24 @@ def test_triton_decodes_what_it_multiplies(fmt: str) -> None:
         assert all(torch.equal(found[n], t) for n, t in expected.items()) and found.keys() == expected.keys()
         near = results(decoded | more, x, routing, config, backend="loop")
         assert all((found[n] - t).norm() <= 1e-5 * t.norm() for n, t in near.items())
+
+
+def test_the_committed_figures_are_of_the_tiles_that_run_and_hot_ones_spill_nothing() -> None:
+    rows, table = json.loads((BENCH / "results" / "aot_codes.json").read_text()), configs.load()["sm_90"]["gmm"]
+    assert {(r["kind"], r["turned"]) for r in rows} == {(k, t) for k in KINDS for t in (False, True)}
+    for r in rows:
+        assert r["tiles"] == str(tiles_of(table[r["class"]])) and r["wgmma"] and r["tma_load"]
+        assert r["registers"] <= 255 and r["shared"] <= 232448 and r["spills"] <= (8 if r["class"] == "decode" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_format_compiles_ahead_of_time(arch: str, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCH / "aot_codes.py"), "--arch", arch, "--json", str(tmp_path / "rows.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    for r in json.loads((tmp_path / "rows.json").read_text()):
+        assert r["mma"] and r["shared"] <= SHARED[arch], r
+        assert arch != "sm_90" or not r["spills"] or r["class"] == "decode", r

@@ -3,10 +3,12 @@
 Each is the other's derivative, so that any layer, and any order of derivatives, can be made of them.
 """
 
+import torch
 from torch import Tensor
 
 from fmoe_kernels.host.check import ENDS, FLOATS, check, few_enough
 from fmoe_kernels.host.launch import Tiling, check_runs, dense
+from fmoe_kernels.programs import codes
 from fmoe_kernels.programs import gmm as gmm_file
 from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.route import sorted_route
@@ -28,6 +30,30 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     if 0 in sizes.values():
         return x.new_zeros(len(x), w.shape[2])
     return gmm_file.gmm(dense(x), w, None, None, sorted_route(x, offsets), Tiling())
+
+
+def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
+    """`gmm` by matrices that are codes, each tile decoded as it is loaded: x [N, K], w [E, K, M] (or turned) -> [N, M].
+
+    Raises ValueError for codes and scales whose shapes or dtypes do not fit, and blocks that are no powers of two.
+    """
+    packed, (words, scale, second, code, block, *_, turned) = w.packed, w
+    kinds = {"e4m3": torch.uint8, "e2m1": torch.uint8, "int4": torch.int32}
+    given = {"x": (x, "N M" if turned else "N K", FLOATS), "words": (words, "E k M", (kinds[code],))}
+    known = {"k": x.shape[1] // packed} if x.ndim == 2 and not turned and words.ndim == 3 else {}
+    sizes = check("products.gmm_codes", given | {"offsets": (offsets, "E", ENDS)}, **known)
+    sizes["K"] = sizes["k"] * packed
+    if any(side & (side - 1) for side in block) or sizes["K"] % packed:
+        raise ValueError(f"products.gmm_codes: block is {block}, expected powers of two, or 0")
+    grid = {a: -(-sizes[n] // (side or max(sizes[n], 1))) for a, n, side in zip("ab", "KM", block, strict=True)}
+    beside = {"x": given["x"], "scale": (scale, "E a b", (torch.uint8, *FLOATS))}
+    beside |= {"second": (second, "E one M", (torch.float32,))} if second is not None else {}
+    check("products.gmm_codes", beside, **{n: sizes[n] for n in "EKM"}, **grid, one=1)
+    check_runs(x)
+    few_enough("products.gmm_codes", "x", len(x))
+    if 0 in sizes.values():
+        return x.new_zeros(len(x), sizes["K" if turned else "M"])
+    return codes.gmm(dense(x), w, sorted_route(x, offsets), Tiling())
 
 
 def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
