@@ -111,6 +111,7 @@ MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_sec
 MROPE_GLM = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]))
 LOOP: Config = dict(unpadded_vocab_size=61, vision_config=dict(text_hidden_size=32, projection_hidden_dim=16))
 LOOP["vision_config"] |= dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
+THERE = frozenset(dir(transformers))  # hasattr would import them all
 HY_VL: Config = dict(vision_config=dict(max_image_size=16), mlp_layer_types=["dense", "sparse"])
 HY_VL |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]))
 VISION: Config = hf.VISION | dict(num_attention_heads=2, num_hidden_layers=1, image_size=16)
@@ -189,7 +190,7 @@ MODELS |= {
     "unlimited_ocr_text": ("UnlimitedOcrTextModel", SPARSE | dict(n_group=None, topk_group=None)),
     "zaya": ("ZayaForCausalLM", dict(num_experts_per_tok=1, router_hidden_size=12)),
 }
-MODELS = {name: entry for name, entry in MODELS.items() if hasattr(transformers, entry[0])}
+MODELS = {name: entry for name, entry in MODELS.items() if entry[0] in THERE}
 """Of this Transformers: some models came with its last releases."""
 
 

@@ -84,7 +84,7 @@ REST: dict[str, tuple[str, str, Config]] = {
     "unlimited_ocr": ("unlimited_ocr", "UnlimitedOcrTextModel", dict(mlp_layer_types=["dense", "sparse"])),
     "zaya": ("zaya", "ZayaForCausalLM", dict(num_experts_per_tok=1)),
 }  # fmt: skip
-REST = {n: entry for n, entry in REST.items() if hasattr(transformers, entry[1])}  # of this Transformers
+REST = {n: entry for n, entry in REST.items() if entry[1] in zoo.THERE}  # of this Transformers
 UNDECORATED = ("llama4_text", "jetmoe", "dbrx", "longcat_flash", "step3p7", "switch_transformers", "nllb-moe")
 NAMES = tuple(
     n for n in dict.fromkeys((*zoo.MODELS, *hf.MODELS, *REST)) if n.removesuffix("_text") not in REST or n in REST

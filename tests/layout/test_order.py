@@ -22,12 +22,12 @@ def test_two_processes_of_other_hash_seeds_iterate_alike_and_broadcast_in_step(t
     one, other = (json.loads(rank.communicate(timeout=200)[0]) for rank in ranks)
     assert one.pop("wrong") == other.pop("wrong") == 0
     assert one == other
-    assert one == {what: orders.orders(*case) for what, case in orders.CASES.items()}
+    assert one == {what: orders.orders(*case()) for what, case in orders.CASES.items()}
 
 
 @pytest.mark.parametrize("what", orders.CASES)
 def test_the_order_of_a_dict_does_not_matter_and_to_hf_has_that_of_iter_hf(what):
-    adapter, hf = orders.CASES[what]
+    adapter, hf = orders.CASES[what]()
     names = list(hf)
     random.Random(0).shuffle(names)
     found = orders.orders(adapter, hf)

@@ -25,12 +25,23 @@ OTHERS = {f"model.layers.{l}.self_attn.{p}_proj.weight": torch.randn(4, 4) for l
 PLAIN = EXPERTS | OTHERS | {"lm_head.weight": torch.randn(4, 4), "model.norm.weight": torch.randn(4)}
 QKV = rule("{pre}self_attn.{p=q|k|v}_proj.weight [p d]", "{pre}self_attn.qkv.weight [(q|k|v) d]", q=4, k=4)
 FAMILY = fmoe.adapter("qwen3_moe", QWEN)
+
+
+def quantised() -> tuple[fmoe.Adapter, dict[str, torch.Tensor]]:
+    config, hf = synthetic.deepseek_v3_fp8()
+    return fmoe.adapter("deepseek_v3", config), hf
+
+
 CASES = {
-    "a family": (FAMILY, PLAIN),
-    "a family, then a rule and a rename": (FAMILY >> (QKV | keep("{rest}")) >> rename("model.", "policy."), PLAIN),
-    "side by side": ((FAMILY >> rename("model.", "policy.")) | keep("lm_head.{rest}"), PLAIN),
-    "quantised": (fmoe.adapter("deepseek_v3", synthetic.deepseek_v3_fp8()[0]), synthetic.deepseek_v3_fp8()[1]),
+    "a family": lambda: (FAMILY, PLAIN),
+    "a family, then a rule and a rename": lambda: (
+        FAMILY >> (QKV | keep("{rest}")) >> rename("model.", "policy."),
+        PLAIN,
+    ),
+    "side by side": lambda: ((FAMILY >> rename("model.", "policy.")) | keep("lm_head.{rest}"), PLAIN),
+    "quantised": quantised,
 }
+"""What is iterated: an adapter and tensors."""
 
 
 def orders(adapter: fmoe.Adapter, hf: dict[str, torch.Tensor]) -> dict[str, list[str]]:
@@ -56,7 +67,7 @@ def broadcast(store: str) -> int:
     dist.init_process_group("gloo", **where)
     torch.manual_seed(0)
     hf = {name: torch.randn_like(tensor) for name, tensor in PLAIN.items()}
-    adapter, _ = CASES["a family, then a rule and a rename"]
+    adapter, _ = CASES["a family, then a rule and a rename"]()
     native = adapter.from_hf(hf, copy=True)
     mine = native if dist.get_rank() == 0 else {n: torch.zeros_like(native[n]) for n in reversed(native)}
     wrong = 0
@@ -70,4 +81,4 @@ def broadcast(store: str) -> int:
 if __name__ == "__main__":
     torch.manual_seed(0)
     wrong = broadcast(sys.argv[1])
-    print(json.dumps({what: orders(*case) for what, case in CASES.items()} | {"wrong": wrong}))
+    print(json.dumps({what: orders(*case()) for what, case in CASES.items()} | {"wrong": wrong}))
