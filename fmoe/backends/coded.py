@@ -17,7 +17,7 @@ from torch import Tensor
 from fmoe.backends.held import held, parts
 from fmoe.backends.raw import RAW
 from fmoe.backends.raw.memory import empty
-from fmoe.codecs.stacks import Codes, packed
+from fmoe.codecs.stacks import Codes, packed, suffix_of
 from fmoe.dispatch.watched import unwatched
 from fmoe.types import MoEConfig, Params
 
@@ -26,6 +26,15 @@ def gmm(x: Tensor, params: Params, name: str, offsets: Tensor, config: MoEConfig
     """out[n] = x[n] @ w[e], w the matrices [E, K, M] that params[name] and its scales say, decoded to x's dtype."""
     codes, scale, second, *how = parts(params, name, config)
     return _gmm(x, codes, scale, second, offsets, *how, False, by)
+
+
+def linear(x: Tensor, params: Params, name: str) -> Tensor:
+    """x @ w^T, w the matrix [M, K] that params[name] and its scales say, as a file has it: x [N, K] -> [N, M]."""
+    suffix = suffix_of(name, params) or ""
+    stacked = lambda t: t if t is None or t.ndim < 2 else t.mT[None]
+    w = (stacked(params.get(name + end)) for end in ("", suffix, f"{suffix}_second"))
+    offsets = torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device)
+    return _gmm(x, *w, offsets, name, suffix, False, False, "loop")
 
 
 @torch._dynamo.allow_in_graph

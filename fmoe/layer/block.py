@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fmoe.activations import activation, is_gated_activation
 from fmoe.backends import Backend
+from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.folding import meant
@@ -152,8 +153,12 @@ def _same(x: Tensor) -> Tensor:
 
 def _linear(params: Params, name: str, x: Tensor) -> Tensor:
     """x @ weight^T + bias in x's dtype."""
-    bias = params.get(f"{name}.bias")
-    return F.linear(x, params[f"{name}.weight"].to(x.dtype), None if bias is None else bias.to(x.dtype))
+    bias, weight = params.get(f"{name}.bias"), params[f"{name}.weight"]
+    if is_code(weight):
+        from fmoe.backends.coded import linear  # on first use: it needs torch._dynamo, which takes a second
+
+        return linear(x, params, f"{name}.weight") + (0 if bias is None else bias.to(x.dtype))
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _below(params: Params, prefix: str) -> dict[str, Tensor]:
@@ -177,7 +182,11 @@ def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
     width = (config.n_shared_experts or 1) * (config.shared_expert_inter_dim or config.moe_inter_dim)
     up = rest.get("shared_experts.up_proj.weight")
     sizes = dict(D=config.dim, L=config.expert_dim, S=width if up is None else up.shape[0])
-    check_params("moe", rest, weights | biases, sizes, where=where, optional=(*biases, *gate))
+    coded = {n: s for n in weights if n in rest and is_code(rest[n]) and (s := suffix_of(n, rest)) is not None}
+    if trained := [n for n in coded if rest[n].requires_grad]:
+        raise ValueError(f"moe: parameter {trained[0]!r} is codes and requires a gradient, expected it frozen")
+    said = {n: [rest[n].shape[0], rest[n].shape[-1] * packed(s, rest[n].dtype)] for n, s in coded.items()}
+    check_params("moe", rest, weights | biases, sizes, where=where, optional=(*biases, *gate), coded=said)
 
 
 def _latent_axes(config: MoEConfig) -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 import fmoe
 from fmoe.backends import BACKENDS
 from fmoe.backends.loop import loop
+from fmoe.codecs.formats import FORMATS as FORMATS_OF
 from fmoe.codecs.stacks import Codes, stack
 from fmoe.types import MoEConfig, Routing, bits
 
@@ -231,3 +232,27 @@ def test_through_the_whole_block(fmt: str, backend: Any) -> None:
     x, _ = tokens(config)
     run = lambda p, b: fmoe.moe(gate | {f"experts.{n}": t for n, t in p.items()}, x, config, backend=b)
     assert torch.equal(run(codes, backend), run(decoded, "loop" if backend is mine else backend))
+
+
+@pytest.mark.parametrize("fmt", ["fp8 blocks", "mxfp4 packed", "int4 pack", "fp8 side tensor"])
+def test_shared_experts_in_codes(fmt: str) -> None:
+    """A block of DeepSeek-V3's kind, all of its matrices in codes."""
+    codes, decoded, config = layer("fp8 blocks")
+    config = replace(config, n_shared_experts=1, shared_expert_inter_dim=config.moe_inter_dim, n_activated_experts=2)
+    f, g = FORMATS_OF[fmt], torch.Generator().manual_seed(4)
+    held = {"gate.weight": torch.randn(3, config.dim, generator=g)}
+    if config.force_e_score_correction_bias:
+        held["gate.e_score_correction_bias"] = torch.zeros(3)
+    shared, said = {}, {}
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        name = f"shared_experts.{part}.weight"
+        q, s = f.encode(torch.randn(128, 128, generator=g) / 11)
+        shared |= {name: q, name + f.beside: s}
+        said[name] = f.decode(q, s, torch.float32)
+    of = lambda experts: held | {f"experts.{n}": t for n, t in experts.items()}
+    x = tokens(config)[0].requires_grad_()
+    found, wanted = (fmoe.moe(p, x, config, backend="loop") for p in (of(codes) | shared, of(decoded) | said))
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted)))
+    with pytest.raises(ValueError, match="'shared_experts.up_proj.weight' is .*, expected it decoded"):
+        fmoe.moe({n: t for n, t in (of(codes) | shared).items() if "up_proj.weight_" not in n}, x, config)
