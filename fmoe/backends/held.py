@@ -1,6 +1,7 @@
 """Which weights of a layer are codes, and what they say."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ def held(
 ) -> Codes:
     """`stack`, whose errors have the weight's name."""
     try:
-        return stack(codes, scale, second, suffix, dtype, alternate=alternate)
+        made = stack(codes, scale, second, suffix, dtype, alternate=alternate)
+        return replace(made, name=f"experts: parameter {name!r}")
     except ValueError as error:
         raise ValueError(f"experts: parameter {name!r} is {error}") from error

@@ -34,7 +34,8 @@ class Codes:
     """The matrices [E, K, M] that codes say: `codes[e]` decodes one of them, alone, to `dtype`.
 
     codes [E, K / packed, M], scale [E, ..] and second [E, 1, ..] or None, of any strides; format: that of one matrix
-    [M, K], as it is stored. alternate: columns of gate and up take turns. turned: `codes[e]` is the transpose.
+    [M, K], as it is stored. alternate: columns of gate and up take turns. turned: `codes[e]` is the transpose. name,
+    first: what errors call them, and the number of the first.
     """
 
     codes: Tensor
@@ -44,6 +45,8 @@ class Codes:
     dtype: torch.dtype
     alternate: bool = False
     turned: bool = False
+    name: str = "codes"
+    first: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -51,10 +54,13 @@ class Codes:
         return (E, M, K) if self.turned else (E, K, M)
 
     def __getitem__(self, e: int) -> Tensor:
-        """Raises ValueError as `Format.decode`."""
+        """Raises ValueError as `Format.decode`, with the name and the expert."""
         second = None if self.second is None else self.spread(self.second[e]).mT
         scale = self.spread(self.scale[e]) if self.format.block[0] == 1 else self.scale[e]
-        made = self.format.decode(self.codes[e].mT, scale.mT, self.dtype, second=second)
+        try:
+            made = self.format.decode(self.codes[e].mT, scale.mT, self.dtype, second=second)
+        except ValueError as error:
+            raise ValueError(f"{self.name}, expert {self.first + e}: {error}") from error
         return made if self.turned else made.mT
 
     def spread(self, scale: Tensor) -> Tensor:
@@ -112,6 +118,7 @@ def stack(
     tensor([1., 2., 1.])
     """
     wide = scale.view(-1, 1, 1).expand(len(codes), 1, 1) if scale.ndim < 2 else scale
+    kinds = {f.stored for f in BESIDE[suffix]}
     for f in BESIDE[suffix]:
         at = _block(f, codes, scale, wide)
         paired = second is None or second.shape in ((len(codes), 1, 1), (len(codes), 1, 2))
@@ -120,13 +127,10 @@ def stack(
             if at == (0, 0) and wide.shape[2] == 2:  # of gate, and of up
                 f = replace(f, block=(1, 0))
             return Codes(codes, wide, second, f, dtype, alternate)
-    told = ["codes", *(f"{n} {list(t.shape)} {_say(t.dtype)}" for n, t in _named(codes, scale, second))]
-    names = ", ".join(f.name for f in BESIDE[suffix])
-    raise ValueError(f"{' '.join(told[:2])} beside {', '.join(told[2:])}, expected those of {names}")
-
-
-def _named(codes: Tensor, scale: Tensor, second: Tensor | None) -> list[tuple[str, Tensor]]:
-    return [("", codes), ("scales", scale), *([("second", second)] if second is not None else [])]
+    say = lambda t: f"{list(t.shape)} {_say(t.dtype)}"
+    more = "" if second is None else f", second {say(second)}"
+    names = ", ".join(f.name for f in BESIDE[suffix] if f.stored == codes.dtype or codes.dtype not in kinds)
+    raise ValueError(f"codes {say(codes)} beside scales {say(scale)}{more}, expected those of {names}")
 
 
 def _block(f: Format, codes: Tensor, scale: Tensor, wide: Tensor) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 Backward decodes again. `fmoe/backends/coded.py` is the same below a backend's own products.
 """
 
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -51,11 +52,12 @@ def by_expert(backend: Backend, name: str) -> Backend:
         for e, (start, end) in enumerate(pairwise(ends)):
             if start < end or (e == 0 and not ends[-1]):  # of no rows at all, those of the first
                 mine = {n: p[e : e + 1] if p.ndim else p for n, p in params.items()}
-                made.append(recompute(alone, mine, rows.x[start:end], rows.weights[start:end], config))
+                made.append(recompute(alone, mine, rows.x[start:end], rows.weights[start:end], config, e))
         return torch.cat([*made, made[0].new_zeros(len(rows.x) - ends[-1], made[0].shape[1])])
 
-    def alone(params: Params, x: Tensor, weights: Tensor, config: MoEConfig) -> Tensor:
-        decoded: dict[str, Tensor] = {n: codes[0][None] for n, codes in stacks(params, config, x.dtype).items()}
+    def alone(params: Params, x: Tensor, weights: Tensor, config: MoEConfig, e: int) -> Tensor:
+        held = stacks(params, config, x.dtype)
+        decoded: dict[str, Tensor] = {n: replace(codes, first=e)[0][None] for n, codes in held.items()}
         counts = torch.tensor([len(x)], device=x.device)
         return backend(_plain(params) | decoded, Rows(x, weights, counts), config)
 

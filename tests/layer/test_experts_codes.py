@@ -204,6 +204,21 @@ def test_what_does_not_fit_is_refused_by_name(case: str, backend: Any) -> None:
         fmoe.experts(change(codes), *tokens(config), config, backend=backend)
 
 
+@every_backend
+def test_a_scale_that_is_no_number_is_told_where_it_is_used(backend: Any) -> None:
+    codes, _, config = layer("fp8 side channel")
+    x, routing = tokens(config)
+    name = "down_projs_scale_fp8_side_channel"
+    for e, used in ((1, False), (2, True)):  # expert 1 is idle
+        bad = codes[name].clone()
+        bad[e, 0, 5] = torch.nan
+        if not used:
+            equal(*(results(codes | {name: s}, x, routing, config, backend=backend) for s in (bad, codes[name])))
+            continue
+        with pytest.raises(ValueError, match="'down_projs', expert 2: a scale is nan, expected finite"):
+            fmoe.experts(codes | {name: bad}, x, routing, config, backend=backend)
+
+
 def test_codes_that_require_a_gradient_are_refused() -> None:
     codes, _, config = layer("fp8 blocks")
     trained = codes | {"down_projs": codes["down_projs"].clone().requires_grad_()}

@@ -51,6 +51,10 @@ LAYER = {
     "fmoe.experts(params | {'down_projs': params['down_projs'].to(torch.int8)}, x, routing, config)": (
         "codes without scales are no weights"
     ),
+    "fmoe.experts(params | {'down_projs': params['down_projs'].to(torch.float8_e4m3fn).requires_grad_(),"
+    " 'down_projs_scale_each': torch.ones(4, 1, 1)}, x, routing, config)": "codes have none: LoRA beside them has",
+    "fmoe.experts(params | {'down_projs': params['down_projs'].to(torch.float8_e4m3fn), 'down_projs_scale_inv':"
+    " torch.ones(4, 9, 9)}, x, routing, config)": "scales of another shape belong to other codes",
     "fmoe.experts(params | {'down_projs': params['down_projs'].mT}, x, routing, config)": "a matrix of another shape",
     "fmoe.experts({'down_projs': params['down_projs']}, x, routing, config)": "half of the experts is missing",
     "fmoe.experts(params | {'lora_down_A': torch.ones(4, 6, 1)}, x, routing, config)": "a matrix alone does nothing",
