@@ -115,6 +115,37 @@ SECTIONS = (
         },
     ),
     Section(
+        "remote.json",
+        "Conversions from a web server on the same two busy cores, and by several processes; all wait for the disk.",
+        {
+            "what": lambda r: r["what"],
+            "MB": lambda r: f"{r['bytes'] / 1e6:.0f}",
+            "seconds": lambda r: r["seconds"],
+            "times local": lambda r: r["times local"],
+            "source alone": lambda r: r.get("source", "-"),
+            "not hidden": lambda r: r.get("not hidden", "-"),
+            "requests": lambda r: r.get("requests", "-"),
+            "bytes / owned": lambda r: f"{r.get('over', r['read'] / r['bytes']):.3f}",
+            "memory MB": lambda r: f"{r['memory'] / 1e6:.0f}" if "memory" in r else "-",
+            "same files": lambda r: {True: "yes", False: "NO"}.get(r.get("same"), "-"),
+        },
+    ),
+    Section(
+        "plan.json",
+        "`fmoe plan` of a model of 1 T parameters: processor seconds of whole processes, and bytes a tensor.",
+        {
+            "parameters": lambda r: f"{r['parameters'] / 1e12:.2f} T",
+            "tensors": lambda r: f"{r['tensors']:,}",
+            "plan": lambda r: r["plan"],
+            "import torch": lambda r: r["import torch"],
+            "times": lambda r: r["times"],
+            "least": lambda r: r["least"],
+            "bytes a tensor": lambda r: f"{r['bytes a tensor']:.0f}",
+            "at most": lambda r: f"{r['at most']:.0f}",
+            "rounds": lambda r: r["rounds"],
+        },
+    ),
+    Section(
         "aot.json",
         "What compilers make of the large and the odd tiles for sm_90: instructions of a thread, none ever run.",
         {

@@ -1,5 +1,6 @@
 """The command line: `fmoe` and `python -m fmoe`. What it prints is for people, and with --json for machines."""
 
+import gc
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ def main() -> None:
     With --json standard output holds one JSON object in every case. That of a failure is
     `{"error": {"problems": [...], "keys": [...]}}`, beside the message on standard error.
     """
+    gc.set_threshold(100_000, 20, 100)  # what imports and headers make is not looked through again and again
     try:
         raise SystemExit(_run("--json" in sys.argv[1:]))
     except KeyboardInterrupt:

@@ -29,21 +29,23 @@ def joined(stages: Sequence[StagePlan], used: Sequence[Set[str] | dict[str, None
         for names, targets in stage.units():
             if need is not None and all(t not in need for t in targets):
                 continue
-            mine = dict.fromkeys(root(owner[n]) for n in names if n in owner) if k else {}
-            if not mine:  # the first stage's, or an empty range of what names count
-                mine = {len(parent): None}
-                parent.append(len(parent))
-                sources[len(parent) - 1] = [] if k else list(names)
-            first = min(mine)
-            for other in mine:
-                parent[other] = first
-            made |= dict.fromkeys(targets, first)
+            mine = {i if parent[i] == i else root(i) for n in names if (i := owner.get(n, -1)) >= 0} if k else None
+            if mine:
+                first = min(mine)
+                for other in mine:
+                    parent[other] = first
+            else:  # the first stage's, or an empty range of what names count
+                first = len(parent)
+                parent.append(first)
+                sources[first] = [] if k else list(names)
+            for t in targets:
+                made[t] = first
         owner = made
-    units: dict[int, Unit] = {i: ([], []) for i in range(len(parent)) if root(i) == i}
+    units: dict[int, Unit] = {i: ([], []) for i, above in enumerate(parent) if i == above}
     for i, names in sources.items():
-        units[root(i)][0].extend(names)
+        units[i if parent[i] == i else root(i)][0].extend(names)
     for name, i in owner.items():
-        units[root(i)][1].append(name)
+        units[i if parent[i] == i else root(i)][1].append(name)
     yield from units.values()
 
 

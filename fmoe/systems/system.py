@@ -47,7 +47,10 @@ class System:
 
     def marks(self, names: Iterable[str], model_type: str | None) -> bool:
         """Whether a checkpoint's names show that it is this system's: of a family that it knows."""
-        return bool(self.mark) and self.knows(model_type) and any(re.fullmatch(self.mark, name) for name in names)
+        if not self.mark or not self.knows(model_type):
+            return False
+        plain = self.mark.replace("\\.", ".")
+        return plain in names if re.escape(plain) == self.mark else any(map(re.compile(self.mark).fullmatch, names))
 
     def adapter(self, model_type: str, config: Any = None, **choices: Any) -> Adapter:
         """Hugging Face <-> this system, every tensor claimed.

@@ -166,17 +166,18 @@ def _counts(found: Any) -> bool:
 
 def _tiled(path: Where, header: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> int:
     """Where the data ends. Raises AdapterError where the tensors do not lie side by side, each as long as its spec."""
-    at, before = 0, "the header"
+    at, last = 0, None
     for (start, stop), name in sorted((entry["data_offsets"], name) for name, entry in header.items()):
         spec = specs[name]
+        if start == at and stop - start == spec.nbytes:
+            at, last = stop, name
+            continue
         if start != at:
+            before = "the header" if last is None else short(last)
             what = f"a hole after {before}" if start > at else f"inside {before}"
             why = f"begins at {start:,}, {what}, expected {at:,}"
-        elif stop - start != spec.nbytes:
+        else:
             dtype = header[name]["dtype"]
             why = f"lies at {start:,}:{stop:,}, expected {spec.nbytes:,} bytes, as {dtype} {list(spec.shape)} has"
-        else:
-            at, before = stop, short(name)
-            continue
         raise AdapterError([Problem(f"{path}: {short(name)} {why}", (name,))])
     return at

@@ -27,7 +27,9 @@ def parse(text: bytes, *, infinite: bool = False) -> dict[str, Any]:
         decoded = text.decode()
         whole: Callable[[str], int] | None = _whole if _MINUS_ZERO.search(decoded) else None
         constant = None if infinite else _refuse
-        found = json.loads(decoded, object_pairs_hook=_once, parse_constant=constant, parse_int=whole)
+        found = json.loads(decoded, parse_constant=constant, parse_int=whole)
+        if not isinstance(found, dict) or decoded.count(":") != _keys(found):  # a key twice, or a colon in a text
+            found = json.loads(decoded, object_pairs_hook=_once, parse_constant=constant, parse_int=whole)
         if "\\u" in decoded:
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -72,6 +74,11 @@ def _whole(digits: str) -> int:
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON")
+
+
+def _keys(found: dict[str, Any]) -> int:
+    """How many keys there are, of two levels; the text has at least as many colons as it has pairs."""
+    return len(found) + sum(len(value) for value in found.values() if type(value) is dict)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
