@@ -5,7 +5,8 @@ import sys
 
 from common import DRY, Record
 
-FILES = [f"tests/kernels/test_kernels_{name}.py" for name in ("layer", "twins", "ops", "fp8", "transforms", "backend")]
+NAMES = ("layer", "twins", "ops", "fp8", "gmm_codes", "transforms", "backend")
+FILES = [f"tests/kernels/test_kernels_{name}.py" for name in NAMES]
 DRY_TEST = "tests/kernels/test_kernel_reference.py::test_golden_c2"
 
 

@@ -53,6 +53,16 @@ def test_the_product_is_its_twin(kind: str, turned: bool) -> None:
     assert torch.equal(found, products.gmm(x, exact, offsets)[:19])
 
 
+@pytest.mark.parametrize("dtype", [d for d in cases.ALL_DTYPES if d != torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["mxfp4", "int4", "fp8 blocks"])
+def test_what_is_decoded_is_rounded_once_to_the_dtype_of_rows(kind: str, dtype: torch.dtype) -> None:
+    w = coded(kind, 64)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)).to(cases.DEVICE, dtype)
+    offsets = torch.tensor([3, 3, 9], device=x.device)
+    found = products.gmm_codes(x, w, offsets)
+    assert found.dtype == dtype and torch.equal(found, products.gmm(x, said(w).to(dtype), offsets))
+
+
 def test_zero_scales_divisors_and_nan() -> None:
     x, offsets = torch.randn(4, 64, device=cases.DEVICE), torch.tensor([4, 4, 4], device=cases.DEVICE).int()
     w = coded("mxfp4", 64)
