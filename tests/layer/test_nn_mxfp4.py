@@ -2,7 +2,11 @@
 
 import kept
 import pytest
+import threads
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import fmoe
 from fmoe.codecs.formats import FORMATS
@@ -90,3 +94,19 @@ def test_what_is_no_mxfp4_is_refused_by_name() -> None:
         GroupedExpertsMXFP4.from_native(codes | {name: torch.zeros_like(codes[name])}, config)
     with pytest.raises(ValueError, match="is missing, expected MXFP4"):
         GroupedExpertsMXFP4.from_native({}, config)
+
+
+def test_on_ranks_it_is_the_module_of_one_device() -> None:
+    codes, _, config = kept.layer("mxfp4 packed")
+    x, routing = kept.tokens(config)
+
+    def rank() -> torch.Tensor:
+        r, mesh = dist.get_rank(), init_device_mesh("cpu", (3,), mesh_dim_names=("ep",))
+        layer, own = GroupedExpertsMXFP4.from_native(codes, config, "loop"), slice(2 * r, 2 * r + 2)
+        for name, p in list(layer.named_parameters(recurse=False)):
+            mine = DTensor.from_local(p.data[r : r + 1].clone(), mesh, [Shard(0)], run_check=False)
+            layer.register_parameter(name, torch.nn.Parameter(mine, requires_grad=False))
+        return call(layer, x[own], fmoe.Routing(*(t[own] for t in routing)))
+
+    whole = call(GroupedExpertsMXFP4.from_native(codes, config, "loop"), x, routing)
+    torch.testing.assert_close(torch.cat(threads.run(rank, 3)), whole)
