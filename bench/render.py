@@ -87,6 +87,34 @@ SECTIONS = (
     ),
     Section("convert_transposed.json", "Transposition there and back, five rounds.", _CONVERT),
     Section(
+        "systems.json",
+        "Directories of other systems, Qwen3-30B-A3B with two layers, on a machine of two cores that ten others used: "
+        "seconds are hints, processor time against that of cp less so; memory and bytes are exact.",
+        {
+            "what": lambda r: r["what"],
+            "seconds": lambda r: r["seconds"],
+            "processor s": lambda r: r["cpu"],
+            "times cp's": lambda r: r["cpu times cp"],
+            "memory MB": lambda r: f"{r['memory'] / 1e6:.0f}",
+            "read GB": lambda r: f"{r['read'] / 1e9:.2f}",
+            "read / needed": lambda r: f"{r['read'] / r['needed']:.3f}",
+            "rounds": lambda r: r["rounds"],
+        },
+    ),
+    Section(
+        "sync.json",
+        "A trainer's weights into an engine's memory, vLLM's names, a layer of Qwen3-30B-A3B: fmoe.sync and two loops.",
+        {
+            "what": lambda r: r["what"],
+            "GB": lambda r: r["bytes"] / 1e9,
+            "copies": lambda r: r["copies"],
+            "copied / model": lambda r: r["copied"] / r["bytes"],
+            "peak MB": lambda r: f"{r['memory'] / 1e6:.0f}",
+            "processor s": lambda r: r["cpu"],
+            "rounds": lambda r: r["rounds"],
+        },
+    ),
+    Section(
         "codecs.json",
         "Decoding a value format, one core against one core that copies what is decoded.",
         {

@@ -4,13 +4,13 @@
 
 Qwen3-30B-A3B's layers in bf16. The engine's tensors exist (vLLM's names) and every method fills them. copies, copied:
 calls and bytes of torch's copying operators, the last into the engine's memory among them; 1.00 of the model is the
-least. memory: the peak of anonymous memory over what trainer and engine hold. Each method has a process of its own,
-rounds are interleaved, times are medians.
+least. memory: the peak of anonymous memory over what trainer and engine hold. Rounds are interleaved, figures are
+medians, and what each method has made is compared first.
 """
 
 import argparse
 import json
-import subprocess
+import os
 import sys
 import threading
 import time
@@ -59,20 +59,31 @@ def by_hand(trainer: fmoe.Adapter, params: State, engine: State) -> None:
         engine[name].copy_(tensor)
 
 
+def placed(engine: State, name: str, tensor: Tensor) -> None:
+    """A tensor by Hugging Face's name, copied into its place, as vLLM's loader takes them."""
+    layer, _, expert = name.partition(".experts.")
+    if expert:
+        e, part, _ = expert.split(".")
+        w13, w2 = engine[f"{layer}.experts.w13_weight"][int(e)], engine[f"{layer}.experts.w2_weight"][int(e)]
+        {"gate_proj": w13[:I], "up_proj": w13[I:], "down_proj": w2}[part].copy_(tensor)
+    elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        part = name[-len("q_proj.weight")]
+        at = {"q": 0, "k": 4096, "v": 4608}[part]
+        engine[name.replace(f".{part}_proj.", ".qkv_proj.")][at : at + len(tensor)].copy_(tensor)
+    else:
+        engine[name].copy_(tensor)
+
+
 def one_by_one(trainer: fmoe.Adapter, params: State, engine: State) -> None:
-    """to_hf of all, each tensor contiguous as it is sent, then copied into its place, as vLLM's loader takes them."""
+    """to_hf of all, then each into its place."""
     for name, tensor in trainer.to_hf(params).items():
-        tensor, (layer, _, expert) = tensor.contiguous(), name.partition(".experts.")
-        if expert:
-            e, part, _ = expert.split(".")
-            w13, w2 = engine[f"{layer}.experts.w13_weight"][int(e)], engine[f"{layer}.experts.w2_weight"][int(e)]
-            {"gate_proj": w13[:I], "up_proj": w13[I:], "down_proj": w2}[part].copy_(tensor)
-        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-            part = name[-len("q_proj.weight")]
-            at = {"q": 0, "k": 4096, "v": 4608}[part]
-            engine[name.replace(f".{part}_proj.", ".qkv_proj.")][at : at + len(tensor)].copy_(tensor)
-        else:
-            engine[name].copy_(tensor)
+        placed(engine, name, tensor)
+
+
+def lazily(trainer: fmoe.Adapter, params: State, engine: State) -> None:
+    """fmoe.sync.stream to Hugging Face's names, each into its place."""
+    for name, tensor in stream(trainer, fmoe.Adapter(), params):
+        placed(engine, name, tensor)
 
 
 def streamed(trainer: fmoe.Adapter, params: State, engine: State, **how: Any) -> None:
@@ -81,14 +92,15 @@ def streamed(trainer: fmoe.Adapter, params: State, engine: State, **how: Any) ->
         engine[name].copy_(tensor)
 
 
-METHODS: dict[str, tuple[str, Callable[..., None], dict[str, Any]]] = {
-    "native: to_hf, fuse, copy": ("native", by_hand, {}),
-    "native: to_hf, one by one": ("native", one_by_one, {}),
-    "native: fmoe.sync": ("native", streamed, {}),
-    "native, a rank's experts, 1 of 8: fmoe.sync": ("native", streamed, {"held": SHARE}),
-    "Megatron: to_hf, fuse, copy": ("megatron", by_hand, {}),
-    "Megatron: to_hf, one by one": ("megatron", one_by_one, {}),
-    "Megatron: fmoe.sync": ("megatron", streamed, {}),
+LOOPS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
+    "to_hf, fuse, copy": (by_hand, {}),
+    "to_hf, one by one": (one_by_one, {}),
+    "fmoe.sync": (streamed, {}),
+    "fmoe.sync, one by one": (lazily, {}),
+}
+METHODS = {
+    "native": LOOPS | {"fmoe.sync, a rank's experts, 1 of 8": (streamed, {"held": SHARE})},
+    "megatron": LOOPS,
 }
 
 
@@ -105,7 +117,7 @@ class Counted(TorchDispatchMode):
         return made
 
 
-def model(system: str, held: range | None) -> tuple[fmoe.Adapter, State, State]:
+def model(system: str) -> tuple[fmoe.Adapter, State, State]:
     """The trainer's adapter and tensors, and the engine's, which are not filled."""
     shapes = {"model.embed_tokens.weight": (4096, D), "model.norm.weight": (D,), "lm_head.weight": (4096, D)}
     for l in range(CONFIG["num_hidden_layers"]):
@@ -122,21 +134,10 @@ def model(system: str, held: range | None) -> tuple[fmoe.Adapter, State, State]:
     hf = {n: drawn[: torch.Size(s).numel()].view(s).clone() for n, s in shapes.items()}
     engine = {n: torch.zeros_like(t) for n, t in fmoe.adapter(KIND, CONFIG, system="vllm").from_hf(hf).items()}
     trainer = fmoe.adapter(KIND, CONFIG, system=system)
-    params = trainer.from_hf(hf)
-    if held is not None:
-        cut = lambda tensors: {n: t[held.start : held.stop] if ".experts." in n else t for n, t in tensors.items()}
-        params, engine = cut(params), cut(engine)
-    return trainer, params, engine
+    return trainer, {n: t.clone() for n, t in trainer.from_hf(hf).items()}, engine
 
 
-def child(name: str) -> None:
-    system, run, how = METHODS[name]
-    trainer, params, engine = model(system, how.get("held"))
-    with Counted() as counted:
-        run(trainer, params, engine, **how)
-    want = (trainer.inverse >> fmoe.adapter(KIND, CONFIG, system="vllm")).from_hf(params) if not how else {}
-    assert all(torch.equal(engine[n], t) for n, t in want.items())
-    del want
+def measure(run: Callable[..., None], trainer: fmoe.Adapter, params: State, engine: State, how: Any) -> dict[str, Any]:
     base, peak, stop = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -145,42 +146,52 @@ def child(name: str) -> None:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     run(trainer, params, engine, **how)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - used
     stop.set()
     watcher.join()
-    size = sum(t.nbytes for t in params.values())
-    facts = {"seconds": seconds, "memory": max(0, peak[0] - base), "copies": counted.copies, "copied": counted.copied}
-    print(json.dumps(facts | {"bytes": size}))
+    return {"seconds": seconds, "cpu": cpu, "memory": max(0, peak[0] - base)}
 
 
-def measure(name: str, layers: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--layers", str(layers), "--child", name]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    if run.returncode:
-        raise RuntimeError(run.stderr[-2000:])
-    return json.loads(run.stdout.strip().splitlines()[-1])
+def rows(system: str, rounds: int) -> list[dict[str, Any]]:
+    """Every method of a trainer, in turns; first each is run once, its copies counted and what it made compared."""
+    trainer, params, engine = model(system)
+    want = (trainer.inverse >> fmoe.adapter(KIND, CONFIG, system="vllm")).from_hf(params)
+    found, cases = [], {}
+    for name, (run, how) in METHODS[system].items():
+        held = how.get("held")
+        cut = lambda tensors, held=held: {
+            n: t[held.start : held.stop] if held and ".experts." in n else t for n, t in tensors.items()
+        }
+        cases[name] = (run, trainer, cut(params), cut(engine), how)
+        for tensor in engine.values():
+            tensor.zero_()
+        with Counted() as counted:
+            run(*cases[name][1:4], **how)
+        assert all(torch.equal(cases[name][3][n], t) for n, t in cut(want).items()), name
+        size = sum(t.nbytes for t in cases[name][2].values())
+        found.append({"what": f"{system}: {name}", "copies": counted.copies, "copied": counted.copied, "bytes": size})
+    del want
+    taken = [{name: measure(*case) for name, case in cases.items()} for _ in range(rounds)]
+    for row, name in zip(found, cases, strict=True):
+        row |= {"rounds": rounds} | {k: median(t[name][k] for t in taken) for k in taken[0][name]}
+    return found
 
 
 def main() -> None:
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # what is freed goes back to the system, and is not the next one's
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     CONFIG["num_hidden_layers"] = args.layers
-    if args.child:
-        child(args.child)
-        return
-    rounds = [{name: measure(name, args.layers) for name in METHODS} for _ in range(args.rounds)]
-    found = [
-        {"what": n, "rounds": len(rounds)} | {k: median(r[n][k] for r in rounds) for k in rounds[0][n]} for n in METHODS
-    ]
-    table = Table("what", "GB", "seconds", "copies", "copied / model", "peak MB")
+    found = [row for system in METHODS for row in rows(system, args.rounds)]
+    table = Table("what", "GB", "seconds", "cpu", "copies", "copied / model", "peak MB")
     for row in found:
-        sizes = (f"{row['bytes'] / 1e9:.2f}", f"{row['seconds']:.3f}", f"{row['copies']:.0f}")
+        sizes = (f"{row['bytes'] / 1e9:.2f}", f"{row['seconds']:.3f}", f"{row['cpu']:.3f}", f"{row['copies']:.0f}")
         table.add_row(row["what"], *sizes, f"{row['copied'] / row['bytes']:.2f}", f"{row['memory'] / 1e6:.0f}")
     Console(width=120).print(table)
     if args.json:

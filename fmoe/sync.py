@@ -34,7 +34,9 @@ def stream(
 
     held: the experts that params hold, where that is not all: the engine's tensors are then of these experts alone.
     window: a range of any axis to take of params, as e=range(0, 8), or i=range(0, 64): a tensor-parallel cut of the
-    experts. Peak memory is that of the largest unit. Raises AdapterError before anything is yielded.
+    experts. Peak memory is that of the largest unit, and what is held of the one before. engine=Adapter() gives Hugging
+    Face's names, which many an engine's loader takes: of native experts they are views, and no memory is taken.
+    Raises AdapterError before anything is yielded.
 
     >>> import fmoe, torch
     >>> trainer, engine = fmoe.rule("w.{e} [i]", "w [e i]"), fmoe.rule("w.{e} [i]", "fused [e i]")

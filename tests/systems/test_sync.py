@@ -39,3 +39,13 @@ def test_from_megatron_lazily_and_cut_along_the_experts_width():
     assert made.keys() == whole.keys() and all(torch.equal(made[n], whole[n]) for n in made)
     first = next(stream(trainer, engine, params))
     assert first[0] in whole
+
+
+def test_to_hugging_faces_names_native_experts_are_lent():
+    config, hf = model("qwen3_moe alike")
+    trainer = fmoe.adapter("qwen3_moe", config)
+    params = trainer.from_hf(hf)
+    held = {t.untyped_storage().data_ptr() for t in params.values()}
+    made = dict(stream(trainer, fmoe.Adapter(), params))
+    assert made.keys() == hf.keys() and all(torch.equal(made[n], t) for n, t in hf.items())
+    assert all(t.untyped_storage().data_ptr() in held for n, t in made.items() if ".experts." in n)
