@@ -24,8 +24,6 @@ from fmoe.checkpoint.stream.engine import Engine
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 
-AHEAD = 17  # jobs that may be done, or under way, before the last of a file is
-
 
 class Directory:
     """Of this machine: files are made in it, under other names, until all are whole."""
@@ -97,7 +95,7 @@ class Outbox:
                 whole.append(left.popleft()[0])
                 held -= self.sizes[whole.popleft()] if len(whole) > 2 else 0
             most = max(most, held)
-        ahead = sum(sorted((item.nbytes for item in engine.items), reverse=True)[:AHEAD])
+        ahead = sum(sorted((item.nbytes for item in engine.items), reverse=True)[: engine.ahead + 1])
         return min(most + ahead, sum(self.sizes.values()))
 
     def notes(self, engine: Engine, old: Collection[str], written: Collection[str]) -> list[str]:

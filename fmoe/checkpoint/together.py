@@ -91,7 +91,7 @@ def _carry(ranks: Ranks, engine: Engine, todo: Sequence[int], how: Rank, shown: 
     each = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         with pool(how.threads or engine.source.readers or each) as executor:
-            for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), mine):
+            for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), mine, engine.ahead):
                 journal.mark(i)
                 waiting.append(i)
                 done += engine.items[i].nbytes

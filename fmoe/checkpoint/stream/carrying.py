@@ -26,7 +26,7 @@ def carry_out(
     progress(done)
     with pool(threads) as executor, pool(1) as aside:
         left = [i for i in range(stage.done, len(engine.items)) if i not in stage.also]
-        for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), left):
+        for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), left, engine.ahead):
             stage.mark(i + 1)
             done += engine.items[i].nbytes
             progress(done)

@@ -28,6 +28,7 @@ from fmoe.types import bits
 
 LIMIT = 16 * 2**20
 BUNDLE = LIMIT // 4  # of small jobs that are asked for at once, where every request costs
+AHEAD, AHEAD_FAR = 16, 64  # items begun or done behind one that is not; far away one may be asked for again and again
 FLIGHT = 16 * LIMIT  # bytes on their way from another machine, and what is made of them
 
 
@@ -65,6 +66,7 @@ class Engine:
         units = [Unit(sources, targets, size(targets)) for sources, targets in self.flow.units]
         made = jobs((b for b in boxes if b.nbytes), limit)
         far = isinstance(source.path, Address)
+        self.ahead = AHEAD_FAR if far else AHEAD
         self.items: list[Job | Unit] = [*(bundled(made, min(limit, BUNDLE)) if far else made), *units]
 
     def files(self, items: Iterable[int]) -> set[Path]:

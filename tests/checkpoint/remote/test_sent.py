@@ -175,7 +175,7 @@ def test_what_is_there_is_replaced_when_that_is_asked_for_and_opens_no_more_mean
 
 
 def test_no_more_is_here_at_once_than_the_notes_say(source, store, monkeypatch, tmp_path):
-    monkeypatch.setattr("fmoe.checkpoint.sending.AHEAD", 2)
+    monkeypatch.setattr("fmoe.checkpoint.stream.engine.AHEAD", 2)
     big = deeper(source, tmp_path / "big", layers=24)
     held: list[int] = []
 
@@ -183,7 +183,6 @@ def test_no_more_is_here_at_once_than_the_notes_say(source, store, monkeypatch, 
         held.append(sum(p.stat().st_blocks * 512 for p in (tmp_path / "cache").rglob("*.part")))
 
     monkeypatch.setattr(store, "before", staticmethod(look))
-    monkeypatch.setattr("fmoe.checkpoint.stream.carry.in_order.__defaults__", (2,))
     monkeypatch.setattr("fmoe.checkpoint.stream.engine.Engine.__init__.__defaults__", (100_000,))
     rooms: list[int] = []
     room = Outbox.room
