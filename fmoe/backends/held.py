@@ -22,8 +22,12 @@ def in_codes(params: Params) -> dict[str, str]:
     >>> in_codes(dict.fromkeys(names, torch.zeros(1, 1, 1, dtype=torch.uint8)))
     {'down_projs': '_scale_inv'}
     """
-    mine = [name for name in WEIGHTS if isinstance(params.get(name), Tensor) and is_code(params[name])]
-    found = {name: suffix for name in mine if (suffix := suffix_of(name, params)) is not None}
+    found: dict[str, str] = {}
+    for name in WEIGHTS:
+        if isinstance(params.get(name), Tensor) and is_code(params[name]):
+            suffix = suffix_of(name, params)  # in a comprehension, a compiler cannot follow it
+            if suffix is not None:
+                found[name] = suffix
     if trained := [name for name in found if params[name].requires_grad]:
         told = f"parameter {trained[0]!r} is codes and requires a gradient, expected it frozen: there is none"
         raise ValueError(f"experts: {told}. Fix: train LoRA matrices beside it, or decode it")

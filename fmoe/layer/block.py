@@ -182,10 +182,12 @@ def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
     width = (config.n_shared_experts or 1) * (config.shared_expert_inter_dim or config.moe_inter_dim)
     up = rest.get("shared_experts.up_proj.weight")
     sizes = dict(D=config.dim, L=config.expert_dim, S=width if up is None else up.shape[0])
-    coded = {n: s for n in weights if n in rest and is_code(rest[n]) and (s := suffix_of(n, rest)) is not None}
-    if trained := [n for n in coded if rest[n].requires_grad]:
-        raise ValueError(f"moe: parameter {trained[0]!r} is codes and requires a gradient, expected it frozen")
-    said = {n: [rest[n].shape[0], rest[n].shape[-1] * packed(s, rest[n].dtype)] for n, s in coded.items()}
+    said = {}
+    for n in (n for n in weights if n in rest and is_code(rest[n])):
+        if (suffix := suffix_of(n, rest)) is not None:
+            said[n] = [rest[n].shape[0], rest[n].shape[-1] * packed(suffix, rest[n].dtype)]
+            if rest[n].requires_grad:
+                raise ValueError(f"moe: parameter {n!r} is codes and requires a gradient, expected it frozen")
     check_params("moe", rest, weights | biases, sizes, where=where, optional=(*biases, *gate), coded=said)
 
 

@@ -249,8 +249,11 @@ def test_through_the_whole_block(fmt: str, backend: Any) -> None:
     assert torch.equal(run(codes, backend), run(decoded, "loop" if backend is mine else backend))
 
 
-@pytest.mark.parametrize("fmt", ["fp8 blocks", "mxfp4 packed", "int4 pack", "fp8 side tensor"])
-def test_shared_experts_in_codes(fmt: str) -> None:
+SHARED = [("fp8 blocks", False), ("mxfp4 packed", False), ("int4 pack", False), ("fp8 side tensor", False)]
+
+
+@pytest.mark.parametrize(("fmt", "compile"), [*SHARED, pytest.param("int4 pack", True, marks=pytest.mark.slow)])
+def test_shared_experts_in_codes(fmt: str, compile: bool) -> None:
     """A block of DeepSeek-V3's kind, all of its matrices in codes."""
     codes, decoded, config = layer("fp8 blocks")
     config = replace(config, n_shared_experts=1, shared_expert_inter_dim=config.moe_inter_dim, n_activated_experts=2)
@@ -266,7 +269,9 @@ def test_shared_experts_in_codes(fmt: str) -> None:
         said[name] = f.decode(q, s, torch.float32)
     of = lambda experts: held | {f"experts.{n}": t for n, t in experts.items()}
     x = tokens(config)[0].requires_grad_()
-    found, wanted = (fmoe.moe(p, x, config, backend="loop") for p in (of(codes) | shared, of(decoded) | said))
+    run = lambda p, x: fmoe.moe(p, x, config, backend="loop")
+    once = torch.compile(run, fullgraph=True, backend="aot_eager") if compile else run
+    found, wanted = once(of(codes) | shared, x), run(of(decoded) | said, x)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted)))
     with pytest.raises(ValueError, match="'shared_experts.up_proj.weight' is .*, expected it decoded"):
