@@ -102,6 +102,17 @@ SECTIONS = (
         },
     ),
     Section(
+        "systems_memory.json",
+        "The same between files in memory, of one layer: what the processor costs, seconds against cp's.",
+        {
+            "what": lambda r: r["what"],
+            "seconds": lambda r: r["seconds"],
+            "times cp": lambda r: r["times cp"],
+            "memory MB": lambda r: f"{r['memory'] / 1e6:.0f}",
+            "rounds": lambda r: r["rounds"],
+        },
+    ),
+    Section(
         "sync.json",
         "A trainer's weights into an engine's memory, vLLM's names, a layer of Qwen3-30B-A3B: fmoe.sync and two loops.",
         {
