@@ -20,10 +20,10 @@ from fmoe.families.known import (
     groups,
     lacking,
     recognised,
-    renamed,
     towers,
 )
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
+from fmoe.families.spelling import renamed
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule

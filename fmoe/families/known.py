@@ -1,9 +1,10 @@
 """Which tensors a model must have, as Transformers' classes say it: data that `tests/helpers/known_names.py` wrote.
 
 An entry is a class: `forms`, as published and as in memory. Of a form, `stem` stands before the layers; `root`: names
-outside of layers; `tied`: those of them that are not saved where embeddings are tied; `towers`: what stands beside the
-text model; `stacks`: for each stack of layers its modules, each the smallest sets of names, one of which a layer has;
-`others`: what it has besides with some configs.
+outside of layers; `tied`: those of them that are not saved where embeddings are tied; `stacks`: for each stack of
+layers its modules, each the smallest sets of names, one of which a layer has; `needs`: what a flag of the config adds
+to layers with some name; `towers`: what stands beside the text model, with a root and stacks of its own; `others`:
+what it has besides with some configs.
 """
 
 import json
@@ -21,8 +22,6 @@ _BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
 Layers = dict[int, set[str]]
 Groups = list[list[list[str]]]
 
-_SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
-
 
 @cache
 def known() -> dict[str, dict[str, Any]]:
@@ -31,7 +30,7 @@ def known() -> dict[str, dict[str, Any]]:
 
 
 def by_stack(names: Iterable[str]) -> dict[str, Layers]:
-    """Stack -> layer -> what is in it, further numbers blanked; "" has in 0 what is in no stack.
+    """Stack -> layer -> what is in it; "" has in 0 what is in no stack.
 
     >>> by_stack(["model.layers.3.norm.weight", "lm_head.weight"])
     {'model.layers': {3: {'norm.weight'}}, '': {0: {'lm_head.weight'}}}
@@ -41,9 +40,7 @@ def by_stack(names: Iterable[str]) -> dict[str, Layers]:
         name = _STORED.sub(lambda hit: ".weight" if hit[1] else "", name)
         hit = NUMBERED.match(name)
         stack, layer, rest = (hit[1], int(hit[2]), hit[3]) if hit else ("", 0, name)
-        found.setdefault(stack, {}).setdefault(layer, set()).add(
-            re.sub(r"(?<=\.)\d+(?=\.)", "#", rest) if hit else rest
-        )
+        found.setdefault(stack, {}).setdefault(layer, set()).add(rest)
     return found
 
 
@@ -93,9 +90,11 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     if not found:
         return []
     entry, whole = found
-    ways = [_absent(form, stacks, sparse, count, whole) for form in entry["forms"]]
+    said = {**config, **_text(config)}
+    ways = [_absent(form, stacks, sparse, count, whole, said) for form in entry["forms"]]
     tied = _tied(config, entry)
-    return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
+    text = min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
+    return text + (_of_towers(entry, stacks) if whole else [])
 
 
 def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
@@ -105,7 +104,12 @@ def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
 
 
 def _absent(
-    form: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int] | None, count: int, whole: bool
+    form: Mapping[str, Any],
+    stacks: dict[str, Layers],
+    sparse: set[int] | None,
+    count: int,
+    whole: bool,
+    said: Mapping[str, Any],
 ) -> tuple[list[str], set[str]]:
     """What is missing of a form, and those of its names that may be tied, under the stem that is there."""
     main, here = _main(form), decoder(stacks)
@@ -122,8 +126,36 @@ def _absent(
         layers = {l: s for l, s in stacks.get(name, {}).items() if not text or l < count}
         for l in sorted({*layers, *(range(count) if text else ())}):
             known_sparse = None if sparse is None or not text else l in sparse
-            missing += [f"{name}.{l}.{n}" for n in lacking(groups, layers.get(l, set()), known_sparse)]
+            found = layers.get(l, set())
+            lost = [*lacking(groups, found, known_sparse), *_unflagged(form["needs"].get(stack, []), found, said)]
+            missing += [f"{name}.{l}.{n}" for n in lost]
     return missing, {moved(n) for n in form["tied"]}
+
+
+def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any]) -> list[str]:
+    """What a layer lacks of that which the config's flags add to what it has."""
+    on = [names for field, default, beside, names in needs if beside in layer and said.get(field, default)]
+    return [n for names in on for n in names if n not in layer]
+
+
+def _of_towers(entry: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[str]:
+    """What those parts beside the text model lack of which anything is there, in the form that fits best."""
+    bare, ways = stacks.get("", {}).get(0, set()), []
+    for form in entry["forms"]:
+        missing, held = list[str](), 0
+        for part, tower in form["towers"].items():
+            layers = {s: stacks.get(s, {}) for s in tower["stacks"]}
+            names = [
+                *(n for n in bare if n.startswith(part)),
+                *(n for ls in layers.values() for l in ls.values() for n in l),
+            ]
+            held += len(names)
+            missing += [n for n in tower["root"] if names and n not in bare]
+            for stack, groups in tower["stacks"].items() if names else ():
+                each = layers[stack] or {0: set()}
+                missing += [f"{stack}.{l}.{n}" for l in sorted(each) for n in lacking(groups, each[l])]
+        ways.append((held - len(missing), missing))
+    return max(ways, key=lambda way: way[0])[1]
 
 
 def _main(form: Mapping[str, Any]) -> str:
@@ -133,49 +165,14 @@ def _main(form: Mapping[str, Any]) -> str:
     return next((s for s in form["stacks"] if stem(s) == form["stem"] and experts(s)), form["stem"] + "layers")
 
 
-def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
-    """Those of the lost names that a publisher spells in another way: no gaps. lost: names that the class has.
-
-    A name that any layer of its stack has under the class's spelling is never one of them. The others are, if
-
-    - the module is there, and holds other names that the class never has, at least a third as many (q, k, v in one);
-    - the module is not there, and modules that the class never has hold at least half as many names;
-    - the module is not there, and another module holds a part of that name (`mlp.gate_proj.weight`).
-    """
-    inside, tails = _names(config)
-    stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
-    places: dict[str, list[str]] = {}
-    for name in lost:
-        places.setdefault(stack_of(name), []).append(name)
-    found: set[str] = set()
-    for stack, names in places.items():
-        there = set[str]().union(*stacks.get(stack, {}).values())
-        module = lambda n, stack=stack: n.partition(".")[0] if stack else ".".join(n.split(".")[:-2])
-        part = lambda n, stack=stack: n.removeprefix(f"{stack}.").partition(".")[2] if stack else n
-        own = {n for n in there if not (n in inside if stack else n.endswith(tails)) and not _SMALL.search(n)}
-        lost_here = {part(n) for n in names} - there
-        held, foreign = {module(n) for n in there}, {module(n) for n in own} - {module(n) for n in there - own}
-        absent = {n for n in lost_here if module(n) not in held}
-        replaced = 2 * sum(module(n) in foreign for n in own) >= len(absent)
-        gone = lost_here if replaced else lost_here - absent
-        for m in {module(n) for n in gone - absent}:
-            if 3 * sum(module(n) == m for n in own) < sum(module(n) == m for n in gone):
-                gone = {n for n in gone if module(n) != m}
-        tail = lambda n: "." + ".".join(n.split(".")[-2:])
-        parts = {n for n in absent if stack and n.count(".") > 1 and "#" not in tail(n)}
-        gone = gone | {n for n in parts if any(o.endswith(tail(n)) for o in there)}
-        found |= {n for n in names if part(n) in gone}
-    return found
-
-
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:
     """How many of the names that are there are the class's, of any form and layer."""
-    inside, tails = _names(config)
+    inside, tails = class_names(config)
     layers = sum(len(layer & inside) for name, found in stacks.items() if name for layer in found.values())
     return layers + sum(n.endswith(tails) for n in stacks.get("", {}).get(0, ()))
 
 
-def _names(config: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]]:
+def class_names(config: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]]:
     """All names that the config's class has in a layer, of any form, and the ends of those outside of layers."""
     forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
     inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}

@@ -11,7 +11,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,19 @@ def natives(cls: Any, config: Any, name: str, original: bool) -> set[str]:
     return set(adapter.from_hf(kept))
 
 
-def varied(config: Any) -> Iterator[Any]:
-    """The config, with one field after the other of its text model set to something else."""
-    text = config.get_text_config() if hasattr(config, "text_config") else config
+def text_of(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "text_config") else config
+
+
+def parts_of(config: Any) -> list[Callable[[Any], Any]]:
+    """How to get a config's text model and what stands beside it."""
+    subs = [n for n in ("vision_config", "audio_config") if getattr(config, n, None) is not None]
+    return [text_of, *((lambda c, n=n: getattr(c, n)) for n in subs)]
+
+
+def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:
+    """The config, with one field after the other of a part of it set to something else."""
+    text = part(config)
     fixed = {
         n for f in ("n_routed_experts", "n_activated_experts") for n in family(config.model_type).fields[f].split()
     }
@@ -82,7 +92,7 @@ def varied(config: Any) -> Iterator[Any]:
             continue
         for other in others:
             changed = copy.deepcopy(config)
-            target = changed.get_text_config() if hasattr(changed, "text_config") else changed
+            target = part(changed)
             try:
                 setattr(target, field, other)
                 if field == "mlp_only_layers":
@@ -95,37 +105,68 @@ def varied(config: Any) -> Iterator[Any]:
 def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
     """What a class requires, under native names: see `fmoe.families.known`."""
     cls, config = base(name)
-    (config.get_text_config() if hasattr(config, "text_config") else config).tie_word_embeddings = False
-    config.tie_word_embeddings = False
-    found = [natives(cls, config, name, original)]
-    for other in varied(config) if variants else ():
-        try:
-            found.append(natives(cls, other, name, original))
-        except Exception:  # Transformers builds no such model, or it has other experts than the family's
-            continue
+    text_of(config).tie_word_embeddings = config.tie_word_embeddings = False
+    seen = [(text_of(config).to_dict(), natives(cls, config, name, original))]
+    beside: list[set[str]] = []
+    for part in parts_of(config) if variants else ():
+        for other in varied(config, part):
+            try:
+                names = natives(cls, other, name, original)
+            except Exception:  # Transformers builds no such model, or it has other experts than the family's
+                continue
+            seen += [(text_of(other).to_dict(), names)] if part is text_of else []
+            beside += [names] if part is not text_of else []
+    found = [names for _, names in seen]
     tied = copy.deepcopy(config)
-    (tied.get_text_config() if hasattr(tied, "text_config") else tied).tie_word_embeddings = True
-    tied.tie_word_embeddings = True
-    always = set.intersection(*map(set, ({n for n in names if not NUMBERED.match(n)} for names in found)))
+    text_of(tied).tie_word_embeddings = tied.tie_word_embeddings = True
+    root = set.intersection(*map(set, ({n for n in names if not NUMBERED.match(n)} for names in found + beside)))
     main = decoder(by_stack(found[0]))
     stem = main.rpartition(".")[0] + "." if "." in main else ""
-    if hasattr(config, "text_config"):
-        always = {n for n in always if n.startswith(stem) and not TOWER.search(n) or "lm_head" in n}
     ours = lambda stack: not hasattr(config, "text_config") or stack.startswith(stem) and not TOWER.search(stack)
+    always = {n for n in root if ours(n) or "lm_head" in n}
     stacks = sorted({hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and ours(hit[1])})
-    required = {
-        stack: groups(s for names in found for s in by_stack(names).get(stack, {}).values()) for stack in stacks
+    least = lambda stack, all_of: groups(s for names in all_of for s in by_stack(names).get(stack, {}).values())
+    required = {stack: least(stack, found) for stack in stacks}
+    ever = {
+        n for names in found + beside for layers in by_stack(names).values() for layer in layers.values() for n in layer
     }
-    seen = {n for names in found for layers in by_stack(names).values() for layer in layers.values() for n in layer}
     told = {n for sets in required.values() for least in sets for s in least for n in s}
+    parts = towers(config, stem, found[0])
+    others = {hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and hit[1].startswith(tuple(parts))}
     return {
         "stem": stem,
         "root": sorted(always),
         "tied": sorted(found[0] - natives(cls, tied, name, original)),
-        "towers": towers(config, stem, found[0]),
+        "towers": {
+            part: {
+                "root": sorted(n for n in root if n.startswith(part)),
+                "stacks": {s: least(s, found + beside) for s in sorted(others) if s.startswith(part)},
+            }
+            for part in parts
+        },
         "stacks": required,
-        "others": sorted(seen - told - always),
+        "needs": {stack: found_needs for stack in stacks if (found_needs := needs(cls, seen, stack, told))},
+        "others": sorted(ever - told - always),
     }
+
+
+def needs(cls: Any, seen: list[tuple[dict[str, Any], set[str]]], stack: str, told: set[str]) -> list[list[Any]]:
+    """[field, whether it is on where a config does not say, a name, the names that a layer with that name then has]."""
+    rows = [(given, layer) for given, names in seen for layer in by_stack(names).get(stack, {}).values()]
+    defaults = text_of(cls.config_class()).to_dict()
+    fields = [n for n, v in seen[0][0].items() if v is None or isinstance(v, int)]
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in sorted({n for _, layer in rows for n in layer} - told):
+        near = set.intersection(*(layer for _, layer in rows if name in layer)) - {name}
+        near = {n for n in near if n.partition(".")[0] == name.partition(".")[0]}
+        twin = re.sub(r"bias$", "weight", name)
+        anchors = sorted(near, key=lambda n: (n != twin, not n.endswith("down_projs"), n))
+        for anchor, field in ((a, f) for a in anchors for f in fields):
+            mine = [(bool(given.get(field)), name in layer) for given, layer in rows if anchor in layer]
+            if {*mine} == {(True, True), (False, False)}:
+                found.setdefault((field, anchor), []).append(name)
+                break
+    return [[field, defaults.get(field) is True, anchor, names] for (field, anchor), names in sorted(found.items())]
 
 
 def towers(config: Any, stem: str, names: set[str]) -> list[str]:

@@ -1,0 +1,80 @@
+"""Names that a class has and a checkpoint has not: are they lost, or does their publisher spell them in another way?"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fmoe.families.known import Layers, class_names
+
+_SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
+_WORD = r"(?<![a-z])(%s)(?![a-z])"
+ROLES = {
+    "norm": re.compile(r"norm|" + _WORD % "ln"),
+    "router": re.compile(r"router|correction_bias|" + _WORD % "wg|gate(?!_)"),
+    "embed": re.compile(r"emb|wte"),
+    "qkv": re.compile(_WORD % "w?[qkv]{1,3}|query|key|value|c_attn|w_pack", re.IGNORECASE),
+    "out": re.compile(_WORD % r"w?o|out(?=_proj)|dense"),
+    "head": re.compile(r"(?<![a-z_])(lm_head|head|output)\."),
+    "mlp": re.compile(_WORD % r"(gate|up|gate_up|down|fc\d?)_proj|w[123]|fc\d?"),
+}
+NEVER = ("router", "mlp")  # one name of these is no other's: a router decides everything, and projections are many
+
+
+def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
+    """Those of the lost names that a publisher spells in another way: no gaps. lost: names that the class has.
+
+    A name that any layer of its stack has under the class's spelling is never one of them. Of the others those are, in
+    whose own layer names that the class never has can be what they stand for:
+
+    - a module under another name that holds all that is lost of one (`mlp.gate_proj.weight`, `up`, `down`);
+    - others of the same role, as many of them; of query, key and value a third (all in one). Of a module that is
+      there, in that module. A router is never found under another name.
+    """
+    inside, tails = class_names(config)
+    stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
+    places: dict[tuple[str, int], set[str]] = {}
+    for name in lost:
+        layer, _, part = name.removeprefix(stack := stack_of(name)).removeprefix(".").partition(".")
+        places.setdefault((stack, int(layer)) if stack else ("", 0), set()).add(part if stack else name)
+    found: set[str] = set()
+    for (stack, number), names in places.items():
+        here: set[str] = stacks.get(stack, {}).get(number, set())
+        own = {n for n in here if not (n in inside if stack else n.endswith(tails)) and not _SMALL.search(n)}
+        spelt = set[str]().union(*stacks.get(stack, {}).values())
+        if stack:
+            found |= {f"{stack}.{number}.{n}" for n in _spelt(names - spelt, own, here)}
+        else:
+            found |= _spelt(names - spelt, own, set())
+    return found
+
+
+def role(name: str) -> str:
+    """What a parameter is for, as its name says it; of another, its words.
+
+    >>> [role(f"layers.0.{n}.weight") for n in ("attn.q_proj", "input_layernorm", "mlp.gate", "mlp.gate_proj")]
+    ['qkv', 'norm', 'router', 'mlp']
+    """
+    words = re.findall(r"[^\W\d_]+", name)
+    return next((what for what, pattern in ROLES.items() if pattern.search(name)), " ".join(sorted({*words})))
+
+
+def _module(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _spelt(gone: set[str], own: set[str], here: set[str]) -> set[str]:
+    """Those of the names gone from a place that its own names stand for. here: all that is there, if in a layer."""
+    held = set(map(_module, here))
+    place = lambda n: (role(n), _module(n) if _module(n) in held else "")
+    wanted = Counter(map(place, gone))
+    found: set[str] = set()
+    for (what, module), count in wanted.items():
+        rivals = sum(role(n) == what and module in ("", _module(n)) for n in own)
+        if what not in NEVER and (3 if what == "qkv" else 1) * rivals >= count:
+            found |= {n for n in gone if place(n) == (what, module)}
+    for module in set(map(_module, gone)) - held:
+        parts = {n.partition(".")[2] for n in gone if _module(n) == module}
+        if all("." in p for p in parts) and any({f"{o}.{p}" for p in parts} <= own for o in map(_module, own)):
+            found |= {f"{module}.{p}" for p in parts}
+    return found
