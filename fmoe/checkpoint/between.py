@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fmoe.checkpoint.files.containers.gguf_files import SUFFIX
 from fmoe.checkpoint.files.containers.gguf_written import Like, gguf_layout
 from fmoe.checkpoint.files.containers.gguf_written import like as like_of
 from fmoe.checkpoint.files.containers.source import Foreign
+from fmoe.checkpoint.files.containers.torch_dcp import METADATA
 from fmoe.checkpoint.files.containers.written import dcp_layout
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint
 from fmoe.checkpoint.files.origin import origin_text, with_checksums
@@ -22,7 +24,8 @@ from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import adapters, open_source, side
+from fmoe.checkpoint.sides import adapters, gaps_between, open_source, side, whole_between
+from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carrying import carry_out
@@ -67,8 +70,11 @@ def convert_between(
     if model is not None and (wider := model.wider(plan.targets)):
         there = there >> Adapter((CastExperts(torch.float32, wider),))
         plan = plan_from(source, there, **ranges)
+    check = gaps_between if lossy else partial(whole_between, fix="; lossy=True (--lossy) does without")
+    missing = check(source, here, adapter)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), model)
-    small |= _beside(source, small, layout, _config(source, to, plan))
+    along = _beside(source, small, layout, _config(source, to, plan))
+    small |= along
     if to == "native":
         hf = plan_from(source, adapter.inverse, **ranges).targets
         held = Layout.of(hf, shard(hf, size_of(max_shard_size)), {})
@@ -78,11 +84,12 @@ def convert_between(
     work = _work(source, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
     claim = lambda: replaced(dst, home, force, work=work)
-    claim()
+    former = of_the_former(dst, claim(), {*layout.heads, *small})
     check_space(dst, sum(size for _, size in layout.heads.values()) + sum(len(f) for f in small.values()))
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads),
-        lost=_lost(plan), notes=_notes(source, to, plan, model),
+        lost=(*_lost(plan), *(p.text for p in missing.problems)),
+        notes=(*missing.notes, *_notes(source, to, plan, model), *_stay(source, along), *former),
         sides=_sides(source, here, to, layout, plan))  # fmt: skip
     if dry_run:
         return report
@@ -217,6 +224,14 @@ def _notes(source: Checkpoint, to: str, plan: Plan, model: Like | None) -> tuple
         if 0 < len(wide) < len(plan.targets):
             more = (f"in F32, as the file has them: {some(wide)}",)
     return ((f"not the model's, left out: {some(left)}",) if left else ()) + more
+
+
+def _stay(source: Checkpoint, along: Collection[str]) -> list[str]:
+    """Names of what is in the source and goes nowhere."""
+    if isinstance(source, Foreign) and source.given is not None:  # a file, whatever lies beside it
+        return []
+    stay = sorted({str(p) for p in source.others()} - {*along, *KEPT_OUT})
+    return not_along([*stay, *(n for n in source.left() if n != METADATA)])
 
 
 CONTAINERS = {"dcp": "torch DCP", "gguf": "GGUF"}

@@ -8,7 +8,7 @@ from typing import Any
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
 from fmoe.checkpoint.remote.address import Where
-from fmoe.checkpoint.sides import adapters, open_source, side
+from fmoe.checkpoint.sides import adapters, gaps_between, open_source, side
 from fmoe.checkpoint.sizes import by_kind, by_layer, names_of, parameters
 from fmoe.checkpoint.stream.slices import groups
 from fmoe.checkpoint.whole import gaps_of
@@ -72,13 +72,16 @@ def _of_system(source: Checkpoint, here: str) -> dict[str, Any]:
     """The same of another system's directory, as far as our native layout of it says it."""
     adapter, there = adapters(source, here, "native", lossy=True)
     plan = plan_from(source, there)
+    missing = gaps_between(source, here, adapter)
     stacks = {n: spec for n, spec in plan.targets.items() if n.rpartition(".")[2] in EXPERT_TENSORS}
     shapes = {bare: list(spec.shape) for bare in EXPERT_TENSORS for n, spec in stacks.items() if n.endswith(bare)}
     layers, size = dict.fromkeys(n.rpartition(".")[0] for n in stacks), sum(spec.nbytes for spec in stacks.values())
     facts = {"layers": len(layers), "shapes": shapes, "bytes": size}
     said = {} if isinstance(adapter.moe, str) else asdict(adapter.moe)
     config = {n: str(v) if n == "dtype" else v for n, v in said.items()} or None
-    return {"experts": facts, "moe_config": config, "lossless": there.lossless, "rules": str(adapter).split("\n")}
+    found = {"problems": [problem.text for problem in missing.problems], "notes": missing.notes}
+    rules = str(adapter).split("\n")
+    return found | {"experts": facts, "moe_config": config, "lossless": there.lossless, "rules": rules}
 
 
 def _experts(source: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter_of, layers_fit
 from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.whole import gaps_of
 from fmoe.families import family
+from fmoe.families.complete import Gaps, gaps
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.systems import SYSTEMS
@@ -101,6 +103,24 @@ def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any
         else systems.adapter(to, source.model_type, source.config, lossy=lossy, **choices)
     )
     return back.inverse, back >> made.resolve(names)
+
+
+def gaps_between(source: Checkpoint, here: str, adapter: Adapter) -> Gaps:
+    """What a source on either side of another system lacks. adapter: Hugging Face -> the source's side."""
+    hf = source.specs if here == "hf" else adapter.inverse.plan(source.specs).targets
+    if here == "native":
+        return gaps_of(source, source.specs, hf)
+    kind = family(source.model_type)
+    return gaps(kind, source.config, kind.adapter(source.config).resolve(hf).plan(hf).targets)
+
+
+def whole_between(source: Checkpoint, here: str, adapter: Adapter, fix: str = "") -> Gaps:
+    """The same; raises AdapterError where anything is missing."""
+    found = gaps_between(source, here, adapter)
+    if found.problems:
+        text = f"{source.path} is not whole: download what is missing, or mend config.json{fix}"
+        raise AdapterError([*found.problems, text])
+    return found
 
 
 def forth(source: Checkpoint, from_: str | None = None, **choices: Any) -> tuple[Adapter, Adapter]:

@@ -13,7 +13,7 @@ from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import forth, open_source, side
+from fmoe.checkpoint.sides import forth, open_source, side, whole_between
 from fmoe.checkpoint.stream.digests import kept_sums, other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
@@ -54,8 +54,9 @@ def verify(
     source = open_source(path, config)
     adapter, there = forth(source, from_, **choices)
     plan = plan_from(source, there)
-    notes: tuple[str, ...] = ()
-    if side(source, from_) not in SYSTEMS:  # of another system its own table refuses what is missing
+    if (here := side(source, from_)) in SYSTEMS:
+        notes = tuple(whole_between(source, here, adapter).notes)
+    else:
         native = source.specs if source.native else plan.targets
         notes = whole(source, native, plan.targets if source.native else None, **choices)
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))

@@ -167,14 +167,26 @@ def _main(form: Mapping[str, Any]) -> str:
 
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:
     """How many of the names that are there are the class's, of any form and layer."""
-    inside, tails = class_names(config)
+    return _count(class_names(forms_of(config)), stacks)
+
+
+def nearest(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[dict[str, Any]]:
+    """The form whose names are there most, if the class is known."""
+    return sorted(forms_of(config), key=lambda form: -_count(class_names([form]), stacks))[:1]
+
+
+def forms_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return list((entries(config) or ({"forms": []}, True))[0]["forms"])
+
+
+def _count(names: tuple[set[str], tuple[str, ...]], stacks: Mapping[str, Layers]) -> int:
+    inside, tails = names
     layers = sum(len(layer & inside) for name, found in stacks.items() if name for layer in found.values())
     return layers + sum(n.endswith(tails) for n in stacks.get("", {}).get(0, ()))
 
 
-def class_names(config: Mapping[str, Any]) -> tuple[set[str], tuple[str, ...]]:
-    """All names that the config's class has in a layer, of any form, and the ends of those outside of layers."""
-    forms = (entries(config) or ({"forms": []}, True))[0]["forms"]
+def class_names(forms: list[dict[str, Any]]) -> tuple[set[str], tuple[str, ...]]:
+    """All names that a class has in a layer, in these forms, and the ends of those outside of layers."""
     inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
     others = {n for form in forms for n in form["others"]}
     return inside | others, tuple({n.removeprefix(f["stem"]) for f in forms for n in (*f["root"], *f["others"])})

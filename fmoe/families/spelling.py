@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fmoe.families.known import Layers, class_names
+from fmoe.families.known import Layers, class_names, nearest
 
 _SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
 _WORD = r"(?<![a-z])(%s)(?![a-z])"
@@ -31,7 +31,7 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
     - others of the same role, as many of them; of query, key and value a third (all in one). Of a module that is
       there, in that module. A router is never found under another name.
     """
-    inside, tails = class_names(config)
+    inside, tails = class_names(nearest(config, stacks))
     stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
     places: dict[tuple[str, int], set[str]] = {}
     for name in lost:
@@ -40,7 +40,7 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
     found: set[str] = set()
     for (stack, number), names in places.items():
         here: set[str] = stacks.get(stack, {}).get(number, set())
-        own = {n for n in here if not (n in inside if stack else n.endswith(tails)) and not _SMALL.search(n)}
+        own = {n for n in here if not (n in inside if stack else n.endswith(tails))}
         spelt = set[str]().union(*stacks.get(stack, {}).values())
         if stack:
             found |= {f"{stack}.{number}.{n}" for n in _spelt(names - spelt, own, here)}
@@ -66,15 +66,16 @@ def _module(name: str) -> str:
 def _spelt(gone: set[str], own: set[str], here: set[str]) -> set[str]:
     """Those of the names gone from a place that its own names stand for. here: all that is there, if in a layer."""
     held = set(map(_module, here))
+    whole = {n for n in own if not _SMALL.search(n)}
     place = lambda n: (role(n), _module(n) if _module(n) in held else "")
     wanted = Counter(map(place, gone))
     found: set[str] = set()
     for (what, module), count in wanted.items():
-        rivals = sum(role(n) == what and module in ("", _module(n)) for n in own)
+        rivals = sum(role(n) == what and module in ("", _module(n)) for n in (whole if what in ROLES else own))
         if what not in NEVER and (3 if what == "qkv" else 1) * rivals >= count:
             found |= {n for n in gone if place(n) == (what, module)}
     for module in set(map(_module, gone)) - held:
         parts = {n.partition(".")[2] for n in gone if _module(n) == module}
-        if all("." in p for p in parts) and any({f"{o}.{p}" for p in parts} <= own for o in map(_module, own)):
+        if all("." in p for p in parts) and any({f"{o}.{p}" for p in parts} <= whole for o in map(_module, whole)):
             found |= {f"{module}.{p}" for p in parts}
     return found

@@ -77,6 +77,43 @@ def test_there_and_back(hf, tmp_path, name, system):
     assert fmoe.inspect(tmp_path / "there")["format"] == system
 
 
+@pytest.mark.parametrize(
+    "lost", ["mlp.gate.weight", "self_attn.q_proj.weight", "input_layernorm.weight", "mlp.experts"]
+)
+@pytest.mark.parametrize("system", ["torchtitan", "mlx", "vllm"])
+def test_what_a_source_has_lost_is_missed_on_the_way_to_a_system_and_from_it(hf, tmp_path, system, lost):
+    path, _, tensors = hf("qwen3_moe alike")
+    fmoe.convert(path, tmp_path / "whole", to=system)
+    left = {n: t for n, t in tensors.items() if not n.startswith(f"model.layers.1.{lost}")}
+    assert len(left) < len(tensors)
+    save_file(left, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="layers.1"):
+        fmoe.convert(path, tmp_path / "there", to=system)
+    assert not (tmp_path / "there").exists()
+    if lost == "self_attn.q_proj.weight":
+        return  # of systems that fuse q, k and v the table itself refuses it, whatever is asked
+    assert any("layers.1" in text for text in fmoe.convert(path, tmp_path / "there", to=system, lossy=True).lost)
+    there = tmp_path / "there"
+    assert any("layers.1" in text for text in fmoe.inspect(there)["problems"])
+    for refused in (lambda: fmoe.convert(there, tmp_path / "back", to="hf"), lambda: fmoe.verify(there)):
+        with pytest.raises(AdapterError, match="layers.1(.|\n)*not whole"):
+            refused()
+
+
+def test_files_that_do_not_go_to_a_system_are_named(hf, tmp_path):
+    path, _, tensors = hf("qwen3_moe alike")
+    others = ["modeling_own.py", "optimizer.pt", "pytorch_model.bin", "deep/inner.safetensors"]
+    for name in (*others, "tokenizer.json"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(b"{}")
+    report = fmoe.convert(path, tmp_path / "there", to="torchtitan")
+    assert (tmp_path / "there" / "tokenizer.json").exists()
+    assert [n for n in report.notes if n.startswith("not taken along") and all(o in n for o in others)]
+    fmoe.convert(path, tmp_path / "other", to="mlx", max_shard_size="20KB")
+    again = fmoe.convert(path, tmp_path / "other", to="vllm", force=True)
+    assert any("of the former model, removed" in n for n in again.notes)
+
+
 def test_a_directory_without_config_takes_one_and_goes_to_a_third(hf, tmp_path):
     path, config, tensors = hf("qwen3_moe alike")
     theirs = fmoe.adapter("qwen3_moe", config, system="torchtitan").from_hf(tensors)

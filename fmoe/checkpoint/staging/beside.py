@@ -20,7 +20,12 @@ def taken_along(
     others = {str(p): source.path / p for p in source.others()}
     stay = {n for n in others if n in set(written) or other_family and Path(n).suffix in WEIGHTS}
     along: dict[str, bytes | Where] = {n: path for n, path in others.items() if n not in stay}
-    return along, _note("not taken along", [*sorted(stay), *source.left()])
+    return along, not_along([*sorted(stay), *source.left()])
+
+
+def not_along(names: list[str]) -> list[str]:
+    """A note that names the files of a source that stay behind, if any do."""
+    return _note("not taken along", names)
 
 
 def of_the_former(dst: Path, replaced: Iterable[str], written: Iterable[str]) -> list[str]:
