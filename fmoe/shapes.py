@@ -38,6 +38,7 @@ def check_params(
     """
     if foreign := [f"parameter {n!r} is a {type(p).__name__}" for n, p in params.items() if not isinstance(p, Tensor)]:
         raise ValueError("\n".join(f"{owner}: {told}, expected a tensor" for told in foreign))
+    no_nested(owner, params)
     unknown = [
         f"unknown parameter {name!r}, expected only {', '.join(axes)}{meant(name, axes)}"
         for name in params
@@ -97,6 +98,13 @@ def odd(tensors: Mapping[str, Tensor], where: torch.device) -> list[str]:
     ["'down_projs' is on meta, where tensors have no data, expected cpu, where x is. Fix: load its data first"]
     """
     return [told for told in [_odd(name, tensor, where) for name, tensor in tensors.items()] if told]
+
+
+def no_nested(owner: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a nested tensor: it has no sizes that could be compared."""
+    if nested := [name for name, tensor in tensors.items() if tensor.is_nested]:
+        fix = "Fix: torch.stack(tensor.unbind())"
+        raise ValueError("\n".join(f"{owner}: {n!r} is a nested tensor, expected a plain one. {fix}" for n in nested))
 
 
 def _odd(name: str, tensor: Tensor, where: torch.device) -> str:

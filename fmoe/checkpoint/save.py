@@ -23,6 +23,7 @@ from fmoe.codecs.agree import agreeing
 from fmoe.codecs.quantised import Quantised
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
+from fmoe.families.kind import as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.table import Table
@@ -30,6 +31,7 @@ from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
 CONFIG = "config.json"
+SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 
 
 def save(
@@ -141,10 +143,26 @@ def prepare(
         small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges, _choices(adapter, hf.targets))
     config = _json(path / CONFIG) if (path / CONFIG).exists() else adapter.config
     if config is not None:
+        _one_model(path / CONFIG, config, adapter.config or {})
         agreed = agreeing(config, adapter.inverse, hf.targets)
         if agreed != config or not (path / CONFIG).exists():
             small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
     return Job(adapter, plan, files, small)
+
+
+def _one_model(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises AdapterError where the config that stays is another model's than the parameters'."""
+    here, mine = (FAMILIES.get(str(c.get("model_type"))) for c in (there, ours))
+    if here is None or mine is None or there is ours:
+        return
+    sizes = [("model_type", there["model_type"], ours["model_type"])] if here.rules != mine.rules else []
+    if not sizes:
+        theirs, own = here.values(as_dict(there)), mine.values(as_dict(ours))
+        sizes = [(n, theirs[n], own[n]) for n in SIZES if n in theirs and n in own and theirs[n] != own[n]]
+    if sizes:
+        found = ", ".join(f"{n} {a!r}, expected {b!r}" for n, a, b in sizes)
+        fix = "Fix: name another directory, or remove that config.json, and the adapter's is written"
+        raise AdapterError(f"{path} stays, and is not of these parameters: {found}. {fix}")
 
 
 def _json(path: Path) -> dict[str, Any]:

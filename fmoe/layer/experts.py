@@ -22,7 +22,7 @@ from fmoe.dispatch.local import local
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
 from fmoe.layer.recompute import recompute as again
-from fmoe.shapes import check_level, check_params, odd
+from fmoe.shapes import check_level, check_params, no_nested, odd
 from fmoe.sharding import is_dtensor
 from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 
@@ -149,13 +149,19 @@ def _scaled(params: Params, alpha: float) -> Params:
     return {name: wide(p) * (alpha / r[PAIRS[name]]) if PAIRS.get(name) in r else p for name, p in params.items()}
 
 
+def _computes(tensor: Tensor) -> bool:
+    """Is it a float that arithmetic takes? FP8 is stored, and never added."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
 def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
     indices, weights, mask = routing
+    no_nested("experts", {"x": x, "routing.indices": indices, "routing.weights": weights})
     T, D = x.shape[0] if x.ndim else 0, config.expert_dim
     fits = {
-        "x": x.ndim == 2 and x.shape[1] == D and x.is_floating_point(),
+        "x": x.ndim == 2 and x.shape[1] == D and _computes(x),
         "routing.indices": indices.ndim == 2 and indices.shape[0] == T and indices.dtype in INTEGERS,
-        "routing.weights": weights.shape == indices.shape and weights.is_floating_point(),
+        "routing.weights": weights.shape == indices.shape and _computes(weights),
         "routing.mask": mask is None or (mask.ndim == 1 and mask.shape[0] == T and mask.dtype == torch.bool),
     }
     # a size that is told is a size that torch.compile holds fixed: so only what is wrong is told

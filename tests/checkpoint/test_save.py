@@ -269,3 +269,20 @@ def test_ranks_save_their_own_experts_and_no_part_is_taken_for_a_checkpoint(name
             with pytest.raises(fmoe.AdapterError, match="would be a part of a Hugging Face checkpoint"):
                 write(tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("other", [{"num_experts": 4}, {"hidden_size": 16}, {"model_type": "mixtral"}])
+@pytest.mark.parametrize("how", [fmoe.save, fmoe.dcp.save])
+def test_a_config_that_stays_is_of_these_parameters(tmp_path, how, other):
+    config = {"model_type": "qwen3_moe", "num_experts": 3, "hidden_size": 4, "moe_intermediate_size": 3}
+    block = "model.layers.0.mlp.experts"
+    params = {f"{block}.gate_and_up_projs": torch.ones(3, 4, 6), f"{block}.down_projs": torch.ones(3, 3, 4)}
+    (tmp_path / "config.json").write_text(json.dumps(config | other))
+    with pytest.raises(
+        fmoe.AdapterError, match=rf"config.json stays.*{'model_type' if 'model_type' in other else 'expected'}"
+    ):
+        how(params, tmp_path, fmoe.adapter("qwen3_moe", config), force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
+    how(params, tmp_path, fmoe.adapter("qwen3_moe", config))
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 7

@@ -64,7 +64,7 @@ def text_of(config: Any) -> Any:
 
 def parts_of(config: Any) -> list[Callable[[Any], Any]]:
     """How to get a config's text model and what stands beside it."""
-    subs = [n for n in ("vision_config", "audio_config") if getattr(config, n, None) is not None]
+    subs = [n for n in ("vision_config", "audio_config") if hasattr(getattr(config, n, None), "to_dict")]
     return [text_of, *((lambda c, n=n: getattr(c, n)) for n in subs)]
 
 

@@ -326,3 +326,17 @@ def test_of_many_layers_the_first_is_named_and_how_many_there_are():
     whole = {f"model.layers.{l}.mlp.{name}": torch.ones(shape) for l in range(3) for name, shape in PARTS.items()}
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp'\), or another of 3 such prefixes"):
         fmoe.moe(whole, torch.ones(3, 8), LAYER)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_and_fp8_tokens_are_refused_by_name():
+    nested = torch.nested.nested_tensor([torch.ones(2, 3)] * 2)
+    with pytest.raises(ValueError, match="'down_projs' is a nested tensor"):
+        fmoe.experts(PARAMS | {"down_projs": nested}, X, ROUTING, CONFIG)
+    with pytest.raises(ValueError, match="'x' is a nested tensor"):
+        fmoe.experts(PARAMS, nested, ROUTING, CONFIG)
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        with pytest.raises(ValueError, match="x is float8.*expected floating"):
+            fmoe.experts(PARAMS, X.to(dtype), ROUTING, CONFIG)
+        with pytest.raises(ValueError, match="routing.weights is float8.*expected floating"):
+            fmoe.experts(PARAMS, X, ROUTING._replace(weights=ROUTING.weights.to(dtype)), CONFIG)
