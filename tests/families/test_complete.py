@@ -41,6 +41,7 @@ OPTIONAL = {
     "mistral_large4_text": r"kv_a",
     "zaya": r"router_states_scale",  # from the second layer on
 }
+OPTIONAL |= dict.fromkeys(("inkling2_loop", "inkling2_loop_text"), OPTIONAL["inkling2_text"])
 """Tensors whose loss alone is not seen: layers of a class differ in them by what no field says of a layer."""
 
 
