@@ -1,6 +1,6 @@
 """Directories of other systems: fmoe from one to another against cp, and against torch's own dcp.load of the whole.
 
-    python bench/systems.py --gb 2.4 --rounds 3 --json bench/results/systems.json
+    python bench/systems/directories.py --gb 2.4 --rounds 3 --json bench/results/systems.json
 
 As `convert.py`: rounds are interleaved, times are medians of what a process measures of itself, sources are written by
 fmoe before anything is measured and lie in the page cache, nothing waits for the disk. memory: the peak of anonymous
@@ -10,12 +10,15 @@ memory over what the imports took. A row's `needed` is the bytes that it must re
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import report_convert
-from convert import METHODS, child, cp, measure, method, source
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import report_convert  # noqa: E402
+from convert import METHODS, child, cp, measure, method, source  # noqa: E402
 
 KIND = "qwen3_moe"
 METHODS.clear()

@@ -1,6 +1,6 @@
 """Weights of a trainer under an engine's names and into its memory: fmoe.sync against the loops that people write.
 
-    python bench/sync.py --layers 2 --rounds 5 --json bench/results/sync.json
+    python bench/systems/sync.py --layers 2 --rounds 5 --json bench/results/sync.json
 
 Qwen3-30B-A3B's layers in bf16. The engine's tensors exist (vLLM's names) and every method fills them. copies, copied:
 calls and bytes of torch's copying operators, the last into the engine's memory among them; 1.00 of the model is the
@@ -19,15 +19,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from convert import _anonymous as anonymous
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import fmoe
-from fmoe.sync import stream
+import torch  # noqa: E402
+from convert import _anonymous as anonymous  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+import fmoe  # noqa: E402
+from fmoe.sync import stream  # noqa: E402
 
 KIND, E, D, I = "qwen3_moe", 128, 2048, 768
 CONFIG: dict[str, Any] = {"model_type": KIND, "num_experts": E, "num_experts_per_tok": 8, "hidden_size": D,
