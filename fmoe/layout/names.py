@@ -25,7 +25,7 @@ class Names:
         if not isinstance(names, Iterable):
             raise AdapterError(f"{brief(names)}: expected key names")
         self.names = list(names)
-        if odd := [n for n in self.names if not isinstance(n, str)]:
+        if {*map(type, self.names)} - {str} and (odd := [n for n in self.names if not isinstance(n, str)]):
             raise AdapterError(f"{brief(odd[0])}: a key that is a {type(odd[0]).__name__}, expected a name")
         text = "." + "\n.".join(self.names) + "\n"
         if BLANK in text or text.count("\n") != max(len(self.names), 1):
@@ -35,9 +35,10 @@ class Names:
         found: dict[str, tuple[int, list[str], list[int]]] = {}
         at = 0
         for name, dotted in zip(self.names, templates, strict=False):
-            if dotted not in found:
-                found[dotted] = (dotted.count(BLANK), [], [])
-            count, mine, starts = found[dotted]
+            same = found.get(dotted)
+            if same is None:
+                same = found[dotted] = (dotted.count(BLANK), [], [])
+            count, mine, starts = same
             mine.append(name)
             starts.append(at)
             at += count
