@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import codes
 import torch
+from coded import layer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -186,7 +186,7 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16)
     if args.codes:
         clock = time.perf_counter if args.wall else time.process_time
-        finish(list(codes.rows(args, least, clock)), "time on codes over that of decoding everything first", args.json)
+        finish(list(layer.rows(args, least, clock)), "time on codes over that of decoding everything first", args.json)
         return
     cells = itertools.product(args.tokens, args.experts, args.chosen, dtypes, (False, True))
     rows = list(model(args)) if args.model else [measure(*cell, args) for cell in cells]

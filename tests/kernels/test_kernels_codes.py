@@ -50,8 +50,8 @@ def test_the_committed_figures_are_of_the_tiles_that_run_and_hot_ones_spill_noth
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_format_compiles_ahead_of_time(arch: str, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCH / "aot_codes.py"), "--arch", arch, "--json", str(tmp_path / "rows.json")]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-m", "coded.kernel", "--arch", arch, "--json", str(tmp_path / "rows.json")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=BENCH)
     assert run.returncode == 0, run.stderr
     for r in json.loads((tmp_path / "rows.json").read_text()):
         assert r["mma"] and r["shared"] <= SHARED[arch], r
