@@ -132,6 +132,9 @@ def save(
         )
     if not force and (there := [f for f in (CONFIG, WEIGHTS) if (path / f).exists()]):
         raise AdapterError(f"{path / there[0]} is there already: pass force=True to replace it")
+    if foreign := [n for n, t in params.items() if not isinstance(t, Tensor)]:
+        kind = type(params[foreign[0]]).__name__
+        raise AdapterError([Problem(f"{some(foreign)}: {kind}, expected tensors", (*foreign,))])
     params = {n if n.startswith(WRAPPED) else WRAPPED + n: t for n, t in params.items()}
     if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
         where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"

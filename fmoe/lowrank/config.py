@@ -1,12 +1,13 @@
 """adapter_config.json as a value."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fmoe.lowrank.derive import CURRENT
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 UNSIGNED = "0.17.1"
 """What a config without peft_version is from: releases before 0.18 did not write it."""
@@ -26,6 +27,48 @@ STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Values of init_lora_weights that change the base's own weights too."""
 LAYOUTS = ("rank_major", "grouped_by_expert")
 """How a wrapper's B packs ranks and experts in its last dimension: (r e), PEFT's; or (e r)."""
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set) and all(isinstance(n, str) for n in value)
+
+
+def _patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(n, str) and _readable(n) and fits(v) for n, v in value.items())
+
+
+def _readable(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lora_alpha": ("a finite number", _finite),
+    "rank_pattern": ("regular expressions and positive ints", lambda v: _patterns(v, _rank)),
+    "alpha_pattern": ("regular expressions and finite numbers", lambda v: _patterns(v, _finite)),
+    "target_parameters": ("a list of names", _names),
+    "target_modules": ("a list of names, or one", lambda v: isinstance(v, str) or _names(v)),
+    "peft_version": ("a version", lambda v: isinstance(v, str)),
+    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
+}
+"""What a field has to be, where a config says it."""
+
+
+def _of_kinds(said: Mapping[str, Any]) -> None:
+    for name, (expected, fits) in KINDS.items():
+        if name in said and (said[name] is not None or name == "lora_alpha") and not fits(said[name]):
+            raise AdapterError(f"adapter_config.json has {name} {brief(said[name])}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +97,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
+        _of_kinds(vars(self))
         if problems := [*_refused(self.other)]:
             raise AdapterError([f"adapter_config.json says {problem}" for problem in problems])
         if (found := self.other.get("lora_B_layout") or LAYOUTS[0]) not in LAYOUTS:
@@ -70,6 +114,7 @@ class LoraConfig:
         kind = said.get("peft_type")
         if kind != "LORA":
             raise AdapterError(f"adapter_config.json has peft_type {kind!r}, expected 'LORA'")
+        _of_kinds(said)
         ours = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
         ours |= {"target_modules", "peft_version", "base_model_name_or_path", "peft_type"}
         modules = said.get("target_modules") or ()

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import fmoe
+import fmoe.docs
 from fmoe.lowrank.config import HARMLESS, REFUSED, STARTS
 
 E, r, D, I, L = 4, 2, 16, 8, 3
@@ -134,3 +135,25 @@ def test_meta_and_dtensors_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(fmoe.AdapterError, match="lora_down_A.*on the device meta"):
         fmoe.lora.save({n: t.to("meta") for n, t in made.items()}, tmp_path / "x", adapter)
     assert not (tmp_path / "x").exists()
+
+
+ODD = [1, "x", [1], {"a": 1}, {"(": 1}, {"a": "b"}, None, True, -1, 1.5, [[1]], {"a": {}}, ["a"]]
+
+
+@pytest.mark.parametrize("odd", [[1, {"(": 1}, None, [1]], pytest.param(ODD, marks=pytest.mark.slow)])
+def test_whatever_a_config_says_is_read_or_refused_by_name(tmp_path, odd):
+    adapter = fmoe.adapter(fmoe.docs.example())
+    lora = fmoe.lora.init(fmoe.load(fmoe.docs.example()), r=4)
+    fmoe.lora.save(lora, tmp_path, adapter)
+    path = tmp_path / "adapter_config.json"
+    said, refused = json.loads(path.read_text()), set()
+    for field in (*said, "layers_to_transform", "layers_pattern", "lora_B_layout", "loftq_config"):
+        for value in odd:
+            path.write_text(json.dumps(said | {field: value}))
+            try:
+                fmoe.lora.load(tmp_path, adapter).config.scale("model.layers.0.mlp.experts.down_proj")
+            except fmoe.AdapterError:
+                refused.add(field)
+    assert {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "peft_version", "target_parameters"} <= refused
+    with pytest.raises(fmoe.AdapterError, match="ndarray, expected tensors"):
+        fmoe.lora.save({n: t.numpy() for n, t in lora.items()}, tmp_path / "other", adapter)
