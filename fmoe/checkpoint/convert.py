@@ -28,6 +28,7 @@ from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
+from fmoe.codecs.cast import not_cast
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
@@ -73,7 +74,8 @@ def convert(
     like: to "gguf", an existing GGUF file of the same model, whose metadata the new one takes.
     choices: as in `fmoe.adapter`; adapter=: one of your own;
     a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
-    dtype="bfloat16" writes what is quantised decoded and experts in that dtype, and quantize="fp8" (mxfp8, mxfp4, int4)
+    dtype="bfloat16" writes what is quantised decoded and experts in that dtype (cast="all": and all else that may be;
+    without it a note names what is not), and quantize="fp8" (mxfp8, mxfp4, nvfp4, int4)
     the experts, and what else the family quantises, in codes with fresh scales; config.json says which it is.
 
     dst: a directory, or an address that takes files: s3://..., any of fsspec's, or hf://ORG/NAME, in one commit. Then
@@ -135,6 +137,8 @@ def convert(
     if to != "native":
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
+        if "dtype" in how and crossing is None:
+            notes += not_cast(plan.targets, how["dtype"], config)
         if crossing or agreed != config:
             others["config.json"] = json.dumps(agreed, indent=2, default=str).encode() + b"\n"
         if quantization_of(agreed) is None and QUANT in others:

@@ -14,9 +14,8 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.checkpoint.whole import whole
-from fmoe.codecs.cast import CastExperts, castable, held
+from fmoe.codecs.cast import CastExperts, all_of, held
 from fmoe.families.kind import as_dict
-from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.grouping import Specs
 from fmoe.layout.pipeline import Plan
@@ -101,15 +100,11 @@ def load(
 
 def _casting(adapter: Adapter, source: Checkpoint, specs: Specs, cast: str, dtype: Any) -> Adapter:
     """The adapter, and after it what casts the tensors that are no experts', if that was asked for."""
-    if cast not in ("experts", "all"):
-        raise AdapterError(f"cast={cast!r}: expected 'experts' or 'all'{meant(cast, ('experts', 'all'))}")
+    names = all_of(cast, specs if cast == "experts" else adapter.plan(specs).targets, as_dict(source.config))
     if cast == "experts":
         return adapter
     if dtype is None:
         raise AdapterError("cast='all' says what to cast, and no dtype= says to which. Fix: dtype='bfloat16'")
-    config = as_dict(source.config)
-    said = config.get("dtype") or config.get("torch_dtype")
-    names = castable(adapter.plan(specs).targets, as_dtype(said) if said else None)
     return adapter >> Adapter((CastExperts(as_dtype(dtype), names),))
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
-from fmoe.checkpoint.stream.slices import groups
 from fmoe.checkpoint.whole import gaps_of, whole
-from fmoe.codecs.cast import CastExperts
+from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, family
 from fmoe.families.cross import Crossing, cross
+from fmoe.families.kind import as_dict
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import table
@@ -110,7 +110,10 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
         return made, made.inverse if source.native else made
     how = {n: v for n, v in (made_with(source) | choices).items() if n in VALUES}
     layout = {n: v for n, v in choices.items() if n not in how}
-    quantize = how.pop("quantize", None)
+    quantize, cast = how.pop("quantize", None), how.pop("cast", "experts")
+    if cast != "experts" and (source.native or to == "native" or layout or "dtype" not in how):
+        told = "expected it with dtype=, from a Hugging Face checkpoint to the same layout of it"
+        raise AdapterError(f"cast={cast!r}: {told}. Fix: to='hf', dtype=..., cast='all', and convert that")
     if source.native and to == "native":
         raise AdapterError(f"{source.path} is native already")
     if to == "native":
@@ -136,23 +139,25 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
         back = back.choose(quantization=False) if "dtype" in how and not quantize else back
         first = Adapter((CastExperts(as_dtype(how["dtype"])),)) if source.native and "dtype" in how else Adapter()
         return made, (first if source.native else made) >> back.inverse
-    return made, _anew(source, made, quantize)
+    return made, _anew(source, made, quantize, cast)
 
 
-VALUES = ("dtype", "quantized", "quantize")
+VALUES = ("dtype", "cast", "quantized", "quantize")
 """Choices that say which numbers are written, and not under which names."""
 
 
-def _anew(source: Checkpoint, made: Adapter, quantize: str | None) -> Adapter:
-    """The same names in other numbers, a tensor at a time: decoded, its experts cast, and encoded if asked."""
+def _anew(source: Checkpoint, made: Adapter, quantize: str | None, cast: str) -> Adapter:
+    """The same names in other numbers, a tensor at a time: decoded, its experts cast (or all), and encoded if asked."""
     plan = made.plan(source.specs)
-    codec, cast = made.stages[0], [s for s in made.stages if isinstance(s, CastExperts)]
-    inside = groups(Plan(plan.stages[1:], plan.stages[0].targets))
-    experts = {n for g in inside if {t.rpartition(".")[2] for t in g.targets} & {*EXPERT_TENSORS} for n in g.sources}
+    codec, dtypes = made.stages[0], [s.dtype for s in made.stages if isinstance(s, CastExperts)]
+    inside = Plan(plan.stages[1:], plan.stages[0].targets)
+    mine = {n for n in inside.targets if n.rpartition(".")[2] in EXPERT_TENSORS}
+    mine |= all_of(cast, inside.targets, as_dict(source.config))
+    names = frozenset(n for sources, targets in inside.units() if mine & {*targets} for n in sources)
     written = family(source.model_type).adapter(source.config, quantize=quantize).stages[0]
     if not quantize:
         written = written.choose({"quantization": False})
-    casts = tuple(CastExperts(c.dtype, frozenset(experts)) for c in cast)
+    casts = tuple(CastExperts(dtype, names) for dtype in dtypes)
     return Adapter((codec, *casts, written.inverse), config=made.config)
 
 

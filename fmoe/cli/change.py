@@ -47,6 +47,7 @@ def convert(
     experts: Experts = None,
     quantized: Kept = None,
     dtype: Annotated[str | None, typer.Option(help="decoded, in bfloat16, float16 or float32")] = None,
+    cast: Annotated[str | None, typer.Option(help="with --dtype: experts (and no more), or all")] = None,
     quantize: Annotated[str | None, typer.Option(help="to hf, encoded afresh: fp8, mxfp8, mxfp4 or int4")] = None,
     adapter: Own = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
@@ -83,7 +84,14 @@ def convert(
         raise typer.Exit(ranks.started(number, sys.argv[1:]))
     quiet = quiet or not ranks.first()
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
-    given = (("like", like), ("layout", layout), ("quantized", quantized), ("dtype", dtype), ("quantize", quantize))
+    given = (
+        ("like", like),
+        ("layout", layout),
+        ("quantized", quantized),
+        ("dtype", dtype),
+        ("cast", cast),
+        ("quantize", quantize),
+    )
     how |= {n: v for n, v in given if v}
     how |= (
         ranges(experts)

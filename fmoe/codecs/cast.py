@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs import Changed, CodecPlan
+from fmoe.folding import meant
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
-from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec, as_dtype
 
 
 def held(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,6 +53,39 @@ def castable(specs: Specs, said: torch.dtype | None) -> frozenset[str]:
         if not scales(name) and not re.search(r"(input|activation)_scale$", name)
         if not any(part in KEPT for part in name.split(".")) and not (wide and spec.dtype == torch.float32)
     )
+
+
+def all_of(cast: str, specs: Specs, config: Mapping[str, Any]) -> frozenset[str]:
+    """What cast="all" names of these tensors; of "experts" nothing more. Raises AdapterError for another word.
+
+    >>> all_of("experts", {}, {})
+    frozenset()
+    """
+    if cast not in ("experts", "all"):
+        raise AdapterError(f"cast={cast!r}: expected 'experts' or 'all'{meant(cast, ('experts', 'all'))}")
+    return castable(specs, _said(config)) if cast == "all" else frozenset()
+
+
+def _said(config: Mapping[str, Any]) -> torch.dtype | None:
+    said = config.get("dtype") or config.get("torch_dtype")
+    return as_dtype(said) if said else None
+
+
+def not_cast(specs: Specs, dtype: Any, config: Mapping[str, Any]) -> list[str]:
+    """A note on what is not in the dtype that experts were cast to, and that config.json says.
+
+    >>> not_cast({"norm.weight": TensorSpec((2,), torch.float32)}, "bfloat16", {})
+    ["experts are bfloat16, config.json says so, and 'norm.weight' stays as it was. Fix: cast='all' (--cast all)"]
+    """
+    left = [n for n in castable(specs, _said(config)) if specs[n].dtype != as_dtype(dtype)]
+    if not left:
+        return []
+    kind, verb = (
+        str(as_dtype(dtype)).removeprefix("torch."),
+        "stays as it was" if len(left) == 1 else "stay as they were",
+    )
+    told = f"experts are {kind}, config.json says so, and {some(sorted(left))} {verb}"
+    return [f"{told}. Fix: cast='all' (--cast all)"]
 
 
 @dataclass(frozen=True)

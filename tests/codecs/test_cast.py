@@ -78,3 +78,25 @@ def test_a_live_state_dict_is_understood_or_the_error_says_how(name):
         fmoe.adapter(path).from_hf(live)
     fixed = fmoe.adapter(path, layout="fused").from_hf(live)
     assert fixed.keys() == native.keys() and all(torch.equal(t, native[n]) for n, t in fixed.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversion_casts_all_if_asked_and_else_names_what_is_not_what_its_config_says(name, tmp_path):
+    _, path = zoo.saved(name)
+    some, whole = (
+        fmoe.convert(path, tmp_path / n, "hf", dtype="bfloat16", fsync=False, **how)
+        for n, how in (("some", {}), ("whole", dict(cast="all")))
+    )
+    assert "lm_head.weight" in next(n for n in some.notes if "cast='all'" in n)
+    assert not any("cast='all'" in n for n in whole.notes)
+    before, after = (
+        {n: t for f in p.glob("*.safetensors") for n, t in load_file(f).items()} for p in (path, tmp_path / "whole")
+    )
+    assert before.keys() == after.keys()
+    for n, t in before.items():
+        assert torch.equal(after[n], t if stays(n) else t.bfloat16()), n
+    fmoe.verify(tmp_path / "whole")
+    with pytest.raises(fmoe.AdapterError, match="cast='all'"):
+        fmoe.convert(path, tmp_path / "native", cast="all", dtype="bfloat16")
+    with pytest.raises(fmoe.AdapterError, match="expected 'experts' or 'all'"):
+        fmoe.convert(path, tmp_path / "other", "hf", cast="al", dtype="bfloat16")
