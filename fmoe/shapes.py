@@ -100,6 +100,15 @@ def odd(tensors: Mapping[str, Tensor], where: torch.device) -> list[str]:
     return [told for told in [_odd(name, tensor, where) for name, tensor in tensors.items()] if told]
 
 
+def computed_with(owner: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError for what arithmetic does not take: no tensor, a nested one, complex numbers, stored FP8."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{owner}: {name} is a {type(tensor).__name__}, expected a tensor")
+    no_nested(owner, {name: tensor})
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+        raise ValueError(f"{owner}: {name} is {tensor.dtype}, expected floating, of 16 bits or more")
+
+
 def no_nested(owner: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises ValueError for a nested tensor: it has no sizes that could be compared."""
     if nested := [name for name, tensor in tensors.items() if tensor.is_nested]:

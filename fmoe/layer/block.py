@@ -17,7 +17,7 @@ from fmoe.dispatch.local import local
 from fmoe.folding import meant
 from fmoe.layer.experts import as_routing, experts
 from fmoe.routing import count, route, routed
-from fmoe.shapes import check_level, check_params, in_shape, odd
+from fmoe.shapes import check_level, check_params, computed_with, in_shape, odd
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
 SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai")
@@ -66,6 +66,7 @@ def moe(
     tensor([[[9.],
              [4.]]])
     """
+    computed_with("moe", "x", x)
     check_level("moe", params, ("experts.gate_and_up_projs", "experts.down_projs", "gate.weight"))
     _check(params, config, x.device)
     held = partial(_linear, params)
@@ -166,6 +167,7 @@ def _below(params: Params, prefix: str) -> dict[str, Tensor]:
 
 
 def _check_tokens(x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
+    computed_with("moe", "x", x)
     if x.ndim < 1 or x.shape[-1] != config.dim:
         raise ValueError(f"moe: x has shape {list(x.shape)}, expected [.., D={config.dim}]")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):

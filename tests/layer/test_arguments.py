@@ -340,3 +340,7 @@ def test_nested_tensors_and_fp8_tokens_are_refused_by_name():
             fmoe.experts(PARAMS, X.to(dtype), ROUTING, CONFIG)
         with pytest.raises(ValueError, match="routing.weights is float8.*expected floating"):
             fmoe.experts(PARAMS, X, ROUTING._replace(weights=ROUTING.weights.to(dtype)), CONFIG)
+    for odd in (nested, X.to(torch.float8_e4m3fn), X.to(torch.complex64), X.int(), X > 0, [1.0]):
+        for block in (lambda x: fmoe.moe(block_params(), x, BLOCK), fmoe.nn.MoE(BLOCK)):
+            with pytest.raises(ValueError, match="moe: '?x'? is"):
+                block(odd)
