@@ -9,7 +9,7 @@ from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
 from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts, all_of
-from fmoe.families import FAMILIES, family
+from fmoe.families import FAMILIES, KNOWN, family
 from fmoe.families.cross import Crossing, cross
 from fmoe.families.kind import as_dict
 from fmoe.folding import meant
@@ -43,8 +43,8 @@ def adapter(
         return _made(path_or_model_type, config, system, choices)
     if isinstance(path_or_model_type, str | Path):
         if "://" not in str(path_or_model_type) and not Path(path_or_model_type).is_dir():
-            known = f"({', '.join(sorted(FAMILIES))}){meant(path_or_model_type, FAMILIES)}"
-            raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a model type {known}")
+            near = meant(path_or_model_type, FAMILIES)
+            raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a known model type. {KNOWN}{near}")
         return adapter_of(open_checkpoint(path_or_model_type), config, system=system, **choices)
     if isinstance(path_or_model_type, Adapter):
         path_or_model_type = [path_or_model_type]
@@ -101,8 +101,8 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     Raises AdapterError where the checkpoint is in that layout already.
     """
     if to not in ("native", "hf"):
-        known = f"({', '.join(sorted(FAMILIES))}){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
-        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type {known}")
+        known = f"(fmoe families) or a system (fmoe systems){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
+        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', a model type {known}")
     if "adapter" in choices:
         if source.native == (to == "native"):
             raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")

@@ -24,6 +24,10 @@ NO_FAMILY = {
 }
 """Model types with experts in name alone, and why they are none of ours."""
 
+OWN = "adapter= (--adapter package.module:name) for rules of your own"
+KNOWN = f"Fix: {OWN}, a Family in fmoe.families for a family; known ones: fmoe families"
+"""The end of a message about a model type that has no family: what helps, and where the known ones are listed."""
+
 
 def register(family: Family) -> Family:
     """Add a family of your own under each of its model types: `fmoe.adapter` finds it there, by name or by config.json.
@@ -40,7 +44,7 @@ def register(family: Family) -> Family:
 
 
 def family(model_type: str) -> Family:
-    """The family of a `model_type`. Raises AdapterError, with the known ones, where there is none.
+    """The family of a `model_type`. Raises AdapterError, with the nearest one and what to do, where there is none.
 
     >>> family("mixtral").layout
     '{pre}layers.{l}.block_sparse_moe.experts.{e}.{g=w1|w3}.weight [i d]'
@@ -48,8 +52,7 @@ def family(model_type: str) -> Family:
     if model_type in NO_FAMILY and model_type not in FAMILIES:
         raise AdapterError(f"model_type {model_type!r} is no Mixture-of-Experts family: {NO_FAMILY[model_type]}")
     if model_type not in FAMILIES:
-        told = f"{', '.join(sorted(FAMILIES))}{meant(model_type, FAMILIES)}"
-        raise AdapterError(f"model_type {model_type!r} is unknown: expected one of {told}")
+        raise AdapterError(f"model_type {model_type!r} is unknown. {KNOWN}{meant(model_type, FAMILIES)}")
     return FAMILIES[model_type]
 
 

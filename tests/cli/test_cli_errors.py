@@ -38,7 +38,7 @@ CANNOT = {
     ),
     "below a file": (["convert", "hf", "hf/config.json/x"], "hf/config.json/x is the source itself, or lies inside it"),
     "no room for a folder": (["convert", "hf", "bare/config.json/x"], "bare/config.json/x: Not a directory"),
-    "unknown": (["plan", "other"], "model_type 'gpt9' is unknown: expected one of "),
+    "unknown": (["plan", "other"], "model_type 'gpt9' is unknown. Fix: adapter= (--adapter "),
     "wrong": (["convert", "wrong", "x"], "'model.layers.0.mlp.experts.7.gate_proj.weight'"),
 }
 
