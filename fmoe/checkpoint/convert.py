@@ -17,7 +17,7 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sending import place_of
-from fmoe.checkpoint.sides import of_systems
+from fmoe.checkpoint.sides import config_of, of_systems
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.staging import Staging
@@ -102,7 +102,7 @@ def convert(
     ...     (there.tensors, there.made), (back.tensors, back.made), one == two
     ((12, 2), (2, 12), True)
     """
-    if of_systems(src, to, config, from_):
+    if of_systems(src, to, config, from_, own := "adapter" in choices):
         if process_group is not None or bandwidth is not None:
             raise AdapterError(
                 "to and from other systems one process converts, as fast as it can: without ranks, bandwidth"
@@ -113,7 +113,7 @@ def convert(
         return convert_between(src, here(dst, "other systems"), to, config, from_, **given)
     if like is not None:
         raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")
-    source = open_checkpoint(src)
+    source = open_checkpoint(src, config_of(config), own=own)
     place = place_of(dst, source.path, ranks=process_group is not None, checksums=checksums)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
@@ -134,7 +134,9 @@ def convert(
     found = crossing.notes if crossing else complete(source, adapter, plan, to, how)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), how | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
-    if to != "native":
+    if config is not None:
+        others["config.json"] = json.dumps(source.config, indent=2, default=str).encode() + b"\n"
+    if to != "native" and source.config:
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
         if "dtype" in how and crossing is None:
@@ -155,7 +157,7 @@ def convert(
     beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))
     check_space(place.home, place.room(engine) + beside)
     report = Report(
-        place.shown, source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
+        place.shown, source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
     )
     report = replace(report, lost=crossing.lost if crossing else (), notes=(*found, *notes))
     if dry_run:

@@ -7,21 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmoe.checkpoint.files.containers.source import container_of
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, mapped
 from fmoe.checkpoint.open import adapter_of, plan_from
+from fmoe.checkpoint.sides import open_source, side
 from fmoe.checkpoint.stats import opened
+from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
+from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, TensorSpec, bits
 
 
-def diff(one: Path | str, other: Path | str, *, values: bool = False) -> Iterator[dict[str, Any]]:
+def diff(
+    one: Path | str, other: Path | str, *, values: bool = False, adapter: Adapter | None = None
+) -> Iterator[dict[str, Any]]:
     """What differs between two checkpoints: {name, status, ...} of every tensor, in the order of names.
 
     status: "equal" (the same bytes), "values" (other bytes), "shape" or "dtype" (with what each side has), "only in
     one", "only in other". Directories of one layout are compared under the names that they store. Where the layouts
     differ (native against Hugging Face, fused against one by one) both are compared under their native names.
-    values: `largest`, the largest absolute difference, of tensors of one shape, also across dtypes.
+    values: `largest`, the largest absolute difference, of tensors of one shape, also across dtypes. adapter: one of
+    your own, of both. Raises AdapterError for another system's directory, unless both store the same names.
 
     >>> import fmoe, fmoe.docs, tempfile
     >>> with tempfile.TemporaryDirectory() as path:
@@ -29,21 +36,39 @@ def diff(one: Path | str, other: Path | str, *, values: bool = False) -> Iterato
     ...     {found["status"] for found in diff(fmoe.docs.example(), f"{path}/native")}
     {'equal'}
     """
-    a, b = _Side(opened(one)), _Side(opened(other))
-    if not _alike(a.source, b.source):
-        a, b = a.natively(), b.natively()
+    own = {} if adapter is None else {"adapter": adapter}
+    a, b = _Side(_source(one, bool(own))), _Side(_source(other, bool(own)))
+    if not _alike(a.source, b.source, own):
+        a, b = a.natively(own), b.natively(own)
     for name in sorted({**a.specs, **b.specs}):
         yield {"name": name} | _compared(a, b, name, values)
 
 
-def _alike(a: Checkpoint, b: Checkpoint) -> bool:
+def _source(path: Path | str, own: bool) -> Checkpoint:
+    if "://" not in str(path) and (container := container_of(Path(path))):
+        try:
+            here = side(open_source(path))
+        except AdapterError:  # no config, or names of several systems
+            here = ""
+        raise AdapterError(_others(path, f"{here}'s" if here in SYSTEMS else f"in {container} files"))
+    return opened(path, own)
+
+
+def _others(path: object, whose: str) -> str:
+    return f"{path} is {whose}. Fix: fmoe convert {path} HF --to hf, then diff that"
+
+
+def _alike(a: Checkpoint, b: Checkpoint, own: dict[str, Any]) -> bool:
     """Whether names can be compared as they are: single files, one set of names, or one layout."""
-    if a.specs.keys() == b.specs.keys() or not a.config or not b.config:
+    if a.specs.keys() == b.specs.keys() or not own and not (a.config and b.config):
         return True
+    for source in () if own else (a, b):
+        if source.kind and (here := side(source)) in SYSTEMS:
+            raise AdapterError(_others(source.path, f"{here}'s"))
     if a.native or b.native:
         return a.native == b.native
     try:
-        return adapter_of(a).stages == adapter_of(b).stages
+        return adapter_of(a, **own).stages == adapter_of(b, **own).stages
     except AdapterError:
         return True
 
@@ -57,8 +82,10 @@ class _Side:
         self._units = {t: unit for unit in plan.units() for t in unit[1]} if plan else {}
         self._made: dict[str, Tensor] = {}
 
-    def natively(self) -> "_Side":
-        return self if self.source.native else _Side(self.source, plan_from(self.source, adapter_of(self.source)))
+    def natively(self, own: dict[str, Any]) -> "_Side":
+        return (
+            self if self.source.native else _Side(self.source, plan_from(self.source, adapter_of(self.source, **own)))
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         if self.plan is None:

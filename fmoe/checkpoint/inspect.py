@@ -21,25 +21,29 @@ from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
 
 
-def inspect(path: Where | str, *, config: Any = None, from_: str | None = None) -> dict[str, Any]:
+def inspect(
+    path: Where | str, *, config: Any = None, from_: str | None = None, adapter: Adapter | None = None
+) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.
 
     problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
     cannot be opened at all. config, from_: as in `fmoe.convert`, of another system's directory.
+    adapter: one of your own, in place of the family's.
 
     >>> import fmoe.docs
     >>> found = inspect(fmoe.docs.example())
     >>> found["model_type"], found["tensors"], found["problems"]
     ('qwen3_moe', 52, [])
     """
-    source = open_source(path, config)
-    here = side(source, from_)
+    own = {} if adapter is None else {"adapter": adapter}
+    source = open_source(path, config, own=bool(own))
+    here = ("native" if source.native else "hf") if own else side(source, from_)
     dtypes: Counter[str] = Counter()
     for spec in source.specs.values():
         dtypes[str(spec.dtype).removeprefix("torch.")] += spec.nbytes
     found: dict[str, Any] = {
         "path": str(path),
-        "model_type": source.model_type,
+        "model_type": source.kind if own else source.model_type,
         "format": here,
         "tensors": len(source.specs),
         "files": len(set(source.files.values())),
@@ -60,7 +64,7 @@ def inspect(path: Where | str, *, config: Any = None, from_: str | None = None) 
         "rules_used": [],
     }
     try:
-        found |= _experts(source) if here in ("hf", "native") else _of_system(source, here)
+        found |= _experts(source, own) if here in ("hf", "native") else _of_system(source, here)
     except AdapterError as error:
         found["problems"] = list(error.problems)
     if unread := [str(p) for p in source.others() if p.suffix == ".safetensors" and p.parent == Path()]:
@@ -84,8 +88,8 @@ def _of_system(source: Checkpoint, here: str) -> dict[str, Any]:
     return found | {"experts": facts, "moe_config": config, "lossless": there.lossless, "rules": rules}
 
 
-def _experts(source: Checkpoint) -> dict[str, Any]:
-    adapter = adapter_of(source)
+def _experts(source: Checkpoint, own: dict[str, Any]) -> dict[str, Any]:
+    adapter = adapter_of(source, **own)
     facts: dict[str, Any] = {"lossless": adapter.lossless, "rules": str(adapter).split("\n")}
     try:
         config = asdict(adapter.moe_config)
@@ -93,7 +97,7 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
     except AdapterError as error:
         facts["notes"] = list(error.problems)
     plan = plan_from(source, adapter.inverse if source.native else adapter)
-    found = gaps_of(source, source.specs if source.native else plan.targets, plan.targets)
+    found = gaps_of(source, source.specs if source.native else plan.targets, plan.targets, **own)
     facts["problems"] = [problem.text for problem in found.problems]
     facts["notes"] = [*facts.get("notes", ()), *found.notes]
     native = source.specs if source.native else plan.targets
@@ -106,7 +110,7 @@ def _experts(source: Checkpoint) -> dict[str, Any]:
     kinds = by_kind(source.specs, names_of(plan.units(), stacks, source.native), native, stacks)
     moe = None if isinstance(adapter.moe, str) else adapter.moe
     facts |= {"kinds": kinds, "parameters": parameters(kinds, moe), "rules_used": _used(adapter, plan)}
-    return facts | {"layout": _layout(source, adapter)}
+    return facts | {"layout": {} if own else _layout(source, adapter)}
 
 
 def _used(adapter: Adapter, plan: Plan) -> list[str]:

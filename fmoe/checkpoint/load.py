@@ -60,7 +60,7 @@ def load(
     ...     {name: tuple(tensor.shape) for name, tensor in fmoe.load(path, e=range(0, 2)).items()}
     {'model.layers.0.mlp.experts.down_projs': (2, 3, 2), 'model.layers.0.mlp.experts.gate_and_up_projs': (2, 2, 6)}
     """
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, own="adapter" in choices)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
     specs = plan_from(source, adapter.inverse).targets if source.native else source.specs

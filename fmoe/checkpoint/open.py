@@ -7,6 +7,7 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
+from fmoe.checkpoint.files.origin import OWN
 from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
@@ -44,7 +45,9 @@ def adapter(
     if isinstance(path_or_model_type, str | Path):
         if "://" not in str(path_or_model_type) and not Path(path_or_model_type).is_dir():
             near = meant(path_or_model_type, FAMILIES)
-            raise AdapterError(f"{str(path_or_model_type)!r} is neither a directory nor a known model type. {KNOWN}{near}")
+            raise AdapterError(
+                f"{str(path_or_model_type)!r} is neither a directory nor a known model type. {KNOWN}{near}"
+            )
         return adapter_of(open_checkpoint(path_or_model_type), config, system=system, **choices)
     if isinstance(path_or_model_type, Adapter):
         path_or_model_type = [path_or_model_type]
@@ -69,14 +72,18 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
     8
     """
     if (own := choices.pop("adapter", None)) is not None:
-        if not isinstance(own, Adapter) or choices or config is not None or system != "native":
-            told = f"a {type(own).__name__} with {', '.join(choices) or 'a config' * (config is not None) or 'nothing'}"
-            raise AdapterError(f"adapter= is {told}, expected an fmoe.Adapter alone. Fix: adapter.choose(...)")
+        if not isinstance(own, Adapter):
+            kind = type(own).__name__
+            told = f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+            raise AdapterError(f"adapter= is {told}, expected an fmoe.Adapter, as fmoe.rule(...) | fmoe.keep(...)")
+        if choices or config is not None or system != "native":
+            told = ", ".join(choices) or ("a config" if config is not None else f"system={system!r}")
+            raise AdapterError(f"adapter= comes with {told}, expected it alone. Fix: adapter.choose(...)")
         return own.resolve(hf_names(checkpoint))
+    choices = made_with(checkpoint) | choices
     if config is None:
         layers_fit(checkpoint.path / "config.json", checkpoint.config, checkpoint.specs)
     family(checkpoint.model_type)
-    choices = made_with(checkpoint) | choices
     try:
         made = _made(checkpoint.model_type, checkpoint.config if config is None else config, system, choices)
     except ValueError as error:  # a size or a dtype that is none, or a choice that there is not
@@ -86,8 +93,15 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
 
 
 def made_with(checkpoint: Checkpoint) -> dict[str, str]:
-    """The choices that a native directory was made with, as its `fmoe.json` keeps them."""
-    return dict((checkpoint.origin or {}).get("choices", {}))
+    """The choices that a native directory was made with, as its `fmoe.json` keeps them.
+
+    Raises AdapterError for one that was made with rules of somebody's own: those have to be given.
+    """
+    choices = dict((checkpoint.origin or {}).get("choices", {}))
+    if OWN.items() <= choices.items():
+        fix = "Fix: adapter=, --adapter package.module:name"
+        raise AdapterError(f"{checkpoint.path} was made with an adapter of your own. {fix}")
+    return choices
 
 
 def hf_names(checkpoint: Checkpoint) -> Iterable[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
-from fmoe.checkpoint.files.origin import FORMAT
+from fmoe.checkpoint.files.origin import FORMAT, OWN
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.remote.targets import here
@@ -90,7 +90,7 @@ def save(
             for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
                 done += nbytes
                 progress(done, of)
-        notes = told(survived)
+        notes = (*told(survived), *_needed(path, small))
         for name, text in small.items():
             stage.fill(name, text.encode())
         stage.publish()
@@ -165,6 +165,12 @@ def _one_model(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) ->
         raise AdapterError(f"{path} stays, and is not of these parameters: {found}. {fix}")
 
 
+def _needed(path: Path, small: Mapping[str, str]) -> Iterator[str]:
+    """What a reader of the directory has to bring."""
+    if CONFIG not in small and not (path / CONFIG).exists():
+        yield f"no {CONFIG}, of which an adapter of your own knows nothing: fmoe.load(..., adapter=) reads it as it is"
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
@@ -200,7 +206,7 @@ def _choices(adapter: Adapter, names: Iterable[str]) -> dict[str, str]:
     """The choices that an adapter was made with, as far as names do not say them."""
     kind = FAMILIES.get(str((adapter.config or {}).get("model_type")))
     if kind is None:
-        return {}
+        return dict(OWN)
     tables = lambda made: [s for s in made.resolve(names).stages if isinstance(s, Table)]
     how = {"quantized": "keep"} if any(isinstance(s, Quantised) and s.keep for s in adapter.stages) else {}
     opened = kind.adapter(adapter.config, **how)

@@ -23,8 +23,10 @@ from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError
 
 
-def of_systems(src: Where | str, to: str, config: Any, from_: str | None) -> bool:
-    """Whether another system is on either side."""
+def of_systems(src: Where | str, to: str, config: Any, from_: str | None, own: bool = False) -> bool:
+    """Whether another system is on either side. own: rules of one's own read the source, and know of none."""
+    if own and to not in SYSTEMS and from_ not in SYSTEMS:
+        return False
     there = not isinstance(src, Address) and "://" not in str(src)
     if to in SYSTEMS or from_ in SYSTEMS or config is not None or there and container_of(Path(src)):
         return True
@@ -50,12 +52,15 @@ def config_of(config: Any) -> dict[str, Any] | None:
         raise AdapterError(f"{path} is no config: {error}") from None
 
 
-def open_source(src: Where | str, config: Any = None) -> Checkpoint:
-    """The checkpoint of a directory in any container that is read, with its own config or the one given."""
+def open_source(src: Where | str, config: Any = None, own: bool = False) -> Checkpoint:
+    """The checkpoint of a directory in any container that is read, with its own config or the one given.
+
+    own: rules of one's own read it: as `open_checkpoint` has it.
+    """
     given = config_of(config)
     path = Path(str(src))
     if "://" in str(src) or not container_of(path):
-        return open_checkpoint(src, given)
+        return open_checkpoint(src, given, own=own)
     if given is None:
         beside = [p for p in (path, path.parent) if isfile(p / "config.json")]
         if not beside:
@@ -125,7 +130,7 @@ def whole_between(source: Checkpoint, here: str, adapter: Adapter, fix: str = ""
 
 def forth(source: Checkpoint, from_: str | None = None, **choices: Any) -> tuple[Adapter, Adapter]:
     """The adapter of a source, and what takes it to the other side: Hugging Face's, of a system's; of HF's, ours."""
-    here = side(source, from_)
+    here = "hf" if "adapter" in choices else side(source, from_)
     if here in SYSTEMS:
         back = _back(source, here, False, choices)
         return back.inverse, back

@@ -34,10 +34,10 @@ def tensors(path: Path | str, pattern: str = "*", *, stats: bool = False) -> Ite
         yield row | (numbers(mapped(source, [name])[name]) if stats else {})
 
 
-def opened(path: Path | str) -> Checkpoint:
-    """A checkpoint directory, or one safetensors file as if it were alone in one."""
+def opened(path: Path | str, own: bool = False) -> Checkpoint:
+    """A checkpoint directory, or one safetensors file as if it were alone in one. own: as in `open_checkpoint`."""
     if not Path(path).is_file():
-        return open_checkpoint(path)
+        return open_checkpoint(path, own=own)
     file = Path(path)
     header = read_header(file, "is not there")
     return Checkpoint(

@@ -51,17 +51,19 @@ def verify(
     ...     fmoe.verify(path).tensors
     12
     """
-    source = open_source(path, config)
+    own = "adapter" in choices
+    source = open_source(path, config, own)
     adapter, there = forth(source, from_, **choices)
     plan = plan_from(source, there)
-    if (here := side(source, from_)) in SYSTEMS:
+    here = "hf" if own else side(source, from_)
+    if here in SYSTEMS:
         notes = tuple(whole_between(source, here, adapter).notes)
     else:
         native = source.specs if source.native else plan.targets
         notes = whole(source, native, plan.targets if source.native else None, **choices)
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
     digests, by = (source.origin or {}).get("checksums", {}), NATIVE
-    if isinstance(source, Foreign) or side(source, from_) in SYSTEMS:
+    if isinstance(source, Foreign) or here in SYSTEMS:
         digests, by = kept_sums(source.path), SUMS
     wrong = other_bytes(source.path, digests, by=by)
     wrong += [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
@@ -77,7 +79,7 @@ def verify(
     if wrong:
         raise AdapterError(dict.fromkeys(wrong))
     progress(size, size)
-    report = Report(str(path), source.model_type, len(source.specs), source.nbytes, len(plan.targets), adapter)
+    report = Report(str(path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
     notes += (UNKNOWN,) if source.native and not digests else ()
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 

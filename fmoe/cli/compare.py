@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmoe.cli.app import DIRECTORY, Json, Source, app, count, ranges
+from fmoe.cli.app import DIRECTORY, Json, Own, Source, app, count, own, ranges
 from fmoe.cli.progress import waiting
 from fmoe.cli.show import grid
 
@@ -19,6 +19,7 @@ def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help=DIRECTORY, readable=False)],
     other: Annotated[Path, typer.Argument(metavar="B", help="another, in whatever layout", readable=False)],
     values: Annotated[bool, typer.Option("--values", help="the largest difference of each tensor")] = False,
+    adapter: Own = None,
     as_json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, across layouts; exit code 1 if they differ.
@@ -29,7 +30,7 @@ def diff(
     with waiting("comparing", as_json):
         from fmoe.checkpoint.diff import diff as compare
 
-        found = list(compare(one, other, values=values))
+        found = list(compare(one, other, values=values, **own(adapter)))
     unlike = [row for row in found if row["status"] != "equal"]
     equal = len(found) - len(unlike)
     if as_json:

@@ -20,6 +20,7 @@ def inspect_(
     stats: Annotated[bool, typer.Option("--stats", help="of NAME: min, max, mean, NaN and Inf; reads them")] = False,
     from_: From = None,
     config: Given = None,
+    adapter: Own = None,
     rules: Annotated[bool, typer.Option("--rules", help="also the rules that match nothing here")] = False,
     as_json: Json = False,
 ) -> None:
@@ -35,7 +36,7 @@ def inspect_(
 
         listed = name is not None or (path.endswith(".safetensors") and Path(path).is_file())
         lines = list(tensors(path, name or "*", stats=stats)) if listed else []
-        found = {} if listed else checkpoint.inspect(path, **of_source(from_, config))
+        found = {} if listed else checkpoint.inspect(path, **of_source(from_, config), **own(adapter))
     if as_json:
         print(json.dumps({"path": str(path), "tensors": lines} if listed else found))
     elif listed:
@@ -67,7 +68,7 @@ def plan(
         from fmoe import checkpoint
         from fmoe.checkpoint.sides import forth, open_source
 
-        source = open_source(path, config)
+        source = open_source(path, config, own=adapter is not None)
         made = checkpoint.plan_from(source, forth(source, from_, **own(adapter))[1], **ranges(experts))
     if as_json:
         targets = {

@@ -108,3 +108,56 @@ def test_a_family_of_an_installed_package_is_there(hf, tmp_path):
         check=True,
     )
     assert json.loads(done.stdout)["model_type"] == "mine"
+
+
+def test_a_directory_needs_no_config_where_rules_of_ones_own_read_it(hf, tmp_path):
+    (hf / "config.json").unlink()
+    with pytest.raises(fmoe.AdapterError, match="config.json is missing: .*Fix: adapter= .*, which need none"):
+        fmoe.load(hf)
+    native = fmoe.load(hf, adapter=mine())
+    assert fmoe.verify(hf, adapter=mine()).tensors == 11
+    fmoe.convert(hf, tmp_path / "native", adapter=mine())
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", adapter=mine())
+    assert files(tmp_path / "back") == files(hf)
+    for layout in ("hf", "native"):
+        told = fmoe.save(native, tmp_path / f"saved_{layout}", mine(), layout)
+        assert "no config.json" in told.notes[0] and "adapter=" in told.notes[0]
+        again = fmoe.load(tmp_path / f"saved_{layout}", adapter=mine())
+        assert {n: t.tolist() for n, t in again.items()} == {n: t.tolist() for n, t in native.items()}
+
+
+def test_a_config_that_is_given_with_rules_of_ones_own_counts(hf, tmp_path):
+    (hf / "config.json").unlink()
+    assert fmoe.verify(hf, adapter=mine(), config={"model_type": "any"}).family == "any"
+    made = fmoe.convert(hf, tmp_path / "native", adapter=mine(), config={"model_type": "any"})
+    assert made.family == "any"
+    assert json.loads((tmp_path / "native" / "config.json").read_text()) == {"model_type": "any"}
+
+
+@pytest.mark.parametrize("call", [fmoe.load, fmoe.verify, lambda path: fmoe.convert(path, path.parent / "x", "hf")])
+@pytest.mark.parametrize("by", ["convert", "save"])
+def test_a_native_directory_says_that_rules_of_ones_own_made_it(hf, tmp_path, by, call):
+    path = tmp_path / "native"
+    if by == "convert":
+        fmoe.convert(hf, path, adapter=mine())
+    else:
+        fmoe.save(fmoe.load(hf, adapter=mine()), path, mine(), "native")
+        (path / "config.json").write_text((hf / "config.json").read_text())
+    with pytest.raises(
+        fmoe.AdapterError, match="native was made with an adapter of your own. Fix: adapter=, --adapter"
+    ):
+        call(path)
+
+
+def test_inspect_and_diff_take_rules_of_ones_own(hf, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fmoe.convert(hf, tmp_path / "native", adapter=mine())
+    assert "adapter of your own" in fmoe.inspect(tmp_path / "native")["problems"][0]
+    for path in ("hf", "native"):
+        code, out, _ = run("inspect", path, "--adapter", "mine_module:mine", columns=200)
+        assert code == 0 and "1 layer" in out and "gate_and_up_projs [3, 4, 12]" in out
+    code, out, _ = run("diff", "hf", "native", "--adapter", "mine_module:mine", columns=200)
+    assert (code, out) == (0, "4 tensors equal, 0 different\n")
+    Path("ints.py").write_text("D = 4\n")
+    code, _, err = run("verify", "hf", "--adapter", "ints:D")
+    assert code == 1 and "adapter= is an int, expected an fmoe.Adapter" in err

@@ -231,7 +231,9 @@ def test_a_value_that_is_no_tensor_is_named():
 
 
 def test_an_unknown_family_choice_or_directory_is_refused_with_what_there_is():
-    with pytest.raises(fmoe.AdapterError, match="neither a directory nor a known model type. Fix: adapter= .*'qwen3_moe'?"):
+    with pytest.raises(
+        fmoe.AdapterError, match="neither a directory nor a known model type. Fix: adapter= .*'qwen3_moe'?"
+    ):
         fmoe.adapter("qwen9_moe")
     with pytest.raises(fmoe.AdapterError, match="no choice 'shape': expected layout='per_expert' | 'fused'; dtype"):
         fmoe.adapter("qwen3_moe", shape="fused")

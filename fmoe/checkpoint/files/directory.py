@@ -29,7 +29,8 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 
 __all__ = ["DTYPES", "INDEX", "JOURNAL", "NATIVE", "Checkpoint", "open_checkpoint", "read_header"]
 
-
+CONFIG = "config.json"
+FIX = "Fix: adapter= (--adapter package.module:name) for rules of your own, which need none"
 Spans = Sequence[tuple[int, int]]
 """(where it begins in a tensor, how many bytes) of every part."""
 
@@ -66,9 +67,14 @@ class Checkpoint:
 
     @property
     def model_type(self) -> str:
-        if "model_type" not in self.config:
-            raise AdapterError(f"{self.path / 'config.json'} has no model_type")
-        return str(self.config["model_type"])
+        if not self.kind:
+            raise AdapterError(f"{self.path / CONFIG} has no model_type")
+        return self.kind
+
+    @property
+    def kind(self) -> str:
+        """The model type, or "" where rules of one's own read a directory that does not say it."""
+        return str(self.config.get("model_type", ""))
 
     @property
     def readers(self) -> int | None:
@@ -139,11 +145,11 @@ class Checkpoint:
         return [*hidden, *unfinished, *stale]
 
 
-def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None) -> Checkpoint:
+def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None, *, own: bool = False) -> Checkpoint:
     """The checkpoint in a directory of safetensors files with a config.json, HF or native; only headers are read.
 
     path: of this machine, or an address: hf://org/name[@revision], https://..., s3://... and whatever fsspec knows.
-    config: of a directory that has none.
+    config: of a directory that has none. own: rules of one's own read it, and then it needs none.
 
     Raises AdapterError naming the file: none there, an index that disagrees with the files, a header that is not one.
 
@@ -156,7 +162,8 @@ def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None) -> 
     there = _listed(path)
     if JOURNAL in there:
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
-    config = _json(path / "config.json", infinite=True)[0] if config is None else config
+    if config is None:
+        config = _json(path / CONFIG, infinite=True)[0] if CONFIG in there or not own else {}
     index = mapped = origin = None
     if INDEX in there:
         mapped, index = _index(path / INDEX, beside=SINGLE in there)
@@ -229,8 +236,7 @@ def _where(path: Where, headers: Mapping[str, Header]) -> dict[str, str]:
 
 def _json(path: Where, *, infinite: bool = False) -> tuple[dict[str, Any], str]:
     """What a file of JSON holds, and its text."""
-    missing = "is missing: a checkpoint directory has one"
-    with disk.reading(path, missing=missing) as file:
+    with disk.reading(path, missing=f"is missing: a checkpoint directory has one. {FIX}") as file:
         size = disk.Stamp.of(file).size
         if size > MOST:
             raise AdapterError(f"{path} has {size:,} bytes, expected at most {MOST:,}")

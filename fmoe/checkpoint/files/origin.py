@@ -17,6 +17,9 @@ from fmoe.types import AdapterError
 ORIGIN = {"weight_map": dict, "metadata": dict, "index": str | None, "bytes": int}
 FORMAT = {"format": "fmoe native", "version": 1}
 
+OWN = {"adapter": "own"}
+"""Among the choices of a native directory: rules of somebody's own made it, which nothing here can name."""
+
 
 def weight_map(path: Where, index: Mapping[str, Any]) -> dict[str, str]:
     """The weight_map of an index, which is at path: names to safetensors files in the same directory."""
@@ -84,6 +87,7 @@ def origin_text(
     """`fmoe.json` of a native directory that was made from HF tensors in these files, by these choices."""
     ranges = {n: [v.start, v.stop] for n, v in choices.items() if isinstance(v, range)}
     named = {n: v for n, v in choices.items() if isinstance(v, str) and n != "dtype"}
+    named |= OWN if "adapter" in choices else {}
     facts: dict[str, Any] = {"weight_map": dict(files), "metadata": dict(metadata), "index": index, "bytes": nbytes}
     more = {"headers": dict(headers), "choices": named, "ranges": ranges}
     return json.dumps(FORMAT | facts | {n: v for n, v in more.items() if v}).encode() + b"\n"
