@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmoe.folding import meant
 from fmoe.routing.usage import slots, summed
+from fmoe.shapes import check_config
 from fmoe.types import MoEConfig, Routed
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def load_balancing(
     if kind not in KINDS or (group is not None and kind == "switch"):
         told = f"kind is {kind!r}" + (" with a group: use kind='global'" if kind == "switch" else "")
         raise ValueError(f"load_balancing: {told}, expected one of {', '.join(KINDS)}{meant(kind, KINDS)}")
+    check_config("load_balancing", config)
     E, here = config.n_routed_experts, _tokens(routed, mask)
     chosen = _chosen(routed, here, E)
     if kind == "sequence":

@@ -21,13 +21,15 @@ def check_params(
     where: torch.device,
     optional: Collection[str] = (),
     coded: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    beside: Sequence[str] = (),
 ) -> None:
     """params has every name of `axes` that is not optional, no other name, and each the shape that its letters say.
 
     Scales that a decoded parameter carries along are passed over; codes, not decoded, are refused unless `coded` has
     their name, with the shape of what they say.
     axes maps a name to the letters of its axes, such as "E D U" or "1 D"; sizes maps each letter to a number. where:
-    the device of x, which has to be that of every parameter; each is a plain tensor, see `odd`.
+    the device of x, which has to be that of every parameter; each is a plain tensor, see `odd`. beside: further names
+    that the caller takes, and checks elsewhere.
     Raises ValueError with one line for each problem: what was found, what was expected.
 
     >>> import torch
@@ -39,8 +41,9 @@ def check_params(
     if foreign := [f"parameter {n!r} is a {type(p).__name__}" for n, p in params.items() if not isinstance(p, Tensor)]:
         raise ValueError("\n".join(f"{owner}: {told}, expected a tensor" for told in foreign))
     no_nested(owner, params)
+    taken = ", ".join([*beside, *axes])
     unknown = [
-        f"unknown parameter {name!r}, expected only {', '.join(axes)}{meant(name, axes)}"
+        f"unknown parameter {name!r}, expected only {taken}{meant(name, [*beside, *axes])}"
         for name in params
         if name not in axes and not is_beside(name, axes)
     ]
@@ -65,7 +68,7 @@ def check_params(
 
 
 def check_level(owner: str, params: Params, needed: Sequence[str]) -> None:
-    """Raises ValueError where none of the needed names is there, and some are below a prefix: a whole model's dict.
+    """Raises ValueError where params has the names of a whole model, or of the experts in a block alone.
 
     >>> import torch
     >>> check_level("experts", {"layers.3.mlp.experts.down_projs": torch.ones(1)}, ["down_projs"])
@@ -73,6 +76,10 @@ def check_level(owner: str, params: Params, needed: Sequence[str]) -> None:
     ValueError: experts: params has 'layers.3.mlp.experts.down_projs', expected 'down_projs': the names of one layer.
     Fix: fmoe.subtree(params, 'layers.3.mlp.experts')
     """
+    for name in needed:
+        if name.startswith("experts.") and name.removeprefix("experts.") in params:
+            fix = "fmoe.subtree(native, 'model.layers.0.mlp'), or fmoe.experts with a routing"
+            raise ValueError(f"{owner}: params are of experts alone, expected the whole block.\nFix: {fix}")
     for name in needed:
         if name in params:
             return
@@ -82,6 +89,22 @@ def check_level(owner: str, params: Params, needed: Sequence[str]) -> None:
         told = f"params has {name!r}, expected {bare!r}: the names of one layer"
         more = f", or another of {len(found)} such prefixes" if len(found) > 1 else ""
         raise ValueError(f"{owner}: {told}.\nFix: fmoe.subtree(params, {prefix!r}){more}")
+
+
+def check_config(owner: str, config: object) -> None:
+    """Raises ValueError where config is no MoEConfig, nor has its fields, as that of NeMo Automodel has.
+
+    >>> check_config("moe", {"num_experts": 8})
+    Traceback (most recent call last):
+    ValueError: moe: config is a dict, expected an fmoe.MoEConfig. Fix: fmoe.adapter('qwen3_moe', config).moe_config
+    """
+    if not hasattr(config, "moe_inter_dim"):
+        kind = type(config).__name__
+        own = kind == "Adapter"
+        named = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+        fix = "adapter.moe_config" if own else f"fmoe.adapter({named or 'qwen3_moe'!r}, config).moe_config"
+        told = f"{'an' if own else 'a'} {kind}, expected an fmoe.MoEConfig"
+        raise ValueError(f"{owner}: config is {told}. Fix: {fix}")
 
 
 QUANTISERS = ("bitsandbytes", "torchao")

@@ -115,6 +115,13 @@ class _Gmm(torch.autograd.Function):
         return dx if needs[0] else None, None, None, dw if needs[1] else None, None
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "backend 'triton_fp8': forward mode, which torch.func.hessian takes, is not implemented;"
+            " use the backend 'loop'"
+        )
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return one_by_one(_Gmm, info, in_dims, args)
 

@@ -132,6 +132,13 @@ class _Forward(torch.autograd.Function):
         grads = iter(_Backward.apply(dy, ctx.product))
         return *(next(grads) if need else None for need in ctx.product.needs), None
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "backend 'te': forward mode, which torch.func.hessian takes, is not implemented by Transformer Engine;"
+            " 'torch_mm' has it"
+        )
+
 
 class _Backward(torch.autograd.Function):
     @staticmethod

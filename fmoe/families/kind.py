@@ -14,10 +14,11 @@ from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
+from fmoe.layout.planning import asked_as
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.stage import carry
-from fmoe.types import AdapterError, MoEConfig, as_dtype
+from fmoe.types import AdapterError, MoEConfig, as_dtype, brief
 
 SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
 VERIFIED = {
@@ -99,7 +100,10 @@ class Family:
         keep = quantized == "keep"
         tables = carry(self.rules.stages, self.model_types, **lora)
         known = {n: o for stage in tables if isinstance(stage, Table) for n, o in stage.choices().items()}
+        axes = frozenset[str]().union(*(stage.axes() for stage in tables))
         for name in choices.keys() - known:
+            if part := asked_as(name, choices[name], axes):
+                raise AdapterError(f"{name}={brief(choices[name])}: {part}")
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
             near = meant(name, [*known, "dtype", "quantize", "quantized"])
             raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype{near}")

@@ -17,10 +17,11 @@ from fmoe.dispatch.local import local
 from fmoe.folding import meant
 from fmoe.layer.experts import as_routing, experts
 from fmoe.routing import count, route, routed
-from fmoe.shapes import check_level, check_params, computed_with, in_shape, odd
+from fmoe.shapes import check_config, check_level, check_params, computed_with, in_shape, odd
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
 SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai")
+BESIDE = ("gate.weight", "experts.gate_and_up_projs", "experts.down_projs")
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -66,6 +67,7 @@ def moe(
     tensor([[[9.],
              [4.]]])
     """
+    check_config("moe", config)
     computed_with("moe", "x", x)
     check_level("moe", params, ("experts.gate_and_up_projs", "experts.down_projs", "gate.weight"))
     _check(params, config, x.device)
@@ -190,7 +192,8 @@ def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
             said[n] = [rest[n].shape[0], rest[n].shape[-1] * packed(suffix, rest[n].dtype)]
             if rest[n].requires_grad:
                 raise ValueError(f"moe: parameter {n!r} is codes and requires a gradient, expected it frozen")
-    check_params("moe", rest, weights | biases, sizes, where=where, optional=(*biases, *gate), coded=said)
+    optional = (*biases, *gate)
+    check_params("moe", rest, weights | biases, sizes, where=where, optional=optional, coded=said, beside=BESIDE)
 
 
 def _latent_axes(config: MoEConfig) -> dict[str, str]:

@@ -22,7 +22,7 @@ from fmoe.dispatch.local import local
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
 from fmoe.layer.recompute import recompute as again
-from fmoe.shapes import check_level, check_params, no_nested, odd
+from fmoe.shapes import check_config, check_level, check_params, no_nested, odd
 from fmoe.sharding import is_dtensor
 from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 
@@ -89,6 +89,7 @@ def experts(
     >>> experts(params, torch.tensor([[3.0], [2.0], [9.0]]), routing, config).flatten().tolist()
     [45.0, 4.0, 0.0]
     """
+    check_config("experts", config)
     routing = as_routing(routing)
     check_level("experts", params, ("gate_and_up_projs", "down_projs"))
     _check_tokens(x, routing, config)

@@ -59,6 +59,12 @@ class _Recompute(torch.autograd.Function):
         grads = dict(zip(needed, vjp(dy), strict=True))
         return None, *(grads.get(i) for i in range(len(leaves)))
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "recompute=True: forward mode, which torch.func.hessian takes, is not implemented; leave recompute out"
+        )
+
 
 def recomputing() -> bool:
     """Is this a forward that is computed again for a backward, after it had been computed with gradients?

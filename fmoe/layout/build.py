@@ -1,6 +1,6 @@
 """What a user writes: rules, keeps, drops, aliases and renames, each an adapter of its own, joined by `|` and `>>`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import Alias, Drop, Either, Entry, Keep, Together, rules_of
@@ -112,6 +112,11 @@ def together(*adapters: Adapter) -> Adapter:
 
 def table(adapters: Iterable[Adapter]) -> Adapter:
     """All of them side by side, in one table."""
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
+        named = adapters.get("model_type") if isinstance(adapters, Mapping) else getattr(adapters, "model_type", None)
+        if named or isinstance(adapters, Mapping):
+            raise AdapterError(f"a config goes second: fmoe.adapter({named or 'qwen3_moe'!r}, config)")
+        raise AdapterError(f"{brief(adapters)}: expected a directory, a model type, or rules of your own")
     return Adapter((Table(tuple(dict.fromkeys(e for a in adapters for e in _entries(a)))),))
 
 

@@ -1,6 +1,6 @@
 """Stages planned and resolved one after the other, each for what comes out of the one before."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from fmoe.folding import meant
@@ -111,8 +111,26 @@ def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
     for axis, asked in window.items():
         sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
         if axis not in axes or not sound:
-            told = ", ".join(sorted(axes))
-            raise AdapterError(f"{axis}={brief(asked)}: expected a range of one of the axes {told}")
+            told = asked_as(axis, asked, axes) or f"expected a range of one of the axes {', '.join(sorted(axes))}"
+            raise AdapterError(f"{axis}={brief(asked)}: {told}")
+
+
+def asked_as(name: str, asked: Any, axes: Collection[str]) -> str:
+    """How one asks for what `name=asked` means, where that is a part of an axis but not said so; else "".
+
+    >>> asked_as("e", [0, 1], "de"), asked_as("e", 3, "de"), asked_as("experts", range(2), "de")
+    ('expected range(0, 2)', 'expected a range, such as e=range(0, 2)', 'write e=range(0, 2)')
+    """
+    axis = "e" if name in ("expert", "experts") else name
+    if axis not in axes or isinstance(asked, range) and axis == name:
+        return ""
+    ids = list(asked) if isinstance(asked, list | tuple) else []
+    row = bool(ids) and all(type(i) is int for i in ids) and ids == [*range(ids[0], ids[0] + len(ids))]
+    part = asked if isinstance(asked, range) else range(ids[0], ids[-1] + 1) if row else None
+    told = brief(range(2) if part is None else part)
+    if part is None:
+        return f"expected a range, such as {axis}={told}"
+    return f"write {axis}={told}" if axis != name else f"expected {told}"
 
 
 def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]:

@@ -13,6 +13,7 @@ from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import Gate, Linear, SharedExperts
 from fmoe.routing import routed_of, update_bias
 from fmoe.routing.usage import summed
+from fmoe.shapes import check_config
 from fmoe.types import MoEConfig, Routed, Routing
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class MoE(nn.Module):
         self, config: MoEConfig, backend: "str | Backend | Any | None" = None, *, experts: nn.Module | None = None
     ) -> None:
         super().__init__()
+        check_config("MoE", config)
         self.config, c = config, config
         self.experts: Any = GroupedExperts(config, backend) if experts is None else experts
         self.gate = Gate(c)

@@ -10,6 +10,7 @@ from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher, all_gather, local
 from fmoe.layer.experts import AXES, experts
 from fmoe.parallel import local_params
+from fmoe.shapes import check_config
 from fmoe.sharding import is_dtensor
 from fmoe.types import MoEConfig, Routing
 
@@ -43,6 +44,7 @@ class GroupedExperts(nn.Module):
 
     def __init__(self, config: MoEConfig, backend: "str | Backend | Any | None" = None) -> None:
         super().__init__()
+        check_config(type(self).__name__, config)
         named = getattr(backend, "experts", backend)
         self.config, self.backend = config, _SEED_NAMES.get(named, named) if isinstance(named, str) else named
         E, D, I = config.n_routed_experts, config.expert_dim, config.moe_inter_dim

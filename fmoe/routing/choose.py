@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fmoe.folding import meant
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import count
-from fmoe.shapes import check_level, check_params, odd
+from fmoe.shapes import check_config, check_level, check_params, odd
 from fmoe.types import INTEGERS, MoEConfig, Params, Routed, Routing
 
 
@@ -62,6 +62,7 @@ def _logits(
     params: Params, x: Tensor, config: MoEConfig, indices: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """(logits, correction bias)."""
+    check_config("route", config)
     check_level("route", params, ("gate.weight",))
     gate = {name: p for name, p in params.items() if name.startswith("gate.")}
     _check(gate, x, config, {"indices": indices, "mask": mask})
@@ -165,6 +166,7 @@ def topk_routing(
 
 def score_of(config: MoEConfig) -> Score:
     """The row of `SCORES` that a config names. Raises ValueError for an unknown name."""
+    check_config("routing", config)
     if config.score_func not in SCORES:
         told = f"{', '.join(SCORES)}{meant(config.score_func, SCORES)}"
         raise ValueError(f"score_func is {config.score_func!r}, expected one of {told}")
@@ -208,9 +210,9 @@ def _check(gate: Params, x: Tensor, config: MoEConfig, given: dict[str, Tensor |
 
 
 def _check_choice(logits: Tensor, config: MoEConfig, correction_bias: Tensor | None) -> None:
+    score, name = score_of(config), config.score_func
     E, K = config.n_routed_experts, config.n_activated_experts
     G, g = config.n_expert_groups, config.n_limited_groups
-    name, score = config.score_func, score_of(config)
     if logits.shape[-1] != E or K > E:
         raise ValueError(f"logits have shape {list(logits.shape)}, expected [T, E={E}] with E >= K={K}")
     if correction_bias is not None and score.bias == "none":

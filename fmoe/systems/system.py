@@ -10,10 +10,11 @@ from fmoe.families import family
 from fmoe.families.kind import KEPT, as_dict
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.planning import asked_as
 from fmoe.systems.wording.complete import Complete
 from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.published import published
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 FAMILY = {"qwen3_5_moe_text": "qwen3_5_moe"}
 ALWAYS = ("lossy", "quantized", "dtype")
@@ -74,7 +75,10 @@ class System:
         codec = () if facts.keep else tuple(s for s in plain.stages if isinstance(s, Quantised))
         layouts = {n: v for n, v in choices.items() if n not in self.choices and n not in ALWAYS}
         made = Adapter((*codec, *published(facts).stages, Complete())) >> self.tables[name](facts)
+        axes = frozenset[str]().union(*(stage.axes() for stage in made.stages))
         for unknown in layouts.keys() - {n for stage in made.stages for n in stage.choices()}:
+            if part := asked_as(unknown, layouts[unknown], axes):
+                raise AdapterError(f"{unknown}={brief(layouts[unknown])}: {part}")
             if near := meant(unknown, (*self.choices, *ALWAYS)):
                 raise AdapterError(f"system={self.name!r} has no choice {unknown}{near}")
         return replace(made, moe=plain.moe, config=plain.config).choose(**layouts)

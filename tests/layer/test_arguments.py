@@ -344,3 +344,38 @@ def test_nested_tensors_and_fp8_tokens_are_refused_by_name():
         for block in (lambda x: fmoe.moe(block_params(), x, BLOCK), fmoe.nn.MoE(BLOCK)):
             with pytest.raises(ValueError, match="moe: '?x'? is"):
                 block(odd)
+
+
+# what belongs elsewhere: the experts alone, an adapter, a config of Hugging Face's
+
+CONFIGS_OF = {
+    "moe": lambda c: fmoe.moe(BLOCK_OF_IT, torch.ones(3, 8), c),
+    "route": lambda c: fmoe.route(BLOCK_OF_IT, torch.ones(3, 8), c),
+    "experts": lambda c: fmoe.experts(fmoe.subtree(BLOCK_OF_IT, "experts"), torch.ones(3, 8), ROWS_OF_IT, c),
+    "routing": lambda c: fmoe.routing.topk_routing(torch.ones(3, 4), c),
+    "MoE": lambda c: fmoe.nn.MoE(c),
+    "GroupedExperts": lambda c: fmoe.nn.GroupedExperts(c),
+    "load_balancing": lambda c: fmoe.losses.load_balancing(
+        fmoe.routing.routed(BLOCK_OF_IT, torch.ones(3, 8), LAYER), c
+    ),
+}
+BLOCK_OF_IT = {name: torch.ones(shape) for name, shape in PARTS.items()}
+
+
+@pytest.mark.parametrize("call", CONFIGS_OF)
+def test_a_config_of_another_kind_is_answered_with_where_the_right_one_is(call):
+    with pytest.raises(ValueError, match=f"{call}: config is an Adapter, .*Fix: adapter.moe_config"):
+        CONFIGS_OF[call](fmoe.adapter("qwen3_moe"))
+    with pytest.raises(ValueError, match=rf"{call}: config is a dict.*fmoe.adapter\('mixtral', config\).moe_config"):
+        CONFIGS_OF[call]({"model_type": "mixtral"})
+    CONFIGS_OF[call](LAYER)
+
+
+def test_the_experts_alone_are_no_block():
+    alone = fmoe.subtree(BLOCK_OF_IT, "experts")
+    for params in (alone, alone | {"gate.weight": BLOCK_OF_IT["gate.weight"]}):
+        with pytest.raises(ValueError, match="params are of experts alone, expected the whole block") as error:
+            fmoe.moe(params, torch.ones(3, 8), LAYER)
+        assert "fmoe.subtree(native, 'model.layers.0.mlp')" in str(error.value)
+    with pytest.raises(ValueError, match=r"'expert.down_projs', expected only gate.weight, .*'experts.down_projs'\?"):
+        fmoe.moe(BLOCK_OF_IT | {"expert.down_projs": torch.ones(1)}, torch.ones(3, 8), LAYER)

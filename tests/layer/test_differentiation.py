@@ -270,6 +270,17 @@ def test_forward_mode(backend: str) -> None:
     torch.testing.assert_close(hessian.flatten(2).flatten(0, 1), hessian.flatten(2).flatten(0, 1).mT)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, on import
+@pytest.mark.parametrize(
+    ("backend", "recompute", "fix"), [("triton", False, "'torch_mm' or 'loop'"), ("loop", True, "")]
+)
+def test_where_there_is_no_forward_mode_the_backend_is_named(backend: str, recompute: bool, fix: str) -> None:
+    f, plain = value(layer(backend, recompute)), {n: p for n, p in PARAMS.items() if "lora" not in n}
+    with pytest.raises(NotImplementedError, match=f"{fix}.*{backend}" if fix else "recompute=True") as error:
+        torch.func.jvp(lambda x: f(plain, x, ARGS[2]), (X,), (X,))
+    assert "torch.func.hessian" in str(error.value)
+
+
 @pytest.mark.parametrize("backend", SECOND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_operators_pass_opcheck(dtype: torch.dtype, backend: str) -> None:

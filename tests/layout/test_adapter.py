@@ -240,3 +240,32 @@ def test_an_unknown_family_choice_or_directory_is_refused_with_what_there_is():
     with pytest.raises(fmoe.AdapterError, match="moe_config is unknown: qwen3_moe: the config does not say"):
         _ = fmoe.adapter("qwen3_moe").moe_config
     assert fmoe.adapter([rule("a [d]", "b [d]"), keep("{rest}")]) == rule("a [d]", "b [d]") | keep("{rest}")
+
+
+SIZES = dict(num_experts=4, hidden_size=4, moe_intermediate_size=3, num_experts_per_tok=1, num_hidden_layers=1)
+ASKERS = {
+    "rule": lambda **ask: rule("w.{e} [d]", "v [e d]").from_hf({"w.0": numbered(1)}, **ask),
+    "family": lambda **ask: fmoe.adapter("qwen3_moe", **ask),
+    "directory": lambda **ask: fmoe.load(fmoe.docs.example(), **ask),
+    "system": lambda **ask: fmoe.adapter("qwen3_moe", SIZES, system="torchtitan", **ask),
+}
+
+
+@pytest.mark.parametrize("asker", ASKERS)
+@pytest.mark.parametrize(
+    "ask, why",
+    [
+        (dict(e=[0, 1]), r"e=\[0, 1\]: expected range\(0, 2\)"),
+        (dict(e=3), r"e=3: expected a range, such as e=range\(0, 2\)"),
+        (dict(experts=[2, 3]), r"experts=\[2, 3\]: write e=range\(2, 4\)"),
+        (dict(experts=range(2)), r"experts=range\(0, 2\): write e=range\(0, 2\)"),
+    ],
+)
+def test_a_part_that_is_no_range_is_answered_with_the_range(asker, ask, why):
+    with pytest.raises(fmoe.AdapterError, match=why):
+        ASKERS[asker](**ask)
+
+
+def test_a_config_alone_is_told_that_it_goes_second():
+    with pytest.raises(fmoe.AdapterError, match=r"a config goes second: fmoe.adapter\('mixtral', config\)"):
+        fmoe.adapter({"model_type": "mixtral"})

@@ -99,6 +99,13 @@ class _Forward(torch.autograd.Function):
         return x, None, weights, None, *params, *(None,) * 9
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "fmoe_kernels.experts: forward mode, which torch.func.hessian takes, is not implemented by the kernels;"
+            " use fmoe's backend 'torch_mm' or 'loop' in place of 'triton', or reference.experts"
+        )
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return one_by_one(_Forward, info, in_dims, args)
 
@@ -116,7 +123,7 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> tuple[Maybe, ...]:
         raise NotImplementedError(
             "fmoe_kernels.experts: the derivative of a derivative is not implemented by the kernels;"
-            " use fmoe_kernels.reference.experts, or fmoe's backend 'loop'"
+            " use fmoe's backend 'torch_mm' or 'loop' in place of 'triton', or reference.experts"
         )
 
     @staticmethod

@@ -184,6 +184,13 @@ class _Forward(torch.autograd.Function):
         return du, None if ctx.saved_tensors[1] is None else dp, None, None, None
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(
+            "fmoe_kernels.activations: forward mode, which torch.func.hessian takes, is not implemented by the kernels;"
+            " use fmoe_kernels.reference.activate"
+        )
+
+    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         return one_by_one(_Forward, info, in_dims, args)
 
