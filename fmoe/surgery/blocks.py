@@ -1,7 +1,7 @@
 """Experts of a checkpoint selected, permuted, replicated and merged, layer by layer."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmoe.layer.experts import AXES
 from fmoe.surgery.config import known, resized, says_each_layer
-from fmoe.types import MoEConfig, Params
+from fmoe.types import MoEConfig, Params, brief
 
 Ids = Sequence[int] | Tensor
 Groups = Sequence[Sequence[int]]
@@ -114,8 +114,9 @@ def merge(
     """
     given, kind, moe = known(config)
     E, found = moe.n_routed_experts, layers(native)
-    of = _by_layer("merge", found, groups)
-    parts = {name: None if weights is None else _by_layer("merge", found, weights)[name] for name in found}
+    of = _by_layer("merge", found, groups, "groups", 2)
+    shares = None if weights is None else _by_layer("merge", found, weights, "weights", 2)
+    parts = {name: None if shares is None else shares[name] for name in found}
 
     def mixer(layer: str) -> Callable[[str, Tensor], Tensor]:
         M = _matrix(layer, of[layer], parts[layer], E)
@@ -142,7 +143,7 @@ def _taken(
     E, found = moe.n_routed_experts, layers(native)
     if whole and isinstance(ids, Mapping):
         ids = {name: range(E) for name in found} | dict(ids)
-    of = {name: [int(i) for i in own] for name, own in _by_layer(what, found, ids).items()}
+    of = _by_layer(what, found, ids, "order" if whole else "keep", 1)
     for name, own in of.items():
         wrong = len(set(own)) < len(own) or any(not 0 <= i < E for i in own) or (whole and len(own) != E)
         if wrong:
@@ -154,15 +155,37 @@ def _taken(
     return made, _recounted(what, given, kind, moe, {name: len(own) for name, own in of.items()})
 
 
-def _by_layer(what: str, found: Mapping[str, Any], given: Any) -> dict[str, Any]:
-    """What is given for each layer; alike for all, if it is not a mapping."""
+def _by_layer(what: str, found: Mapping[str, Any], given: Any, argument: str, depth: int) -> dict[str, Any]:
+    """What is given for each layer, as lists `depth` deep; alike for all, if it is not a mapping."""
     if not found:
         raise ValueError(f"{what}: no layer has experts: no name ends with 'experts.down_projs'")
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(found, given)
-    if odd := sorted(given.keys() ^ found.keys()):
+    of = given if isinstance(given, Mapping) else dict.fromkeys(found, given)
+    made = {name: _listed(own, depth, argument != "weights") for name, own in of.items()}
+    if not all(isinstance(name, str) for name in of) or any(own is None for own in made.values()):
+        kind = {"weights": "numbers for each group", "groups": "groups of ids"}.get(argument, "ids")
+        some = ", ".join(map(repr, [*found][:3])) + ", ..." * (len(found) > 3)
+        raise ValueError(f"{what}: {argument} is {brief(given)}, expected {kind}, or {kind} by layer: {some}")
+    if odd := sorted(made.keys() ^ found.keys()):
         raise ValueError(f"{what}: layers {odd} are named or have experts, expected both: {', '.join(found)}")
-    return {name: given[name] for name in found}
+    return {name: made[name] for name in found}
+
+
+def _listed(given: Any, depth: int, whole: bool) -> list[Any] | None:
+    """Lists, `depth` deep, of ints (or, where not whole, of numbers); None for anything else.
+
+    >>> _listed(torch.tensor([2, 0]), 1, True), _listed([[0, 1]], 1, True), _listed([[0.5, 0.5]], 2, False)
+    ([2, 0], None, [[0.5, 0.5]])
+    """
+    if hasattr(given, "tolist"):
+        given = given.tolist()
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+        return None
+    if depth > 1:
+        inner = [_listed(own, depth - 1, whole) for own in given]
+        return None if None in inner else inner
+    numbers = [n.item() if hasattr(n, "item") else n for n in given]
+    kinds = (int,) if whole else (int, float)
+    return numbers if all(type(n) in kinds for n in numbers) else None  # a bool is no id
 
 
 def _each_layer(
@@ -213,11 +236,13 @@ def _recounted(what: str, config: dict[str, Any], kind: Any, moe: MoEConfig, cou
 
 def _matrix(layer: str, groups: Groups, weights: Any, E: int) -> Tensor:
     """[new experts, E] fp64: the weight of each old expert in each new one."""
-    if sorted(int(i) for ids in groups for i in ids) != list(range(E)):
+    if sorted(i for ids in groups for i in ids) != list(range(E)) or not all(groups):
         raise ValueError(f"merge: {layer}: groups are {list(groups)}, expected each of 0 to {E - 1} once")
+    if weights is not None and len(weights) != len(groups):
+        raise ValueError(f"merge: {layer}: {len(weights)} weights for {len(groups)} groups, expected a list for each")
     M = torch.zeros(len(groups), E, dtype=torch.float64)
     for j, ids in enumerate(groups):
-        w = [1 / len(ids)] * len(ids) if weights is None else [float(x) for x in weights[j]]
+        w = [1 / len(ids)] * len(ids) if weights is None else weights[j]
         if len(w) != len(ids) or abs(sum(w) - 1) > 1e-6:
             raise ValueError(f"merge: {layer}: weights of group {list(ids)} are {w}, expected as many, summing to 1")
         M[j, list(ids)] = torch.tensor(w, dtype=torch.float64)

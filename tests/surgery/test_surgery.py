@@ -150,6 +150,34 @@ def test_a_family_that_routes_by_groups_keeps_its_groups() -> None:
         surgery.replicate(native, config, 2)
 
 
+def test_ids_that_are_none_are_answered_with_the_names_of_the_layers() -> None:
+    _, native, config = checkpoint("mixtral")
+    first, second = surgery.layers(native)
+    by_layer = f"expected ids, or ids by layer: {first!r}, {second!r}"
+    for cut, argument in ((surgery.select, "keep"), (surgery.permute, "order")):
+        mask = torch.ones(8) > 0
+        for ids in ([[0, 1], [0, 1]], {0: [0, 1], 1: [0, 1]}, {first: 3, second: [0]}, 3, "01", [0.5], None, mask):
+            with pytest.raises(ValueError) as error:
+                cut(native, config, ids)
+            told = str(error.value)
+            assert told.startswith(f"{cut.__name__}: {argument} is ") and told.endswith(by_layer)
+    pairs = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for groups in ([0, 1], {0: pairs, 1: pairs}, {first: [3], second: pairs}, 3, None):
+        with pytest.raises(
+            ValueError, match="merge: groups is .*expected groups of ids, or groups of ids by layer: 'mod"
+        ):
+            surgery.merge(native, config, groups)
+    for weights in ([0.5, 0.5], {0: pairs}, 3):
+        with pytest.raises(ValueError, match="merge: weights is .*expected numbers for each group"):
+            surgery.merge(native, config, pairs, weights)
+    with pytest.raises(ValueError, match="1 weights for 2 groups"):
+        surgery.merge(native, config, pairs, [[0.25] * 4])
+    with pytest.raises(ValueError, match="expected each of 0 to 7 once"):
+        surgery.merge(native, config, [*pairs, []])
+    few = [surgery.select(native, config, ids) for ids in ([1, 5], (1, 5), torch.tensor([1, 5]), range(1, 6, 4))]
+    assert all(torch.equal(t, few[0][0][n]) for made, _ in few for n, t in made.items())
+
+
 def test_errors() -> None:
     _, native, config = checkpoint("mixtral")
     for ids in ([0, 0, 1], [0, 8], [-1, 2]):
