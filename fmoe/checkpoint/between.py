@@ -24,7 +24,7 @@ from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import adapters, gaps_between, open_source, side, whole_between
+from fmoe.checkpoint.sides import adapters, gaps_between, open_source, plan_between, side, whole_between
 from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
@@ -60,7 +60,7 @@ def convert_between(
     source = open_source(src, config)
     here = side(source, from_)
     adapter, there = adapters(source, here, to, lossy, **{n: v for n, v in choices.items() if n not in ranges})
-    plan = plan_from(source, there, **ranges)
+    plan = plan_between(source, to, there, **ranges)
     if to != "native":
         whose = {"hf": "Hugging Face"}.get(to, to)
         no_part(dst, narrowed(source.model_type, source.config, choices), whose)

@@ -12,15 +12,18 @@ from fmoe import systems
 from fmoe.checkpoint.files.containers.source import Foreign, container_of, open_foreign
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
-from fmoe.checkpoint.open import adapter_of, layers_fit
+from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.checkpoint.whole import gaps_of
+from fmoe.codecs.config import quantization_of
 from fmoe.families import family
 from fmoe.families.complete import Gaps, gaps
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.pipeline import Plan
+from fmoe.layout.proved.suspects import QUANTISED
 from fmoe.systems import SYSTEMS
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, Problem
 
 
 def of_systems(src: Where | str, to: str, config: Any, from_: str | None, own: bool = False) -> bool:
@@ -108,6 +111,19 @@ def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any
         else systems.adapter(to, source.model_type, source.config, lossy=lossy, **choices)
     )
     return back.inverse, back >> made.resolve(names)
+
+
+def plan_between(source: Checkpoint, to: str, there: Adapter, **ranges: range) -> Plan:
+    """`plan_from`; where only codes and scales are in a system's way, the error says how they become numbers."""
+    try:
+        return plan_from(source, there, **ranges)
+    except AdapterError as error:
+        if to not in SYSTEMS or not any(map(QUANTISED.search, error.keys)):
+            raise
+        how = (quantization_of(source.config) or {}).get("quant_method", "codes and scales")
+        fix = f"Fix: fmoe convert {source.path} BF16 --to hf --dtype bfloat16, then BF16"
+        text = f"{source.path} is quantised with {how}, and {to}'s tables hold numbers. {fix}"
+        raise AdapterError([Problem(text, error.keys)]) from None
 
 
 def gaps_between(source: Checkpoint, here: str, adapter: Adapter) -> Gaps:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fmoe.layout.asked import asked
 from fmoe.layout.beside import beside, check_parts
 from fmoe.layout.eager.html import table_of
 from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, views_of, without
@@ -245,4 +246,5 @@ class Adapter:
 
     def _to_hf_plan(self, params: Mapping[str, Any], quantization: bool | None, window: Window) -> Plan:
         back = (self if quantization is None else self.choose(quantization=quantization)).inverse
-        return back._plan(params, window, frozenset(window))
+        with asked(lambda: self._plan(params, window, frozenset(window))):
+            return back._plan(params, window, frozenset(window))

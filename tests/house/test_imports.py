@@ -37,7 +37,7 @@ layout.units
 layout.pipeline layout.table
 layout.planning layout.sharded.mesh
 layout.eager
-layout.beside
+layout.beside layout.asked
 layout.adapter
 layout.build
 codecs

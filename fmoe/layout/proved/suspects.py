@@ -18,7 +18,7 @@ _STACKED = re.compile(
     r"(^|\.)((block_sparse_)?moe\.(gate|up|down)_proj|(block_sparse_moe|mlp)\.(in|out)put_linear)\."
 )  # experts in one tensor, under no such segment
 _FUSED = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)(_bias)?$")
-_QUANTISED = re.compile(
+QUANTISED = re.compile(
     r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|weight_packed|qscale_\w+|\.(qweight|qzeros|absmax))$"
 )
 _PAIRED = {"_blocks": "_scales", "_scales": "_blocks"}  # MXFP4 in two tensors; one alone has an ordinary name
@@ -52,8 +52,8 @@ def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], the
     """Why these keeps may not pass this name on, and the line to add. there: the templates of all names."""
     segments = template.split(".")
     end = next((end for end in _PAIRED if template.endswith(end)), None)
-    packed = _QUANTISED.search(template) or end and template.removesuffix(end) + _PAIRED[end] in there
-    if packed and not any(_spells(k) or _QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
+    packed = QUANTISED.search(template) or end and template.removesuffix(end) + _PAIRED[end] in there
+    if packed and not any(_spells(k) or QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
         why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
         return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{segments[-1]}")'
     near = {s: None for s in segments if _like(s)}

@@ -1,0 +1,20 @@
+"""What an error of a plan means where the other side's names were given."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fmoe.types import AdapterError
+
+
+@contextmanager
+def asked(other: Callable[[], object]) -> Iterator[None]:
+    """Where native names are expected: an error inside says so, if `other`, the way from Hugging Face, takes these."""
+    try:
+        yield
+    except AdapterError as error:
+        try:
+            other()
+        except AdapterError:
+            raise error from None
+        fix = "Fix: adapter.from_hf(params) first, as in fmoe.save(adapter.from_hf(params), ...)"
+        raise AdapterError(f"these are Hugging Face's names, expected native ones. {fix}") from None
