@@ -165,9 +165,8 @@ class Claimed:
             known = prod(self._held(a, full) for a in atoms if a in full and a not in part) * prod(sized.values())
             unknown = [a for a in atoms if a not in sized and (a not in full or a in part)]
             if len(unknown) > 1:
-                raise Wrong(
-                    f"{name!r}: the sizes of {', '.join(unknown)} in {self.rule} are unknown: bind all but one", (name,)
-                )
+                told = f"the sizes of {', '.join(unknown)} in {self.rule} are unknown: bind all but one"
+                raise Wrong(f"{name!r}: {told}, as rule(..., {'g' if 'g' in unknown else unknown[-1]}=2)", (name,))
             if (size % known if known else size) or not unknown and size != known:
                 raise self._misfit(name, full)
             for axis in unknown:

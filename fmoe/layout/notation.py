@@ -7,7 +7,7 @@ A name captured on both sides indexes the relation; captured on one side only, i
 letter occurs once per side, a rule is a bijection, and its inverse is the pair swapped: nobody writes one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,7 +119,8 @@ class Rule:
         return frozenset(label for a in names for label in a.split("|"))
 
     def __str__(self) -> str:
-        return f"{self.source}  <->  {self.target}{_where(self.bounds)}"
+        indices = {*self.source.captures, *self.target.captures}
+        return f"{self.source}  <->  {self.target}{_where(self.bounds, indices)}"
 
     def _repr_html_(self) -> str:
         return table_of(str(self))
@@ -198,8 +199,11 @@ class Rule:
             sized = name not in self.shared
             if not bound or sized and (not isinstance(bound, range) or bound.start or bound.step != 1):
                 return f"{name} is bounded by {bound}, expected " + ("a size" if sized else "some numbers")
-        if lost := self._letters(self.source) ^ self._letters(self.target):
-            return f"{', '.join(sorted(lost))} stands on one side only: a letter is a capture or an axis on both"
+        sides = ("left", self.source, self._letters(self.source)), ("right", self.target, self._letters(self.target))
+        for (here, side, letters), (there, _, others) in (sides, sides[::-1]):
+            if lost := sorted(letters - others):
+                told = [f"{n!r} is {'a capture' if n in side.captures else 'an axis'} on the {here}" for n in lost]
+                return f"{', '.join(told)}, and nothing on the {there}: a letter is a capture or an axis on both sides"
         return None
 
     def _letters(self, side: Address) -> set[str]:
@@ -237,10 +241,10 @@ def _bound(values: range | list[int]) -> Bound:
     return range(found[0], found[-1] + 1) if found and found[-1] - found[0] + 1 == len(found) else found
 
 
-def _where(bounds: tuple[tuple[str, Bound], ...]) -> str:
+def _where(bounds: tuple[tuple[str, Bound], ...], indices: Collection[str]) -> str:
     def show(name: str, values: Bound) -> str:
         if isinstance(values, range) and values.start == 0:
-            return f"{name} < {values.stop}"
+            return f"{name} {'<' if name in indices else '='} {values.stop}"
         return f"{name} in {values.start}..{values.stop - 1}" if isinstance(values, range) else f"{name} in {values}"
 
     return "   where " + ", ".join(show(n, v) for n, v in bounds) if bounds else ""

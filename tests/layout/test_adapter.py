@@ -198,7 +198,8 @@ def test_nothing_is_written_to_an_argument_and_specs_stay_specs():
 @pytest.mark.parametrize(
     "hf, native, why",
     [
-        ("w.{e} [d]", "v [d]", "e stands on one side only"),
+        ("w.{e} [d]", "v [d]", "'e' is a capture on the left, and nothing on the right"),
+        ("w [d]", "v [e d]", "'e' is an axis on the right, and nothing on the left"),
         ("w [d d]", "v [d]", "an axis occurs twice"),
         ("w.{e}.{e} [d]", "v [e d]", "captured twice"),
         ("w [d]", "v", "one side has axes"),
@@ -240,6 +241,17 @@ def test_an_unknown_family_choice_or_directory_is_refused_with_what_there_is():
     with pytest.raises(fmoe.AdapterError, match="moe_config is unknown: qwen3_moe: the config does not say"):
         _ = fmoe.adapter("qwen3_moe").moe_config
     assert fmoe.adapter([rule("a [d]", "b [d]"), keep("{rest}")]) == rule("a [d]", "b [d]") | keep("{rest}")
+
+
+def test_a_size_reads_as_a_size_and_an_index_as_a_bound():
+    assert str(rule("{p=q|k} [p d]", "w [(q|k) d]", q=16, d=8)).endswith("where d = 8, q = 16")
+    assert str(rule("{l}.w.{e} [d]", "{l}.v [e d]", e=8, l=range(1, 3))).endswith("where e < 8, l in 1..2")
+
+
+def test_of_sizes_that_do_not_follow_one_is_asked_for_as_it_is_written():
+    with pytest.raises(fmoe.AdapterError, match=r"sizes of i, g in .* bind all but one, as rule\(\.\.\., g=2\)"):
+        rule("w [d (i g)]", "v [d (g i)]").from_hf({"w": numbered(1, 4)})
+    assert rule("w [d (i g)]", "v [d (g i)]", g=2).from_hf({"w": numbered(1, 4)})["v"].tolist() == [[0, 2, 1, 3]]
 
 
 SIZES = dict(num_experts=4, hidden_size=4, moe_intermediate_size=3, num_experts_per_tok=1, num_hidden_layers=1)
