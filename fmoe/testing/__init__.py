@@ -15,13 +15,18 @@ The strategies need hypothesis: `pip install "fmoe[testing]"`. The laws do not.
 
 from typing import TYPE_CHECKING, Any
 
-from fmoe.testing.laws import assert_laws, same, tensors
+from fmoe.testing.compared import same, tensors
+from fmoe.testing.laws import assert_laws
 from fmoe.testing.naive import by_einops
 
 if TYPE_CHECKING:
     from fmoe.testing.strategies import checkpoints, family_checkpoints, rules
 
 __all__ = ["assert_laws", "by_einops", "checkpoints", "family_checkpoints", "rules", "same", "tensors"]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]
 
 
 def __getattr__(name: str) -> Any:

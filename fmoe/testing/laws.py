@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,35 +11,11 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.beside import BesidePlan
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.plan import TablePlan
-from fmoe.types import AdapterError, TensorSpec, bits
+from fmoe.testing.compared import assert_pure, clones, same, tensors
+from fmoe.types import AdapterError, TensorSpec
 
 Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Pair = tuple[Function, Function]
-
-
-def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of these specs: normal values, as bits that any dtype can hold.
-
-    >>> tensors({"w": TensorSpec((2, 3), torch.bfloat16)})["w"].shape
-    torch.Size([2, 3])
-    """
-    made = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(spec.shape, generator=made).to(spec.dtype) for n, spec in specs.items()}
-
-
-def same(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
-    """Asserts equal names, and for each equal shape, dtype and bits.
-
-    >>> same({"w": torch.ones(2)}, {"w": torch.ones(2)})
-    """
-    assert a.keys() == b.keys(), f"names differ: {sorted(a.keys() ^ b.keys())[:8]}"
-    for name, x in a.items():
-        y = b[name]
-        assert (tuple(x.shape), x.dtype) == (tuple(y.shape), y.dtype), (
-            f"{name}: {x.shape} {x.dtype}, {y.shape} {y.dtype}"
-        )
-        if isinstance(x, Tensor) and not (x.is_meta or y.is_meta):
-            assert torch.equal(bits(x), bits(y)), f"{name}: values differ"
 
 
 def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: int = 0) -> None:
@@ -64,7 +39,7 @@ def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: 
     hf: Mapping[str, Tensor] = MappingProxyType(drawn)
     if not adapter.lossless:
         hf = MappingProxyType(adapter.to_hf(adapter.from_hf(hf), copy=True))
-    before = {n: t.clone() for n, t in hf.items()}
+    before = clones(hf)
     native = MappingProxyType(adapter.from_hf(hf))
     assert_inverse(adapter, hf, native)
     assert_order(adapter, hf, native)
@@ -73,21 +48,32 @@ def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: 
     assert_tiles(adapter.plan(hf))
     assert_views(adapter, hf, native)
     assert_restricts(adapter, hf, native)
-    same(hf, before)
+    assert_pure("a conversion", hf, before)
 
 
 def _assert_pair(from_hf: Function, to_hf: Function, drawn: dict[str, Tensor]) -> None:
     """to_hf(from_hf(x)) == x, whatever the order of a dict; and nothing is written to an argument."""
-    hf, before = MappingProxyType(drawn), {n: t.clone() for n, t in drawn.items()}
-    native = from_hf(hf)
-    kept = {n: t.clone() for n, t in native.items()}
-    same(to_hf(MappingProxyType(native)), before)
-    same(native, kept)
-    turned = from_hf(MappingProxyType(dict(reversed(drawn.items()))))
-    same(turned, kept)
+    there, back, before = _watched("from_hf", from_hf), _watched("to_hf", to_hf), clones(drawn)
+    native = there(drawn)
+    kept = clones(native)
+    same(back(native), before, "inverse: to_hf(from_hf(x))")
+    turned = there(dict(reversed(drawn.items())))
+    same(turned, kept, "order: from_hf of x in another order")
     assert list(turned) == list(native), "order: from_hf returns its names in the order of its argument"
-    same(from_hf(MappingProxyType(to_hf(native))), kept)
-    same(hf, before)
+    same(there(back(native)), kept, "inverse: from_hf(to_hf(from_hf(x)))")
+    assert_pure("from_hf or to_hf", drawn, before)
+
+
+def _watched(name: str, function: Function) -> Function:
+    """The function, which must leave its argument as it is."""
+
+    def run(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        own, before = dict(given), clones(given)
+        made = function(own)
+        assert_pure(name, own, before)
+        return made
+
+    return run
 
 
 def assert_order(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
@@ -110,7 +96,7 @@ def assert_complete(adapter: Adapter, hf: Mapping[str, Tensor]) -> None:
     there = adapter.plan(hf)
     back = adapter.inverse.plan(there.targets)
     if adapter.lossless:
-        same(back.targets, hf)
+        same(back.targets, hf, "completeness: the plan of to_hf")
     for plan, names in ((there, hf), (back, there.targets)):
         sources = [name for unit, _ in plan.units() for name in unit]
         targets = [name for _, unit in plan.units() for name in unit]
@@ -136,24 +122,26 @@ def _aliases(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def assert_inverse(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
     """to_hf(from_hf(x)) == x and from_hf(to_hf(n)) == n, by views and by copies; the same through `inverse`."""
-    same(adapter.to_hf(native), hf)
-    same(adapter.to_hf(adapter.from_hf(hf, copy=True, contiguous=True)), hf)
-    same(adapter.inverse.from_hf(native), hf)
-    same(adapter.from_hf(adapter.to_hf(native, copy=True)), native)
-    same(dict(adapter.iter_hf(native)), hf)
-    assert adapter.inverse.inverse == adapter, "the inverse of the inverse is another adapter"
+    same(adapter.to_hf(native), hf, "inverse: to_hf(from_hf(x))")
+    same(adapter.to_hf(adapter.from_hf(hf, copy=True, contiguous=True)), hf, "inverse: to_hf(from_hf(x, copy=True))")
+    same(adapter.inverse.from_hf(native), hf, "inverse: inverse.from_hf(from_hf(x))")
+    same(adapter.from_hf(adapter.to_hf(native, copy=True)), native, "inverse: from_hf(to_hf(from_hf(x), copy=True))")
+    same(dict(adapter.iter_hf(native)), hf, "inverse: iter_hf(from_hf(x))")
+    assert adapter.inverse.inverse == adapter, "inverse: the inverse of the inverse is another adapter"
     for name, copied in adapter.from_hf(hf, copy=True).items():
         shared = {t.untyped_storage().data_ptr() for t in hf.values() if t.numel()}
-        assert copied.untyped_storage().data_ptr() not in shared, f"copy=True: {name} shares memory with the input"
+        assert copied.untyped_storage().data_ptr() not in shared, (
+            f"purity: with copy=True {name!r} shares memory with the input"
+        )
 
 
 def assert_abstract(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
     """The plan's targets, and conversions of specs and of meta tensors, say what conversions of tensors give."""
     specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in hf.items()}
-    same(adapter.plan(specs).targets, native)
-    same(adapter.from_hf(specs), native)
-    same(adapter.from_hf({n: t.to("meta") for n, t in hf.items()}), native)
-    same(adapter.to_hf(adapter.from_hf(specs)), specs)
+    same(adapter.plan(specs).targets, native, "abstract: plan(specs).targets")
+    same(adapter.from_hf(specs), native, "abstract: from_hf(specs)")
+    same(adapter.from_hf({n: t.to("meta") for n, t in hf.items()}), native, "abstract: from_hf of meta tensors")
+    same(adapter.to_hf(adapter.from_hf(specs)), specs, "abstract: to_hf(from_hf(specs))")
 
 
 def assert_tiles(plan: Plan) -> None:
@@ -171,7 +159,9 @@ def assert_tiles(plan: Plan) -> None:
                     count.as_strided(copy.shape, steps, start).add_(1)
             for side, counts in seen.items():
                 for name, count in counts.items():
-                    assert bool((count == 1).all()), f"{side} {name}: visited {count.unique().tolist()} times"
+                    assert bool((count == 1).all()), (
+                        f"tiling: {side} {name!r} is visited {count.unique().tolist()} times"
+                    )
 
 
 def assert_views(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
@@ -180,13 +170,13 @@ def assert_views(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str
         fresh = {n: torch.zeros_like(t) for n, t in native.items()}
         views = adapter.views(fresh)
     except AdapterError as error:  # then some HF tensor is made of several native ones, or decoded: and it says which
-        assert error.keys, "an error that names no key"
+        assert error.keys, "views: an error that names no key"
         return
     for name, view in views.items():
         view.copy_(hf[name])
-    same(fresh, native)
-    assert set(views.written()) == set(native), "not every native tensor is said to be written"
-    assert not views.written([]), "something is said to be written before anything is"
+    same(fresh, native, "views: writing them")
+    assert set(views.written()) == set(native), "views: not every native tensor is said to be written"
+    assert not views.written([]), "views: something is said to be written before anything is"
 
 
 def assert_restricts(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
@@ -202,12 +192,14 @@ def assert_restricts(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping
     for part in {range(0, n), range(n // 2, n), range(n - 1, n)}:
         if len(part):
             local = adapter.from_hf(hf, e=part)
-            same(local, {k: t[part.start : part.stop] if k in stacks else t for k, t in native.items()})
+            cut = {k: t[part.start : part.stop] if k in stacks else t for k, t in native.items()}
+            same(local, cut, f"restriction: from_hf(x, e={part})")
             needed = adapter.plan(hf, e=part).sources
-            same(adapter.from_hf({k: hf[k] for k in needed}, e=part), local)
+            same(adapter.from_hf({k: hf[k] for k in needed}, e=part), local, f"restriction: from_hf of e={part} alone")
             back = adapter.to_hf(local, e=part)
-            assert set(back) == set(needed), "a part goes back under other names"
+            assert set(back) == set(needed), f"restriction: to_hf of e={part} gives other names"
             same(
                 {k: t for k, t in back.items() if t.shape == hf[k].shape},
                 {k: hf[k] for k in back if back[k].shape == hf[k].shape},
+                f"restriction: to_hf of e={part}",
             )

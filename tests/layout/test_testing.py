@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 
 import fmoe
-from fmoe import TensorSpec, keep, rule
+from fmoe import Adapter, TensorSpec, keep, rule
 from fmoe.testing import assert_laws, checkpoints
 
 SPECS = {f"w.{e}": TensorSpec((2, 3), torch.float32) for e in range(2)}
@@ -23,10 +23,15 @@ def test_two_functions_are_held_to_the_laws():
 @pytest.mark.parametrize(
     "there, back, why",
     [
-        (lambda p: {"w": torch.stack(list(p.values()))}, BACK, "values differ"),  # follows the order of the dict
-        (STACK, lambda p: {"w.0": p["w"][0]}, "names differ"),
-        (STACK, lambda p: {n: t.add_(1) for n, t in BACK(p).items()}, "values differ"),
-        (lambda p: {n: t.half() for n, t in p.items()}, lambda p: p, "float16"),
+        # follows the order of the dict
+        (lambda p: {"w": torch.stack(list(p.values()))}, BACK, "order: from_hf of x in another order gives 'w' with"),
+        (STACK, lambda p: {"w.0": p["w"][0]}, r"inverse: to_hf\(from_hf\(x\)\) gives other names: without \['w.1'\]"),
+        (STACK, lambda p: {n: t.T for n, t in BACK(p).items()}, r"inverse: .* 'w.0' as \[3, 2\], expected \[2, 3\]"),
+        (STACK, lambda p: {n: t.add(1) for n, t in BACK(p).items()}, "inverse: .* gives 'w.0' with other values"),
+        (STACK, lambda p: {n: t.add_(1) for n, t in BACK(p).items()}, "purity: to_hf changed its argument 'w'"),
+        (lambda p: STACK({n: t.add_(1) for n, t in p.items()}), BACK, "purity: from_hf changed its argument 'w.0'"),
+        (lambda p: {"w": torch.stack([p.pop(f"w.{e}") for e in (0, 1)])}, BACK, "purity: from_hf changed .* 'w.0'"),
+        (lambda p: {n: t.half() for n, t in p.items()}, lambda p: p, "inverse: .* in torch.float16, expected torch.fl"),
         (lambda p: {n: t.T for n, t in p.items()}, lambda p: {n: t.T for n, t in p.items()}, "order: from_hf"),
     ],
 )
@@ -39,6 +44,31 @@ def test_a_broken_pair_is_told_what_it_breaks(there, back, why):
 @given(checkpoints(rule("a.{e}.{g=up|gate} [i d]", "b [e d (g i)]") | keep("{rest}")))
 def test_the_example_of_the_page(specs):
     assert_laws(rule("a.{e}.{g=up|gate} [i d]", "b [e d (g i)]") | keep("{rest}"), specs)
+
+
+def test_dir_shows_the_public_names_and_no_others():
+    assert dir(fmoe.testing) == sorted(fmoe.testing.__all__) and "checkpoints" in dir(fmoe.testing)
+
+
+THERE, BACK_, VIEWS = Adapter.from_hf, Adapter.to_hf, Adapter.views
+HALF = lambda t: t._replace(dtype=torch.float16) if isinstance(t, TensorSpec) else t
+BROKEN = {
+    "inverse": ("to_hf", lambda self, x, **how: {n: t + 1 for n, t in BACK_(self, x, **how).items()}),
+    "purity": ("from_hf", lambda self, x, copy=False, **how: THERE(self, x, **how)),
+    "abstract": ("from_hf", lambda self, x, **how: {n: HALF(t) for n, t in THERE(self, x, **how).items()}),
+    "views": ("views", lambda self, x: VIEWS(self, {n: torch.zeros_like(t) for n, t in x.items()})),
+    "restriction": ("from_hf", lambda self, x, e=None, **how: THERE(self, x, **how)),
+}
+
+
+@pytest.mark.parametrize("law", BROKEN)
+def test_a_broken_adapter_is_told_the_law_by_name(law, monkeypatch):
+    """Rules cannot be wrong, so a method is broken from outside, one for each law."""
+    adapter, specs = rule("w.{e} [i d]", "w [e i d]") | keep("n"), SPECS | {"n": TensorSpec((2,), torch.float32)}
+    assert_laws(adapter, specs)
+    monkeypatch.setattr(Adapter, *BROKEN[law])
+    with pytest.raises(AssertionError, match=f"^{law}: "):
+        assert_laws(adapter, specs)
 
 
 def test_laws_need_no_hypothesis_and_strategies_name_the_extra():

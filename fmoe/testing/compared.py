@@ -1,0 +1,57 @@
+"""Dicts of tensors drawn and compared bit for bit: what is other is said by name, after the law that asked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmoe.types import TensorSpec, bits
+
+
+def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors of these specs: normal values, as bits that any dtype can hold.
+
+    >>> tensors({"w": TensorSpec((2, 3), torch.bfloat16)})["w"].shape
+    torch.Size([2, 3])
+    """
+    made = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(spec.shape, generator=made).to(spec.dtype) for n, spec in specs.items()}
+
+
+def same(a: Mapping[str, Any], b: Mapping[str, Any], what: str = "the first") -> None:
+    """Asserts equal names, and for each equal shape, dtype and bits: those of b are expected. what: what a is.
+
+    >>> same({"w": torch.ones(2)}, {"w": torch.ones(2)})
+    >>> same({"w": torch.ones(3, 2)}, {"w": torch.ones(2, 3)}, "inverse: to_hf(from_hf(x))")
+    Traceback (most recent call last):
+    AssertionError: inverse: to_hf(from_hf(x)) gives 'w' as [3, 2], expected [2, 3]
+    """
+    lost, more = sorted(b.keys() - a.keys()), sorted(a.keys() - b.keys())
+    assert not lost and not more, f"{what} gives other names: without {lost[:8]}, with {more[:8]}"
+    for name, x in a.items():
+        y = b[name]
+        assert tuple(x.shape) == tuple(y.shape), f"{what} gives {name!r} as {[*x.shape]}, expected {[*y.shape]}"
+        assert x.dtype == y.dtype, f"{what} gives {name!r} in {x.dtype}, expected {y.dtype}"
+        if isinstance(x, Tensor) and not (x.is_meta or y.is_meta):
+            assert torch.equal(bits(x), bits(y)), f"{what} gives {name!r} with other values"
+
+
+def assert_pure(who: str, given: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """The argument of a function has the names and the bits that it had before.
+
+    >>> assert_pure("from_hf", {"w": torch.ones(2)}, {"w": torch.zeros(2)})
+    Traceback (most recent call last):
+    AssertionError: purity: from_hf changed its argument 'w'
+    """
+    for name in [*before, *given]:
+        kept = name in given and name in before and given[name].shape == before[name].shape
+        kept = kept and given[name].dtype == before[name].dtype
+        assert kept and torch.equal(bits(given[name]), bits(before[name])), (
+            f"purity: {who} changed its argument {name!r}"
+        )
+
+
+def clones(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors in storage of their own."""
+    return {n: t.clone() for n, t in found.items()}
