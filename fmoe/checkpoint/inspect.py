@@ -16,6 +16,8 @@ from fmoe.families import family
 from fmoe.families.kind import as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
+from fmoe.layout.entries import Keep, walk
+from fmoe.layout.names import Names, hits
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError
@@ -114,9 +116,12 @@ def _experts(source: Checkpoint, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _used(adapter: Adapter, plan: Plan) -> list[str]:
-    """The lines of the adapter that say what is done to this checkpoint: its rules with a group, and its keeps."""
+    """The lines of the adapter that say what is done here: its rules with a group, and its keeps of a name."""
     used = {str(rule) for group in groups(plan) for rule in (group.rule, group.rule.inverse)}
-    return [line for line in str(adapter).split("\n") if line.strip() in used or line.lstrip().startswith("keep")]
+    kept = Names({*plan.sources, *plan.targets})
+    keeps = (e for stage in adapter.stages if isinstance(stage, Table) for e in walk(stage.entries))
+    used |= {str(e) for e in keeps if isinstance(e, Keep) and any(hits(e.rule, kept))}
+    return [line for line in str(adapter).split("\n") if line.strip() in used]
 
 
 def _quantised(source: Checkpoint) -> str | None:

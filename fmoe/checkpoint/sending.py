@@ -113,7 +113,7 @@ class Outbox:
         others, old = sorted(there - ours), of_model(there)
         if others and not force:
             raise AdapterError(
-                f"{self.target.shown} is not empty: name another address, or --force to replace the checkpoint in it"
+                f"{self.target.shown} is not empty: name another address, or force=True (--force) to replace it"
             )
         if others and not any(map(holds, old)):
             raise AdapterError(f"{self.target.shown} holds no checkpoint, but {some(others)}: refusing to replace that")

@@ -55,7 +55,8 @@ def by_kind(
                 sizes[key] += spec.nbytes
             elif not _SCALES.search(name):
                 sizes[key] += spec.numel
-    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
+    there = {kind: sizes for kind, sizes in found.items() if any(sizes.values())}
+    return dict(sorted(there.items(), key=lambda item: -item[1]["bytes"]))
 
 
 def by_layer(stored: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:

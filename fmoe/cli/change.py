@@ -48,7 +48,9 @@ def convert(
     quantized: Kept = None,
     dtype: Annotated[str | None, typer.Option(help="decoded, in bfloat16, float16 or float32")] = None,
     cast: Annotated[str | None, typer.Option(help="with --dtype: experts (and no more), or all")] = None,
-    quantize: Annotated[str | None, typer.Option(help="to hf, encoded afresh: fp8, mxfp8, mxfp4 or int4")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="to hf, encoded afresh: fp8, mxfp8, mxfp4, int4 or nvfp4")
+    ] = None,
     adapter: Own = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
@@ -122,8 +124,9 @@ def convert(
         print(report.sides)
     what = f"{count(report.tensors, 'tensor')} -> {report.made:,} in {count(report.files, 'file')}"
     would = "would be written to" if dry_run else "in"
+    nbytes = report.written + report.resumed or report.nbytes  # written so far, or, with --dry-run, to be read
     went_on = f", {human(report.resumed)} of it by an earlier run" if report.resumed else ""
-    _say(report, f"{what} {would} {report.path} ({human(report.nbytes)}{went_on})", as_json)
+    _say(report, f"{what} {would} {report.path} ({human(nbytes)}{went_on})", as_json)
     for path, digest in () if as_json else report.checksums.items():
         print(f"{digest}  {path}")
     if not as_json and sys.stdout.isatty():

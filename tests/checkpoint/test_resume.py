@@ -308,7 +308,7 @@ def test_after_a_line_cut_short_other_work_is_known_as_such(source, half, tmp_pa
     assert ended.code == 1 and re.search(OTHER, ended.err)
 
 
-OTHER = "holds the beginnings of other work .*--force to start anew"
+OTHER = "holds the beginnings of other work .*--force. to start anew"
 
 
 def test_other_work_is_refused_without_force(source, new, half, tmp_path):

@@ -200,7 +200,7 @@ def test_verify_says_what_was_proved(run, kept):
 def test_force_replaces_a_checkpoint(run, kept, tmp_path):
     run("convert", kept / "hf", tmp_path / "x", "--max-shard-size", "100kb")
     code, out, err = run("convert", kept / "hf", tmp_path / "x")
-    assert (code, out) == (1, "") and "is not empty: name another directory, or --force" in err
+    assert (code, out) == (1, "") and "is not empty: name another directory, or force=True (--force)" in err
     assert run("convert", kept / "hf", tmp_path / "x", "--force")[0] == 0
     assert files(tmp_path / "x") == files(kept / "native")
 

@@ -13,6 +13,7 @@ from directories import files
 from safetensors.torch import load_file, save_file
 
 import fmoe
+import fmoe.docs
 
 MINE = """
 import fmoe
@@ -147,6 +148,19 @@ def test_a_native_directory_says_that_rules_of_ones_own_made_it(hf, tmp_path, by
         fmoe.AdapterError, match="native was made with an adapter of your own. Fix: adapter=, --adapter"
     ):
         call(path)
+
+
+def test_what_is_not_there_is_not_shown(tmp_path):
+    found = fmoe.inspect(fmoe.docs.example())
+    assert [line for line in found["rules_used"] if line.startswith("keep")] == ["keep {rest}"]
+    assert all(sizes["bytes"] for sizes in found["kinds"].values())
+
+
+def test_what_was_written_is_counted(run, tmp_path):
+    options = ("--to", "hf", "--dtype", "bfloat16", "--quiet")
+    code, out, _ = run("convert", fmoe.docs.example(), tmp_path / "bf16", *options, columns=200)
+    size = (tmp_path / "bf16" / "model.safetensors").stat().st_size / 1000
+    assert code == 0 and 0 <= size - float(out.rpartition("(")[2].split(" ")[0]) < 12  # less the header
 
 
 def test_inspect_and_diff_take_rules_of_ones_own(hf, run, tmp_path, monkeypatch):

@@ -60,14 +60,16 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
-            raise AdapterError(f"{dst} holds the beginnings of other work ({why}): --force to start anew")
+            raise AdapterError(f"{dst} holds the beginnings of other work ({why}): force=True (--force) to start anew")
         if (new := sorted(weights.difference(begun[0]["files"], begun[0]["replaces"]))) and not force:
-            raise AdapterError(f"{dst} has got {some(new)} since it was begun: move that, or --force to replace it")
+            raise AdapterError(
+                f"{dst} has got {some(new)} since it was begun: move that, or force=True (--force) to replace it"
+            )
         return old
     if bystanders and not weights:
         return set()
     if there and not force:
-        raise AdapterError(f"{dst} is not empty: name another directory, or --force to replace the checkpoint in it")
+        raise AdapterError(f"{dst} is not empty: name another directory, or force=True (--force) to replace it")
     if there and not weights and not all(n.endswith(".part") for n in there):
         raise AdapterError(f"{dst} holds no checkpoint, but {some(there)}: refusing to replace that")
     return old
