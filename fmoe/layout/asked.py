@@ -8,7 +8,7 @@ from fmoe.types import AdapterError
 
 @contextmanager
 def asked(other: Callable[[], object]) -> Iterator[None]:
-    """Where native names are expected: an unclaimed one is told so, if `other`, the way from Hugging Face, takes all."""
+    """Where native names are expected, an unclaimed one is told so, if `other`, the way from HF, takes them all."""
     try:
         yield
     except AdapterError as error:
