@@ -155,7 +155,9 @@ def test_patched_models_pickle_and_copy(name: str) -> None:
             assert close(zoo.output(again, inputs), mine) and close(mine, expected)
 
 
-@pytest.mark.parametrize(("name", "by"), [("switch_transformers", "patch"), ("mixtral", "register")])
+@pytest.mark.parametrize(
+    ("name", "by"), [pytest.param("switch_transformers", "patch", marks=pytest.mark.slow), ("mixtral", "register")]
+)
 def test_another_process_reads_them(name: str, by: str, tmp_path: Path) -> None:
     model, inputs, expected = built(name)
     if by == "patch":
