@@ -115,8 +115,8 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     Raises AdapterError where the checkpoint is in that layout already.
     """
     if to not in ("native", "hf"):
-        known = f"(fmoe families) or a system (fmoe systems){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
-        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', a model type {known}")
+        known = f"(fmoe families), or a system (fmoe systems){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
+        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type {known}")
     if "adapter" in choices:
         if source.native == (to == "native"):
             raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
