@@ -80,7 +80,11 @@ OWN = {  # what no family does: stacked innermost, interleaved, in ragged parts,
 
 
 @pytest.mark.parametrize("name", OWN)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float64))],
+    ids=str,
+)
 def test_rules_of_ones_own_in_jobs_of_any_size(name, dtype):
     adapter, shapes = OWN[name]
     held = tensors({n: fmoe.TensorSpec(shape, dtype) for n, shape in shapes.items()})

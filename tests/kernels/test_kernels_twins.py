@@ -27,8 +27,9 @@ def example(T: int, K: int, E: int) -> tuple[Tensor, Tensor]:
     return torch.randint(-1, E + 1, (T, K)), torch.rand(T) > 0.3
 
 
-PLAIN = [  # of what is narrower than float32 the cases with biases run always: their program holds the other's
-    pytest.param(bias, dtype, marks=pytest.mark.slow if dtype != torch.float32 and not bias else ())
+SLOW = pytest.mark.slow
+PLAIN = [  # always: float32 without biases, and bfloat16 with them, whose program holds the other's
+    pytest.param(bias, dtype, marks=() if (bias, dtype) in ((False, torch.float32), (True, torch.bfloat16)) else SLOW)
     for bias in (False, True)
     for dtype in kernel_cases.ALL_DTYPES
 ]

@@ -114,7 +114,7 @@ def test_families_keep_every_law(model_type, data):
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(data=st.data())
 def test_families_under_other_names_keep_every_law(model_type, data):
     assert_laws(*data.draw(family_checkpoints(model_type, **CHOICES.get(model_type, {}))))
