@@ -211,7 +211,7 @@ def test_what_is_there_already_is_not_converted_again(source, tmp_path):
         (source, "hf", "source is a Hugging Face checkpoint already"),
         (tmp_path / "native", "native", "native is native already"),
         (source, "gguf", "to='gguf' needs like=FILE.gguf"),
-        (source, "ggml", "to='ggml': expected 'native' or 'hf', a model type"),
+        (source, "ggml", "to='ggml': expected 'native' or 'hf', or a model type"),
     ]:
         with pytest.raises(AdapterError, match=match):
             fmoe.convert(path, tmp_path / "out", to)

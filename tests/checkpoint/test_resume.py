@@ -191,14 +191,16 @@ def test_without_waiting_for_the_disk_nothing_counts_after_a_power_failure(sourc
 
 @pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.slow)])
 def test_random_kills_leave_every_time_the_same(source, new, tmp_path, kills):
-    dst, notes, rng, hit = tmp_path / "out", tmp_path / "notes", random.Random(3), 0
+    dst, notes, rng, runs, hit = tmp_path / "out", tmp_path / "notes", random.Random(3), 0, 0
     call = ["convert", source, dst, "--max-shard-size", "100KB"]  # on several threads
     for _ in range(2):  # the second one tells how long it takes
         shutil.rmtree(dst, ignore_errors=True)
         began = time.monotonic()
         assert start(call, notes, slow=0.005).end().code == 0
         took = time.monotonic() - began
-    for _ in range(kills):
+    while runs < kills or hit <= 0.4 * kills:  # how many fall into the work depends on what else the machine does
+        runs += 1
+        assert runs < 5 * kills, hit
         shutil.rmtree(dst)
         code = start(call, notes, slow=0.005).end(after=rng.uniform(0, took)).code
         hit += code == -signal.SIGKILL and (dst / JOURNAL).exists()
@@ -206,7 +208,6 @@ def test_random_kills_leave_every_time_the_same(source, new, tmp_path, kills):
         ended = start(call, notes).end()
         assert ended.code == 0 or "is not empty" in ended.err and (code == 0 or not (dst / JOURNAL).exists())
         assert files(dst) == new
-    assert hit > 0.4 * kills
 
 
 def test_killed_again_and_again_it_comes_to_an_end(source, new, tmp_path):
