@@ -190,7 +190,8 @@ MODELS |= {
     "unlimited_ocr_text": ("UnlimitedOcrTextModel", SPARSE | dict(n_group=None, topk_group=None)),
     "zaya": ("ZayaForCausalLM", dict(num_experts_per_tok=1, router_hidden_size=12)),
 }
-MODELS = {name: entry for name, entry in MODELS.items() if entry[0] in THERE}
+LATER = {name for name, entry in MODELS.items() if entry[0] not in THERE}
+MODELS = {name: entry for name, entry in MODELS.items() if name not in LATER}
 """Of this Transformers: some models came with its last releases."""
 
 
