@@ -9,7 +9,7 @@ import tiny
 import torch
 from copies import by_copies
 from drawn import adapters
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHOICES, FAMILIES
 
@@ -83,7 +83,6 @@ LAYOUTS = {n: ("per_expert", "fused") for n in ("qwen3_moe", "mixtral", "deepsee
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=15)  # of one table
 @given(data=st.data())
 def test_every_family_as_copies_both_ways(family, data):
     adapter, specs = data.draw(family_checkpoints(family, **CHOICES.get(family, {})))

@@ -31,7 +31,7 @@ CASES = {name: Case(activation=name) for name in SCALARS} | {
     "no tokens": Case(T=0, bias=True),
     "odd sizes": Case(D=17, I=9, T=21, bias=True),
     "exact tiles": Case(D=32, I=32, T=32, K=2, E=2, routing="even", masked=False),
-    "many experts": Case(E=40, T=16, K=2, D=16, I=16),
+    "many experts": Case(E=40, T=30, K=4, D=16, I=16),
 }
 
 

@@ -106,7 +106,6 @@ def test_ragged_parts_lie_in_the_order_of_the_composite():
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-@settings(max_examples=15)  # of one table; random rules have 40
 @given(data=st.data())
 def test_families_keep_every_law(model_type, data):
     adapter, specs = data.draw(family_checkpoints(model_type, **CHOICES.get(model_type, {})))
@@ -114,7 +113,7 @@ def test_families_keep_every_law(model_type, data):
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
-@settings(max_examples=4)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_families_under_other_names_keep_every_law(model_type, data):
     assert_laws(*data.draw(family_checkpoints(model_type, **CHOICES.get(model_type, {}))))
