@@ -134,14 +134,14 @@ class _Handler(BaseHTTPRequestHandler):
             while left:
                 block = file.read(min(left, 2**18))
                 it.wait(len(block))
+                with it.lock:  # counted before it is sent: who has it finds it counted
+                    it.sent += len(block)
+                    it.data += len(block) if path.suffix == ".safetensors" else 0
                 try:
                     self.wfile.write(block)
                 except OSError:
                     return
                 left -= len(block)
-                with it.lock:
-                    it.sent += len(block)
-                    it.data += len(block) if path.suffix == ".safetensors" else 0
         if cut:
             self.close_connection = True
             self.connection.close()
