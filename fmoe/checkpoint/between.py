@@ -35,6 +35,7 @@ from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import CastExperts
+from fmoe.codecs.config import FIELDS, QUANT, coded, decoded
 from fmoe.codecs.quantised import Quantised
 from fmoe.families import family
 from fmoe.layout.adapter import Adapter
@@ -44,6 +45,7 @@ from fmoe.layout.plan import TablePlan
 from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError
 
+ALONG = (".json", ".txt", ".model", ".jinja")
 KEPT_OUT = ("metadata.json", "common.pt", "latest_checkpointed_iteration.txt")
 
 
@@ -73,7 +75,7 @@ def convert_between(
     check = gaps_between if lossy else partial(whole_between, fix="; lossy=True (--lossy) does without")
     missing = check(source, here, adapter)
     layout, small = _layout(source, plan, to, size_of(max_shard_size), model)
-    along = _beside(source, small, layout, _config(source, to, plan))
+    along = _beside(source, small, layout, _config(source, to, there, plan))
     small |= along
     if to == "native":
         hf = plan_from(source, adapter.inverse, **ranges).targets
@@ -162,11 +164,17 @@ def _layout(source: Checkpoint, plan: Plan, to: str, most: int, model: Like | No
     return layout, {INDEX: layout.index.encode()} if layout.index else {}
 
 
-def _config(source: Checkpoint, to: str, plan: Plan) -> dict[str, Any]:
-    """The source's config; Hugging Face's says of its tensors whether they are quantised, and how."""
+def _config(source: Checkpoint, to: str, there: Adapter, plan: Plan) -> dict[str, Any]:
+    """The source's config; it says of the tensors whether they are quantised, and how.
+
+    Of a system's decoded weights it keeps that for the way back, under a name that no other reader looks at.
+    """
+    if to in SYSTEMS:
+        last = next((s for s in reversed(there.stages) if isinstance(s, Quantised)), None)
+        return source.config if last is None or last.keep else decoded(source.config)
     stages = family(source.model_type).adapter(source.config).stages if to == "hf" else ()
     codec = next((s for s in stages if isinstance(s, Quantised)), None)
-    return source.config if codec is None else agreeing(source.config, Adapter((codec,)), plan.targets)
+    return coded(source.config) if codec is None else agreeing(source.config, Adapter((codec,)), plan.targets)
 
 
 def _beside(
@@ -174,14 +182,10 @@ def _beside(
 ) -> dict[str, bytes]:
     """config.json, with which the directory can go back, and the other small files of the source."""
     made = {"config.json": json.dumps(config, indent=2, default=str).encode() + b"\n"}
+    out = {*KEPT_OUT} if any(field in config for field in FIELDS) else {*KEPT_OUT, QUANT}
     for path in source.others():
         name = str(path)
-        if name not in {*small, *layout.heads, *made, *KEPT_OUT} and path.suffix in (
-            ".json",
-            ".txt",
-            ".model",
-            ".jinja",
-        ):
+        if name not in {*small, *layout.heads, *made, *out} and path.suffix in ALONG:
             made[name] = (Path(str(source.path)) / name).read_bytes()
     return made
 
@@ -238,8 +242,7 @@ CONTAINERS = {"dcp": "torch DCP", "gguf": "GGUF"}
 
 
 def _sides(source: Checkpoint, here: str, to: str, layout: Layout, plan: Plan) -> str:
-    def told(name: str, container: str, tensors: int, files: int) -> str:
-        return f"{name} ({container}, {tensors:,} tensors in {files:,} files)"
+    told = lambda name, container, tensors, files: f"{name} ({container}, {tensors:,} tensors in {files:,} files)"
 
     kind = CONTAINERS[source.container] if isinstance(source, Foreign) else "safetensors"
     other = CONTAINERS.get(SYSTEMS[to].container, "safetensors") if to in SYSTEMS else "safetensors"

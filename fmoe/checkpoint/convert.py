@@ -29,7 +29,7 @@ from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import not_cast
-from fmoe.codecs.config import quantization_of
+from fmoe.codecs.config import QUANT, quantization_of
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
@@ -38,8 +38,6 @@ from fmoe.types import AdapterError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-QUANT = "hf_quant_config.json"  # where some writers say again what quantization_config says
 
 
 def convert(

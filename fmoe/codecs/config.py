@@ -15,15 +15,20 @@ from fmoe.folding import meant
 from fmoe.types import AdapterError, TensorSpec, brief
 
 FIELDS = ("quantization_config", "compression_config")
+DECODED = "decoded_"
+"""Before the name of such a field in the config of weights that were decoded: readers see none, the way back all."""
+
+QUANT = "hf_quant_config.json"
+"""Where some writers say again what quantization_config says."""
 
 
 def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The quantization_config of a config, at its top or in its text_config; None where it has none.
 
-    Raises AdapterError where it is no JSON object.
+    Of weights that were decoded it is the one that they had. Raises AdapterError where it is no JSON object.
     """
     config = config or {}
-    for field in FIELDS:
+    for field in (*FIELDS, *(DECODED + f for f in FIELDS)):
         if (found := config.get(field)) is not None and found != {}:
             found = found.to_dict() if hasattr(found, "to_dict") else found
             if not isinstance(found, Mapping):
@@ -133,7 +138,7 @@ def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Ma
 
     What it said before stays, where it speaks of the same method; without quantised tensors it says nothing of any.
     """
-    made = dict(config)
+    made = coded(config)
     before = quantization_of(config)
     if not found:
         return _without(made) if before is not None else made
@@ -196,7 +201,31 @@ WEIGHTS = {"pack-quantized": _INT, "mxfp4-pack-quantized": _FP4, "nvfp4-pack-qua
 """What compressed-tensors' config says of the weights of each format that a fresh export writes."""
 
 
+def decoded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of weights decoded for a reader that knows no codes; `coded` is its inverse.
+
+    >>> decoded({"num_experts": 2, "quantization_config": {"quant_method": "fp8"}})
+    {'num_experts': 2, 'decoded_quantization_config': {'quant_method': 'fp8'}}
+    """
+    return _named(config, {f: DECODED + f for f in FIELDS})
+
+
+def coded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the codes that `decoded` speaks of.
+
+    >>> coded(decoded({"text_config": {"quantization_config": {}}}))
+    {'text_config': {'quantization_config': {}}}
+    """
+    return _named(config, {DECODED + f: f for f in FIELDS})
+
+
+def _named(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    made = {names.get(n, n): v for n, v in config.items()}
+    inner = made.get("text_config")
+    return made | {"text_config": _named(inner, names)} if isinstance(inner, Mapping) else made
+
+
 def _without(config: Mapping[str, Any]) -> dict[str, Any]:
-    made = {n: v for n, v in config.items() if n not in FIELDS}
+    made = {n: v for n, v in config.items() if n.removeprefix(DECODED) not in FIELDS}
     inner = made.get("text_config")
     return made | {"text_config": _without(inner)} if isinstance(inner, Mapping) else made
