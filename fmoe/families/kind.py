@@ -29,6 +29,7 @@ VERIFIED = {
     "laws": "round trip of drawn checkpoints",
 }
 KEPT = ("decode", "keep")
+LORA = ("peft_version", "target_parameters", "lora_r")
 EXPERTS_ONLY = r".*\.experts\.\d+\.\w+\.weight"
 
 
@@ -94,7 +95,7 @@ class Family:
             raise AdapterError(f"dtype={dtype!r}: expected a float of 16 bits or more. Fix: quantize= writes codes")
         if quantize and choices.get("quantized") == "keep":
             raise AdapterError(f"quantize={quantize!r} with quantized='keep': expected one of both")
-        lora = {n: choices.pop(n) for n in ("peft_version", "target_parameters", "lora_r") if n in choices}
+        lora = {n: choices.pop(n) for n in LORA if n in choices}
         if (quantized := choices.pop("quantized", "decode")) not in KEPT:
             raise AdapterError(f"quantized={quantized!r}: expected 'decode' or 'keep'{meant(quantized, KEPT)}")
         keep = quantized == "keep"
@@ -105,7 +106,7 @@ class Family:
             if part := asked_as(name, choices[name], axes):
                 raise AdapterError(f"{name}={brief(choices[name])}: {part}")
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
-            near = meant(name, [*known, "dtype", "quantize", "quantized"])
+            near = meant(name, [*known, "system", "dtype", "quantize", "quantized", *LORA])
             raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype{near}")
         if said := _contradictions(given, config, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")

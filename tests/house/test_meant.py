@@ -50,7 +50,10 @@ KINDS_OF_NAMES = {
     "known family, not to a system": (["qwen3_moe"], lambda n: SYSTEMS["megatron"].adapter(n)),
     "system": (SYSTEMS, lambda n: fmoe.adapter("qwen3_moe", system=n)),
     "source": (SYSTEMS, lambda n: side(None, n)),
-    "choice": (["layout", "dtype", "quantized"], lambda n: fmoe.adapter("qwen3_moe", **{n: "x"})),
+    "choice": (
+        ["layout", "system", "dtype", "quantized", "lora_r", "peft_version"],
+        lambda n: fmoe.adapter("qwen3_moe", **{n: "x"}),
+    ),
     "choice of an adapter": (["layout"], lambda n: fmoe.either("layout", **APART).choose(**{n: "fused"})),
     "choice of a system": (["lossy"], lambda n: fmoe.adapter("qwen3_moe", LAYERS, system="torchtitan", **{n: True})),
     "option": (["apart", "fused"], lambda n: fmoe.either("layout", **APART).choose(layout=n)),
