@@ -12,7 +12,8 @@ from fmoe.codecs.parts import ACTIVATION, Parts
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Either, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, hits
-from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address, Capture
 from fmoe.types import Problem, TensorSpec
 
 _INPUT = {"gate_and_up_projs": "d", "down_projs": "i"}  # the letter that products sum over

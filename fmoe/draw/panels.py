@@ -8,7 +8,8 @@ from typing import Any
 from fmoe.families import FAMILIES, family
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import Either, Entry, walk
-from fmoe.layout.notation import Address, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address
 from fmoe.layout.table import Table
 from fmoe.types import EXPERT_TENSORS, AdapterError, MoEConfig
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 
 from fmoe.layout.names import patterns
-from fmoe.layout.notation import Address, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address
 from fmoe.layout.templates import Value
 from fmoe.types import TensorSpec
 

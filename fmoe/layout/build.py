@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 from fmoe.layout.adapter import Adapter
-from fmoe.layout.entries import Alias, Drop, Either, Entry, Keep, Together, rules_of
+from fmoe.layout.entries import Drop, Either, Entry, Keep, Together, rules_of
 from fmoe.layout.notation import Rule
 from fmoe.layout.parsing import parse
+from fmoe.layout.spelled.alias import Alias, Copies
+from fmoe.layout.spelled.bounds import size
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, brief
 
@@ -49,8 +51,11 @@ def drop(pattern: str, *, because: str) -> Adapter:
     return Adapter((Table((Drop(parse(pattern), because),)),))
 
 
-def alias(name: str, *, of: str) -> Adapter:
+def alias(name: str, *, of: str, **bounds: int | Iterable[int]) -> Adapter:
     """A HF name that may hold the same tensor as another: checked equal and merged; written back if it was found.
+
+    With captures, as many names: a letter of both indexes the relation, one of `name` alone counts the copies and is
+    bounded (bounds: as in `rule`). All of them are there, or none.
 
     >>> import torch
     >>> tied = alias("head", of="embed") | keep("{rest}")
@@ -59,8 +64,16 @@ def alias(name: str, *, of: str) -> Adapter:
     {'embed': tensor([0.])}
     >>> tied.resolve(["head", "embed"]).to_hf({"embed": embed}).keys()
     dict_keys(['embed', 'head'])
+    >>> norms = alias("rank_{r:02}.norm", of="rank_00.norm", r=range(1, 3)) | keep("{rest}")
+    >>> norms.from_hf({f"rank_0{r}.norm": embed for r in range(3)})
+    {'rank_00.norm': tensor([0.])}
     """
-    return Adapter((Table((Either(name, (("absent", ()), ("present", (Alias(name, of),)))),)),))
+    made: Alias | Copies = Alias(name, of)
+    if "{" in name + of:
+        made = Copies(parse(name), parse(of), tuple((n, size(n, v)) for n, v in sorted(bounds.items())))
+    if unknown := bounds.keys() - (made.name.captures if isinstance(made, Copies) else {}):
+        raise AdapterError(f"{made}: no letter {', '.join(sorted(unknown))} to bound")
+    return Adapter((Table((Either(name, (("absent", ()), ("present", (made,)))),)),))
 
 
 def either(name: str, quantized: str | None = None, **options: Adapter) -> Adapter:

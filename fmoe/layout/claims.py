@@ -7,10 +7,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 from fmoe.folding import fold, listed
-from fmoe.layout.entries import Alias, Drop, Entry, Keep, rules_of
+from fmoe.layout.entries import Drop, Entry, Keep, rules_of
 from fmoe.layout.names import Hit, Names, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.proved.suspects import suspicion, watched
+from fmoe.layout.spelled.alias import Alias
+from fmoe.layout.spelled.copies import written
 from fmoe.layout.templates import Rows, Value, template
 from fmoe.types import Problem
 
@@ -45,7 +47,8 @@ def claim(entries: tuple[Entry, ...], names: Names, *, guard: bool = True) -> Cl
 
     guard: so is what looks like an expert's, or like part of a quantised tensor, and is merely kept.
     """
-    found = Claims(rules_of(entries))
+    entries, problems = written(entries, names)
+    found = Claims(rules_of(entries), problems=problems)
     taken = Taken({}, {})
     matched = [(i, *hit) for i, rule in enumerate(found.rules) for hit in hits(rule, names)]
     several = {t for t, n in Counter(at for _, at, _, _ in matched).items() if n > 1}

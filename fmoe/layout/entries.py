@@ -9,8 +9,10 @@ from functools import cached_property
 
 from fmoe.folding import meant
 from fmoe.layout.names import Names, hits
-from fmoe.layout.notation import Address, Rule
-from fmoe.types import AdapterError, Problem, brief
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address
+from fmoe.layout.spelled.alias import Alias, Copies
+from fmoe.types import AdapterError, Problem
 
 
 @dataclass(frozen=True)
@@ -67,28 +69,6 @@ class Drop:
 
 
 @dataclass(frozen=True)
-class Alias:
-    """A HF name for a tensor that another HF name already holds, such as a tied `lm_head.weight`."""
-
-    name: str
-    of: str
-    flipped: bool = False
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and isinstance(self.of, str)):
-            raise AdapterError(f"alias {brief(self.name)} of {brief(self.of)}: expected names")
-        if self.name == self.of:
-            raise AdapterError(f"alias {self.name!r} of itself: expected the name of another tensor")
-
-    @property
-    def inverse(self) -> "Alias":
-        return replace(self, flipped=not self.flipped)
-
-    def __str__(self) -> str:
-        return f"alias {self.name}   of {self.of}"
-
-
-@dataclass(frozen=True)
 class Together:
     """Rules whose HF tensors come together: where one is there, for some layer, all must be."""
 
@@ -142,7 +122,7 @@ class Either:
         return "\n".join(lines)
 
 
-Entry = Rule | Keep | Drop | Alias | Together | Either
+Entry = Rule | Keep | Drop | Alias | Copies | Together | Either
 
 
 def rules_of(entries: Iterable[Entry]) -> list[Rule]:
@@ -178,6 +158,8 @@ def bind(entry: Entry, sizes: Mapping[str, int | Iterable[int]]) -> Entry:
     """The entry with the letters of its rules bounded."""
     if isinstance(entry, Rule):
         return entry.bind(sizes)
+    if isinstance(entry, Copies):
+        return replace(entry, bounds=entry.copy.bind(sizes).bounds)
     if isinstance(entry, Together):
         return replace(entry, rules=tuple(r.bind(sizes) for r in entry.rules))
     if isinstance(entry, Either):
@@ -209,6 +191,7 @@ def _claims(entries: Iterable[Entry], names: Names) -> dict[str, str]:
             found |= {template: rows.names[0] for template, _, rows in hits(entry, names)}
         elif isinstance(entry, Alias) and not entry.flipped and entry.name in names:
             found[entry.name] = entry.name
-        elif isinstance(entry, Drop) and not entry.flipped:
-            found |= {template: rows.names[0] for template, _, rows in hits(entry.rule, names)}
+        elif isinstance(entry, Drop | Copies) and not entry.flipped:
+            rule = entry.rule if isinstance(entry, Drop) else entry.copy
+            found |= {template: rows.names[0] for template, _, rows in hits(rule, names)}
     return found

@@ -11,7 +11,8 @@ from functools import cached_property, lru_cache, partial
 from itertools import product, starmap
 from typing import NamedTuple, cast
 
-from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address, Capture
 from fmoe.layout.templates import BLANK, DIGITS, NUMBER, Columns, Rows, Value, blanked, columns, template
 from fmoe.types import AdapterError, Problem, brief
 
@@ -101,7 +102,9 @@ class Pattern:
         if capture.choices:
             return "|".join(re.escape(_blanked(c, before, after)) for c in capture.choices)
         if capture.name in self.indexed:
-            return BLANK if before in ("", ".") and after in ("", ".") else DIGITS
+            whole, width = before in ("", ".") and after in ("", "."), capture.width
+            short = rf"0[0-9]{{{width - 1}}}|" if width else ""  # with a zero in front a segment is no blank
+            return short + (BLANK if whole else rf"[1-9][0-9]{{{width - 1},8}}" if width else DIGITS)
         if not before and after not in ("", "."):
             return r"(?:.+?\.)?"  # a free prefix: nothing, or whole segments with their dot
         return "[^.]+" if before and after else ".+"
@@ -120,6 +123,8 @@ class Pattern:
             free = [p for p in free if not span.start <= p < span.stop]
             if capture.choices and BLANK in text:
                 tests.append(partial(_are_choices, text, span, capture.choices))
+            if capture.width and BLANK in text:
+                tests.append(partial(_are_as_long, span.start, 10 ** (capture.width - 1)))
         tests += [partial(_are_number, p, int(digits)) for p, digits in zip(free, spelled, strict=True)]
         return Hit(readers, tuple(tests))
 
@@ -149,7 +154,7 @@ class Pattern:
     def _text(self, capture: Capture, value: Value) -> str:
         if capture.choices:
             return capture.choices[int(value)]
-        return str(int(value) + capture.offset) if capture.name in self.indexed else str(value)
+        return str(int(value) + capture.offset).zfill(capture.width) if capture.name in self.indexed else str(value)
 
 
 def _reader(capture: Capture, indexed: bool, text: str, span: slice) -> Value | Reader:
@@ -180,6 +185,10 @@ def _are_choices(text: str, span: slice, choices: tuple[str, ...], columns: Colu
 
 def _are_number(at: int, number: int, columns: Columns) -> list[bool]:
     return [n == number for n in columns[at]]
+
+
+def _are_as_long(at: int, least: int, columns: Columns) -> list[bool]:
+    return [n >= least for n in columns[at]]
 
 
 def _fill(text: str, numbers: tuple[int, ...]) -> str:

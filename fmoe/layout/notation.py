@@ -7,75 +7,15 @@ A name captured on both sides indexes the relation; captured on one side only, i
 letter occurs once per side, a rule is a bijection, and its inverse is the pair swapped: nobody writes one.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from fmoe.layout.eager.html import table_of
-from fmoe.types import AdapterError, brief
-
-Atom = str  # an axis letter, "1", or the labels "q|k|v" of a ragged concatenation
-Bound = range | tuple[int, ...]
-_MOST = 10**9  # numbers in names have nine digits at most
-
-
-@dataclass(frozen=True)
-class Capture:
-    """`{name}`, `{name=a|b}` (literal choices, numbered from 0) or `{label=name+offset}` (the number, shifted).
-
-    by: the capital in `{k=e+E}` until `bind` knows that size, which then is the offset.
-    """
-
-    name: str
-    choices: tuple[str, ...] = ()
-    offset: int = 0
-    label: str = ""
-    by: str = ""
-
-    def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Capture":
-        """The same capture, shifted by the size that its capital stands for, if that is among the sizes."""
-        size = sizes.get(self.by.lower()) if self.by else None
-        return Capture(self.name, offset=size, label=self.label) if isinstance(size, int) else self
-
-    def __str__(self) -> str:
-        if self.choices:
-            return f"{{{self.name}={'|'.join(self.choices)}}}"
-        if self.offset or self.label:
-            return f"{{{self.label}={self.name}{f'+{self.by}' if self.by else f'{self.offset:+d}'}}}"
-        return f"{{{self.name}}}"
-
-
-@dataclass(frozen=True)
-class Address:
-    """A name with captures, and its tensor's dimensions, each a tuple of atoms; axes None: any tensor."""
-
-    parts: tuple[str | Capture, ...]
-    axes: tuple[tuple[Atom, ...], ...] | None = None
-
-    @cached_property
-    def captures(self) -> dict[str, Capture]:
-        return {p.name: p for p in self.parts if isinstance(p, Capture)}
-
-    @cached_property
-    def atoms(self) -> tuple[Atom, ...]:
-        return tuple(a for dim in self.axes or () for a in dim if a != "1")
-
-    @property
-    def name(self) -> str:
-        return "".join(map(str, self.parts))
-
-    def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Address":
-        """The same address, its shifts by a size settled."""
-        if not any(c.by for c in self.captures.values()):
-            return self
-        return Address(tuple(p.bind(sizes) if isinstance(p, Capture) else p for p in self.parts), self.axes)
-
-    def __str__(self) -> str:
-        if self.axes is None:
-            return self.name
-        dims = (d[0] if len(d) == 1 and "|" not in d[0] else f"({' '.join(d)})" for d in self.axes)
-        return f"{self.name} [{' '.join(dims)}]"
+from fmoe.layout.spelled.address import Address, Atom, Capture
+from fmoe.layout.spelled.bounds import Bound, size, where
+from fmoe.types import AdapterError
 
 
 @dataclass(frozen=True)
@@ -108,7 +48,7 @@ class Rule:
 
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
-        new = {k: _size(k, v) for k, v in sizes.items() if k in self.letters}
+        new = {k: size(k, v) for k, v in sizes.items() if k in self.letters}
         bounds = tuple(sorted({**dict(self.bounds), **new}.items()))
         return Rule(self.source.bind(sizes), self.target.bind(sizes), bounds)
 
@@ -120,7 +60,7 @@ class Rule:
 
     def __str__(self) -> str:
         indices = {*self.source.captures, *self.target.captures}
-        return f"{self.source}  <->  {self.target}{_where(self.bounds, indices)}"
+        return f"{self.source}  <->  {self.target}{where(self.bounds, indices)}"
 
     def _repr_html_(self) -> str:
         return table_of(str(self))
@@ -164,8 +104,9 @@ class Rule:
     def numbers(self) -> frozenset[str]:
         """The captures that are numbers: an axis somewhere, shifted, or a single letter. The others are text."""
         captures = [*self.source.captures.values(), *self.target.captures.values()]
+        counted = self.stacked + self.unstacked
         return frozenset(
-            c.name for c in captures if c.name in self.stacked + self.unstacked or len(c.name) == 1 or c.offset or c.by
+            c.name for c in captures if c.name in counted or len(c.name) == 1 or c.offset or c.by or c.width
         )
 
     def indexed(self, name: str) -> bool:
@@ -217,34 +158,3 @@ def _one_sided(here: Address, there: Address) -> tuple[str, ...]:
     by_labels = {frozenset(c.choices): c.name for c in here.captures.values() if c.choices}
     names = [by_labels.get(frozenset(a.split("|")), a) if "|" in a else a for a in there.atoms]
     return tuple(n for n in names if n in here.captures)
-
-
-def _size(name: str, values: object) -> Bound:
-    """The values that a letter takes, from a size or from what it may be."""
-    if isinstance(values, int) and not isinstance(values, bool):
-        values = range(values) if 0 <= values <= _MOST else (values,)
-    if isinstance(values, range):
-        ends = [values.start, values.stop - values.step]
-    elif isinstance(values, Iterable) and not isinstance(values, str | bytes):
-        values = ends = list(values)
-    else:
-        raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or some numbers")
-    if values and not all(isinstance(v, int) and not isinstance(v, bool) and -1 <= v < _MOST for v in ends):
-        raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or numbers below {_MOST}")
-    return _bound(values)
-
-
-def _bound(values: range | list[int]) -> Bound:
-    if isinstance(values, range):
-        return values
-    found = tuple(sorted(set(values)))
-    return range(found[0], found[-1] + 1) if found and found[-1] - found[0] + 1 == len(found) else found
-
-
-def _where(bounds: tuple[tuple[str, Bound], ...], indices: Collection[str]) -> str:
-    def show(name: str, values: Bound) -> str:
-        if isinstance(values, range) and values.start == 0:
-            return f"{name} {'<' if name in indices else '='} {values.stop}"
-        return f"{name} in {values.start}..{values.stop - 1}" if isinstance(values, range) else f"{name} in {values}"
-
-    return "   where " + ", ".join(show(n, v) for n, v in bounds) if bounds else ""

@@ -2,10 +2,10 @@
 
 import re
 
-from fmoe.layout.notation import Address, Atom, Capture
+from fmoe.layout.spelled.address import Address, Atom, Capture
 from fmoe.types import AdapterError, brief
 
-_CAPTURE = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
+_CAPTURE = re.compile(r"\{(\w+)(?::0([2-9]))?(?:=([^{}]*))?\}")
 _AFFINE = re.compile(r"(\w+)\s*([+-])\s*([0-9]{1,9}|[A-Z])")
 _ADDRESS = re.compile(r"(?P<name>[^\s\[\]]+)\s*(?:\[(?P<axes>[^\[\]]*)\])?")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -27,7 +27,7 @@ def parse(text: str) -> Address:
     at = 0
     for found in _CAPTURE.finditer(match["name"]):
         parts += [match["name"][at : found.start()]] if found.start() > at else []
-        parts.append(_capture(found[1], found[2], text))
+        parts.append(_capture(found[1], found[3], int(found[2] or 0), text))
         at = found.end()
     parts += [match["name"][at:]] if at < len(match["name"]) else []
     if any("{" in p or "}" in p for p in parts if isinstance(p, str)):
@@ -38,20 +38,22 @@ def parse(text: str) -> Address:
     return Address(tuple(parts), None if match["axes"] is None else _dims(match["axes"], text))
 
 
-def _capture(name: str, body: str | None, text: str) -> Capture:
+def _capture(name: str, body: str | None, width: int, text: str) -> Capture:
     affine = _AFFINE.fullmatch(body or "")
     for word in (name, affine[1]) if affine else (name,):
         if not _WORD.fullmatch(word):
             raise AdapterError(f"cannot read address {text!r}: a capture is a word of letters, not {{{word}}}")
     if body is None:
-        return Capture(name)
+        return Capture(name, width=width)
     if affine and affine[3].isalpha():
         if affine[2] == "-":
             raise AdapterError(f"cannot read address {text!r}: a size is added, as in {{k=e+E}}")
-        return Capture(affine[1], label=name, by=affine[3])
+        return Capture(affine[1], label=name, by=affine[3], width=width)
     if affine:
-        return Capture(affine[1], offset=int(affine[2] + affine[3]), label=name)
+        return Capture(affine[1], offset=int(affine[2] + affine[3]), label=name, width=width)
     choices = tuple(body.split("|"))
+    if width:
+        raise AdapterError(f"cannot read address {text!r}: choices have no width, as {{{name}:0{width}}} has")
     if len(set(choices)) < len(choices):
         raise AdapterError(f"cannot read address {text!r}: the choices of {{{name}}} must differ")
     return Capture(name, choices=choices)

@@ -17,12 +17,14 @@ from torch import Tensor
 from fmoe.layout.axes import Copy, Group
 from fmoe.layout.claims import Claims, claim, some
 from fmoe.layout.eager.converting import NotAView, convert
-from fmoe.layout.entries import Alias, Entry
+from fmoe.layout.entries import Entry
 from fmoe.layout.grouping import Claimed, Specs, Window, Wrong
 from fmoe.layout.names import Names
 from fmoe.layout.proved.back import way_back
 from fmoe.layout.proved.together import apart, unequal
 from fmoe.layout.sharded.shards import convert_sharded, same_parts
+from fmoe.layout.spelled.alias import Alias, Copies
+from fmoe.layout.spelled.copies import back
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, TensorSpec, human
 
@@ -156,6 +158,7 @@ def plan_table(
         problems += _collisions(groups, claims.pairs)
     problems += _aliases(claims, specs)
     aliases = tuple(a for a, present in claims.aliases.items() if (a.of in targets if a.flipped else present))
+    aliases += back(entries, Names(targets)) if any(isinstance(e, Copies) for e in entries) else ()
     given = [a for a in aliases if a.flipped and a.name in targets]
     problems += [Problem(f"{a.name!r} is there, and is written as an alias of {a.of!r}", (a.name, a.of)) for a in given]
     targets |= {a.name: targets[a.of] for a in aliases if a.flipped}

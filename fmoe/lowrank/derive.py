@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fmoe.layout.entries import Either, Entry, Together
-from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address, Capture
 from fmoe.types import AdapterError
 
 CURRENT = "0.21.2"  # the PEFT release whose form is written where nothing else is asked for
@@ -234,8 +235,7 @@ def _anywhere(parts: Parts) -> Parts:
     if isinstance(first, Capture) and not first.choices and len(first.name) > 1:
         return parts
     rest = parts[1:] if isinstance(first, Capture) else parts
-    text = str(rest[0])
-    head = text.rstrip(".").rpartition(".")[0]
+    head = (text := str(rest[0])).rstrip(".").rpartition(".")[0]
     return (Capture("pre"), text[len(head) + 1 if head else 0 :], *rest[1:])
 
 

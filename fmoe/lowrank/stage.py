@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor, equal
 
 from fmoe.folding import meant
-from fmoe.layout.entries import Alias, Entry, Keep, settle
+from fmoe.layout.entries import Entry, Keep, settle
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.layout.notation import Rule
 from fmoe.layout.plan import TablePlan, plan_table
+from fmoe.layout.spelled.alias import Alias
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.derive import CURRENT, Forms, derive, shared

@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from fmoe.layout.adapter import Adapter
-from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address, Capture
 from fmoe.types import AdapterError
 
 
@@ -57,8 +58,12 @@ def _made(rule: Rule, hf: Mapping[str, Tensor], given: Mapping[str, int]) -> dic
 def _regex(rule: Rule, part: str | Capture) -> str:
     if isinstance(part, str):
         return re.escape(part)
-    inside = "|".join(map(re.escape, part.choices)) or (r"\d+" if rule.indexed(part.name) else ".*")
+    inside = "|".join(map(re.escape, part.choices)) or (_digits(part.width) if rule.indexed(part.name) else ".*")
     return f"(?P<{part.name}>{inside})"
+
+
+def _digits(width: int) -> str:
+    return rf"\d{{{width}}}|[1-9]\d{{{width},}}" if width else r"\d+"
 
 
 def _value(capture: Capture, text: str, rule: Rule) -> int | str:
@@ -71,7 +76,7 @@ def _spelled(part: str | Capture, values: Mapping[str, int | str]) -> str:
     if isinstance(part, str):
         return part
     value = values[part.name]
-    return part.choices[value] if part.choices and isinstance(value, int) else str(value)
+    return part.choices[value] if part.choices and isinstance(value, int) else str(value).zfill(part.width)
 
 
 def _dims(side: Address) -> str:

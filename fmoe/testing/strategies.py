@@ -1,7 +1,6 @@
 """Hypothesis strategies: random rules, and the HF specs of random checkpoints that a family or any adapter takes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from math import prod
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,22 +12,23 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.beside import Beside
 from fmoe.layout.build import rule
 from fmoe.layout.claims import claim
-from fmoe.layout.entries import Alias, Drop, Entry, Keep, Together, walk
+from fmoe.layout.entries import Drop, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, hits, patterns
-from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.notation import Rule
 from fmoe.layout.planning import plan_stages
 from fmoe.layout.proved.back import loose_parts
+from fmoe.layout.spelled.alias import Alias, Copies
+from fmoe.layout.spelled.copies import written
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
-from fmoe.layout.templates import Value
+from fmoe.testing.claimed import claimed, shared
 from fmoe.types import AdapterError, TensorSpec
 
 Specs = dict[str, TensorSpec]
 Stages = tuple[Stage, ...]
 
 KEPT = ("model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "a", "visual.0.1.bias")
-PREFIXES = ("", "model.", "model.language_model.", "mtp.", "base_model.model.model.")
-TEXTS = ("x", "weight", "0.bias")
+WIDTHS = ("", "", ":02", ":03")
 
 
 @st.composite
@@ -54,7 +54,7 @@ def checkpoints(draw: Callable[..., Any], adapter: Adapter, dtypes: Iterable[tor
     if not any(isinstance(stage, Table | Beside) for stage in adapter.stages):
         raise AdapterError(f"no table of rules to draw names from in:\n{adapter}")
     specs = _staged(draw, adapter.stages, settled.stages, dtype)
-    if any(isinstance(e, Alias) for e in _entries(adapter.stages)):  # its name may be kept without what it is tied to
+    if any(isinstance(e, Alias | Copies) for e in _entries(adapter.stages)):  # kept without what it is tied to?
         specs, _ = _fitting(adapter.stages, specs)
     return specs
 
@@ -94,9 +94,8 @@ def rules(draw: Callable[..., Any], max_axes: int = 5) -> Adapter:
     choices = {a for a in letters if places[a] != "axis" and draw(st.booleans())}
 
     def spell(axis: str) -> str:
-        return (
-            f"{{{axis}={'|'.join(axis + 'xyz'[i] for i in range(sizes[axis]))}}}" if axis in choices else f"{{{axis}}}"
-        )
+        words = "|".join(axis + "xyz"[i] for i in range(sizes[axis]))
+        return f"{{{axis}={words}}}" if axis in choices else f"{{{axis}{draw(st.sampled_from(WIDTHS))}}}"
 
     def side(root: str, name: str) -> str:
         named = [a for a in letters if places[a] in (name, "both names")]
@@ -163,8 +162,8 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
                 raise AdapterError(told)
             optional = any(_scales(r) for r in bundle)  # scales have no meaning alone
             for _ in range(0 if optional else draw(st.integers(0, 2))):
-                shared = {n: draw(_shared(r, n)) for r in bundle for n in r.shared}
-                new = {n: spec for each in bundle for n, spec in _claimed(each, shared, size, dtype).items()}
+                at = {n: draw(shared(r, n)) for r in bundle for n in r.shared}
+                new = {n: spec for each in bundle for n, spec in claimed(each, at, size, dtype).items()}
                 if not claim(entries, Names(new)).problems:
                     specs |= new
         elif isinstance(entry, Keep) or isinstance(entry, Drop) and not entry.flipped:
@@ -172,6 +171,13 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
             free = [n for n in free if not n.endswith(SUFFIX) and not claim(entries, Names([n])).problems]
             names = draw(st.sets(st.sampled_from(free))) if free else set()
             specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
+    for entry in entries:
+        if isinstance(entry, Copies) and not entry.flipped:
+            at = {n: draw(shared(entry.original, n)) for n in entry.of.captures}
+            of = patterns(entry.original)[0].render(at)
+            specs |= {} if _hit(sides, of) or of in specs else {of: TensorSpec((size("kept"), 2), dtype)}
+            there = written((entry,), Names(specs))[0] if draw(st.booleans()) else ()  # all of them, or none
+            specs |= {alias.name: specs[alias.of] for alias in there if isinstance(alias, Alias)}
     for alias in entries:
         if isinstance(alias, Alias) and not alias.flipped and draw(st.booleans()):
             if not claim(entries, Names([alias.of])).problems and not _hit(sides, alias.of):
@@ -191,60 +197,6 @@ def _hit(rules: Iterable[Rule], name: str) -> bool:
 
 def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:
     """Names that a keep or a drop fits: some that checkpoints have, and some spelled after its pattern."""
-    spelled = [{n: draw(_shared(rule, n)) for n in rule.shared} for _ in range(2)]
+    spelled = [{n: draw(shared(rule, n)) for n in rule.shared} for _ in range(2)]
     names = dict.fromkeys([*KEPT, *(patterns(rule)[0].render(values) for values in spelled)])
     return [n for n in names if _hit([rule], n)]
-
-
-def _shared(rule: Rule, name: str) -> st.SearchStrategy[Value]:
-    """A value of a shared capture: one that both sides' names can hold."""
-    sides = (rule.source, rule.target)
-    capture = rule.source.captures[name]
-    if capture.choices:
-        return st.integers(0, len(capture.choices) - 1)
-    if name in rule.bound:
-        return st.sampled_from(list(rule.bound[name]))
-    if rule.indexed(name):
-        least = max(0, *(-side.captures[name].offset for side in sides))
-        return st.integers(least, least + 3)
-    texts = [text for text in (*PREFIXES, *TEXTS) if all(_holds(side, side.captures[name], text) for side in sides)]
-    if not texts:
-        raise AdapterError(f"rule {rule}: no text fits {{{name}}} on both sides")
-    return st.sampled_from(texts)
-
-
-def _holds(side: Address, capture: Capture, text: str) -> bool:
-    """Whether a text capture can be this text, where it stands: a free prefix, one segment between two, or a tail."""
-    at = side.parts.index(capture)
-    after = side.parts[at + 1] if at + 1 < len(side.parts) else "."
-    if not at and not (isinstance(after, str) and after.startswith(".")):
-        return not text or text.endswith(".")
-    return bool(text) and not text.endswith(".") and (at in (0, len(side.parts) - 1) or "." not in text)
-
-
-def _claimed(rule: Rule, shared: Mapping[str, Value], size: Callable[[str], int], dtype: torch.dtype) -> Specs:
-    """Every HF tensor that the rule stacks at one value of its shared captures."""
-    pattern, captures = patterns(rule)[0], rule.source.captures | rule.target.captures
-
-    def length(axis: str) -> int:
-        if axis in captures and captures[axis].choices:
-            return len(captures[axis].choices)
-        return len(rule.bound[axis]) if axis in rule.bound else size(axis)
-
-    here: list[dict[str, Value]] = [{n: shared[n] for n in rule.shared}]
-    for axis in rule.stacked:
-        here = [at | {axis: i} for at in here for i in range(length(axis))]
-    axes, specs = (("x",), ("x",)) if rule.source.axes is None else rule.source.axes, {}
-    for at in here:
-        shape = tuple(prod(_part(rule, a, at, length) for a in dim if a != "1") for dim in axes)
-        specs[pattern.render(at)] = TensorSpec(shape, dtype)
-    return specs
-
-
-def _part(rule: Rule, axis: str, at: Mapping[str, Value], length: Callable[[str], int]) -> int:
-    """The length of an axis in one tensor: of a ragged one, the part that the tensor is, or all parts."""
-    if "|" in axis:
-        return sum(length(label) for label in axis.split("|"))
-    if axis in rule.ragged.values():
-        return length(rule.source.captures[axis].choices[int(at[axis])])
-    return length(axis)

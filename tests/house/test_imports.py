@@ -24,11 +24,11 @@ CHECKPOINTS = """
 folding
 types
 sharding
-layout.eager.html
+layout.eager.html layout.spelled
 layout.notation layout.templates
-layout.names layout.parsing
+layout.names layout.parsing layout.spelled.alias
 layout.entries layout.axes
-layout.proved.suspects
+layout.proved.suspects layout.spelled.copies
 layout.claims layout.eager.converting layout.sharded.placements
 layout.grouping layout.sharded.shards
 layout.proved

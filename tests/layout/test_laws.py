@@ -10,7 +10,8 @@ from tiny import CHOICES, FAMILIES, OTHERS
 
 import fmoe
 from fmoe.layout.names import patterns
-from fmoe.layout.notation import Address, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address
 from fmoe.testing import assert_laws, checkpoints, family_checkpoints, rules, same, tensors
 
 

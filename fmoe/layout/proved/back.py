@@ -10,7 +10,8 @@ from fmoe.layout.axes import Group
 from fmoe.layout.claims import Claims, claim, some
 from fmoe.layout.entries import Drop, Entry, rules_of
 from fmoe.layout.names import Names, hits
-from fmoe.layout.notation import Atom, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Atom
 from fmoe.types import Problem
 
 Maker = tuple[Rule | None, tuple[str, ...]]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from fmoe.layout.entries import Entry, Keep, walk
 from fmoe.layout.names import Pattern, patterns
-from fmoe.layout.notation import Address, Capture, Rule
+from fmoe.layout.notation import Rule
+from fmoe.layout.spelled.address import Address, Capture
 from fmoe.types import EXPERT_TENSORS
 
 _EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that experts stand under
