@@ -4,7 +4,7 @@ encode(decode(q)) == q      for every q that the codec itself wrote, and for eve
 
 `formats.py` is the table of formats, `values.py` and `blocks.py` their numbers there and back, `parts.py` the names of
 their parts, `quantised.py` and `changes.py` the stage that decodes and encodes them, `scales.py` the rules that move
-scales with their weights, `cast.py` the stage that casts.
+scales with their weights, `cast.py` the stage that casts, `foreign/` what only tools write, and what is not read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fmoe.codecs import Change, twofold
+from fmoe.codecs import Change
+from fmoe.codecs.foreign import twofold
 from fmoe.codecs.parts import Parts
 from fmoe.codecs.survival import Survival, survival
 from fmoe.types import AdapterError, Problem

@@ -1,18 +1,16 @@
 """Which names of a checkpoint are parts of one quantised tensor, in which format; and what is wrong with them."""
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from fmoe.codecs.format import SHAPES, Format
-from fmoe.codecs.formats import FORMATS
 from fmoe.codecs.values import E8M0
 from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec
 
-ALL = tuple(FORMATS.values())
 UNREAD_OF = {"weight_zero_point": "zero points", "weight_g_idx": "an activation order", "pre_quant_scale": "AWQ scales"}
 """Parts that change what codes mean, and what they are."""
 UNREAD = tuple(f"{{S}}.{name}" for name in UNREAD_OF)
@@ -76,7 +74,7 @@ def _eight_bits(dtype: torch.dtype, formats: Iterable[Format]) -> bool:
     return small or dtype == torch.int8 and any(f.stored == torch.int8 for f in formats)
 
 
-def _is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fresh) -> bool:
+def is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fresh) -> bool:
     """Whether a name that a template reads as a part of x is one: `.scale` alone is also a word for other things."""
     if template != "{S}.scale" or spell(f.weight, x) in names:
         return True
@@ -95,7 +93,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
     for name in names.ending(tuple(by_tail)):
         for template, f in (pair for tail, pairs in by_tail.items() if name.endswith(tail) for pair in pairs):
             if (x := read(template, name)) is not None and spell(template, x) == name:
-                if _is_part(template, x, f, specs, fresh):
+                if is_part(template, x, f, specs, fresh):
                     candidates.setdefault(x, {})[f.name] = f
     found: dict[str, Parts] = {}
     problems: list[Problem] = []
@@ -170,57 +168,6 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair)
 
 
-def beside(specs: Specs, names: Names, formats: tuple[Format, ...], *, kept: bool) -> Found:
-    """The tensors among these names that carry scales (kept: that are codes), and the scales that are no tensor's."""
-    found: dict[str, Parts] = {}
-    problems: list[Problem] = []
-    for suffix in dict.fromkeys(f.beside for f in formats):
-        mine = [f for f in formats if f.beside == suffix]
-        for name in (n for n in names.ending((suffix,)) if n != suffix):
-            x = name.removesuffix(suffix)
-            if x not in specs:
-                problems.append(Problem(f"{name!r} is the scale of {x!r}, which is missing", (name, x)))
-                continue
-            if not kept and (not specs[x].dtype.is_floating_point or specs[x].dtype.itemsize < 2):
-                text = f"{x!r} is {specs[x].dtype} beside a scale, expected numbers to encode"
-                problems.append(Problem(f"{text}: quantized='keep' keeps codes", (x, name)))
-                continue
-            made = [p for f in mine if (p := _carried(x, name, f, specs, kept)) is not None]
-            if len({p.format.name for p in made}) != 1:
-                blocks = " or ".join(_blocks(f) for f in mine)
-                why = "more formats than one have such a scale" if made else f"expected one for each {blocks} block of "
-                text = f"{name!r} is {list(specs[name].shape)} {specs[name].dtype}, {why}" + "it: " * bool(made)
-                problems.append(Problem(f"{text}{x!r} {list(specs[x].shape)} {specs[x].dtype}", (name, x)))
-            else:
-                found[x] = made[0]
-    held = {p.activation[1] for p in found.values() if p.activation}
-    for name in names.ending(tuple(ACTIVATION.values())) if any(f.activation for f in formats) else ():
-        if name not in held:
-            problems.append(Problem(f"{name!r} is a scale of activations for a tensor that carries no scale", (name,)))
-    return found, problems
-
-
-def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts | None:
-    shape = f.kept_shape(specs[x]) if kept else specs[x].shape
-    if shape is None:
-        return None
-    if f.sizes:
-        f = replace(f, form="").sized(shape, specs[scale].shape)
-        f = replace(f, form=next(g.form for g in ALL if g.name == f.name))
-    if not f.fits(shape) or specs[scale] != TensorSpec(f.scale_shape(shape), specs[scale].dtype):
-        return None
-    made = as_named(x, f, shape)
-    if made is None or specs[scale].dtype not in f.scales:
-        return None
-    if made.second and made.second[1] not in specs:
-        return None
-    held = [n for n in (x + a for a in ACTIVATION.values()) if n in specs] if f.activation else []
-    if not held:
-        return made
-    name = next(n for t in f.activation if (n := spell(t, x)))
-    return replace(made, activation=(name, held[0]))
-
-
 def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
     """The parts of a tensor in a format; None where its name has no room for them."""
     codes, scale = spell(f.weight, x), spell(f.scale, x)
@@ -229,22 +176,3 @@ def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
     second = spell(f.second, x) if f.second else None
     pair = (second, f"{x}{f.beside}_second") if second else None
     return Parts(x, f, shape, codes, scale, x + f.beside, spell(f.shape, x) if f.shape else None, second=pair)
-
-
-def _blocks(f: Format) -> str:
-    return "x".join(str(b or "all") for b in f.block)
-
-
-def renamed(names: Iterable[str], formats: tuple[Format, ...], fresh: Fresh) -> Iterator[str]:
-    """What a file's names become, as far as names can tell."""
-    pairs = lambda f: ((f.scale, f.beside), (f.weight, ""), (f.second or "{X}", f"{f.beside}_second"))
-    templates = [(t, s, f) for f in formats for t, s in pairs(f) if own(t)]
-    templates = [(t, s, f) for t, s, f in templates if t != "{X}" + s]
-    there = frozenset(names)
-    tails = tuple(dict.fromkeys(t.partition("}")[2] for t, _, _ in templates))
-    for name in names:
-        if not name.endswith(tails):
-            yield name
-            continue
-        made = ((x, s, t, f) for t, s, f in templates if (x := read(t, name)) is not None and spell(t, x) == name)
-        yield next((x + s for x, s, t, f in made if _is_part(t, x, f, there, fresh)), name)

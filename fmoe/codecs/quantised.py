@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from fmoe.codecs import Changed, CodecPlan
+from fmoe.codecs.carried import activations, beside, renamed
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.config import is_ignored
+from fmoe.codecs.foreign.undecoded import unread
 from fmoe.codecs.format import Format
 from fmoe.codecs.formats import FORMATS, elsewhere
-from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, beside, in_file, own, renamed, spell
+from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
 from fmoe.codecs.unscaled import cut_across, left_plain, unscaled
@@ -34,9 +36,9 @@ class Quantised:
     it. block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all
     that is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which
     codes must fit. experts: the rules of expert weights. told: called with the `Survival` of each tensor that changed
-    since it was decoded. declared: the config or the names say that the checkpoint is quantised. bits: of packed
-    integers, as the config says. ignored: modules that a fresh export leaves alone. alone: only formats with names to
-    write are encoded; what carries scales of another is encoded anew.
+    since it was decoded. declared: the config or the names say that it is quantised. bits: of packed integers, as the
+    config says. undecoded: the format that it says, if that is not read. ignored: modules that a fresh export leaves
+    alone. alone: only formats with names to write are encoded; what carries scales of another is encoded anew.
     """
 
     dtype: torch.dtype
@@ -48,6 +50,7 @@ class Quantised:
     experts: tuple[Rule, ...] = ()
     declared: bool = False
     ignored: tuple[str, ...] = ()
+    undecoded: str | None = None
     bits: int | None = None
     alone: bool = False
     flipped: bool = False
@@ -127,7 +130,9 @@ class Quantised:
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
         there = lambda: in_file(specs, names, self.readable, self.fresh)
         found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
-        problems += cut_across(found, window) + unscaled(specs, found, self.experts)
+        said = None if self.flipped else self.undecoded
+        problems = [*unread(said, specs, found), *problems, *cut_across(found, window)]
+        problems += unscaled(specs, found, self.experts)
         if self.keep:
             problems += [p for seam in self.seams for p in seam.problems(specs, found)]
         made = self._kept if self.keep else self._encoding if self.flipped else self._decoding
@@ -139,9 +144,10 @@ class Quantised:
 
     def _decoding(self, specs: Specs, found: Mapping[str, Parts]) -> CodecPlan:
         first: dict[str, Parts] = {p.codes: p for p in found.values()}
-        parts = {n for p in found.values() for n in p.stored} | _activations(found, 0)
+        parts = {n for p in found.values() for n in p.stored} | activations(found, 0)
         targets: dict[str, TensorSpec] = {}
-        changes, passed = [], {}
+        changes: list[Changed] = []
+        passed: dict[str, str] = {}
         for name, spec in specs.items():
             if p := first.get(name):
                 targets[p.name] = TensorSpec(p.shape, self.dtype)
@@ -157,7 +163,7 @@ class Quantised:
         return CodecPlan(targets, tuple(changes), str(self), renamed=passed)
 
     def _encoding(self, specs: Specs, carried: Mapping[str, Parts]) -> CodecPlan:
-        gone = {here for p in carried.values() for _, here, _, _ in p.kept} | _activations(carried, 1)
+        gone = {here for p in carried.values() for _, here, _, _ in p.kept} | activations(carried, 1)
         if self.quantization is False:
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
         if self.alone:
@@ -209,7 +215,7 @@ class Quantised:
         """Parts passed on under other names; the shape that int4 stores beside its codes, compared or made again."""
         place = {(p.name if self.flipped else p.codes): p for p in found.values()}
         gone = {n for p in found.values() for n in ([k[1] for k in p.kept] if self.flipped else p.stored)}
-        gone |= _activations(found, 1 if self.flipped else 0)
+        gone |= activations(found, 1 if self.flipped else 0)
         targets: dict[str, TensorSpec] = {}
         changes, passed = [], dict[str, str]()
         for name, spec in specs.items():
@@ -242,7 +248,3 @@ class Quantised:
             return f"keep codes and scales: {names}"
         what = f"encode {names}" if self.flipped else f"decode {names} to {self.dtype}"
         return f"{what}, where scales are"
-
-
-def _activations(found: Mapping[str, Parts], side: int) -> set[str]:
-    return {p.activation[side] for p in found.values() if p.activation}

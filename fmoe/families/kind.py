@@ -6,6 +6,7 @@ from typing import Any
 
 from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.config import bits, exports, ignored, quantization_of, weight_block
+from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import seams, with_scales
 from fmoe.codecs.unscaled import weight_rules
@@ -124,6 +125,7 @@ class Family:
             quantization=True if quantize else None,
             alone=bool(quantize),
             ignored=ignored(given),
+            undecoded=undecoded(given),
             bits=bits(given),
             keep=keep,
             declared=quantization_of(given) is not None,

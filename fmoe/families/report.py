@@ -28,6 +28,8 @@ ROWS = {
     "pack-quantized": ("int4 pack", "int8 pack"),
 }
 """compressed-tensors' formats, and the rows of fmoe's table that read them; of mixed ones each tensor has its own."""
+UNREAD = ("marlin-24", "mxfp6-pack-quantized", "sparse-24-bitmask", "sparse-bitmask")
+"""Those that fmoe refuses by name."""
 
 SINCE_5_24 = frozenset({"hy_v4_vl", "hy_v4_vl_text", "inkling2_loop", "inkling2_loop_text", "lara_mini"})
 """What an earlier Transformers does not have yet."""
@@ -68,7 +70,9 @@ def peft_forms() -> Iterator[str]:
 def compressed_formats() -> Iterator[str]:
     """Formats of the installed compressed-tensors that fmoe's table does not read, and which rows it lacks."""
     for found in import_module("compressed_tensors").CompressionFormat:
-        if found.value not in ROWS:
+        if found.value in UNREAD:
+            yield f"format {found.value}: not decoded, refused by its name"
+        elif found.value not in ROWS:
             yield f"format {found.value}: unknown"
         elif lacking := [row for row in ROWS[found.value] if row not in FORMATS]:
             yield f"format {found.value}: no row {', '.join(lacking)}"

@@ -8,7 +8,7 @@ from codec_cases import by_hand
 from foreign_cases import NAMES, READ, E, checkpoint
 
 import fmoe
-from fmoe.codecs import twofold
+from fmoe.codecs.foreign import twofold
 from fmoe.codecs.formats import FOREIGN, FORMATS
 from fmoe.codecs.parts import as_named
 from fmoe.testing import same

@@ -18,7 +18,9 @@ def other(tmp_path, monkeypatch):
 def test_nothing_of_the_installed_libraries_is_missing():
     found = lookout.report()
     assert [name.split()[0] for name in found] == [*lookout.LOOKS]
-    assert all(lines in ([], ["not installed: not looked at"]) for lines in found.values()), found
+    unread = [f"format {name}: not decoded, refused by its name" for name in lookout.UNREAD]
+    here = {n: [line for line in lines if line not in unread] for n, lines in found.items()}
+    assert all(lines in ([], ["not installed: not looked at"]) for lines in here.values()), found
 
 
 def test_a_new_model_with_experts_and_one_that_is_gone_are_told(other, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from codec_cases import by_hand
 from torch import Tensor
 
-from fmoe.codecs import twofold
+from fmoe.codecs.foreign import twofold
 from fmoe.codecs.formats import FOREIGN, FORMATS
 from fmoe.codecs.parts import as_named
 

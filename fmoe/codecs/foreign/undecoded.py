@@ -1,0 +1,77 @@
+"""Formats that are not read: what a quantization_config says, and the name that an error gives it."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from fmoe.codecs.config import bits, quantization_of
+from fmoe.codecs.parts import Parts
+from fmoe.layout.claims import some
+from fmoe.types import Problem, TensorSpec, brief
+
+READ: Mapping[str, tuple[str, Collection[str | None]]] = {
+    "compressed-tensors": (
+        "format",
+        {None, "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp4-pack-quantized",
+         "mxfp8-quantized", "naive-quantized", "nvfp4-pack-quantized", "pack-quantized"},
+    ),
+    "modelopt": (
+        "quant_algo",
+        {None, "FP8", "FP8_PB_WO", "FP8_PER_CHANNEL_PER_TOKEN", "MIXED_PRECISION", "MXFP4", "MXFP8", "NVFP4",
+         "NVFP4_AWQ", "W4A16_NVFP4"},
+    ),
+    "gptq": ("checkpoint_format", {None, "gptq", "gptq_v2"}),
+    "awq": ("version", {None, "gemm", "GEMM"}),
+    "fbgemm_fp8": ("", {None}),
+    "fp8": ("", {None}),
+    "mxfp4": ("", {None}),
+    "mxfp8": ("", {None}),
+    "quark": ("", {None}),
+}  # fmt: skip
+"""quant_method -> the field that says which of its formats, and those that are read."""
+WORDS = ("gptq", "awq", "compressed-tensors")
+"""Methods that pack integers of any number of bits, of which 4 and 8 are read."""
+
+
+def undecoded(config: Mapping[str, Any] | None) -> str | None:
+    """The name of the format that a config says its tensors are in, if it is none that is read.
+
+    >>> undecoded({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    'bitsandbytes'
+    >>> undecoded({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}})
+    'awq gemv'
+    >>> undecoded({"quantization_config": {"quant_method": "fp8"}})
+    """
+    told = quantization_of(config) or {}
+    method = told.get("quant_method")
+    if not isinstance(method, str):
+        return None if method is None else brief(method)
+    if method not in READ:
+        return method
+    field, read = READ[method]
+    said = told.get(field)
+    if isinstance(said, str) and said not in read:
+        return f"{method} {said}"
+    width = bits(config)
+    return f"{method} of {width} bits" if method in WORDS and width not in (None, 4, 8) else None
+
+
+def unread(name: str | None, specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[Problem]:
+    """A problem where a checkpoint is said to be in a format that is not read, and tensors look so.
+
+    found: the quantised tensors in formats that are.
+    """
+    if name is None:
+        return []
+    claimed = {n for p in found.values() for n in p.stored}
+    narrow = tuple(n for n, spec in specs.items() if n not in claimed and _narrow(spec.dtype))
+    if not narrow:
+        return []
+    text = f"{some(narrow)}: quantization_config says {name}, a format that fmoe does not decode"
+    fix = "Fix: decode it with its own tool; or take quantization_config out of config.json, if it is wrong"
+    return [Problem(f"{text}. {fix}", narrow)]
+
+
+def _narrow(dtype: torch.dtype) -> bool:
+    return dtype.itemsize < (2 if dtype.is_floating_point else 8) and dtype != torch.bool
