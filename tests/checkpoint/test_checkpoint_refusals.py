@@ -1,7 +1,6 @@
-"""What does not convert is refused before a byte is written, file or key named; what breaks midway leaves nothing."""
+"""What does not convert is refused before a byte is written."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import fmoe
 from fmoe import AdapterError
-from fmoe.checkpoint.staging.staging import Staging
-from fmoe.checkpoint.stream.engine import Engine
 
 ONE, TWO = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
-JOURNAL = "fmoe.journal"
 EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 Change = Callable[[Path], object]
 
@@ -160,109 +156,6 @@ def test_inspect_notes_files_that_the_index_leaves_out(source):
     found = fmoe.inspect(source)
     assert found["notes"] == ["not in the index, so not read: 'consolidated.safetensors'"]
     assert found["problems"] == [] and (found["tensors"], found["files"]) == (80, 3)
-
-
-PLACES: dict[str, tuple[str, Change, str]] = {
-    "the source": ("source", lambda root: None, "is the source itself"),
-    "the source, with a slash": ("source/", lambda root: None, "is the source itself"),
-    "the source, in a round way": ("other/../source", lambda root: (root / "other").mkdir(), "is the source itself"),
-    "the source, by a link": ("link", lambda root: (root / "link").symlink_to(root / "source"), "is the source itself"),
-    "inside the source": ("source/native", lambda root: None, "lies inside it"),
-    "inside, by a link": ("link/native", lambda root: (root / "link").symlink_to(root / "source"), "lies inside it"),
-    "a file": ("file", text("file", "x"), "is a file: name a directory"),
-}
-
-
-@pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("name", PLACES)
-def test_some_places_are_never_written_to(name, force, source, tmp_path):
-    dst, prepare, match = PLACES[name]
-    prepare(tmp_path)
-    before = files(tmp_path)
-    with pytest.raises(AdapterError, match=match):
-        fmoe.convert(source, f"{tmp_path}/{dst}", force=force)
-    assert files(tmp_path) == before
-
-
-def test_a_directory_is_replaced_by_force_alone_and_only_if_it_holds_a_checkpoint(source, tmp_path):
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    fmoe.convert(source, mine)  # an empty one is fine
-    (mine / "notes.txt").write_text("keep")
-    before = files(mine)
-    with pytest.raises(AdapterError, match=f"{mine} is not empty: .*--force"):
-        fmoe.convert(source, mine)
-    assert files(mine) == before
-    (mine / "model.safetensors.part").write_text("left by a run that was killed")
-    fmoe.convert(source, mine, force=True, max_shard_size=100_000)
-    expected = fmoe.convert(source, tmp_path / "fresh", max_shard_size=100_000)
-    assert files(mine) == files(Path(expected.path)) | {"notes.txt": b"keep"}
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    (photos / "cat.jpg").write_text("cat")
-    with pytest.raises(AdapterError, match=f"{photos} holds no checkpoint, but 'cat.jpg'"):
-        fmoe.convert(source, photos, force=True)
-    assert files(photos) == {"cat.jpg": b"cat"}
-
-
-def test_what_is_there_already_is_not_converted_again(source, tmp_path):
-    fmoe.convert(source, tmp_path / "native")
-    for path, to, match in [
-        (source, "hf", "source is a Hugging Face checkpoint already"),
-        (tmp_path / "native", "native", "native is native already"),
-        (source, "gguf", "to='gguf' needs like=FILE.gguf"),
-        (source, "ggml", "to='ggml': expected 'native' or 'hf', or a model type"),
-    ]:
-        with pytest.raises(AdapterError, match=match):
-            fmoe.convert(path, tmp_path / "out", to)
-    assert not (tmp_path / "out").exists()
-
-
-def failing(function: Callable, after: int, error: type[BaseException]) -> Callable:
-    calls = []
-
-    def call(*args, **kwargs):
-        calls.append(args)
-        if len(calls) > after:
-            raise error("midway")
-        return function(*args, **kwargs)
-
-    return call
-
-
-MIDWAY = [(Engine, "run", 0), (Engine, "run", 25), (Staging, "begin", 0), (Staging, "part", 2), (Staging, "mark", 9)]
-MIDWAY += [(shutil, "copyfile", 1), (Staging, "publish", 0), (os, "replace", 0), (os, "replace", 3)]
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError, AdapterError])
-@pytest.mark.parametrize("where, name, after", MIDWAY)
-@pytest.mark.parametrize("force", [False, True])
-def test_an_error_midway_is_gone_on_from_and_bad_input_leaves_nothing(
-    where, name, after, error, force, source, tmp_path, monkeypatch
-):
-    out = tmp_path / "out"
-    new = fmoe.convert(source, tmp_path / "new", max_shard_size=60_000)
-    if force:
-        fmoe.convert(source, out, max_shard_size=1)
-    before = files(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(where, name, failing(getattr(where, name), after, error))
-        with pytest.raises(error, match="midway"):
-            fmoe.convert(source, out, force=force, max_shard_size=60_000)
-    begun, renaming = name != "begin", where is os
-    if error is AdapterError and not renaming or not begun:
-        assert files(tmp_path) == before and out.exists() == force
-    else:
-        assert JOURNAL in files(out) and any(n.endswith(".part") for n in files(out))
-        if not renaming:
-            old = {n: data for n, data in before.items() if n.startswith("out/")}
-            assert old.items() <= files(tmp_path).items()
-        for look in (fmoe.inspect, fmoe.load, fmoe.verify):
-            with pytest.raises(AdapterError, match=f"{out} is unfinished: {JOURNAL} "):
-                look(out)
-        force = False
-    again = fmoe.convert(source, out, force=force, max_shard_size=60_000)
-    assert files(out) == files(tmp_path / "new") and again.written + again.resumed == new.written
 
 
 def test_the_source_may_be_a_path_in_any_form(source, tmp_path, monkeypatch):

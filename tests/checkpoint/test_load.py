@@ -1,6 +1,5 @@
 """fmoe.load is from_hf of what a directory holds, whichever form it has: mapped, in a range, in place, on a mesh."""
 
-import json
 from functools import cache
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import pytest
 import torch
 from directories import ONE_DTYPE, files, fill
 from directories import load as read
-from pages import forget, held
-from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -104,9 +101,6 @@ def test_tensors_at_odd_places_are_read(tmp_path, forms):
     assert fmoe.verify(path).tensors == len(expected)
 
 
-# into storage that exists
-
-
 def blank(tensors):
     return {n: torch.full_like(t, 7) for n, t in tensors.items()}
 
@@ -162,9 +156,6 @@ def test_storage_that_does_not_fit_is_refused_with_every_key_and_not_written(for
         same(out, before)
 
 
-# on a mesh
-
-
 def shares(paths: list[str], shape: tuple[int, ...], names: tuple[str, ...]) -> None:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for path in paths:
@@ -190,71 +181,3 @@ def shares(paths: list[str], shape: tuple[int, ...], names: tuple[str, ...]) -> 
 def test_ranks_load_their_own_experts(mesh, forms):
     paths = [str(path) for name in (*FEW, "synthetic-qwen3_5_moe_fp8") for path in forms(name)[:2]]
     distributed.run(shares, 2 if len(mesh[0]) == 1 else 4, paths, *mesh)
-
-
-# how much is read
-
-EXPERTS, DIM, INTER = 16, 1024, 768
-CONFIG = dict(model_type="qwen3_moe", num_hidden_layers=1, num_experts=EXPERTS, num_experts_per_tok=2)
-CONFIG |= dict(hidden_size=DIM, moe_intermediate_size=INTER)
-BLOCK = "model.layers.0.mlp.experts."
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """75 MB of one layer's experts: one by one, fused, and native."""
-    folder, noise = tmp_path_factory.mktemp("large"), torch.randn(3, INTER, DIM).bfloat16()
-    tensors, packed = {"model.norm.weight": noise[0, 0].clone()}, {"model.norm.weight": noise[0, 0].clone()}
-    for e in range(EXPERTS):
-        tensors |= {f"{BLOCK}{e}.{p}_proj.weight": noise[i] + e for i, p in enumerate(("gate", "up"))}
-        tensors |= {f"{BLOCK}{e}.down_proj.weight": (noise[2] - e).view(DIM, INTER)}
-    by = lambda p: torch.stack([tensors[f"{BLOCK}{e}.{p}_proj.weight"] for e in range(EXPERTS)])
-    packed |= {f"{BLOCK}gate_up_proj": torch.cat([by("gate"), by("up")], 1), f"{BLOCK}down_proj": by("down")}
-    for name, held_ in (("per_expert", tensors), ("fused", packed)):
-        (folder / name).mkdir()
-        save_file(held_, folder / name / "model.safetensors", {"format": "pt"})
-        (folder / name / "config.json").write_text(json.dumps(CONFIG))
-    fmoe.convert(folder / "per_expert", folder / "native", fsync=False)
-    return folder
-
-
-def cold(path: Path) -> None:
-    if not forget(path):
-        pytest.skip("this file system keeps all files in memory")
-
-
-def rchar() -> int:
-    """The bytes that this process has asked `read` and its like for."""
-    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
-
-
-@pytest.mark.parametrize("form", ["fused", "native"])
-def test_of_an_aggregated_checkpoint_a_hundredth_is_touched(form, large):
-    path = large / form / "model.safetensors"
-    cold(path)
-    before = rchar()
-    tensors = fmoe.load(large / form)
-    assert held(path) <= 0.01 * path.stat().st_size and rchar() - before < 0.001 * path.stat().st_size
-    expected = fmoe.load(large / "per_expert")
-    same(tensors, expected)  # and now it is all there
-    assert held(path) > 0.99 * path.stat().st_size
-
-
-@pytest.mark.parametrize("form", ["per_expert", "fused", "native"])
-def test_of_a_range_only_its_bytes_are_read(form, large):
-    path = large / form / "model.safetensors"
-    whole = {n: t.clone() for n, t in fmoe.load(large / "per_expert").items()}  # what is mapped stays in memory
-    cold(path)
-    tensors = fmoe.load(large / form, e=range(4, 6))
-    owned = sum(t.nbytes for t in tensors.values())
-    same(tensors, {n: t[4:6] if "_projs" in n else t for n, t in whole.items()})
-    assert held(path) <= 1.02 * owned + 2**16
-
-
-@pytest.mark.parametrize("form", ["per_expert", "fused"])
-def test_of_a_range_only_its_bytes_are_converted(form, large, tmp_path):
-    before, part = rchar(), range(4, 6)
-    done = fmoe.convert(large / form, tmp_path / "part", e=part, fsync=False)
-    owned = sum(t.nbytes for t in read(tmp_path / "part").values())
-    assert done.read <= 1.02 * owned and done.written == owned
-    assert rchar() - before <= 2.1 * owned + 2**20  # read() above is the other half

@@ -1,19 +1,18 @@
-"""What is written: waited for, under its own name only when whole, where it may be, and told of as it goes."""
+"""What is written: waited for, under its own name only when whole, and where it may be."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command import PROGRAM, Run, demo, runner
+from command import PROGRAM, demo
+from conversions import convert, expected
 from directories import INDEX, files
 from processes import calls, end_all, start
 
@@ -36,21 +35,6 @@ def source(tmp_path) -> Path:
     (path / "assets").mkdir()
     (path / "assets" / "a.txt").write_text("a")
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    return runner(monkeypatch, capsys)
-
-
-def convert(source: Path, dst: Path, **how: object) -> fmoe.checkpoint.Report:
-    return fmoe.convert(source, dst, max_shard_size="100KB", **how)
-
-
-def expected(source: Path) -> dict[str, bytes]:
-    dst = source.parent / "expected"
-    convert(source, dst)
-    return files(dst)
 
 
 def test_every_file_is_on_the_disk_before_it_gets_its_name_and_the_names_before_the_journal_goes(source, tmp_path):
@@ -207,203 +191,3 @@ def test_what_lies_under_our_temporary_names_is_neither_written_through_nor_left
     (dst / "mine.part").write_text("x")
     convert(source, dst, force=True)
     assert files(dst) == expected(source) | {"mine.part": b"x"} and precious.read_text() == "mine"
-
-
-def old_ones(path: Path) -> dict[str, int]:
-    return {n: (path / n).stat().st_ino for n in files(path)}
-
-
-CHANGED = "(has changed since it was opened|ends before byte)"  # as a thread opens it next, or is reading it just now
-SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "deleted": (lambda path: path.unlink(), "is not there"),
-    "cut short": (lambda path: os.truncate(path, 1000), CHANGED),
-    "written to": (lambda path: path.write_bytes(path.read_bytes()), CHANGED),
-    "replaced": (lambda path: shutil.copy(path, f"{path}2") and os.replace(f"{path}2", path), "has changed since"),
-}
-
-
-@pytest.mark.parametrize("begun", [False, True])
-@pytest.mark.parametrize("name", SPOILED)
-def test_a_source_spoiled_midway_is_told_and_nothing_is_left(name, begun, source, tmp_path):
-    spoil, match = SPOILED[name]
-    dst = tmp_path / "out"
-    if begun:
-        with pytest.raises(KeyboardInterrupt):
-            convert(source, dst, progress=after(20_000, interrupt))
-        assert JOURNAL in files(dst)
-    with pytest.raises(AdapterError, match=f"model-00002-of-00002.safetensors {match}"):
-        work = after(300_000, lambda: spoil(source / "model-00002-of-00002.safetensors"))
-        convert(source, dst, progress=work)
-    assert not dst.exists()
-
-
-def after(size: int, act: Callable[[], object]) -> Callable[[int, int], None]:
-    """Progress that acts once so many bytes are done."""
-    done: list[int] = []
-
-    def progress(now: int, of: int) -> None:
-        if now >= size and not done:
-            done.append(now)
-            act()
-
-    return progress
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def test_with_an_old_checkpoint_a_spoiled_source_leaves_that(source, tmp_path):
-    fmoe.convert(source, tmp_path / "out")
-    before = old_ones(tmp_path / "out")
-    with pytest.raises(AdapterError, match="is not there"):
-        convert(
-            source,
-            tmp_path / "out",
-            force=True,
-            progress=after(1, (source / "model-00002-of-00002.safetensors").unlink),
-        )
-    assert old_ones(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("how", [{}, {"max_shard_size": 1}, {"e": range(2, 4)}, {"force": True}], ids=str)
-def test_a_dry_run_writes_nothing_and_says_what_would_be_written(how, source, tmp_path):
-    parent = tmp_path / "parent"
-    dst = parent / "out"
-    if "force" in how:
-        fmoe.convert(source, dst)
-    before, there = files(tmp_path), sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    told: list[int] = []
-    dry = fmoe.convert(source, dst, dry_run=True, progress=lambda done, of: told.append(done), **how)
-    assert (files(tmp_path), sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))) == (before, there)
-    assert (dry.read, dry.written, dry.resumed, dict(dry.checksums), told) == (0, 0, 0, {}, [])
-    wet = fmoe.convert(source, dst, **how)
-    same = ("path", "family", "tensors", "nbytes", "made", "files")
-    assert [getattr(dry, n) for n in same] == [getattr(wet, n) for n in same]
-    assert wet.files == len(list(dst.glob("*.safetensors"))) and wet.written > 0
-
-
-def test_a_dry_run_refuses_what_the_run_would(source, tmp_path, run):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_text("cat")
-    for dst, flags, message in [("photos", (), "is not empty"), ("photos", ("--force",), "holds no checkpoint")]:
-        code, out, err = run("convert", source, tmp_path / dst, "--dry-run", *flags)
-        assert (code, out) == (1, "") and message in err
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", progress=after(1, interrupt))
-    before = files(tmp_path / "out")
-    assert "beginnings of other work" in run("convert", source, tmp_path / "out", "--dry-run")[2]
-    code, out, err = run("convert", source, tmp_path / "out", "--dry-run", "--max-shard-size", "100KB")
-    assert (code, err) == (0, "") and files(tmp_path / "out") == before
-    assert out == f"52 tensors -> 8 in 6 files would be written to {tmp_path / 'out'} (594.4 kB)\n"
-
-
-@pytest.mark.parametrize("side", ["native", "hf"])
-def test_checksums_are_those_of_all_files_of_both_sides(side, source, tmp_path, run):
-    here, there = source, tmp_path / "out"
-    if side == "hf":
-        convert(source, tmp_path / "native")
-        here = tmp_path / "native"
-    code, out, err = run("convert", here, there, "--to", side, "--checksums", "--max-shard-size", "100KB")
-    assert (code, err) == (0, "")
-    lines = dict(reversed(line.split("  ")) for line in out.splitlines()[1:])
-    every = [p for folder in (here, there) for p in folder.rglob("*") if p.is_file()]
-    assert lines == {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in every}
-    sums = "".join(line + "\n" for line in out.splitlines()[1:])
-    subprocess.run(["sha256sum", "--check", "--quiet", "--strict"], input=sums, text=True, check=True, timeout=60)
-    shutil.rmtree(there)
-    code, out, _ = run("convert", here, there, "--to", side, "--checksums", "--json", "--max-shard-size", "100KB")
-    assert code == 0 and json.loads(out)["checksums"] == lines
-
-
-@pytest.mark.parametrize("how", [{}, {"checksums": True}, {"e": range(1, 3)}, {"threads": 1}], ids=str)
-def test_progress_begins_where_it_stopped_never_goes_back_and_ends_with_all(how, source, tmp_path):
-    size, dst = fmoe.inspect(source)["bytes"], tmp_path / "out"
-    of = size * (3 if "checksums" in how else 1)
-    runs: list[list[int]] = [[]]
-
-    def progress(done: int, all_: int) -> None:
-        assert all_ == of
-        runs[-1].append(done)
-        if len(runs) < 4 and done >= len(runs) * size // 4:
-            runs.append([])
-            raise KeyboardInterrupt
-
-    while True:
-        try:
-            report = convert(source, dst, progress=progress, **how)
-            break
-        except KeyboardInterrupt:
-            assert JOURNAL in files(dst)
-    assert len(runs) == 4 and runs[0][0] == 0 and runs[-1][-1] == of
-    for before, now in zip(runs, runs[1:], strict=False):
-        assert now == sorted(now) and 0 < now[0] <= before[-1] and before[-1] - now[0] <= size // 8
-    assert 0 < report.resumed and report.written + report.resumed == sum(
-        t["bytes"] for t in [{"bytes": fmoe.inspect(dst)["bytes"]}]
-    )
-    assert fmoe.convert(source, tmp_path / "other", max_shard_size="100KB", **how) and files(dst) == files(
-        tmp_path / "other"
-    )
-
-
-def test_one_object_for_machines_and_nothing_else(source, tmp_path):
-    call = ["convert", source, tmp_path / "out", "--json", "--checksums"]
-    code, out, err = start(call, tmp_path / "notes").end()
-    found = json.loads(out)
-    assert (code, err, out.count("\n")) == (0, "", 1) and found["files"] == 1 and found["written"] == 594432
-    ended = start([*call[:2], tmp_path / "x", "--quiet"], tmp_path / "notes").end()
-    assert ended == (0, f"52 tensors -> 8 in 1 file in {tmp_path / 'x'} (594.4 kB)\n", "")
-    start([*call[:2], tmp_path / "y"], tmp_path / "notes", at=60, by=signal.SIGKILL).end()
-    ended = start([*call[:2], tmp_path / "y"], tmp_path / "notes").end()
-    assert ended.code == 0 and " of it by an earlier run)" in ended.out and ended.err == ""
-
-
-def test_saving_is_interrupted_without_a_trace_and_the_old_checkpoint_stays(source, tmp_path):
-    params, adapter = fmoe.load(source), fmoe.adapter(source)
-    with pytest.raises(KeyboardInterrupt):
-        fmoe.save(params, tmp_path / "out", adapter, progress=after(1, interrupt))
-    assert not (tmp_path / "out").exists()
-    fmoe.save(params, tmp_path / "out", adapter)
-    before = old_ones(tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):
-        fmoe.save(params, tmp_path / "out", adapter, max_shard_size=1, force=True, progress=after(1, interrupt))
-    assert old_ones(tmp_path / "out") == before
-
-
-def test_saving_interrupted_among_the_new_names_can_be_done_again(source, tmp_path, monkeypatch):
-    params, adapter, dst = fmoe.load(source), fmoe.adapter(source), tmp_path / "out"
-    fmoe.save(params, dst, adapter)
-    count = iter(range(99))
-
-    def replace(src: Path, to: Path, real: Callable[..., None] = os.replace) -> None:
-        real(src, to)
-        if next(count) == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace)
-        with pytest.raises(KeyboardInterrupt):
-            fmoe.save(params, dst, adapter, max_shard_size="50KB", force=True)
-    with pytest.raises(AdapterError, match="is unfinished"):
-        fmoe.load(dst)
-    fmoe.save(params, dst, adapter, max_shard_size="100KB")
-    fmoe.save(params, tmp_path / "new", adapter, max_shard_size="100KB")
-    assert files(dst) == files(tmp_path / "new")
-
-
-def test_a_source_that_cannot_be_read_just_now_can_be_gone_on_from(source, tmp_path, monkeypatch):
-    dst, calls, preadv = tmp_path / "out", [], os.preadv
-
-    def fails(*args):
-        calls.append(args)
-        if dst.exists() and len(calls) % 10 == 0:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return preadv(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", fails)
-        with pytest.raises(AdapterError, match="cannot be read at byte .*: Input/output error"):
-            convert(source, dst, threads=1)
-    assert (dst / JOURNAL).exists() and INDEX not in files(dst)
-    assert convert(source, dst).resumed > 0
-    assert files(dst) == expected(source)
