@@ -1,32 +1,22 @@
-"""Formats: decoding against their definition, one number at a time; encoding to the very bytes; bounds; refusals."""
+"""Formats: decoding against their definition, one number at a time; encoding, in parts as in whole."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from codec_cases import by_hand
+from format_cases import ALL, FORMATS, exactly, shape_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import fmoe
 from fmoe.codecs import blocks, values
-from fmoe.codecs.formats import FORMATS as TABLE
 from fmoe.codecs.formats import Format
 from fmoe.types import bits
 
-FORMATS = {n: f for n, f in TABLE.items() if not f.second}  # scales of scales: test_foreign.py
 SMALL = {n: replace(f, block=(3, 5), sizes="") if f.block == (128, 128) else f for n, f in FORMATS.items()}
-ALL = pytest.mark.parametrize("name", FORMATS)
 SHAPES = st.sampled_from([(1, 1), (3, 5), (7, 11), (4, 1), (6, 10), (1, 13)])
-
-
-def shape_of(f: Format, rows: int, columns: int) -> tuple[int, ...]:
-    """A shape that the format can have, from small numbers."""
-    columns = columns * 32 if f.block[1] == 32 else columns
-    stored = (2, rows, columns) if f.each or f.grouped else (rows, columns)
-    return f.as_stored(stored)
 
 
 def exponents(f: Format) -> tuple[int, int]:
@@ -45,11 +35,6 @@ def drawn(f: Format, shape: tuple[int, ...], seed: int, dtype: torch.dtype, spre
         return codes, (k + 127).to(torch.uint8).view(dtype)
     scale = torch.ldexp(1 + torch.rand(k.shape, generator=made), k - (k == high).int())
     return codes, scale.clamp(max=values.MOST[f.code] and 2.0**118).to(dtype)
-
-
-def exactly(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape and torch.equal(bits(x), bits(y))
 
 
 @ALL
@@ -135,85 +120,6 @@ def test_every_format_encodes_in_parts_as_in_whole(monkeypatch):
         exactly(f.encode(decoded, whole[1]), whole)
         assert torch.equal(f.decode(*whole), decoded)
         monkeypatch.undo()
-
-
-BAD = {"NaN": math.nan, "inf": math.inf, "negative": -1.0}
-
-
-@ALL
-@pytest.mark.parametrize("what", BAD)
-def test_a_scale_that_is_no_scale_is_refused(name, what):
-    f = FORMATS[name]
-    shape = shape_of(f, 6, 6)
-    codes, scale = f.encode(torch.ones(shape))
-    if f.scales[0] in (torch.uint8, values.E8M0):
-        if what != "NaN":
-            scale.view(torch.uint8).view(-1)[-1] = 254  # its largest code is no number of bf16
-        else:
-            scale.view(torch.uint8).view(-1)[-1] = 255
-    else:
-        scale.view(-1)[-1] = BAD[what]
-    with pytest.raises(ValueError, match="expected finite scales from 0"):
-        f.decode(codes, scale)
-
-
-@ALL
-def test_codes_under_a_scale_that_hides_them_are_refused_and_zeros_are_not(name):
-    f = FORMATS[name]
-    shape = shape_of(f, 6, 6)
-    codes, scale = f.encode(torch.ones(shape))
-    tiny = torch.zeros_like(scale) if f.scales[0] not in (torch.uint8, values.E8M0) else \
-        torch.zeros_like(scale.view(torch.uint8)).view(scale.dtype)  # fmt: skip
-    if f.code == "e2m1" and not f.zero:  # 2^-127 is a scale like any other
-        exactly(f.encode(f.decode(codes, tiny), tiny), (codes, tiny))
-        return
-    with pytest.raises(ValueError, match="codes under a scale of"):
-        f.decode(codes, tiny)
-    nothing, _ = f.encode(torch.zeros(shape))
-    negative = bits(nothing).view(nothing.dtype).view(nothing.shape)
-    decoded = f.decode(nothing, tiny)
-    assert not decoded.any()
-    exactly(f.encode(decoded, tiny), (negative, tiny))
-    if f.code not in ("int4", "int8"):
-        nothing, _ = f.encode(-torch.zeros(shape))
-        assert bits(nothing).any()
-        exactly(f.encode(f.decode(nothing, tiny), tiny), (nothing, tiny))
-
-
-@ALL
-def test_what_no_code_says_and_shapes_that_do_not_fit_are_refused(name):
-    f = FORMATS[name]
-    shape = shape_of(f, 6, 6)
-    for bad in (math.inf, -math.inf, math.nan):
-        weight = torch.ones(shape)
-        weight.view(-1)[3] = bad
-        if f.code == "e4m3" and math.isnan(bad):
-            codes, scale = f.encode(weight)
-            assert f.decode(codes, scale).isnan().sum() == 1 and scale.float().isfinite().all()
-            continue
-        with pytest.raises(ValueError, match="expected finite values"):
-            f.encode(weight)
-    codes, scale = f.encode(torch.ones(shape))
-    with pytest.raises(ValueError, match="expected"):
-        f.decode(codes, torch.ones((*scale.shape, 1)).to(scale.dtype))
-    with pytest.raises(ValueError, match="expected those of"):
-        f.decode(codes.view(torch.uint8).float(), scale)
-    if f.block[1] == 32:
-        with pytest.raises(ValueError, match="whole groups"):
-            f.encode(torch.ones(f.as_stored((2, 6, 33))))
-
-
-@ALL
-def test_shapes_alone_and_empty_tensors(name):
-    f = FORMATS[name]
-    shape = shape_of(f, 6, 6)
-    codes, scale = f.encode(torch.ones(shape, device="meta"))
-    real = f.encode(torch.ones(shape))
-    assert [(t.shape, t.dtype) for t in (codes, scale)] == [(t.shape, t.dtype) for t in real]
-    assert f.decode(codes, scale).shape == shape and f.decode(codes, scale).is_meta
-    empty = (*shape[:-2], 0, shape[-1]) if not f.transposed else (*shape[:-1], 0)
-    codes, scale = f.encode(torch.ones(empty))
-    assert f.decode(codes, scale).shape == empty
 
 
 def test_numbers_do_not_depend_on_how_a_thread_treats_subnormal_ones():

@@ -1,12 +1,9 @@
 """Every family against Transformers: what it wrote comes back bit for bit, and its numbers are those of its modules."""
 
 import copy
-import json
-import math
 import re
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -14,15 +11,14 @@ import hf
 import hf_zoo as zoo
 import pytest
 import torch
-import transformers
-from command import runner
+from published_names import PUBLISHED
 from safetensors.torch import load_file
 from test_parity import assert_close, assert_parity
 from tiny import CHOICES
 from torch import Tensor, nn
 
 import fmoe
-from fmoe.families import FAMILIES, NO_FAMILY, VERIFIED, Family
+from fmoe.families import FAMILIES, VERIFIED
 from fmoe.testing import same
 
 
@@ -155,119 +151,6 @@ def test_what_lacks_an_expert_or_has_one_askew_is_refused(name):
         assert {key, key + "_again"} & set(error.value.keys)
 
 
-# Families that Transformers has no class for, or none that is small: published names and axes, in
-# reference-behaviour's and the checkpoints' own words. Gate and up, then down; the native prefix of both.
-PER_EXPERT = ("{e}.{g=gate_proj|up_proj}.weight [i d]", "{e}.down_proj.weight [d i]")
-W123 = ("{e}.{g=w1|w3}.weight [i d]", "{e}.w2.weight [d i]")
-STACKED = ("gate_up_proj [e (g i) d]", "down_proj [e d i]")
-TRANSPOSED = ("gate_up_proj [e d (g i)]", "down_proj [e i d]")
-STEP = ("{g=gate_proj|up_proj}.weight [e i d]", "down_proj.weight [e d i]")
-PUBLISHED: dict[str, tuple[str, tuple[str, str], str]] = {
-    "aria": ("language_model.model.layers.1.mlp.experts.", ("fc1.weight [e d (g i)]", "fc2.weight [e i d]"), ""),
-    "bailing_moe": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "bailing_moe_v2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "deepseek_ocr2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "deepseek_v41": ("layers.1.ffn.experts.", W123, ""),
-    "deepseek_v41_text": ("layers.1.ffn.experts.", W123, ""),
-    "diffusion_gemma": ("model.decoder.layers.1.experts.", STACKED, "model.decoder.layers.1.moe.experts."),
-    "gemma4": ("model.language_model.layers.1.experts.", STACKED, "model.language_model.layers.1.moe.experts."),
-    "hy_mt2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "hy_v4_vl": ("model.language_model.layers.1.mlp.experts.", STACKED, ""),
-    "hy_v4_vl_text": ("model.layers.1.mlp.experts.", STACKED, ""),
-    "inkling2": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
-    "inkling2_loop": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
-    "inkling2_loop_text": ("model.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
-    "inkling_mm_model": ("model.llm.layers.1.mlp.experts.", ("w13_weight [e (i g) d]", "w2_weight [e d i]"), ""),
-    "kimi_k25": ("language_model.model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "kimi_k3": (
-        "language_model.model.layers.1.block_sparse_moe.experts.", W123, "language_model.model.layers.1.mlp.experts."
-    ),
-    "lara_mini": ("model.layers.1.mlp.experts.", STACKED, ""),
-    "llama4": ("language_model.model.layers.1.feed_forward.experts.", TRANSPOSED, ""),
-    "mimo_v2": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "minimax_m3_vl": (
-        "language_model.model.layers.1.block_sparse_moe.experts.", W123, "language_model.model.layers.1.mlp.experts."
-    ),
-    "mistral_large4": ("layers.1.experts.", W123, "layers.1.mlp.experts."),
-    "muse_spark": ("model.language_model.layers.1.mlp.experts.", STACKED, ""),
-    "nemo_speechlm": (
-        "llm.model.layers.1.mixer.experts.", ("gate_and_up_projs [e d i]", "down_projs [e i d]"), ""
-    ),
-    "nemotron_h_omni": (
-        "language_model.model.layers.1.mixer.experts.",
-        ("{e}.up_proj.weight [i d]", "{e}.down_proj.weight [d i]"),
-        "",
-    ),
-    "qwen3_8_flash_next": ("model.language_model.layers.1.mlp.experts.", STACKED, ""),
-    "qwen3_8_flash_next_text": ("model.layers.1.mlp.experts.", STACKED, ""),
-    "qwen3_omni_moe": ("thinker.model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "qwen3_vl_moe": ("model.language_model.layers.1.mlp.experts.", TRANSPOSED, ""),
-    "sarvam_mla": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "sarvam_moe": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-    "step3p7": ("model.layers.1.moe.", STEP, "model.layers.1.moe.experts."),
-    "unlimited_ocr": ("model.layers.1.mlp.experts.", PER_EXPERT, ""),
-}  # fmt: skip
-
-
-def laid(stack: Tensor, axes: str, prefix: str, address: str) -> dict[str, Tensor]:
-    """A stack over `axes`, one letter each, as the tensors that an address names."""
-    name, dims = address.removesuffix("]").split(" [")
-    found = {prefix + name: (stack, axes)}
-    for slot in re.findall(r"\{.+?\}", name):
-        letter, _, labels = slot.strip("{}").partition("=")
-        count = stack.shape[axes.index(letter)]
-        found = {
-            n.replace(slot, label): (t.select(a.index(letter), k), a.replace(letter, ""))
-            for n, (t, a) in found.items()
-            for k, label in enumerate(labels.split("|") if labels else map(str, range(count)))
-        }
-    shape = [d.strip("()").replace(" ", "") for d in re.findall(r"\(.+?\)|\w", dims)]
-    order = "".join(shape)
-    sizes = lambda t, a: [math.prod(t.shape[a.index(x)] for x in d) for d in shape]
-    return {n: t.permute([a.index(x) for x in order]).reshape(sizes(t, a)).clone() for n, (t, a) in found.items()}
-
-
-@pytest.mark.parametrize("model_type", PUBLISHED)
-def test_published_names_become_the_native_stacks(model_type):
-    prefix, (up, down), native = PUBLISHED[model_type]
-    gates = "g" in up.split(" [")[0] + up.split(" [")[1] and re.search(r"\bg\b", up)
-    both, last = torch.randn(3, 2 if gates else 1, 4, 5), torch.randn(3, 5, 4)
-    hf_tensors = laid(both if gates else both[:, 0], "egid" if gates else "eid", prefix, up)
-    hf_tensors |= laid(last, "edi", prefix, down) | {"other": torch.ones(1)}
-    found = FAMILIES[model_type]
-    sizes = dict(n_routed_experts=3, moe_inter_dim=4, dim=5)
-    adapter = found.adapter({found.fields[field].split()[0]: n for field, n in sizes.items()})
-    params = adapter.from_hf(hf_tensors)
-    stem = native or prefix
-    assert params.keys() == {stem + "gate_and_up_projs", stem + "down_projs", "other"}
-    assert torch.equal(params[stem + "gate_and_up_projs"], both.flatten(1, 2).mT)
-    assert torch.equal(params[stem + "down_projs"], last.mT)
-    same(adapter.resolve(hf_tensors).to_hf(params), hf_tensors)
-    same(adapter.to_hf(params), hf_tensors)
-
-
-def test_hunyuan_image_has_up_before_gate_and_lists_for_numbers():
-    D, I, S, E, block = 6, 4, 5, 3, "model.layers.0.mlp."
-    tensors = {f"{block}experts.{e}.gate_and_up_proj.weight": torch.randn(2 * I, D) for e in range(E)}
-    tensors |= {f"{block}experts.{e}.down_proj.weight": torch.randn(D, I) for e in range(E)}
-    tensors |= {block + "shared_mlp.gate_and_up_proj.weight": torch.randn(2 * S, D)}
-    tensors |= {block + "shared_mlp.down_proj.weight": torch.randn(D, S), "vae.x.weight": torch.ones(2)}
-    tensors |= {block + "gate.wg.weight": torch.randn(E, D)}
-    sizes = dict(num_hidden_layers=2, num_experts=[E, E], moe_topk=[2, 2], hidden_size=D, moe_intermediate_size=[I, I])
-    adapter = fmoe.adapter("hunyuan_image_3_moe", sizes)
-    native = adapter.from_hf(tensors)
-    same(adapter.to_hf(native), tensors)
-    for e, (up, gate) in enumerate(tensors[f"{block}experts.{e}.gate_and_up_proj.weight"].split(I) for e in range(E)):
-        assert torch.equal(native[block + "experts.gate_and_up_projs"][e], torch.cat([gate, up]).T)
-    up, gate = tensors[block + "shared_mlp.gate_and_up_proj.weight"].split(S)
-    assert torch.equal(native[block + "shared_experts.gate_proj.weight"], gate)
-    assert torch.equal(native[block + "shared_experts.up_proj.weight"], up)
-    assert torch.equal(native[block + "gate.weight"], tensors[block + "gate.wg.weight"])
-    other = fmoe.adapter("hunyuan_image_3_moe", sizes | dict(num_experts=[E, E + 1]))
-    with pytest.raises(fmoe.AdapterError, match="num_experts"):
-        other.moe_config  # noqa: B018
-
-
 def test_the_draft_of_deepseek_v41_has_experts_of_its_own_number():
     D, I, blocks = 6, 4, {"layers.0.ffn.": 3, "mtp.0.ffn.": 2}
     shape = dict(w1=(I, D), w3=(I, D), w2=(D, I))
@@ -307,64 +190,3 @@ def test_what_a_family_says_of_its_verification_is_what_these_tests_do():
     assert of("block") >= by_model  # test_parity compares whole blocks
     assert of("keys") == (PUBLISHED.keys() | {"hunyuan_image_3_moe"}) - compared
     assert of("laws") == {"per_expert", "per_expert_non_gated"}
-
-
-def test_a_shift_by_a_size_wants_that_size():
-    two = ("x.{e}.w [c]", "text [e c]"), ("x.{k=e+E}.w [d]", "vision [e d]")
-    tensors = {f"x.{n}.w": torch.full((2 + n // 3,), float(n)) for n in range(6)}
-    rules = fmoe.rule(*two[0], e=3) | fmoe.rule(*two[1], e=3)
-    native = rules.from_hf(tensors)
-    assert native["text"][:, 0].tolist() == [0, 1, 2] and native["vision"][:, 0].tolist() == [3, 4, 5]
-    same(rules.to_hf(native), tensors)
-    assert "{k=e+3}" in str(rules) and "{k=e+E}" in str(fmoe.rule(*two[1]))
-    with pytest.raises(fmoe.AdapterError, match="needs the size E") as error:
-        fmoe.rule(*two[1]).from_hf(tensors)
-    assert error.value.keys == ("x.0.w",)
-    with pytest.raises(fmoe.AdapterError, match="a size is added"):
-        fmoe.rule("x.{k=e-E}.w [d]", "v [e d]")
-
-
-def test_every_model_of_transformers_with_experts_has_a_family_or_a_reason():
-    models = Path(transformers.__file__).parent / "models"
-    missing = {}
-    for path in models.glob("*/modeling_*.py"):
-        if re.search(r"^class \w*(Experts|[a-z]MoE|[a-z]Moe|MoeBlock|MoEBlock)\(", path.read_text(), re.M):
-            config = path.with_name(path.name.replace("modeling", "configuration"))
-            types = set(re.findall(r'^    model_type = "([\w-]+)"', config.read_text(), re.M))
-            missing |= {path.parent.name: types} if not types & {*FAMILIES, *NO_FAMILY} else {}
-    assert len(list(models.glob("*/modeling_*.py"))) > 300 and not missing
-    for name in NO_FAMILY:
-        with pytest.raises(fmoe.AdapterError, match=NO_FAMILY[name][:20]):
-            fmoe.families.family(name)
-
-
-def test_a_family_of_ones_own_is_found_by_name_and_by_directory(tmp_path):
-    mine = Family(
-        model_types=("mine",),
-        rules=fmoe.rule("{l}.up.{e} [i d]", "{l}.gate_and_up_projs [e d i]") | fmoe.keep("{rest}"),
-        fields=dict(n_routed_experts="experts", n_activated_experts="k", dim="d", moe_inter_dim="i"),
-        activations={"relu2": "relu2"},
-    )
-    taken = replace(mine, model_types=("new", "mixtral"))
-    try:
-        assert fmoe.families.register(mine) is mine and fmoe.families.register(mine) is mine
-        tensors = {f"0.up.{e}": torch.randn(3, 2) for e in range(4)}
-        hf.save(dict(model_type="mine", experts=4, k=1, d=2, i=3, hidden_act="relu2"), tensors, tmp_path)
-        adapter = fmoe.adapter(tmp_path)
-        assert adapter.moe_config.n_routed_experts == 4
-        assert adapter.from_hf(tensors)["0.gate_and_up_projs"].shape == (4, 2, 3)
-        with pytest.raises(fmoe.AdapterError, match="'mixtral' has a family already"):
-            fmoe.families.register(taken)
-        assert "new" not in FAMILIES
-    finally:
-        FAMILIES.pop("mine", None)
-
-
-def test_the_command_line_tells_them_all(monkeypatch, capsys):
-    run = runner(monkeypatch, capsys)
-    code, out, err = run("families", "--json")
-    told = json.loads(out)
-    assert (code, err) == (0, "") and told.keys() == FAMILIES.keys()
-    assert told["mixtral"]["layout"] == "{pre}layers.{l}.block_sparse_moe.experts.{e}.{g=w1|w3}.weight [i d]"
-    assert told["mixtral"]["verified"] == VERIFIED["block"] and told["deepseek_v3"]["quantised"] == "fp8 blocks"
-    assert [line.split()[0] for line in run("families")[1].splitlines()[1:]] == sorted(FAMILIES)

@@ -1,24 +1,18 @@
-"""Which experts are mine: on fake worlds of any size in this process, and on real gloo processes."""
+"""Which experts are mine: on fake worlds of any size in this process."""
 
 import importlib.util
-import multiprocessing
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from unittest.mock import MagicMock
 
-import distributed
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from sharding_cases import PLACEMENTS, claim, flat, seen_by
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from fmoe import sharding
 from fmoe.sharding import (
@@ -34,8 +28,6 @@ from fmoe.sharding import (
     validate_dtensor_expert_sharding,
 )
 
-PLACEMENTS = {"0": Shard(0), "1": Shard(1), "2": Shard(2), "R": Replicate(), "P": Partial()}
-PLACEMENTS["strided"] = _StridedShard(0, split_factor=2)
 # golden vectors C4: (E, ranks) -> the balanced ranges, and where torch cuts
 C4 = {
     (8, 3): ("0:3 3:6 6:8", "0:3 3:6 6:8"),
@@ -44,31 +36,9 @@ C4 = {
 }
 
 
-@contextmanager
-def seen_by(rank: int, text: str) -> Iterator[tuple[DeviceMesh, list[Placement]]]:
-    """The mesh and placements in "ep_shard*2=1 ep*3=0": names ("_": none), sizes, cut dims. Nothing communicates."""
-    names, sizes, places = zip(*(item.replace("=", "*").split("*") for item in text.split()), strict=True)
-    sizes = torch.Size(map(int, sizes))
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=sizes.numel())
-    try:
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=None if "_" in names else names)
-        yield mesh, [PLACEMENTS[place] for place in places]
-    finally:
-        dist.destroy_process_group()
-
-
-def flat(*shape: int) -> torch.Tensor:
-    return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-
-
 def cut(mesh: DeviceMesh, placements: Sequence[Placement], *shape: int) -> DTensor:
     """torch's own shards of a tensor whose values are its flat indices."""
     return distribute_tensor(flat(*shape), mesh, placements, src_data_rank=None)
-
-
-def claim(mesh: DeviceMesh, placements: Sequence[Placement], local: torch.Tensor, *shape: int) -> DTensor:
-    """A DTensor of that shape, whatever the local part."""
-    return DTensor.from_local(local, mesh, placements, shape=torch.Size(shape), stride=torch.empty(shape).stride())
 
 
 @given(st.integers(0, 600), st.integers(1, 80))
@@ -223,69 +193,6 @@ def test_no_wrong_split(mesh: str, E: int, error: type[Exception], message: str)
         split_experts_weights_dtensor_aware(claim(device_mesh, placements, flat(2, 1), 4, 2), E)
 
 
-VALID = "ep*2=0, ep*2=R, dp_shard_cp*2=0, ep_shard*2=1 ep*2=0, ep_shard*2=1 ep*2=R, ep_shard*2=R ep*2=R"
-VALID += ", ep*2=0 ep_shard*2=1, dp*2=0 tp*2=1, _*2=1 _*2=0"
-WRONG = "ep*2=1, ep*2=P, _*2=1, dp*1=1, ep_shard*2=0 ep*2=1, ep_shard*2=0 ep*2=R, ep_shard*2=0 ep*2=0"
-WRONG += ", ep*2=1 ep_shard*2=0, dp*2=R tp*2=1, dp*2=0 tp*2=0, dp*2=P ep*2=0"
-
-
-@pytest.mark.parametrize("mesh", VALID.split(", ") + WRONG.split(", "))
-def test_validate(mesh: str) -> None:
-    with seen_by(0, mesh) as (device_mesh, placements):
-        tensor = claim(device_mesh, placements, flat(2, 2), 4, 4)
-        with pytest.raises(ValueError, match=r"gate has shape \(4, 4\).*expected 5 experts"):
-            validate_dtensor_expert_sharding(tensor, 5, "gate")
-        if mesh in VALID.split(", "):
-            assert validate_dtensor_expert_sharding(tensor, 4) is True
-            return
-        with pytest.raises(ValueError, match="gate has unsupported DTensor placement .*: redistribute it to Shard"):
-            validate_dtensor_expert_sharding(tensor, 4, "gate")
-
-
-@pytest.mark.parametrize(
-    "mesh, kept, whole",
-    [
-        ("ep*2=0", ("ep",), (4, 4)),
-        ("ep_shard*1=1 ep*2=0", ("ep",), (4, 4)),
-        ("ep_replicate*1=R ep_shard*1=1 ep*2=0", ("ep",), (4, 4)),
-        ("ep_shard*2=1 ep*2=0", ("ep_shard", "ep"), (4, 8)),
-        ("ep_replicate*2=R ep*2=0", ("ep_replicate", "ep"), (4, 4)),
-        ("ep_replicate*2=R ep_shard*1=1 ep*2=0", ("ep_replicate", "ep_shard", "ep"), (4, 4)),
-        ("ep_shard*2=1", ("ep_shard",), (2, 8)),
-        ("ep_shard*1=1", ("ep_shard",), (2, 4)),
-    ],
-)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_create(mesh: str, kept: tuple[str, ...], whole: tuple[int, int], transposed: bool) -> None:
-    local = flat(2, 3, 4).mT if transposed else flat(2, 4, 3)
-    dense = torch.empty(whole[0], 3, whole[1]).mT if transposed else torch.empty(*whole, 3)
-    with seen_by(0, mesh) as (device_mesh, placements):
-        for shape in (None, dense.shape):
-            tensor = create_dtensor_from_local(local, device_mesh, rank=0, shape=shape)
-            assert tensor.device_mesh.mesh_dim_names == kept
-            assert list(tensor.placements) == placements[-len(kept) :]
-            assert (tensor.shape, tensor.stride()) == (dense.shape, dense.stride())
-            assert tensor.to_local().data_ptr() == local.data_ptr()
-        with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), expected \(.*, this rank's of \(6, 6, 3\) on"):
-            create_dtensor_from_local(local, device_mesh, shape=(6, 6, 3))
-
-
-@pytest.mark.parametrize(
-    "mesh, local, shape, message",
-    [
-        ("dp*2=R ep*2=0", flat(2, 4), None, r"'dp', .*expected names among .*'ep_replicate'.* slice"),
-        ("_*2=0", flat(2, 4), None, r"mesh dims named \(\), expected names among"),
-        ("ep_shard*2=1 ep*2=0", flat(2), None, r"\(2,\) has too few dims"),
-        ("ep_shard*2=1 ep*2=0", flat(2), (4,), r"\(4,\) has too few dims"),
-        ("ep*4=0", flat(2, 4), (5, 4), "5 experts on 4 ranks"),
-    ],
-)
-def test_create_refuses(mesh: str, local: torch.Tensor, shape: tuple[int, ...] | None, message: str) -> None:
-    with seen_by(0, mesh) as (device_mesh, _), pytest.raises(ValueError, match=message):
-        create_dtensor_from_local(local, device_mesh, shape=shape)
-    assert create_dtensor_from_local(local, None, 0) is local
-
-
 def test_only_the_experts_follow_our_rule() -> None:
     # ten columns on four ranks: 3 3 3 1, as DTensor cuts them; ten experts would be refused
     with seen_by(3, "ep_shard*4=1") as (mesh, _):
@@ -323,88 +230,3 @@ def test_without_torch_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not alone.is_dtensor(flat(2)) and alone.validate_dtensor_expert_sharding(flat(2), 2)
     assert alone.split_experts_weights_dtensor_aware(flat(2), 2)[1] == [0, 1]
     assert alone.create_dtensor_from_local(alone.ep_shard_slice(flat(2), None), None).shape == (2,)
-
-
-def own(whole: torch.Tensor, mesh: DeviceMesh) -> DTensor:
-    """What a load does: my experts of a plain tensor, my part of dim 1, and the DTensor of these."""
-    start, end = get_expert_range_for_rank_from_mesh(mesh, len(whole))
-    return create_dtensor_from_local(ep_shard_slice(whole[start:end], mesh), mesh, shape=whole.shape)
-
-
-def check_split(tensor: DTensor, whole: torch.Tensor, want: list[int], *kept: str) -> None:
-    """The ids are those, and each element, gathered, is its expert. Every rank of the mesh calls this."""
-    experts, ids = split_experts_weights_dtensor_aware(tensor, len(whole))
-    assert ids == want
-    for e, expert in zip(ids, experts, strict=True):
-        assert list(getattr(expert, "placements", ())) == [PLACEMENTS[k] for k in kept]
-        assert torch.equal(expert.full_tensor() if is_dtensor(expert) else expert, whole[e])
-
-
-def on_two_ranks() -> None:
-    rank, x, uneven = dist.get_rank(), flat(4, 4, 6), flat(2, 5, 3)
-    mine = [2 * rank, 2 * rank + 1]
-    ep, fsdp = (init_device_mesh("cpu", (2,), mesh_dim_names=(name,)) for name in ("ep", "dp_shard_cp"))
-    for whole in (x, x.mT, x[:, 0], flat(3, 2), flat(1, 2)):
-        assert torch.equal(own(whole, ep).full_tensor(), whole)
-    check_split(own(x, ep), x, mine)
-    check_split(own(flat(1, 2), ep), flat(1, 2), [0][rank:])
-    check_split(distribute_tensor(x, fsdp, [Shard(0)]), x, mine)
-    check_split(distribute_tensor(x, fsdp, [Shard(1)]), x, [0, 1, 2, 3], "0")
-    check_split(distribute_tensor(x, fsdp, [Shard(2)]), x, [0, 1, 2, 3], "1")
-    check_split(distribute_tensor(uneven, fsdp, [Shard(1)]), uneven, [0, 1], "0")
-    check_split(distribute_tensor(x.mT, ep, [Replicate()]), x.mT, [0, 1, 2, 3])
-    weight = distribute_tensor(x, fsdp, [Shard(1)]).requires_grad_()
-    split_experts_weights_dtensor_aware(weight, 4)[0][2].sum().backward()
-    assert weight.grad.full_tensor().sum((1, 2)).tolist() == [0, 0, 24, 0]
-
-
-def on_four_ranks() -> list[str]:
-    rank, x, eight = dist.get_rank(), flat(4, 4, 6), flat(8, 2)
-    for other, kept in (("ep_shard", "0"), ("ep_replicate", "R")):
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=(other, "ep"))
-        for whole in (x, x.mT, flat(3, 2)):
-            tensor = own(whole, mesh)
-            assert torch.equal(tensor.full_tensor(), whole) and validate_dtensor_expert_sharding(tensor, len(whole))
-        check_split(own(x, mesh), x, [2 * (rank % 2), 2 * (rank % 2) + 1], kept)
-    three, four = (DeviceMesh("cpu", list(range(n)), mesh_dim_names=("ep",)) for n in (3, 4))
-    if rank < 3:
-        assert torch.equal(own(eight, three).full_tensor(), eight)
-        check_split(own(eight, three), eight, [[0, 1, 2], [3, 4, 5], [6, 7]][rank])
-    else:
-        with pytest.raises(ValueError, match="no one place for this process"):
-            own(eight, three)
-    errors = []
-    for E in (5, 10):
-        with pytest.raises(ValueError, match=f"{E} experts on 4 ranks: .*; use a size that divides {E}") as made:
-            own(flat(E, 2), four)
-        with pytest.raises(ValueError, match=f"{E} experts on 4 ranks: .*; use a size that divides {E}") as split:
-            split_experts_weights_dtensor_aware(distribute_tensor(flat(E, 2), four, [Shard(0)]), E)
-        errors += [str(made.value), str(split.value)]
-    return errors
-
-
-def fail_after_two_ranks() -> None:
-    on_two_ranks()
-    if dist.get_rank() == 1:
-        raise KeyError("the cause")
-    dist.barrier()
-
-
-def test_four_processes() -> None:
-    errors = distributed.run(on_four_ranks, 4)
-    assert len(errors[0]) == 4 and errors == errors[:1] * 4
-
-
-def test_two_processes_and_their_failure() -> None:
-    # one spawn for both: on_two_ranks passes, then one rank fails while the other waits for it
-    with pytest.raises(
-        RuntimeError, match="(?s)on 2 ranks: rank 1 failed.*in fail_after_two_ranks.*KeyError: 'the cause'"
-    ):
-        distributed.run(fail_after_two_ranks, 2)
-
-
-def test_a_hanging_process_is_killed() -> None:
-    started = time.time()
-    with pytest.raises(TimeoutError, match=r"(?s)sleep on 1 ranks: ranks \[0\] .*killed"):
-        distributed.run(time.sleep, 1, 60, timeout=1)
-    assert time.time() - started < 10 and not multiprocessing.active_children()
