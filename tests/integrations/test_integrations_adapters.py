@@ -1,4 +1,4 @@
-"""L1: adapters in Automodel's and torchtitan's shapes, called by loaders that do what the contracts say they do."""
+"""L1: adapters in Automodel's shape, called as its loader calls them; in place and converted."""
 
 import io
 import json
@@ -11,16 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import hf
-import hf_zoo as zoo
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from loader_cases import blank, saved
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 import fmoe
-from fmoe.integrations import automodel, torchtitan
+from fmoe.integrations import automodel
 from fmoe.testing import same
 
 FAMILIES = [*hf.MODELS, "olmoe", "mixtral", "dbrx", "jetmoe", "llama4_text", "granitemoe", "phimoe", "glm4_moe"]
@@ -32,21 +31,6 @@ def alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
         yield
-
-
-def saved(name: str, path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """A model's config, and its tensors as they lie at path."""
-    if name in hf.MODELS:
-        model = hf.write(name, path)
-    else:
-        model = zoo.build(name)
-        model.save_pretrained(path)
-    return model.config, {n: t for f in path.glob("*.safetensors") for n, t in load_file(f).items()}
-
-
-def blank(native: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model with these parameters, not loaded yet; its experts in their own order, as modules make them."""
-    return {n: torch.full(t.shape, -7.0).to(t.dtype) for n, t in native.items()}
 
 
 def load_as_automodel(adapter: Any, model: dict[str, Tensor], path: Path, mesh: Any = None) -> set[str]:
@@ -242,70 +226,3 @@ def test_L1_the_members_that_automodels_loader_asks_for(tmp_path: Path, monkeypa
     assert adapter.from_hf(exported).keys() == native.keys() and not adapter.view_loaded_native_keys
     lent = adapter.to_hf(native, for_checkpoint_load=True)
     assert adapter.from_hf(lent).keys() < native.keys() and adapter.view_loaded_native_keys
-
-
-# torchtitan
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe_text", "gpt_oss", "granitemoe"])
-def test_L1_torchtitans_loader_round_trips(name: str, tmp_path: Path) -> None:
-    _, tensors = saved(name, tmp_path)
-    adapter = torchtitan.StateDictAdapter(object(), tmp_path)
-    native = fmoe.adapter(tmp_path).from_hf(tensors)
-    model = blank(native)
-    destinations = adapter.to_hf(model)
-    dcp.load(destinations, storage_reader=adapter.get_hf_storage_reader(str(tmp_path)))
-    same(model, native)  # through views: before from_hf is called
-    same(adapter.from_hf(destinations), native)
-    index = tmp_path / "model.safetensors.index.json"
-    mapping = adapter.fqn_to_index_mapping
-    if not index.exists():
-        assert mapping is None
-    else:
-        files = json.loads(index.read_text())["weight_map"]
-        assert mapping is not None and mapping.keys() == tensors.keys() == files.keys()
-        assert all(f"-{mapping[n]:05d}-of-" in file for n, file in files.items())
-        assert set(mapping.values()) == set(range(1, len(set(files.values())) + 1))
-
-
-def test_L1_torchtitans_own_names(tmp_path: Path) -> None:
-    _, tensors = saved("qwen3_moe", tmp_path)
-    adapter = torchtitan.StateDictAdapter(None, tmp_path, names=torchtitan.W123)
-    titan = adapter.from_hf(tensors)
-    layer = "model.layers.0.mlp.experts"
-    for e in range(8):
-        for w, proj in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
-            assert torch.equal(titan[f"layers.0.moe.experts.{w}"][e], tensors[f"{layer}.{e}.{proj}_proj.weight"])
-    same(adapter.to_hf(titan), tensors)
-    before = dict(titan)
-    assert adapter.to_hf(titan) is not titan and titan.keys() == before.keys()
-    model = blank(titan)
-    destinations = adapter.to_hf(model)
-    dcp.load(destinations, storage_reader=adapter.get_hf_storage_reader(str(tmp_path)))
-    same(adapter.from_hf(destinations), titan)
-
-
-def test_L1_torchtitans_reader_of_quantised_files_decodes(tmp_path: Path) -> None:
-    codes = torch.randn(128, 256).to(torch.float8_e4m3fn)
-    scale = torch.tensor([[2.0, 0.5]])
-    save_file({"w.weight": codes, "w.weight_scale_inv": scale}, tmp_path / "model-00001-of-00001.safetensors")
-    weight_map = dict.fromkeys(("w.weight", "w.weight_scale_inv"), "model-00001-of-00001.safetensors")
-    (tmp_path / torchtitan.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    adapter = torchtitan.StateDictAdapter(None, tmp_path, adapter=fmoe.keep("{rest}"))
-    found = {"w.weight": torch.zeros(128, 256)}
-    dcp.load(found, storage_reader=adapter.get_hf_storage_reader(str(tmp_path), from_quantized=True))
-    assert torch.equal(found["w.weight"], codes.float() * scale.repeat_interleave(128, 1))
-
-
-def test_L1_torchtitans_errors(tmp_path: Path) -> None:
-    with pytest.raises(fmoe.AdapterError, match="which family"):
-        torchtitan.StateDictAdapter()
-    with pytest.raises(fmoe.AdapterError, match="config.json"):
-        torchtitan.StateDictAdapter(None, tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
-    (tmp_path / torchtitan.INDEX).write_text('{"weight_map": {"a": "odd.safetensors"}}')
-    with pytest.raises(fmoe.AdapterError, match="'a' lies in 'odd.safetensors'"):
-        torchtitan.StateDictAdapter(None, tmp_path)
-
-
-assert nn

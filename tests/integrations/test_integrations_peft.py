@@ -1,28 +1,25 @@
-"""L0, on the installed PEFT: LoRA on expert parameters runs as the LoRA of `fmoe.experts`, with PEFT's own numbers."""
+"""L0, on the installed PEFT: LoRA on expert parameters trains as PEFT's own on eager, and nothing is made."""
 
 import copy
-import subprocess
-import sys
 import warnings
 from typing import Any
 
 import integrations_zoo as zoo
 import pytest
 import torch
-from test_integrations_transformers import Calls, calls, expert_modules, far  # noqa: F401
-from torch import Tensor, nn
+from eager_parity import Calls, far
+from torch import Tensor
+from wrapped_zoo import GATED, bound, draw, grads, same, wrapped
+
+import fmoe
+from fmoe.integrations import transformers as integration
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel
     from peft.tuners.lora.layer import ParamWrapper
 
-import fmoe
-from fmoe.integrations import bindings, peft
-from fmoe.integrations import transformers as integration
-
 integration.register()
-GATED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TARGETS: dict[str, list[str]] = {
     "qwen3_moe": GATED,
     "gpt_oss": GATED,
@@ -35,64 +32,6 @@ TARGETS: dict[str, list[str]] = {
     "llama4_text": ["feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"],
 }
 ALONE = {"down alone": GATED[1:], "up alone": GATED[:1]}
-
-
-def bound(model: nn.Module, name: str) -> nn.Module:
-    """By the registry where Transformers has one, and otherwise by hand."""
-    fmoe.patch(model) if name in zoo.UNDECORATED else model.set_experts_implementation("fmoe")
-    return model
-
-
-def wrapped(model: Any, targets: list[str], seed: int = 0, **how: Any) -> Any:
-    """The model in PEFT's hands, with B drawn too: zeros would hide everything."""
-    options: dict[str, Any] = dict(r=3, lora_alpha=5, target_modules=[]) | how
-    config = LoraConfig(target_parameters=targets, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        made = get_peft_model(model, config)
-    draw(made, seed)
-    return made
-
-
-def draw(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            p.data = torch.randn(p.shape, generator=generator).to(p) * 0.1
-
-
-def grads(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    y = zoo.output(model, inputs)
-    r = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    (y * r).sum().backward()
-    return y.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def same(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], tolerance: float) -> None:
-    assert far(found[0], expected[0]) <= tolerance
-    assert found[1].keys() == expected[1].keys() and any("lora_" in name for name in found[1])
-    for name, g in expected[1].items():
-        assert g.any() and far(found[1][name], g) <= tolerance, name
-
-
-@pytest.fixture
-def deltas(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The parameters that PEFT has replaced by W + BA, for a forward or for good."""
-    made: list[str] = []
-    parametrize, merge = nn.utils.parametrize.register_parametrization, ParamWrapper.get_delta_weight
-
-    def replaced(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> nn.Module:
-        made.append(name)
-        return parametrize(module, name, *args, **kwargs)
-
-    def added(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        made.append(self.parameter_name)
-        return merge(self, *args, **kwargs)
-
-    monkeypatch.setattr(nn.utils.parametrize, "register_parametrization", replaced)
-    monkeypatch.setattr(ParamWrapper, "get_delta_weight", added)
-    return made
 
 
 CASES = [(name, targets) for name, targets in TARGETS.items()] + [("qwen3_moe", t) for t in ALONE.values()]
@@ -196,67 +135,3 @@ def test_L0_checkpointing_and_frozen_weights(deltas: list[str]) -> None:
     model.activation_checkpointing_enable()
     same(grads(model, inputs), expected, 1e-12)
     assert not deltas and all("lora_" in name for name in expected[1])
-
-
-@pytest.mark.parametrize("swapped", [True, False])
-@pytest.mark.parametrize("transposed", [True, False])
-def test_L0_factors_are_what_peft_adds_whichever_way_it_packs(swapped: bool, transposed: bool) -> None:
-    """PEFT before 0.20 packed features the other way round; what it adds to a parameter says what A and B are."""
-    model, _ = zoo.build("mixtral")
-    wrapper: Any = next(m for m in wrapped(model, GATED).modules() if isinstance(m, ParamWrapper))
-    E, r, (a, b) = wrapper.num_experts, 3, (5, 7)
-    shape = {True: (b, a), False: (a, b)}[swapped]  # of one expert of the parameter
-    wrapper.lora_A["default"] = nn.Linear(a, r * E, bias=False)
-    wrapper.lora_B["default"] = nn.Linear(r * E, b, bias=False)
-    wrapper._did_swap_in_out_features = swapped
-    delta = wrapper.get_delta_weight("default")
-    assert delta.shape == (E, *shape)
-    A, B = peft.factors(wrapper, ["default"], transposed)
-    assert far(A @ B, delta if transposed else delta.mT) <= 1e-6
-
-
-def test_L0_what_is_not_ours_stays_pefts(deltas: list[str]) -> None:
-    """A bias, the parameters of an eager model, and wrappers around modules inside a bound one."""
-    targets = ["mlp.experts.gate_up_proj_bias", *GATED]
-    model, inputs = zoo.build("gpt_oss")
-    expected = grads(wrapped(model.double(), targets), inputs)
-    deltas.clear()
-    same(grads(wrapped(bound(zoo.build("gpt_oss")[0].double(), "gpt_oss"), targets), inputs), expected, 1e-10)
-    assert set(deltas) == {"gate_up_proj_bias"}
-    for name, target in (("jetmoe", "input_linear.weight"), ("dbrx", "mlp.w1")):
-        model, inputs = zoo.build(name)
-        fmoe.patch(model)
-        model = wrapped(model, [target])
-        with pytest.raises(RuntimeError, match="runs in fmoe on parameters of '.*', a peft.*ParamWrapper, exp"):
-            zoo.output(model, inputs)
-    model, inputs = zoo.build("switch_transformers")
-    fmoe.patch(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(model, LoraConfig(target_modules=["wi"]))
-    with pytest.raises(RuntimeError, match="'wi', a peft.tuners.lora.layer.Linear, expected torch.nn.modules.lin"):
-        zoo.output(model, inputs)
-
-
-def test_L0_peft_imported_before_or_after_is_told() -> None:
-    code = (
-        "import sys, warnings; warnings.simplefilter('ignore')\n"
-        "import fmoe; fmoe.integrations.transformers.register(); fmoe.integrations.transformers.register()\n"
-        "assert 'peft' not in sys.modules\n"
-        "from peft.tuners.lora.layer import ParamWrapper\n"
-        "assert hasattr(ParamWrapper._activate_lora, '_fmoe')\n"
-        "fmoe.integrations.transformers.register()\n"
-        "assert not hasattr(ParamWrapper._activate_lora._fmoe, '_fmoe')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-
-
-def test_L0_a_peft_that_wraps_otherwise_is_refused() -> None:
-    class Layer:
-        __name__ = "peft.tuners.lora.layer"
-
-    with pytest.raises(RuntimeError, match="has no ParamWrapper._activate_lora"):
-        peft.teach(Layer(), integration.runs_through_fmoe)
-
-
-assert bindings and expert_modules
