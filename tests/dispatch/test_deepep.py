@@ -15,14 +15,15 @@ import distributed
 import naive
 import pytest
 import test_dispatch
+import test_dispatch_sums
 import threads
 import torch
 import torch.distributed as dist
 from deepep_cases import KINDS, WIDE, each_kind, lone
 from dispatchers import CASES, CONFIG, WAYS, Off, batch, grads, of_rank, share
 from hypothesis import given, settings
+from routings import Case, cases, laws
 from simulate_deep_ep import installed
-from test_dispatch import Case, cases, laws
 from torch import Tensor
 
 from fmoe import Routing
@@ -170,10 +171,10 @@ def test_L1_the_laws(kind: str, R: int, law: str, draw: Any) -> None:
 @each_kind
 def test_L1_torch_func_grad_and_its_own_grad(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = {kind: lambda group: deepep(group, CONFIG, max_tokens=8)}
-    monkeypatch.setattr(test_dispatch, "DISPATCHERS", made)
-    monkeypatch.setattr(test_dispatch, "batch", lambda name, R: batch(f"{name}, once", R))
+    monkeypatch.setattr(test_dispatch_sums, "DISPATCHERS", made)
+    monkeypatch.setattr(test_dispatch_sums, "batch", lambda name, R: batch(f"{name}, once", R))
     with installed(kind, exact=True):
-        test_dispatch.test_func_grad_is_backward(kind)
+        test_dispatch_sums.test_func_grad_is_backward(kind)
 
 
 def train(kind: str, way: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import fmoe
+from fmoe.codecs.fp8 import quantize
 from fmoe.testing import same
 
 
@@ -87,7 +88,7 @@ def quantised_parts(mesh: DeviceMesh) -> None:
     """FP8 in DTensors: decoded and encoded where each part has whole blocks, its scales beside it; else refused."""
     name, weight = "model.q_proj.weight", torch.randn(512, 256)
     adapter = fmoe.adapter("qwen3_moe")
-    q, s = fmoe.codecs.fp8.quantize(weight)
+    q, s = quantize(weight)
     hf = {name: q, f"{name}_scale_inv": s}
     for dim in (0, 1):
         cut = {n: distribute_tensor(t.view(torch.uint8) if t is q else t, mesh, [Shard(dim)]) for n, t in hf.items()}
