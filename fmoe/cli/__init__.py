@@ -1,5 +1,6 @@
 """The command line: `fmoe` and `python -m fmoe`. What it prints is for people, and with --json for machines."""
 
+import atexit
 import gc
 import json
 import os
@@ -13,6 +14,7 @@ def main() -> None:
     `{"error": {"problems": [...], "keys": [...]}}`, beside the message on standard error.
     """
     gc.set_threshold(100_000, 20, 100)  # what imports and headers make is not looked through again and again
+    atexit.register(gc.freeze)  # nor when all of it goes
     try:
         raise SystemExit(_run("--json" in sys.argv[1:]))
     except KeyboardInterrupt:

@@ -70,15 +70,18 @@ def _blocks(f: Format) -> str:
     return "x".join(str(b or "all") for b in f.block)
 
 
-def renamed(names: Iterable[str], formats: tuple[Format, ...], fresh: Fresh) -> Iterator[str]:
+def renamed(names: Names, formats: tuple[Format, ...], fresh: Fresh) -> Iterator[str]:
     """What a file's names become, as far as names can tell."""
     pairs = lambda f: ((f.scale, f.beside), (f.weight, ""), (f.second or "{X}", f"{f.beside}_second"))
     templates = [(t, s, f) for f in formats for t, s in pairs(f) if own(t)]
     templates = [(t, s, f) for t, s, f in templates if t != "{X}" + s]
-    there = frozenset(names)
     tails = tuple(dict.fromkeys(t.partition("}")[2] for t, _, _ in templates))
-    for name in names:
-        if not name.endswith(tails):
+    if not (ending := set(names.ending(tails))):
+        yield from names.names
+        return
+    there = frozenset(names.names)
+    for name in names.names:
+        if name not in ending:
             yield name
             continue
         made = ((x, s, t, f) for t, s, f in templates if (x := read(t, name)) is not None and spell(t, x) == name)

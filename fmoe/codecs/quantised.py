@@ -101,12 +101,12 @@ class Quantised:
             tails += tuple(t.partition("}")[2] for t in parts)
         found = any(template.endswith(tails) for template in names.rows)
         if found and "{S}.scale" in parts and not self.flipped:  # which may be another word
-            found = list(renamed(names.names, self.formats, self.fresh)) != names.names
+            found = list(renamed(names, self.formats, self.fresh)) != names.names
         return replace(self, declared=found)
 
     def rename(self, names: Names) -> list[str]:
         if not self.flipped:
-            return list(dict.fromkeys(renamed(names.names, self.formats, self.fresh)))
+            return list(dict.fromkeys(renamed(names, self.formats, self.fresh)))
         return [new for n in names.names for new in self._spelled(n)]
 
     def _spelled(self, name: str) -> list[str]:

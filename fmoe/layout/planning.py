@@ -137,5 +137,7 @@ def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]
     settled = []
     for stage in stages:
         settled.append(stage.resolve(names, default=False))
-        names = Names(settled[-1].resolve(names, default=True).rename(names))
+        if len(settled) < len(stages):
+            new = settled[-1].resolve(names, default=True).rename(names)
+            names = names if new == names.names else Names(new)
     return tuple(settled)
