@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fmoe.checkpoint.apart import in_ranks_apart
 from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.disk import bytes_of, identity
@@ -16,7 +18,7 @@ from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sending import place_of
+from fmoe.checkpoint.sending import Outbox, place_of
 from fmoe.checkpoint.sides import config_of, of_systems
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.room import check_space, size_of
@@ -84,8 +86,8 @@ def convert(
     Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
     call goes on where it stopped. force: replace the checkpoint that dst holds. dry_run: check everything, write
     nothing. checksums: of all files of both sides, read once more. fsync=False: do not wait for the disk.
-    process_group: all its ranks call this and share the work; dst is the same directory for all of them, and whatever
-    number of ranks may go on where others stopped. bandwidth: at most so much is read in a second, as "200MB".
+    process_group: all its ranks call this and share the work; dst is the same directory for all, or a bucket; and
+    whatever number of ranks may go on where others stopped. bandwidth: at most so much is read in a second, as "200MB".
 
     Raises AdapterError before anything is written when the source does not convert or dst has no room for it; OSError
     where a file cannot be read or written.
@@ -112,7 +114,8 @@ def convert(
     if like is not None:
         raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")
     source = open_checkpoint(src, config_of(config), own=own)
-    place = place_of(dst, source.path, ranks=process_group is not None, checksums=checksums)
+    rank = process_group.rank() if process_group else None
+    place = place_of(dst, source.path, rank=rank, checksums=checksums)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
     if to != "native":
@@ -147,10 +150,10 @@ def convert(
     engine = Engine(
         source, plan, {n: (place.home / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
     )
-    place.order(engine, layout.heads)
+    place.order(engine, layout.heads, [*layout.heads, *others, *small])
     if bandwidth is not None:
         engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
-    work = _digest(source, to, adapter, ranges, layout, engine)
+    work = _digest(source, to, adapter, ranges, layout, place.items(engine))
     notes += place.notes(engine, place.claim(work, force), {*layout.heads, *small, *others})
     beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))
     check_space(place.home, place.room(engine) + beside)
@@ -191,8 +194,9 @@ def convert(
         return sums
 
     if process_group is not None:
-        rank = Rank(place.home, work, threads, fsync)
-        resumed, read, written, sums = in_ranks(process_group, engine, rank, survived, opening, begin, finish, carried)
+        mine = Rank(place.home, work, threads, fsync, force)
+        carry = partial(in_ranks_apart, place) if isinstance(place, Outbox) else in_ranks
+        resumed, read, written, sums = carry(process_group, engine, mine, survived, opening, begin, finish, carried)
         return replace(report, read=read, written=written, resumed=resumed, checksums=sums, notes=(*found, *notes))
     with opening() as stage, place.clean(stage):
         begin(stage)
@@ -232,13 +236,13 @@ def _origin(source: Checkpoint, plan: Plan, choices: Mapping[str, Any]) -> bytes
 
 
 def _digest(
-    source: Checkpoint, to: str, adapter: Adapter, ranges: Mapping[str, range], layout: Layout, engine: Engine
+    source: Checkpoint, to: str, adapter: Adapter, ranges: Mapping[str, range], layout: Layout, items: Sequence[Any]
 ) -> str:
     """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
     stamps = {file: identity(source.path / file, stamp) for file, stamp in source.stamps.items()}
     config = json.dumps(source.config, sort_keys=True)
     facts = [str(source.path.resolve()), stamps, config, to, str(adapter), sorted(map(repr, ranges.items()))]
     digest = hashlib.sha256(json.dumps(facts).encode())
-    for item in (*sorted(layout.heads.items()), *engine.items):
+    for item in (*sorted(layout.heads.items()), *items):
         digest.update(repr(item).encode())
     return digest.hexdigest()

@@ -37,6 +37,7 @@ class Rank(NamedTuple):
     work: str
     threads: int | None
     fsync: bool
+    force: bool
 
 
 def in_ranks(
@@ -55,8 +56,7 @@ def in_ranks(
     Raises AdapterError on all ranks where one of them fails or ends; the same call goes on, with any number of ranks.
     """
     with together(group) as ranks, ExitStack() as stack:
-        if len(set(ranks.gather(how.work))) > 1:
-            raise AdapterError("the ranks do not see the same source and options: expected the same on all")
+        agreed(ranks, how.work)
         stage = stack.enter_context(opening()) if ranks.first else None
         if stage is not None:
             begin(stage)
@@ -67,13 +67,24 @@ def in_ranks(
         _carry(ranks, engine, todo, how, shown)
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
         survived[:] = [each for mine in ranks.gather(survived) for each in mine]
-        sums = finish(stage) if stage else {}
-        try:
-            sums = ranks.tell(sums)
-        except Unreadable:  # whoever has ended since has done its share
-            if not ranks.first:
-                raise
-        return Done(resumed, read, written, sums)
+        return Done(resumed, read, written, ended(ranks, finish(stage) if stage else None))
+
+
+def agreed(ranks: Ranks, work: str) -> None:
+    """Raises AdapterError where the ranks are not about the same work."""
+    if len(set(ranks.gather(work))) > 1:
+        raise AdapterError("the ranks do not see the same source and options: expected the same on all")
+
+
+def ended(ranks: Ranks, sums: dict[str, str] | None) -> dict[str, str]:
+    """What the first has come to in the end, to all."""
+    try:
+        told: dict[str, str] = ranks.tell(sums)
+    except Unreadable:  # whoever has ended since has done its share
+        if sums is None:
+            raise
+        return sums
+    return told
 
 
 def _left(stage: Staging, engine: Engine) -> list[int]:

@@ -1,9 +1,10 @@
 """Where files are sent: a folder of whatever fsspec has a driver for, or a repository of the hub, in one commit."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from fmoe.types import AdapterError
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.IGNORECASE)
 OPENERS = ("model.safetensors.index.json", "fmoe.json", "config.json")
 """Without these nobody takes a folder for a checkpoint: they are sent last."""
+JOURNAL = "fmoe.journal"
+"""With this nobody takes a folder for a whole one."""
 
 
 class Target(Protocol):
@@ -27,6 +30,12 @@ class Target(Protocol):
 
     def sizes(self) -> dict[str, int]:
         """Every file that is there, as of now."""
+
+    def begun(self) -> dict[str, Any]:
+        """The work that is on its way there, as `begin` has said it; empty where none is."""
+
+    def begin(self, said: Mapping[str, Any]) -> None:
+        """Whoever looks knows of this work, until JOURNAL is removed."""
 
     def remove(self, names: Iterable[str]) -> None:
         """Files that are there, if they are."""
@@ -54,6 +63,28 @@ class Folder:
             return {str(p)[len(self.store.root) :].lstrip("/"): int(facts["size"]) for p, facts in found.items()}
 
         return retried(self.shown, look)
+
+    def begun(self) -> dict[str, Any]:
+        found = self.store.facts(JOURNAL)
+        if found is None:
+            return {}
+        text = retried(
+            f"{self.shown}/{JOURNAL}", lambda: self.store.call(partial(self.store.fs.cat_file, self._journal))
+        )
+        with suppress(ValueError):
+            said = json.loads(text)
+            if isinstance(said, dict) and said.keys() == {"work", "files", "replaces"}:
+                return said
+        raise AdapterError(f"{self.shown}/{JOURNAL} is none of fmoe's: remove it")
+
+    def begin(self, said: Mapping[str, Any]) -> None:
+        data = json.dumps(said).encode()
+        write = partial(self.store.fs.pipe_file, self._journal, data)
+        retried(f"{self.shown}/{JOURNAL}, which is being sent", lambda: self.store.call(write))
+
+    @property
+    def _journal(self) -> str:
+        return f"{self.store.root}/{JOURNAL}"
 
     def remove(self, names: Iterable[str]) -> None:
         there = self.sizes()
@@ -105,6 +136,12 @@ class Repository:
         names = {entry.rfilename: int(entry.size or 0) for entry in found.siblings or ()}
         inside = {n[len(self.of.folder) :]: size for n, size in names.items() if n.startswith(self.of.folder)}
         return {n: size for n, size in inside.items() if n != ".gitattributes"}  # which the hub makes itself
+
+    def begun(self) -> dict[str, Any]:
+        return {}
+
+    def begin(self, said: Mapping[str, Any]) -> None:
+        """Nothing: nobody sees what is no commit yet."""
 
     def remove(self, names: Iterable[str]) -> None:
         """Nothing: it is part of the commit."""

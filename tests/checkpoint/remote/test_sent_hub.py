@@ -11,6 +11,7 @@ from hubs import Hub, hub
 import fmoe
 from fmoe import AdapterError
 from fmoe.checkpoint.remote import trouble
+from fmoe.checkpoint.sending import place_of
 
 pytest.importorskip("huggingface_hub")
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own, of httpx
@@ -91,3 +92,8 @@ def test_a_repository_that_is_not_there_and_a_hub_that_may_not_be_asked(it, sour
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AdapterError, match="HF_HUB_OFFLINE is set"):
         fmoe.convert(source, "hf://org/name")
+
+
+def test_one_process_sends_it(it, source):
+    with pytest.raises(AdapterError, match="one process sends to the hub, in one commit. Fix: without ranks"):
+        place_of("hf://org/name", source, rank=0, checksums=False)

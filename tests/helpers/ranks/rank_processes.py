@@ -5,7 +5,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,15 @@ def _no_locks(*_: object) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-def ranks(arguments: Iterable[object], folder: Path, world: int, slow: float = 0, locks: bool = True) -> list[Any]:
-    """The processes, begun."""
+def ranks(
+    arguments: Iterable[object],
+    folder: Path,
+    world: int,
+    slow: float = 0,
+    locks: bool = True,
+    more: Callable[[int], Mapping[str, str]] = lambda rank: {},
+) -> list[Any]:
+    """The processes, begun. more: what else is in the environment of each."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -61,7 +68,7 @@ def ranks(arguments: Iterable[object], folder: Path, world: int, slow: float = 0
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     made = []
     for r in range(world):
-        environment = common | {"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(world)}
+        environment = common | {"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(world), **more(r)}
         call = ([*map(str, arguments)], folder, environment, slow, locks)
         process = _context().Process(target=rank, args=call)
         process.start()
