@@ -1,6 +1,6 @@
 """Quantised tensors among names of ours: what carries scales, or is codes; and what a file's names become."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from fmoe.codecs.format import Format

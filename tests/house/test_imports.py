@@ -52,6 +52,7 @@ checkpoint.stream
 checkpoint.remote.ranks
 checkpoint.together
 checkpoint.sending
+checkpoint.apart
 checkpoint.whole
 checkpoint.open
 checkpoint.sides
