@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fmoe import systems
-from fmoe.checkpoint.files.containers.source import Foreign, container_of, open_foreign
+from fmoe.checkpoint.files.containers.foreign import Foreign
+from fmoe.checkpoint.files.containers.source import container_of, open_foreign
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from

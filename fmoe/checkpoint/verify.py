@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.checkpoint.files.containers.source import Foreign
+from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.open import plan_from

@@ -151,6 +151,7 @@ maxtext = System(
     choices={"scan": (False, True)},
     container="orbax",
     verified="its own mappings and hooks, run on a CPU, scanned (Qwen3, Mixtral, DeepSeek-V3); "
-    "gpt-oss, and layers with numbers, by tensors made by hand after its source",
+    "gpt-oss, and layers with numbers, by tensors made by hand after its source; "
+    "the container by orbax-checkpoint 0.12.8, both ways",
     source="AI-Hypercomputer/maxtext e591f30",
 )

@@ -55,7 +55,7 @@ checkpoint.sending
 checkpoint.apart
 checkpoint.whole
 checkpoint.open
-checkpoint.sides
+checkpoint.sides checkpoint.target
 checkpoint.between
 checkpoint.sizes checkpoint.stats
 checkpoint.diff

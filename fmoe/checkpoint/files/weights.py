@@ -22,7 +22,9 @@ JOURNAL = "fmoe.journal"
 SUMS = "fmoe.sha256"
 OUT = "model.gguf"
 METADATA = ".metadata"
-OPENS = (INDEX, NATIVE, METADATA)
+TREE = "_METADATA"
+ARRAYS = "params.params."
+OPENS = (INDEX, NATIVE, METADATA, TREE)
 """What says which files a checkpoint consists of: it comes last, and goes first."""
 UNFINISHED = (".part", ".incomplete")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -97,7 +99,8 @@ def former(path: Path, code: Iterable[str] = ()) -> set[str]:
     names: list[str] = []
     for entry in os.scandir(path):
         if entry.is_dir(follow_symlinks=False):
-            inside = (p for p in Path(entry.path).rglob("*") if not p.is_dir()) if entry.name in FOLDERS else ()
+            ours = entry.name in FOLDERS or entry.name.startswith(ARRAYS)
+            inside = (p for p in Path(entry.path).rglob("*") if not p.is_dir()) if ours else ()
             names += [p.relative_to(path).as_posix() for p in inside]
         else:
             names.append(entry.name)
@@ -115,4 +118,5 @@ def of_model(names: Iterable[str], code: Iterable[str] = ()) -> set[str]:
     names, weights = list(names), WEIGHTS - {".part"}
     named = {*code, NATIVE, SUMS, *(["metadata.json"] if METADATA in names else [])}  # the last is Megatron's
     here = lambda n: holds(n) or Path(n).suffix in weights or n in named or bool(_KINDS.fullmatch(n))
-    return {n for n in names if (n.partition("/")[0] in FOLDERS if "/" in n else here(n))}
+    below = lambda folder: folder in FOLDERS or folder.startswith(ARRAYS) and TREE in names
+    return {n for n in names if (below(n.partition("/")[0]) if "/" in n else here(n))}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fmoe.checkpoint.files.disk import Unreadable, copied
-from fmoe.checkpoint.files.weights import INDEX, JOURNAL, METADATA, OPENS, holds
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, METADATA, OPENS, TREE, holds
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, opened, told
 from fmoe.checkpoint.staging.locks import locked
@@ -126,7 +126,7 @@ class Staging:
                 (self.path / name).unlink(missing_ok=True)
                 self._emptied((self.path / name).parent)
         for name in sorted(
-            self.names, key=lambda n: (n in (INDEX, METADATA), n.endswith((".safetensors", ".distcp")), n)
+            self.names, key=lambda n: (n in (INDEX, METADATA, TREE), n.endswith((".safetensors", ".distcp")), n)
         ):
             if self._part(name).exists():
                 os.replace(self._part(name), self.path / name)

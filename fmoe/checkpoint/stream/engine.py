@@ -48,7 +48,10 @@ class Engine:
 
     def __init__(self, source: Checkpoint, plan: Plan, starts: Mapping[str, tuple[Path, int]], limit: int = LIMIT):
         self.source, self.plan, self.flow, self.starts = source, plan, flow(plan, source.pieces), starts
-        self.paths = {path.name: path for path, _ in starts.values()}
+        self.named = {path: path.name for path, _ in starts.values()}
+        if len(self.named) > len({*self.named.values()}):  # in several folders
+            self.named = {path: f"{path.parent.name}/{path.name}" for path in self.named}
+        self.paths = {name: path for path, name in self.named.items()}
         self.limit, self.read, self.written = limit, 0, 0
         self.gate = Gate(FLIGHT)
         self.rate: Rate | None = None
@@ -61,7 +64,7 @@ class Engine:
                 place, start = Place(source.files[copy.source]), source.offsets[copy.source]
             else:
                 place, start = Place(copy.source, step), 0
-            boxes.append(box_of(copy, place, start, Place(path.name), at))
+            boxes.append(box_of(copy, place, start, Place(self.named[path]), at))
         size = lambda targets: sum(plan.targets[t].nbytes for t in targets)
         units = [Unit(sources, targets, size(targets)) for sources, targets in self.flow.units]
         made = jobs((b for b in boxes if b.nbytes), limit)
@@ -99,7 +102,7 @@ class Engine:
             self._count(sum(self.source.specs[n].nbytes for n in unit.sources), 0)
             for name, tensor in made.items():
                 path, at = self.starts[name]
-                self._write(Place(path.name), bits(tensor), at)
+                self._write(Place(self.named[path]), bits(tensor), at)
 
     def _move(self, job: Job) -> None:
         if not job.steps and all(b.plain for b in job.boxes):
