@@ -18,7 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import report_convert  # noqa: E402
-from convert import METHODS, child, cp, measure, method, source  # noqa: E402
+from convert import child, measure, source  # noqa: E402
+from methods import METHODS, cp, method  # noqa: E402
 
 KIND = "qwen3_moe"
 METHODS.clear()

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import Drop, Either, Entry, Keep, Together, rules_of
 from fmoe.layout.notation import Rule
-from fmoe.layout.parsing import parse
 from fmoe.layout.spelled.alias import Alias, Copies
 from fmoe.layout.spelled.bounds import size
+from fmoe.layout.spelled.parsing import parse
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, brief
 

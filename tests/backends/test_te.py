@@ -1,6 +1,7 @@
 """The backend `te`. L0: logic. L1: against a strict simulator on a CPU. L2: calls bind to published signatures.
 
-L3, on one GPU with Transformer Engine itself, has not been run: it is `gpu_te.py`."""
+L3, on one GPU with Transformer Engine itself, has not been run: it is `gpu_te.py`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -3,7 +3,8 @@
 L3, on a GPU with DeepEP itself (`gpu_deep_ep.py`), and L4, on several, have not been run.
 
 The simulator's `exact` mode carries fp64 in rows of any width, so that parity is asked to 1e-12: it checks where rows
-and gradients go. Everything else is bf16 within all limits: `test_deepep_rows.py`, `test_deepep_refusals.py`."""
+and gradients go. Everything else is bf16 within all limits: `test_deepep_rows.py`, `test_deepep_refusals.py`.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

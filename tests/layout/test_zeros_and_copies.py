@@ -9,7 +9,7 @@ import fmoe
 from fmoe import AdapterError, alias, keep, rule
 from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.notation import Rule
-from fmoe.layout.parsing import parse
+from fmoe.layout.spelled.parsing import parse
 from fmoe.testing import assert_laws, checkpoints, same
 
 NUMBERS = st.lists(st.integers(0, 10**5) | st.integers(0, 120), min_size=1, max_size=6, unique=True)

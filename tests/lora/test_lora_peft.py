@@ -1,6 +1,7 @@
 """LoRA against PEFT itself: what it wrote is read with its meaning, what we write it loads, and merged numbers agree.
 
-Every model type of Transformers that PEFT can wrap; and a few trained, saved, loaded, merged and run both ways."""
+Every model type of Transformers that PEFT can wrap; and a few trained, saved, loaded, merged and run both ways.
+"""
 
 import json
 

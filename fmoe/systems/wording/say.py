@@ -6,7 +6,7 @@ from typing import Any
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import alias, rule, table
 from fmoe.layout.entries import Drop, Entry, Keep
-from fmoe.layout.parsing import parse
+from fmoe.layout.spelled.parsing import parse
 from fmoe.layout.table import Table
 
 Rules = list[Adapter]

@@ -1,6 +1,7 @@
 """Hostile directories are refused with the file, the key and the reason, at once; what is sound is read.
 
-Directories that are wrong in simpler ways are in `test_checkpoint_refusals`."""
+Directories that are wrong in simpler ways are in `test_checkpoint_refusals`.
+"""
 
 import json
 import os

@@ -1,7 +1,8 @@
 """Headers that lie are refused with the file, the key and the reason, at once; what is sound is read.
 
 They go to the safetensors library too: what it refuses we refuse, and the few things in which we are stricter are
-marked so."""
+marked so.
+"""
 
 import json
 import re

@@ -1,6 +1,7 @@
 """Families that Transformers has no class for, or none that is small: published names and axes.
 
-In reference-behaviour's and the checkpoints' own words. Gate and up, then down; the native prefix of both."""
+In reference-behaviour's and the checkpoints' own words. Gate and up, then down; the native prefix of both.
+"""
 
 # Families that Transformers has no class for, or none that is small: published names and axes, in
 # reference-behaviour's and the checkpoints' own words. Gate and up, then down; the native prefix of both.
