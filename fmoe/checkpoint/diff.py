@@ -10,9 +10,9 @@ from torch import Tensor
 from fmoe.checkpoint.files.containers.source import container_of
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, mapped
+from fmoe.checkpoint.look.stats import opened
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.sides import open_source, side
-from fmoe.checkpoint.stats import opened
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.systems import SYSTEMS

@@ -32,7 +32,7 @@ def inspect_(
     """
     with waiting("reading headers", as_json):
         from fmoe import checkpoint
-        from fmoe.checkpoint.stats import tensors
+        from fmoe.checkpoint.look.stats import tensors
 
         listed = name is not None or (path.endswith(".safetensors") and Path(path).is_file())
         lines = list(tensors(path, name or "*", stats=stats)) if listed else []

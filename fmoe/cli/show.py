@@ -48,7 +48,7 @@ def _print(table: Table) -> None:
 
 def dashboard(found: Mapping[str, Any], every_rule: bool) -> None:
     """What `fmoe.inspect` found, as a page."""
-    from fmoe.checkpoint.sizes import short
+    from fmoe.checkpoint.look.sizes import short
     from fmoe.types import human
 
     layout = "".join(f", {name}={label}" for name, label in found["layout"].items())

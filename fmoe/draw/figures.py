@@ -44,7 +44,7 @@ def checkpoint(path: Path | str, *, ranks: int = 1, e: range | None = None) -> A
     True
     """
     from fmoe.checkpoint import adapter_of, open_checkpoint
-    from fmoe.checkpoint.sizes import kind_of, layer_of
+    from fmoe.checkpoint.look.sizes import kind_of, layer_of
 
     source = open_checkpoint(path)
     adapter = adapter_of(source)

@@ -58,7 +58,7 @@ checkpoint.whole
 checkpoint.open
 checkpoint.sides checkpoint.target
 checkpoint.between
-checkpoint.sizes checkpoint.stats
+checkpoint.look
 checkpoint.diff
 checkpoint.inspect checkpoint.load checkpoint.lora
 checkpoint.convert
