@@ -21,13 +21,21 @@ _BLOCKS = {"gate_and_up_projs": {"i": "j", "d": "c"}, "down_projs": {"i": "s", "
 Dims = tuple[tuple[str, ...], ...]
 
 
-def with_scales(entries: Iterable[Entry], formats: tuple[Format, ...], *, keep: bool) -> tuple[Entry, ...]:
+def turned(formats: Iterable[Format], method: str | None) -> bool:
+    """Whether codes lie the other way than the weight's rule says: a format has them so, and config says no other."""
+    others = {f.method.partition(" ")[0] for f in formats if not f.transposed}
+    return any(f.transposed for f in formats) and method not in others
+
+
+def with_scales(
+    entries: Iterable[Entry], formats: tuple[Format, ...], *, keep: bool, flip: bool = False
+) -> tuple[Entry, ...]:
     """The entries, and beside every weight rule those of its scales. keep: weights are codes, laid out as stored.
 
-    Scales of activations, which may be there for some experts only, keep their names.
+    flip: which is `turned`. Scales of activations, which may be there for some experts only, keep their names.
     """
     rules = [e for e in walk(entries) if isinstance(e, Rule) and matrix(e)]
-    return (*_with(entries, formats, keep), *dict.fromkeys(k for rule in rules for k in _passed(rule)))
+    return (*_with(entries, formats, keep, flip), *dict.fromkeys(k for rule in rules for k in _passed(rule)))
 
 
 def _passed(rule: Rule) -> Iterable[Keep]:
@@ -36,16 +44,16 @@ def _passed(rule: Rule) -> Iterable[Keep]:
         yield from (Keep(Address((*stem, last.removesuffix("weight") + part))) for part in ACTIVATIONS)
 
 
-def _with(entries: Iterable[Entry], formats: tuple[Format, ...], keep: bool) -> tuple[Entry, ...]:
+def _with(entries: Iterable[Entry], formats: tuple[Format, ...], keep: bool, flip: bool) -> tuple[Entry, ...]:
     made: list[Entry] = []
     for entry in entries:
         if isinstance(entry, Either):
-            options = tuple((n, _with(o, formats, keep)) for n, o in entry.options)
+            options = tuple((n, _with(o, formats, keep, flip)) for n, o in entry.options)
             made.append(replace(entry, options=options))
         elif isinstance(entry, Together | Rule):
             rules = entry.rules if isinstance(entry, Together) else (entry,)
             weights = [r for r in rules if matrix(r)]
-            kept = tuple(_codes(r, formats) if keep and matrix(r) else r for r in rules)
+            kept = tuple(_codes(r, formats, flip) if keep and matrix(r) else r for r in rules)
             made.append(Together(kept, entry.flipped) if isinstance(entry, Together) else kept[0])
             for kind in _kinds(formats):
                 found = tuple(r for w in weights if (r := _scales(w, *kind)) is not None)
@@ -99,10 +107,9 @@ def _lettered(dims: Dims, letters: Mapping[str, str], both: list[tuple[str, ...]
     return tuple(joined(d) if d in both else tuple(letters.get(a, a) for a in d) for d in dims)
 
 
-def _codes(rule: Rule, formats: tuple[Format, ...]) -> Rule:
+def _codes(rule: Rule, formats: tuple[Format, ...], flip: bool) -> Rule:
     """The rule for a weight's codes: where several share a stored number, their axis has a size of its own."""
-    transposed = any(f.transposed for f in formats)  # then nothing else is
-    source = replace(rule.source, axes=_turned(rule.source.axes or ())) if transposed else rule.source
+    source = replace(rule.source, axes=_turned(rule.source.axes or ())) if flip else rule.source
     if all(f.packed == 1 for f in formats):
         return Rule(source, rule.target, rule.bounds)
     letter = {"gate_and_up_projs": {"d": "p"}, "down_projs": {"i": "q"}}[matrix(rule) or ""]
@@ -125,14 +132,14 @@ def _named(address: Address, suffixes: tuple[str, ...]) -> Address:
 class Seam:
     """A rule joins a dimension of its sources with others: blocks across it stay whole only where they end at its end.
 
-    dim: which, counted from the last. last: whether its numbers lie side by side where it is joined. turned: the bf16
-    form of this weight is laid out the other way, so that only codes can follow the rule.
+    dim: which, counted from the last. last: whether its numbers lie side by side where it is joined. turned: of a
+    family that has codes which lie the other way than its bf16 weights, whether those are what the rule is for.
     """
 
     rule: Rule
     dim: int | None
     last: bool = True
-    turned: bool = False
+    turned: bool | None = None
 
     def problems(self, specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[Problem]:
         """What of these tensors the rule would tear, or turn."""
@@ -142,6 +149,11 @@ class Seam:
             text = f"{some(plain)}: not quantised, and quantized='keep' moves codes: leave it out"
             wrong.append(Problem(text, plain))
         for n in mine:
+            if n in found and self.turned not in (None, found[n].format.transposed):
+                method = found[n].format.method.partition(" ")[0]
+                told = f"{n!r} is in {found[n].format.name}, and config.json's quantization_config speaks of another: "
+                fix = f"Fix: quant_method {method!r} there, or decode it, without quantized='keep'"
+                wrong.append(Problem(f"{told}codes of the two lie otherwise. {fix}", (n,)))
             if self.dim is None or n not in found:
                 continue
             side, size = found[n].format.block[self.dim], found[n].format.as_stored(found[n].shape)[self.dim]
@@ -152,20 +164,19 @@ class Seam:
         return wrong
 
 
-def seams(entries: Iterable[Entry], formats: tuple[Format, ...]) -> tuple[Seam, ...]:
-    """Every place where rules for codes join blocks."""
+def seams(entries: Iterable[Entry], formats: tuple[Format, ...], flip: bool) -> tuple[Seam, ...]:
+    """Every place where rules for codes join blocks. flip: `turned`."""
     found: list[Seam] = []
-    turned = any(f.transposed for f in formats)
     for entry in entries:
         if isinstance(entry, Either):
-            found += [s for _, option in entry.options for s in seams(option, formats)]
+            found += [s for _, option in entry.options for s in seams(option, formats, flip)]
             continue
         for rule in entry.rules if isinstance(entry, Together) else (entry,) if isinstance(entry, Rule) else ():
             if not matrix(rule):
                 continue
             here, there = rule.source.axes or (), rule.target.axes or ()
-            here = _turned(here) if turned else here
-            found += [Seam(rule, None, turned=True)] if turned else []
+            here = _turned(here) if flip else here
+            found += [Seam(rule, None, turned=flip)] if any(f.transposed for f in formats) else []
             for dim in (-1, -2):
                 for letter in set(here[dim]) & {"i", "d"}:
                     joined = next(d for d in there if letter in d)

@@ -8,7 +8,7 @@ from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.config import bits, exports, ignored, quantization_of, weight_block
 from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
-from fmoe.codecs.scales import seams, with_scales
+from fmoe.codecs.scales import seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
 from fmoe.families.sparse import ANY
 from fmoe.folding import meant
@@ -130,7 +130,7 @@ class Family:
             keep=keep,
             declared=quantization_of(given) is not None,
         )
-        tables, codec = _scaled(tables, codec)
+        tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
         stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
         if dtype:
             stages = (*stages, CastExperts(as_dtype(dtype)))
@@ -169,11 +169,11 @@ class Family:
             raise AdapterError(f"{self.model_types[0]}: the config says what no layer can be: {error}") from None
 
 
-def _scaled(stages: tuple[Stage, ...], codec: Quantised) -> tuple[tuple[Stage, ...], Quantised]:
-    """The stages with the rules of scales, and the codec with what it must know of rules."""
-    tables = [s.entries for s in stages if isinstance(s, Table)]
-    joined = tuple(seam for entries in tables for seam in seams(entries, codec.formats)) if codec.keep else ()
-    scaled = lambda table: with_scales(table.entries, codec.formats, keep=codec.keep)
+def _scaled(stages: tuple[Stage, ...], codec: Quantised, method: Any) -> tuple[tuple[Stage, ...], Quantised]:
+    """The stages with the rules of scales, and the codec with what it must know of rules. method: as config says it."""
+    tables, flip = [s.entries for s in stages if isinstance(s, Table)], turned(codec.formats, method)
+    joined = tuple(seam for entries in tables for seam in seams(entries, codec.formats, flip)) if codec.keep else ()
+    scaled = lambda table: with_scales(table.entries, codec.formats, keep=codec.keep, flip=flip)
     made = lambda s: replace(s, entries=scaled(s)) if isinstance(s, Table) else s
     rules = weight_rules([e for entries in tables for e in walk(entries) if isinstance(e, Rule)])
     return tuple(map(made, stages)), replace(codec, seams=joined, experts=rules)
