@@ -17,7 +17,7 @@ from typing import Any
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)", re.ASCII)
 _STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
 
-_BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
+BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
 
 Layers = dict[int, set[str]]
 Groups = list[list[list[str]]]
@@ -47,7 +47,7 @@ def by_stack(names: Iterable[str]) -> dict[str, Layers]:
 def decoder(stacks: Mapping[str, Layers]) -> str:
     """The stack of the text model's layers: that of most layers with experts, or of most layers."""
     has = lambda layer: any(n.rpartition(".")[2] == "down_projs" for n in layer)
-    plain = [s for s in stacks if s and not _BESIDE.search(s)]
+    plain = [s for s in stacks if s and not BESIDE.search(s)]
     return max(plain, key=lambda s: (sum(map(has, stacks[s].values())), len(stacks[s]), s), default="")
 
 
@@ -117,7 +117,7 @@ def _absent(
     stem = here.rpartition(".")[0] + "." if "." in here else ""
     moved = lambda name: stem + name.removeprefix(form["stem"]) if name.startswith(form["stem"]) else name
     bare = stacks.get("", {}).get(0, set())
-    tail = lambda name: name[name.find("lm_head") :] if "lm_head" in name else None
+    tail = lambda name: name[name.find("lm_head") :] if "lm_head" in name and not BESIDE.search(name) else None
     held = lambda name: name in bare or tail(name) in map(tail, bare) and tail(name) is not None
     ours = [n for n in form["root"] if whole or n.startswith(form["stem"]) and "lm_head" not in n]
     missing = [n for n in map(moved, ours) if not held(n)]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fmoe.families.known import Layers, class_names, nearest
+from fmoe.families.known import BESIDE, Layers, class_names, nearest
 
 _SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
 _WORD = r"(?<![a-z])(%s)(?![a-z])"
@@ -29,7 +29,8 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
 
     - a module under another name that holds all that is lost of one (`mlp.gate_proj.weight`, `up`, `down`);
     - others of the same role, as many of them; of query, key and value a third (all in one). Of a module that is
-      there, in that module. A router is never found under another name.
+      there, in that module; of another, in none that the class has. A router is never found under another name, a
+      bias stands for a bias, and what is of MTP or a tower for nothing of the text model.
     """
     inside, tails = class_names(nearest(config, stacks))
     stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
@@ -40,12 +41,12 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
     found: set[str] = set()
     for (stack, number), names in places.items():
         here: set[str] = stacks.get(stack, {}).get(number, set())
-        own = {n for n in here if not (n in inside if stack else n.endswith(tails))}
+        own = {n for n in here if not (n in inside if stack else n.endswith(tails) or BESIDE.search(n))}
         spelt = set[str]().union(*stacks.get(stack, {}).values())
         if stack:
-            found |= {f"{stack}.{number}.{n}" for n in _spelt(names - spelt, own, here)}
+            found |= {f"{stack}.{number}.{n}" for n in _spelt(names - spelt, own, here, inside)}
         else:
-            found |= _spelt(names - spelt, own, set())
+            found |= _spelt(names - spelt, own, set(), set())
     return found
 
 
@@ -63,17 +64,24 @@ def _module(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _spelt(gone: set[str], own: set[str], here: set[str]) -> set[str]:
-    """Those of the names gone from a place that its own names stand for. here: all that is there, if in a layer."""
+def _spelt(gone: set[str], own: set[str], here: set[str], inside: set[str]) -> set[str]:
+    """Those of the names gone from a place that its own names stand for.
+
+    here: all that is there, if in a layer; inside: all that the class has in one.
+    """
     held = set(map(_module, here))
+    theirs = set(map(_module, inside))
     whole = {n for n in own if not _SMALL.search(n)}
-    place = lambda n: (role(n), _module(n) if _module(n) in held else "")
+    bias = lambda n: n.endswith("bias")
+    place = lambda n: (role(n), bias(n), _module(n) if _module(n) in held else "")
     wanted = Counter(map(place, gone))
     found: set[str] = set()
-    for (what, module), count in wanted.items():
-        rivals = sum(role(n) == what and module in ("", _module(n)) for n in (whole if what in ROLES else own))
+    for (what, biased, module), count in wanted.items():
+        fits = lambda n: _module(n) == module if module else _module(n) not in theirs  # noqa: B023
+        alike = lambda n: role(n) == what and bias(n) == biased and fits(n)  # noqa: B023
+        rivals = sum(map(alike, whole if what in ROLES else own))
         if what not in NEVER and (3 if what == "qkv" else 1) * rivals >= count:
-            found |= {n for n in gone if place(n) == (what, module)}
+            found |= {n for n in gone if place(n) == (what, biased, module)}
     for module in set(map(_module, gone)) - held:
         parts = {n.partition(".")[2] for n in gone if _module(n) == module}
         if all("." in p for p in parts) and any({f"{o}.{p}" for p in parts} <= whole for o in map(_module, whole)):
