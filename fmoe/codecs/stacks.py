@@ -130,10 +130,8 @@ def stack(
     say = lambda t: f"{list(t.shape)} {_say(t.dtype)}"
     more = "" if second is None else f", second {say(second)}"
     names = ", ".join(f.name for f in BESIDE[suffix] if f.stored == codes.dtype or codes.dtype not in kinds)
-    told = (
-        f"codes {say(codes)} beside scales {say(scale)}{more}, expected those of {names}, along the rows of E matrices"
-    )
-    raise ValueError(f"{told}. Fix: decode them, without quantized='keep'")
+    told = f"codes {say(codes)} beside scales {say(scale)}{more}, expected those of {names}"
+    raise ValueError(f"{told}. Fix: scales of that shape, or decode them, without quantized='keep'")
 
 
 def _block(f: Format, codes: Tensor, scale: Tensor, wide: Tensor) -> tuple[int, int] | None:

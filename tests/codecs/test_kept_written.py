@@ -46,10 +46,8 @@ def test_what_is_written_is_kept_as_codes_and_computes_as_decoded(name, quantize
     assert all(stacks(kept)[m].dtype.itemsize == 1 or stacks(kept)[m].dtype == torch.int32 for m in matrices)
     fmoe.verify(path, quantized="keep")
     moe = fmoe.adapter(path).moe_config
-    x, routing = (
-        torch.randn(4, 128).bfloat16(),
-        fmoe.Routing(torch.tensor([[0], [1], [2], [1]]), torch.rand(4, 1), None),
-    )
+    x, weights = torch.randn(4, 128).bfloat16(), torch.rand(4, 1)
+    routing = fmoe.Routing(torch.tensor([[0], [1], [2], [1]]), weights, None)
     plain = {n: t for n, t in stacks(decoded).items() if "_scale" not in n and "_activation" not in n}
     y = fmoe.experts(plain, x, routing, moe)
     if (name, quantize) in ACROSS:
