@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -79,8 +80,18 @@ def grid_of(x: Tensor, c: Config, tiles: int) -> tuple[int]:
 
 
 def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launches on the device of the first argument, whatever the current one is."""
+    """Launches on the device of the first argument, whatever the current one is.
+
+    Raises ValueError for bf16 in an interpreter that takes its bits for integers, as Triton's does.
+    """
     first = args[0].base if isinstance(args[0], TensorDescriptor) else args[0]
+    if not isinstance(_probe, triton.JITFunction):
+        bases = (a.base if isinstance(a, TensorDescriptor) else a for a in (*args, *constants.values()))
+        if any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in bases) and not _bf16_is_right():
+            raise ValueError(
+                "fmoe_kernels: a tensor is bfloat16, which Triton's interpreter multiplies wrongly, expected float32 or"
+                " float16 with TRITON_INTERPRET=1, or a GPU; use fmoe_kernels.reference or the backend torch_mm"
+            )
     with torch.accelerator.device_index(first.device.index):
         kernel[grid](*args, **constants, enable_fp_fusion=True)
 
@@ -92,6 +103,21 @@ def check_runs(x: Tensor) -> None:
             "fmoe_kernels: x is on the CPU, expected a GPU; use fmoe_kernels.reference,"
             " or set TRITON_INTERPRET=1 before fmoe_kernels is imported, to run the kernels in Triton's interpreter"
         )
+
+
+@triton.jit
+def _square(x, y, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    a = tl.load(x + at)
+    tl.store(y + at, tl.dot(a, a).to(y.dtype.element_ty))
+
+
+def _bf16_is_right() -> bool:
+    """Whether the interpreter multiplies bf16, as it does where its products are mended."""
+    x = torch.full((16, 16), 1.5, dtype=torch.bfloat16)
+    y = torch.zeros_like(x)
+    _square[(1,)](x, y, BLOCK=16)
+    return bool((y == 36).all())
 
 
 @triton.jit

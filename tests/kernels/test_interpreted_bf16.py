@@ -1,0 +1,43 @@
+"""Triton's own interpreter, not mended, takes the bits of bf16 for integers: kernels say so, and compute the rest."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+CODE = """
+import torch
+import fmoe
+from fmoe_kernels import products
+
+x, w, ends = torch.randn(4, 16), torch.randn(2, 16, 16), torch.tensor([2, 4])
+exact = torch.cat([x[:2] @ w[0], x[2:] @ w[1]])
+for dtype in (torch.float32, torch.float16):
+    assert (products.gmm(x.to(dtype), w.to(dtype), ends) - exact).abs().max() < 0.1
+config = fmoe.MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=16, moe_inter_dim=8)
+params = {"gate_and_up_projs": torch.randn(2, 16, 16).bfloat16(), "down_projs": torch.randn(2, 8, 16).bfloat16()}
+routing = fmoe.Routing(torch.tensor([[0], [1], [1], [0]]), torch.rand(4, 1), None)
+x, w = x.bfloat16(), w.bfloat16()
+said = []
+for call in (
+    lambda: products.gmm(x, w, ends), lambda: products.tgmm(x, x, ends),
+    *(lambda by=by: fmoe.experts(params, x, routing, config, backend=by) for by in ("triton", "triton_fp8")),
+):
+    try:
+        said.append(f"no error: {call().shape}")
+    except ValueError as error:
+        said.append(str(error))
+print(*said, sep="\\n")
+"""
+
+
+def test_bf16_is_refused_by_name_in_an_interpreter_that_multiplies_it_wrongly():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    assert len(said) == 4
+    assert all("bfloat16, which Triton's interpreter multiplies wrongly, expected float32" in text for text in said)
