@@ -47,14 +47,14 @@ LIVE = "parameters by name, as a model holds them; a trainer's directory is --to
 def convert_between(
     src: Where | str, dst: Path, to: str, config: Any, from_: str | None, *, max_shard_size: int | str, force: bool,
     dry_run: bool, checksums: bool, fsync: bool, threads: int | None, lossy: bool, progress: Progress,
-    like: Path | str | None, **choices: Any,
+    like: Path | str | None, trust_pickle: bool = False, **choices: Any,
 ) -> Report:  # fmt: skip
     """`fmoe.convert`, where another system is on either side: memory does not grow with the source, and it resumes."""
     if to not in ("hf", "native", *SYSTEMS):
         raise AdapterError(f"to={to!r}: expected hf, native or one of {', '.join(SYSTEMS)}")
     model = model_of(to, dst, like)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
-    source = open_source(src, config)
+    source = open_source(src, config, trust_pickle=trust_pickle)
     here = side(source, from_)
     adapter, there = adapters(source, here, to, lossy, **{n: v for n, v in choices.items() if n not in ranges})
     plan = plan_between(source, to, there, **ranges)
@@ -69,6 +69,8 @@ def convert_between(
         plan = plan_from(source, there, **ranges)
     check = gaps_between if lossy else partial(whole_between, fix="; lossy=True (--lossy) does without")
     missing = check(source, here, adapter)
+    if isinstance(source, Foreign):
+        source.agree()
     made = plan.targets
     if to in SYSTEMS and SYSTEMS[to].container == "orbax":
         there = there >> chunked(made)
@@ -183,7 +185,7 @@ def _stay(source: Checkpoint, along: Collection[str]) -> list[str]:
     return not_along([*stay, *(n for n in source.left() if n != METADATA)])
 
 
-CONTAINERS = {"dcp": "torch DCP", "gguf": "GGUF", "orbax": "Orbax"}
+CONTAINERS = {"dcp": "torch DCP", "gguf": "GGUF", "orbax": "Orbax", "mp_rank": "mp_rank"}
 
 
 def _sides(source: Checkpoint, here: str, to: str, layout: Layout, made: Specs) -> str:

@@ -57,6 +57,7 @@ def convert(
     config: Any = None,
     from_: str | None = None,
     like: Path | str | None = None,
+    trust_pickle: bool = False,
     process_group: "ProcessGroup | None" = None,
     bandwidth: int | str | None = None,
     progress: Progress = lambda done, of: None,
@@ -71,7 +72,8 @@ def convert(
     full; lossy: is done without, and told in the report.
     to: or another system, as "torchtitan" (`fmoe.systems`), or from one: found by files and names, or said with from_.
     config: a Hugging Face config (a dict, a JSON file or its directory), for a source without one.
-    like: to "gguf", an existing GGUF file of the same model, whose metadata the new one takes.
+    like: to "gguf", an existing GGUF file of the same model, whose metadata the new one takes. trust_pickle: read
+    Megatron's mp_rank_* too, whole training states: as data, through a list of exact names; nothing of them runs.
     choices: as in `fmoe.adapter`; adapter=: one of your own;
     a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
     dtype="bfloat16" writes what is quantised decoded and experts in that dtype (cast="all": and all else that may be;
@@ -109,7 +111,7 @@ def convert(
             )
         given: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
         given |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
-        given["like"] = like
+        given |= {"like": like, "trust_pickle": trust_pickle}
         return convert_between(src, here(dst, "other systems"), to, config, from_, **given)
     if like is not None:
         raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")

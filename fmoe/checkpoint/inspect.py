@@ -24,12 +24,17 @@ from fmoe.types import EXPERT_TENSORS, AdapterError
 
 
 def inspect(
-    path: Where | str, *, config: Any = None, from_: str | None = None, adapter: Adapter | None = None
+    path: Where | str,
+    *,
+    config: Any = None,
+    from_: str | None = None,
+    trust_pickle: bool = False,
+    adapter: Adapter | None = None,
 ) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.
 
     problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
-    cannot be opened at all. config, from_: as in `fmoe.convert`, of another system's directory.
+    cannot be opened at all. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory.
     adapter: one of your own, in place of the family's.
 
     >>> import fmoe.docs
@@ -38,7 +43,7 @@ def inspect(
     ('qwen3_moe', 52, [])
     """
     own = {} if adapter is None else {"adapter": adapter}
-    source = open_source(path, config, own=bool(own))
+    source = open_source(path, config, bool(own), trust_pickle)
     here = ("native" if source.native else "hf") if own else side(source, from_)
     dtypes: Counter[str] = Counter()
     for spec in source.specs.values():

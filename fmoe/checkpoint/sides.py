@@ -10,6 +10,7 @@ import torch
 
 from fmoe import systems
 from fmoe.checkpoint.files.containers.foreign import Foreign
+from fmoe.checkpoint.files.containers.mp_rank import UNTRUSTED
 from fmoe.checkpoint.files.containers.source import container_of, open_foreign
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
@@ -56,15 +57,17 @@ def config_of(config: Any) -> dict[str, Any] | None:
         raise AdapterError(f"{path} is no config: {error}") from None
 
 
-def open_source(src: Where | str, config: Any = None, own: bool = False) -> Checkpoint:
+def open_source(src: Where | str, config: Any = None, own: bool = False, trust_pickle: bool = False) -> Checkpoint:
     """The checkpoint of a directory in any container that is read, with its own config or the one given.
 
-    own: rules of one's own read it: as `open_checkpoint` has it.
+    own: rules of one's own read it: as `open_checkpoint` has it. trust_pickle: whole training states too.
     """
     given = config_of(config)
     path = Path(str(src))
     if "://" in str(src) or not container_of(path):
         return open_checkpoint(src, given, own=own)
+    if container_of(path) == "mp_rank" and not trust_pickle:
+        raise AdapterError(f"{path} {UNTRUSTED}")
     if given is None:
         beside = [p for p in (path, path.parent) if isfile(p / "config.json")]
         if not beside:
@@ -83,8 +86,8 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     if source.native:
         return "native"
     container = source.container if isinstance(source, Foreign) else "safetensors"
-    if container == "gguf":
-        return container
+    if container in ("gguf", "mp_rank"):
+        return {"mp_rank": "megatron"}.get(container, container)
     fits = [s.name for s in SYSTEMS.values() if s.marks(source.specs, source.model_type)]
     fits = [n for n in fits if (container == "dcp") == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
@@ -163,6 +166,8 @@ def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Ad
     if here == "native":
         return adapter_of(source, **own).inverse
     system, problem = SYSTEMS[here], None
+    lead = source.lead if isinstance(source, Foreign) else Adapter()
+    names = lead.plan(source.specs).targets if lead.stages else source.specs
     own = own | {"quantized": "keep"} if _packed(source, here) else own
     options = {n: o for n, o in system.choices.items() if o}
     for chosen in product(*options.values()):
@@ -170,9 +175,9 @@ def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Ad
             made = system.adapter(
                 source.model_type, source.config, lossy=lossy, **own, **dict(zip(options, chosen, strict=True))
             )
-            back = made.inverse.resolve(source.specs)
-            back.plan(source.specs)
-            return back
+            back = made.inverse.resolve(names)
+            back.plan(names)
+            return lead >> back if lead.stages else back
         except AdapterError as error:
             problem = problem or error
     raise problem or AdapterError(f"{here}: no table")

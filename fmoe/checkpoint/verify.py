@@ -32,6 +32,7 @@ def verify(
     *,
     config: Any = None,
     from_: str | None = None,
+    trust_pickle: bool = False,
     **choices: Any,
 ) -> Report:
     """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
@@ -39,9 +40,9 @@ def verify(
     A native directory whose `fmoe.json` has digests is compared with them; of one without, a note of the report says
     that its values are not vouched for. Another system's is compared with `fmoe.sha256`, where a conversion left one.
     Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
-    your own. config, from_: as in `fmoe.convert`, of another system's directory, which is proved to come back from
-    Hugging Face's layout. Raises AdapterError naming each tensor that comes back different, and each file that has
-    other bytes than were written.
+    your own. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory, which is proved to come
+    back from Hugging Face's layout. Raises AdapterError naming each tensor that comes back different, and each file
+    that has other bytes than were written.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -52,7 +53,7 @@ def verify(
     12
     """
     own = "adapter" in choices
-    source = open_source(path, config, own)
+    source = open_source(path, config, own, trust_pickle)
     adapter, there = forth(source, from_, **choices)
     plan = plan_from(source, there)
     here = "hf" if own else side(source, from_)
@@ -63,6 +64,8 @@ def verify(
         notes = whole(source, native, plan.targets if source.native else None, **choices)
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
     digests, by = (source.origin or {}).get("checksums", {}), NATIVE
+    if isinstance(source, Foreign):
+        source.agree()
     if isinstance(source, Foreign) or here in SYSTEMS:
         digests, by = kept_sums(source.path), SUMS
     wrong = other_bytes(source.path, digests, by=by)

@@ -33,6 +33,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress bar")]
 Own = Annotated[str | None, typer.Option("--adapter", help="your own adapter, as package.module:name")]
 From = Annotated[str | None, typer.Option("--from", help="what it is, if names leave a doubt: `fmoe systems`")]
 Given = Annotated[str | None, typer.Option("--config", help="a Hugging Face config (JSON, or its directory) for it")]
+Trust = Annotated[
+    bool, typer.Option("--trust-pickle", help="read Megatron's mp_rank_* pickles, as data: nothing of them runs")
+]
 Experts = Annotated[str | None, typer.Option(help="only these experts, as 0:16")]
 
 
@@ -97,6 +100,6 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def of_source(from_: str | None, config: str | None) -> dict[str, Any]:
+def of_source(from_: str | None, config: str | None, trust: bool) -> dict[str, Any]:
     """The arguments that say what a directory is."""
-    return {n: v for n, v in (("from_", from_), ("config", config)) if v}
+    return {n: v for n, v in (("from_", from_), ("config", config), ("trust_pickle", trust)) if v}

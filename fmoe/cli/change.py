@@ -19,6 +19,7 @@ from fmoe.cli.app import (
     Own,
     Quiet,
     Source,
+    Trust,
     app,
     count,
     of_source,
@@ -42,6 +43,7 @@ def convert(
     to: Annotated[str, typer.Option(help="native, hf, another family's model type, or a system")] = "native",
     from_: From = None,
     config: Given = None,
+    trust_pickle: Trust = False,
     like: Annotated[str | None, typer.Option(help="to gguf: a GGUF of the same model, for its metadata")] = None,
     layout: Annotated[str | None, typer.Option(help="a HF layout to write, as fused or per_expert")] = None,
     experts: Experts = None,
@@ -98,7 +100,7 @@ def convert(
     how |= (
         ranges(experts)
         | own(adapter)
-        | of_source(from_, config)
+        | of_source(from_, config, trust_pickle)
         | {"max_shard_size": size(max_shard_size), "lossy": lossy}
     )
     how |= {"bandwidth": size(bandwidth, "--bandwidth")} if bandwidth else {}
@@ -142,6 +144,7 @@ def verify(
     adapter: Own = None,
     from_: From = None,
     config: Given = None,
+    trust_pickle: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +155,7 @@ def verify(
     with bar("verifying", quiet or as_json) as progress:
         from fmoe import checkpoint
 
-        how = own(adapter) | of_source(from_, config) | ({"quantized": quantized} if quantized else {})
+        how = own(adapter) | of_source(from_, config, trust_pickle) | ({"quantized": quantized} if quantized else {})
         report = checkpoint.verify(path, progress, **how)
     from fmoe.types import human
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmoe.cli.app import DIRECTORY, Experts, From, Given, Json, Own, Source, app, of_source, own, ranges
+from fmoe.cli.app import DIRECTORY, Experts, From, Given, Json, Own, Source, Trust, app, of_source, own, ranges
 from fmoe.cli.progress import waiting
 from fmoe.cli.show import dashboard, grid, rows
 
@@ -20,6 +20,7 @@ def inspect_(
     stats: Annotated[bool, typer.Option("--stats", help="of NAME: min, max, mean, NaN and Inf; reads them")] = False,
     from_: From = None,
     config: Given = None,
+    trust_pickle: Trust = False,
     adapter: Own = None,
     rules: Annotated[bool, typer.Option("--rules", help="also the rules that match nothing here")] = False,
     as_json: Json = False,
@@ -36,7 +37,7 @@ def inspect_(
 
         listed = name is not None or (path.endswith(".safetensors") and Path(path).is_file())
         lines = list(tensors(path, name or "*", stats=stats)) if listed else []
-        found = {} if listed else checkpoint.inspect(path, **of_source(from_, config), **own(adapter))
+        found = {} if listed else checkpoint.inspect(path, **of_source(from_, config, trust_pickle), **own(adapter))
     if as_json:
         print(json.dumps({"path": str(path), "tensors": lines} if listed else found))
     elif listed:
@@ -58,6 +59,7 @@ def plan(
     adapter: Own = None,
     from_: From = None,
     config: Given = None,
+    trust_pickle: Trust = False,
     as_json: Json = False,
 ) -> None:
     """What a conversion would copy where, proved bijective; no tensor is read.
@@ -68,7 +70,7 @@ def plan(
         from fmoe import checkpoint
         from fmoe.checkpoint.sides import forth, open_source
 
-        source = open_source(path, config, own=adapter is not None)
+        source = open_source(path, config, adapter is not None, trust_pickle)
         made = checkpoint.plan_from(source, forth(source, from_, **own(adapter))[1], **ranges(experts))
     if as_json:
         targets = {

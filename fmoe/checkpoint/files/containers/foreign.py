@@ -8,22 +8,40 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from fmoe.checkpoint.files.containers.torch_file import alike
 from fmoe.checkpoint.files.directory import Checkpoint, Spans
+from fmoe.layout.adapter import Adapter
 from fmoe.layout.axes import Copy
-from fmoe.types import TensorSpec
+from fmoe.types import AdapterError, Problem, TensorSpec
 
 
 @dataclass(frozen=True)
 class Foreign(Checkpoint):
-    """container: "dcp", "gguf" or "orbax". cut: tensors in several chunks. left_out: what lies there beside the model.
+    """container: "dcp", "gguf", "orbax" or "mp_rank". cut: tensors in several chunks.
 
+    left_out: what lies there beside the model.
     given: the file that was named, where that was no directory: what lies beside it is then nobody's business.
+    lead: from its names to the system's. copies: where else a tensor lies, which should be the same (`agree`).
     """
 
     container: str = "dcp"
     cut: Mapping[str, tuple[Copy, ...]] = field(default_factory=dict, repr=False)
     left_out: tuple[str, ...] = ()
     given: Path | None = None
+    lead: Adapter = Adapter()
+    copies: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict, repr=False)
+
+    def agree(self) -> None:
+        """Raises AdapterError naming each tensor whose copies have other bytes."""
+        where = Path(str(self.path))
+        wrong = [
+            Problem(f"{where}: {name!r} in {self.files[name]} is another in {file}", (name,))
+            for name, places in self.copies.items()
+            for file, at in places
+            if not alike((where / self.files[name], self.offsets[name]), (where / file, at), self.specs[name].nbytes)
+        ]
+        if wrong:
+            raise AdapterError(wrong)
 
     @property
     def pieces(self) -> Mapping[str, tuple[Copy, ...]]:

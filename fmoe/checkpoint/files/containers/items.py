@@ -70,6 +70,18 @@ def members(tail: bytes, length: int, where: str) -> dict[str, Member]:
     return found
 
 
+def reaches(tail: bytes, length: int) -> bool:
+    """Whether the end of a zip of that length holds its whole directory."""
+    end = tail.rfind(b"PK\5\6")
+    if end < 0 or end + 22 > len(tail):
+        return True  # it holds none, and `members` says so
+    size, start = struct.unpack("<II", tail[end + 12 : end + 20])
+    wide = tail.rfind(b"PK\6\6", 0, end)
+    if BIG in (size, start) and wide >= 0:
+        size, start = struct.unpack("<QQ", tail[wide + 40 : wide + 56])
+    return bool(start >= length - len(tail))
+
+
 def _wide(extra: bytes, plain: int, packed: int, header: int) -> tuple[int, int, int]:
     at = 0
     while at + 4 <= len(extra):
@@ -88,13 +100,23 @@ def record(data: bytes, where: str) -> tuple[TensorSpec, str]:
     found = pickles.read(data, where, tensors=True)
     if not isinstance(found, pickles.Rebuilt):
         raise AdapterError(f"{where} holds a {type(found).__name__}, expected a tensor")
+    spec = spec_of(found, where)
+    if found.offset:
+        raise AdapterError(f"{where} is not contiguous: strides {list(found.strides)} from {found.offset}")
+    return spec, found.storage.key
+
+
+def spec_of(found: pickles.Rebuilt, where: str) -> TensorSpec:
+    """What a tensor's record says that it is. Raises AdapterError for one that is not contiguous."""
     dtype = found.dtype or _STORAGES.get(found.storage.kind)
     if dtype is None:
         raise AdapterError(f"{where} has the storage {found.storage.kind}, which is not known")
-    spec = TensorSpec(tuple(int(n) for n in found.shape), dtype)
-    if found.offset or spec.numel > 1 and tuple(found.strides) != _strides(spec.shape):
+    if not all(type(n) is int and n >= 0 for n in (*found.shape, found.offset)):
+        raise AdapterError(f"{where} has shape {list(found.shape)} from {found.offset}: no numbers")
+    spec = TensorSpec(found.shape, dtype)
+    if spec.numel > 1 and found.strides != _strides(spec.shape):
         raise AdapterError(f"{where} is not contiguous: strides {list(found.strides)} from {found.offset}")
-    return spec, found.storage.key
+    return spec
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -18,12 +18,12 @@ class Record:
 
     state: dict[Any, Any]
 
-    def __new__(cls, *args: Any) -> "Record":
+    def __new__(cls, *args: Any, **named: Any) -> "Record":
         made = super().__new__(cls)
         made.state = {}
         return made
 
-    def __init__(self, *args: Any): ...
+    def __init__(self, *args: Any, **named: Any): ...
 
     def __setstate__(self, state: Any) -> None:
         self.state = state if isinstance(state, dict) else {"state": state}
@@ -83,19 +83,34 @@ RECORDS = {
     *(("pathlib", n) for n in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")),
 }
 """What the `.metadata` of torch and of Megatron-Core names: nothing of it is imported."""
+_ENUMS = "megatron.core.transformer.enums"
+TRAINING = {
+    ("argparse", "Namespace"),
+    *((module, "set") for module in ("builtins", "__builtin__")),
+    ("io", "BytesIO"),
+    ("_codecs", "encode"),
+    *((m, n) for m in ("numpy.core.multiarray", "numpy._core.multiarray") for n in ("_reconstruct", "scalar")),
+    *(("numpy", n) for n in ("ndarray", "dtype")),
+    *(("megatron.core.enums", n) for n in ("ModelType", "Fp8Recipe", "Fp4Recipe")),
+    *((_ENUMS, n) for n in "ModelType LayerType AttnType AttnMaskType AttnBackend CudaGraphScope".split()),
+    *(("megatron.core.rerun_state_machine", f"Rerun{n}") for n in ("Diagnostic", "Mode", "State", "ValidationStatus")),
+}
+"""What a training state of Megatron's names beside tensors (arguments, random numbers): inert here, as the others."""
 
 
 class Reader(pickle.Unpickler):
     """A pickle as data. Raises AdapterError for a name that is not on the list, whatever stands behind it."""
 
-    def __init__(self, data: bytes, where: str, tensors: bool = False):
+    def __init__(self, data: bytes, where: str, tensors: bool = False, training: bool = False):
         super().__init__(io.BytesIO(data))
-        self.where, self.tensors = where, tensors
+        self.where, self.tensors, self.records = where, tensors, RECORDS | TRAINING if training else RECORDS
 
     def find_class(self, module: str, name: str) -> Any:
         if self.tensors:
             if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
                 return _rebuild
+            if (module, name) == ("torch._utils", "_rebuild_parameter"):
+                return _parameter
             if (
                 module == "torch"
                 and name.endswith("Storage")
@@ -109,7 +124,7 @@ class Reader(pickle.Unpickler):
             return tuple
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype) and name.isidentifier():
             return found
-        if (module, name) in RECORDS:
+        if (module, name) in self.records:
             return _record(name)
         raise AdapterError(f"{self.where} names {module}.{name}: refused, and nothing of it was run")
 
@@ -127,10 +142,17 @@ def _rebuild(
     return Rebuilt(storage, offset, shape, strides, dtype if isinstance(dtype, torch.dtype) else None)
 
 
-def read(data: bytes, where: str, *, tensors: bool = False) -> Any:
-    """What a pickle holds. Raises AdapterError naming it, for anything that is no plain record."""
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def read(data: bytes, where: str, *, tensors: bool = False, training: bool = False) -> Any:
+    """What a pickle holds; tensors, training: of tensors, and of a training state around them.
+
+    Raises AdapterError naming it, for anything that is no plain record.
+    """
     try:
-        return Reader(data, where, tensors).load()
+        return Reader(data, where, tensors, training).load()
     except AdapterError:
         raise
     except Exception as error:  # whatever a broken pickle does

@@ -4,6 +4,7 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
+from fmoe.checkpoint.files.containers import mp_rank
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.containers.gguf_files import is_gguf, read_files, unread
 from fmoe.checkpoint.files.containers.orbax import open_orbax
@@ -14,16 +15,18 @@ from fmoe.types import AdapterError
 
 
 def container_of(path: Path) -> str | None:
-    """Which container other than safetensors a directory or a file is: "dcp", "orbax", "gguf", or None."""
+    """Which container other than safetensors a directory or a file is: "dcp", "orbax", "mp_rank", "gguf", or None."""
     if isfile(path / METADATA):
         return "dcp"
     if home_of(path) is not None:
         return "orbax"
+    if mp_rank.home_of(path) is not None:
+        return "mp_rank"
     return "gguf" if is_gguf(path) else None
 
 
 def open_foreign(path: Path, config: dict[str, Any]) -> Foreign:
-    """The tensors of a directory of torch.distributed.checkpoint, Orbax or GGUF, with the config that it has not."""
+    """The tensors of another system's directory, or of GGUF files, with the config that it has not."""
     if (path / JOURNAL).exists():
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
     return OPENED[container_of(path) or "dcp"](path, config)
@@ -51,4 +54,4 @@ def _open_gguf(path: Path, config: dict[str, Any]) -> Foreign:
     )  # fmt: skip
 
 
-OPENED = {"dcp": _open_dcp, "gguf": _open_gguf, "orbax": open_orbax}
+OPENED = {"dcp": _open_dcp, "gguf": _open_gguf, "orbax": open_orbax, "mp_rank": mp_rank.open_mp_rank}
