@@ -27,7 +27,7 @@ from fmoe_kernels.host.configs import Config
 from fmoe_kernels.host.launch import Act, Tiling
 from fmoe_kernels.programs import activations, dact, dw, fp8, gmm, route, sums, up
 from fmoe_kernels.programs.scalars import GATED, SCALARS
-from sass import counts
+from sass import at_once, counts
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -38,9 +38,14 @@ VARIANTS = {
     "dact": [*SCALARS],
 }
 HOT = {"large", "narrow"}
+SWEPT = {  # some that `tune` tries and no table ships
+    "up": Config(128, 64, 64, 4, 3, 2, ctas=2, tma=True),
+    "gmm": Config(128, 128, 64, 4, 3, 2, ctas=2, tma=True, flatten=True),
+    "dact": Config(128, 128, 64, 8, 4, 4, tma=True),
+}
 Row = tuple[str, str, Config | None, bool, str, torch.dtype]
 FIELDS = "kernel arch config hot variant registers spills shared mma wgmma tma_load tma_store async_wait".split()
-FIELDS += ["loop", "epilogue"]
+FIELDS += ["loop", "epilogue", "ctas"]
 T, WIDTH, INNER, E, K = 8192, 2048, 768, 128, 8  # Qwen3-30B-A3B
 
 
@@ -94,11 +99,12 @@ def small(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[
 
 
 def brief() -> Iterator[Row]:
-    """What is compiled in every run of the tests: the tiles of large shapes on Hopper and those of odd widths, once."""
+    """What every run of the tests compiles: on Hopper the tiles of large shapes and of odd widths, once, and SWEPT."""
     for arch, kernel, config, hot, variant, dtype in rows(["sm_90"]):
         large = configs.load()[arch].get(kernel, {}).get("large")
         if (config is not None and config == large and variant == "swiglu") or variant == "swiglu odd":
             yield arch, kernel, config, hot, variant, dtype
+    yield from (("sm_90", kernel, config, False, "swiglu", torch.bfloat16) for kernel, config in SWEPT.items())
 
 
 def rows(archs: list[str], hot_only: bool = False) -> Iterator[Row]:
@@ -128,6 +134,8 @@ def record(
         if config is None or fn.__name__ == f"{kernel}_kernel":
             name = kernel if config else fn.__name__.removesuffix("_kernel")
             measured = measure(compiled(fn, args, options, arch), arch)
+            if config and arch == "sm_90":
+                measured["ctas"] = at_once(measured["registers"], measured["shared"], config.warps)
             yield dict(
                 kernel=name,
                 arch=arch,

@@ -171,9 +171,9 @@ SECTIONS = (
     ),
     Section(
         "aot.json",
-        "What compilers make of the large and the odd tiles for sm_90: instructions of a thread, none ever run.",
+        "What compilers make of the large and the odd tiles, and of some swept, for sm_90: instructions of a thread.",
         {
-            "kernel": lambda r: r["kernel"] + (" odd" if "odd" in r["variant"] else ""),
+            "kernel": lambda r: r["kernel"] + (" odd" if "odd" in r["variant"] else "" if r["hot"] else " swept"),
             "tiles": lambda r: r["config"],
             "triton": lambda r: r["triton"],
             "commit": lambda r: r.get("was", "now"),
@@ -183,6 +183,7 @@ SECTIONS = (
             "main loop": lambda r: r["loop"],
             "epilogue": lambda r: r["epilogue"],
             "exponentials": lambda r: r["exponentials"],
+            "programs at once": lambda r: r["ctas"],
         },
     ),
 )

@@ -81,7 +81,7 @@ def kernels(s: Shape) -> dict[str, tuple[str, Kernel]]:
     return {
         "up": ("up", Kernel("up", R, I, D, 6 * R * I + 2 * s.T * D + 2 * w, 2, 2)),
         "down": ("gmm", Kernel("down", R, D, I, 2 * R * (I + D) + w, 1, 1)),
-        "dact": ("dact", Kernel("dact", R, I, D, 10 * R * I + 2 * s.T * D + w, 1, 8)),
+        "dact": ("dact", Kernel("dact", R, I, D, 10 * R * I + 2 * s.T * D + w, 1, 4)),
         "dw down": ("dw", Kernel("dw down", R, D, I, w + 2 * R * I + 2 * s.T * D, 1, 1)),
         "dx": ("gmm", Kernel("dx", R, D, 2 * I, 2 * R * (2 * I + D) + 2 * w, 1, 1)),
         "dw up": ("dw", Kernel("dw up", R, D, 2 * I, 2 * w + 4 * R * I + 2 * s.T * D, 1, 1)),

@@ -20,7 +20,8 @@ class Config(NamedTuple):
     """A tile of rows x columns, steps of `depth`; `swap` multiplies transposed, `parts` cuts the epilogue by columns.
 
     tma: move through descriptors where strides allow. group: row tiles that visit one column block together.
-    ctas: programs for each multiprocessor.
+    ctas: programs for each multiprocessor. flatten: tiles and steps are one loop, for short sums; only `gmm`
+    takes it (in `up`, and wherever else two products or a gather are in a step, every product would be waited for).
     """
 
     rows: int
@@ -33,9 +34,10 @@ class Config(NamedTuple):
     ctas: int = 1
     swap: bool = False
     tma: bool = False
+    flatten: bool = False
 
     def __str__(self) -> str:
-        flags = (" swap" if self.swap else "") + (" tma" if self.tma else "")
+        flags = "".join(f" {name}" for name in ("swap", "tma", "flatten") if getattr(self, name))
         return f"{self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages} p{self.parts}{flags}"
 
 

@@ -43,14 +43,14 @@ def config(
     return configs.pick(kernel, x.device, x.dtype, n_rows, n_experts, depth, invariant, table, aligned)
 
 
-def row_descriptors(tensors: dict[str, tuple[Tensor, int, int]], c: Config) -> tuple[dict[str, Tile], bool]:
-    """Each [N', G, W] tensor as a descriptor of tiles of so many rows and columns, if all can be."""
-    if not (c.tma and all(_aligned(y, y.stride(0), y.shape[2]) for y, _, _ in tensors.values())):
-        return {name: y for name, (y, _, _) in tensors.items()}, False
+def row_descriptors(tensors: dict[str, tuple[Any, ...]], c: Config) -> tuple[dict[str, Tile], bool]:
+    """Each [N', G, W] tensor as a descriptor of tiles of so many rows, columns and (else 1) halves, if all can be."""
+    if not (c.tma and all(_aligned(y, y.stride(0), y.shape[2]) for y, *_ in tensors.values())):
+        return {name: y for name, (y, *_) in tensors.items()}, False
     return {name: rows_descriptor(*t) for name, t in tensors.items()}, True
 
 
-def rows_descriptor(y: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def rows_descriptor(y: Tensor, rows: int, columns: int, halves: int = 1) -> TensorDescriptor:
     """y [N', G, W] such that index (2^30, end, 2^30 - n, g, w) is row end - n, and any row from `end` on is outside.
 
     The third dimension ends at 2^30; the first two move the address by 2^30 * (2^34 - s) + end * s elements, which in
@@ -59,7 +59,7 @@ def rows_descriptor(y: Tensor, rows: int, columns: int) -> TensorDescriptor:
     s = y.stride(0)
     far, big = 2**30, 2**31 - 2**16
     return TensorDescriptor(
-        y, [big, big, far, y.shape[1], y.shape[2]], [2**34 - s, s, s, y.shape[2], 1], [1, 1, rows, 1, columns]
+        y, [big, big, far, y.shape[1], y.shape[2]], [2**34 - s, s, s, y.shape[2], 1], [1, 1, rows, halves, columns]
     )
 
 

@@ -21,7 +21,7 @@ def dw_kernel(
 ):  # fmt: skip
     PART: tl.constexpr = BQ // PARTS
     n_p, n_q = tl.cdiv(P, BP), tl.cdiv(Q, BQ)
-    for i in tl.range(tl.program_id(0), E * n_p * n_q, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), E * n_p * n_q, tl.num_programs(0), disable_licm=True):
         e, j = i // (n_p * n_q), i % (n_p * n_q)
         width = GROUP * n_q
         first = (j // width) * GROUP

@@ -27,10 +27,13 @@ def gmm_kernel(
     BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
     TMA: tl.constexpr, TMA_W: tl.constexpr, K_MAJOR: tl.constexpr, EVEN: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
+    tl.assume(K > 0)
     n_columns = tl.cdiv(N, BN)
     n_row_tiles = tl.load(n_tiles)
-    for i in tl.range(tl.program_id(0), n_row_tiles * n_columns, tl.num_programs(0)):
+    first, last, step = tl.program_id(0), n_row_tiles * n_columns, tl.num_programs(0)
+    for i in tl.range(first, last, step, flatten=FLATTEN, disable_licm=not FLATTEN):
         e, row, block = pick_tile(i, tiles, n_row_tiles, n_columns, GROUP)
         end = tl.load(offsets + e + 1)
         n = block * BN
@@ -71,6 +74,7 @@ def gmm(a: Tensor, w: Tensor, bias: Tensor | None, weights: Tensor | None, r: Ro
         a.stride(0), *w4.stride(), *(bias.stride() if bias is not None else (0, 0)), N, K, N,
         BIAS=bias is not None, WEIGHTED=bias is not None and weights is not None, TMA=tma, TMA_W=tma_w,
         K_MAJOR=k_major, EVEN=K % c.depth == 0 and N % c.columns == 0, SWAP=c.swap,
-        BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
+        BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, FLATTEN=c.flatten,
+        num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out

@@ -74,6 +74,12 @@ def relu2(g, v, alpha, limit):
     return y * y, 2 * y, y * 0
 
 
+@triton.constexpr_function
+def epilogue_type(dtype):
+    """What activations are computed in: fp32, and fp64 for fp32 data, whose last bits then are those of the product."""
+    return tl.float64 if dtype == tl.float32 else tl.float32
+
+
 SCALARS = {
     "swiglu": swiglu,
     "swiglu_clamped": swiglu_clamped,

@@ -8,12 +8,6 @@ import triton
 import triton.language as tl
 
 
-@triton.constexpr_function
-def epilogue_type(dtype):
-    """What activations are computed in: fp32, and fp64 for fp32 data, whose last bits then are those of the product."""
-    return tl.float64 if dtype == tl.float32 else tl.float32
-
-
 @tl.core.builtin
 def map_element(function, *args, _semantic=None, _generator=None):
     """`tl.map_elementwise` of a function that is itself an argument of the kernel."""
@@ -74,6 +68,32 @@ def load_ragged(y, row, end, g, n, N, stride, TMA: tl.constexpr, BM: tl.constexp
         inside = (rows < end)[:, None] & (columns < N)[None, :]
         tile = tl.load(y + rows.to(tl.int64)[:, None] * stride + g * N + columns[None, :], mask=inside, other=0.0)
     return tile
+
+
+@triton.jit
+def load_halves(y, row, end, n, N, stride, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """y[row : row + BM, 0 and 1, n : n + BN], two tiles by one copy, for y [rows, 2, N]; rows past the end are zero."""
+    if TMA:
+        far = tl.full([], 1 << 30, tl.int32)
+        both = y.load([far, end, far - (end - row), 0, n])
+        first, second = both.reshape(BM, 2, BN).permute(0, 2, 1).split()
+    else:
+        first = load_ragged(y, row, end, 0, n, N, stride, TMA, BM, BN)
+        second = load_ragged(y, row, end, 1, n, N, stride, TMA, BM, BN)
+    return first, second
+
+
+@triton.jit
+def prefetch_halves(y, row, end, n, N, stride, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr):
+    """Asks L2 for y[row : min(row + BM, end), :, n : n + BN], for y [rows, G, N] of 16 bits, and waits for nothing."""
+    LINES: tl.constexpr = (BN + 63) // 64  # of 128 bytes
+    rows = tl.minimum(row + tl.arange(0, BM), end - 1).to(tl.int64)
+    line = tl.arange(0, G * LINES)
+    columns = (line // LINES) * N + tl.minimum(n + (line % LINES) * 64, N - 1)
+    pointers = y + rows[:, None] * stride + columns[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -144,12 +164,9 @@ def finish(acc, SWAP: tl.constexpr):
 @triton.jit
 def columns_of(tile, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
     """The column parts of a tile [BM, BN], from left to right: epilogues take them one by one to spare registers."""
-    parts = (tile,)
-    if PARTS >= 2:
+    if PARTS == 1:
+        parts = (tile,)
+    else:
         left, right = tile.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        parts = (left, right)  # type: ignore[assignment]
-    if PARTS == 4:
-        a, b = left.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
-        c, d = right.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
-        parts = (a, b, c, d)  # type: ignore[assignment]
+        parts = columns_of(left, BM, BN // 2, PARTS // 2) + columns_of(right, BM, BN // 2, PARTS // 2)
     return parts

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fmoe_kernels.host.launch import Act, Tiling, config, grid_of, row_descriptors, run, weight_descriptor
 from fmoe_kernels.programs.route import Route
-from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS
+from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS, epilogue_type
 from fmoe_kernels.programs.tiles import (
     columns_of,
-    epilogue_type,
     finish,
     load_gathered,
     load_weight,
@@ -40,9 +39,10 @@ def up_kernel(
     PART: tl.constexpr = WIDTH // PARTS
     WIDE: tl.constexpr = epilogue_type(x.dtype.element_ty)
     W = 2 * I if INTERLEAVED else I
+    tl.assume(D > 0)
     n_columns = tl.cdiv(I, BN)
     n_row_tiles = tl.load(n_tiles)
-    for i in tl.range(tl.program_id(0), n_row_tiles * n_columns, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), n_row_tiles * n_columns, tl.num_programs(0), disable_licm=True):
         e, row, block = pick_tile(i, tiles, n_row_tiles, n_columns, GROUP)
         end = tl.load(offsets + e + 1)
         n = block * WIDTH

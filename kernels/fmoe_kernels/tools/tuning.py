@@ -40,6 +40,8 @@ def candidates(kernel: str, tma: bool) -> list[Config]:
         if fits and depth == (128 if rows == 16 else 64) and not (rows == 16 and kernel == "dw"):
             parts = 4 if kernel == "dact" and rows > 16 else 2 if rows * columns >= 8192 else 1
             made.append(Config(rows, columns, depth, warps, stages, parts, 8, ctas, swap=tma and rows < 64, tma=tma))
+            if kernel == "gmm" and tma and rows == 128:
+                made.append(made[-1]._replace(flatten=True))
     return made
 
 
