@@ -1,6 +1,7 @@
 """A model of the Hugging Face hub at one commit, through huggingface_hub: its cache, token, endpoint, offline."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,6 +9,8 @@ from urllib.parse import urlsplit
 from fmoe.checkpoint.remote.trouble import Trouble
 from fmoe.checkpoint.remote.web import Facts, Ranges, facts
 from fmoe.types import AdapterError
+
+_XET = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
 
 class Hub:
@@ -103,11 +106,17 @@ def _library() -> Any:
 
 
 def trouble_of(error: Exception) -> Trouble:
+    """What huggingface_hub raised, or hf_xet below it, which tells a status in words alone."""
     from fmoe.checkpoint.remote.trouble import status
 
     answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     code = getattr(answer, "status_code", None)
+    code = int(told[1]) if (told := _XET.search(str(error))) else code
     if isinstance(code, int):
         return status(code)
-    refused = type(error).__name__ in ("HFValidationError", "OfflineModeIsEnabled", "LocalTokenNotFoundError")
+    refused = isinstance(error, PermissionError) or type(error).__name__ in (
+        "HFValidationError",
+        "OfflineModeIsEnabled",
+        "LocalTokenNotFoundError",
+    )
     return Trouble(type(error).__name__, again=not refused)

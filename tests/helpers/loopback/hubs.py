@@ -20,7 +20,11 @@ from servers import _Server
 
 @dataclass
 class Hub:
-    """files: of the last commit. commits: (added, deleted) of each. blobs: large files, by sha256. fails: a status."""
+    """files: of the last commit. commits: (added, deleted) of each. blobs: large files, by sha256. fails: a status.
+
+    chunks: the folder where hf_xet, the real one, puts large files: all that comes here of these are requests for
+    tokens, and what `large` has. Without, huggingface_hub sends without xet.
+    """
 
     repo: str
     token: str
@@ -30,6 +34,9 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
     fails: Callable[[str], int] = lambda path: 0
     uploads: int = 0
+    chunks: str = ""
+    tokens: int = 0
+    large: dict[str, tuple[str, int]] = field(default_factory=dict)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -42,7 +49,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         it = self.hub
-        files = [{"rfilename": n, "size": len(data), "blobId": "0" * 40} for n, data in sorted(it.files.items())]
+        if it.chunks and "/xet-write-token/" in self.path:
+            it.tokens += 1
+            return self._told({"casUrl": f"local://{it.chunks}", "accessToken": "brief", "exp": 2**33})
+        sizes = {n: len(data) for n, data in it.files.items()} | {n: size for n, (_, size) in it.large.items()}
+        files = [{"rfilename": n, "size": size, "blobId": "0" * 40} for n, size in sorted(sizes.items())]
         told = {"id": it.repo, "modelId": it.repo, "sha": "c" * 40, "siblings": files, "tags": [], "private": False}
         self._told(told)
 
@@ -78,6 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 it.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile" and it.chunks:
+                it.large[value["path"]] = value["oid"], value["size"]
             elif line["key"] == "lfsFile":
                 it.files[value["path"]] = it.blobs[value["oid"]]
             elif line["key"] == "deletedFile":
@@ -108,16 +121,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(repo: str, monkeypatch: Any, cache: Path) -> Iterator[Hub]:
-    """Served until the block ends; huggingface_hub, without xet, asks there."""
+def hub(repo: str, monkeypatch: Any, cache: Path, chunks: str = "") -> Iterator[Hub]:
+    """Served until the block ends; huggingface_hub asks there."""
     import huggingface_hub.constants as constants
 
-    it = Hub(repo, "hf_s3cret")
+    it = Hub(repo, "hf_s3cret", chunks=chunks)
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": it}))
     it.url = f"http://127.0.0.1:{server.server_address[1]}"
     for name, value in {
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_XET": not chunks,
         "ENDPOINT": it.url,
         "HF_HUB_CACHE": str(cache),
         "HUGGINGFACE_CO_URL_TEMPLATE": it.url + "/{repo_id}/resolve/{revision}/{filename}",

@@ -2,7 +2,8 @@
 
     with serving(folder, fails=lambda n: n % 3 == 0) as server: fmoe.load(server.url)
 
-A hub answers as huggingface.co does: an API, commits, and redirects to another host for large files.
+A hub answers as huggingface.co does: an API, commits, and redirects to another host for large files; with xet, it says
+that they lie there in chunks.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ class Served:
     hub: str = ""
     cdn: str = ""
     token: str = ""
+    xet: bool = False
     requests: list[tuple[str, str, int, int]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     sent: int = 0
@@ -109,6 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("X-Linked-Size", str(size))
             self.send_header("X-Linked-ETag", f'"{_tag(path)}"')
             self.send_header("X-Repo-Commit", "c" * 40)
+            if it.xet:
+                self.send_header("X-Xet-Hash", "ab" * 32)
+                self.send_header("X-Xet-Refresh-Route", f"{it.url}/api/models/{it.hub}/xet-read-token/main")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
