@@ -145,6 +145,7 @@ megatron_dist = System(
     choices={"specs": ("te", "local"), "vocab_multiple": ()},
     container="dcp",
     verified="directories that Megatron-Core built and saved on a CPU, local specs (Qwen3, DeepSeek-V3, gpt-oss); "
-    "the others and Transformer Engine's names by its source alone",
+    "the others and Transformer Engine's names by its source alone; "
+    "the container by dist_checkpointing of megatron-core 0.16.1, both ways, one rank",
     source="megatron-core 0.19.2",
 )

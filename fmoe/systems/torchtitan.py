@@ -134,6 +134,7 @@ torchtitan = System(
     tables=dict(qwen3_moe=qwen3_moe, deepseek_v3=deepseek_v3, gpt_oss=gpt_oss, qwen3_5_moe=qwen3_5_moe),
     choices={"names": ("0.3", "0.2")},
     container="dcp",
-    verified="its models and adapters, run (Qwen3, DeepSeek-V3); its models' names and shapes (gpt-oss, Qwen3.5)",
+    verified="its models, adapters and checkpointer, run beside ours (Qwen3, DeepSeek-V3, 0.3.0); "
+    "its models' names and shapes (gpt-oss, Qwen3.5)",
     source="torchtitan 0.3.0 and b5bcd76; names='0.2': the maps of 0.2.1's adapters, Qwen3 and DeepSeek-V3",
 )
