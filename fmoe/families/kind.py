@@ -1,14 +1,15 @@
 """What a family is: rules, the names that its config uses, its activation, and what its FP8 checkpoints quantise."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.config import bits, exports, ignored, quantization_of, weight_block
 from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
-from fmoe.codecs.scales import seams, turned, with_scales
+from fmoe.codecs.scales import matrix, seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
 from fmoe.families.sparse import ANY
 from fmoe.folding import meant
@@ -130,6 +131,11 @@ class Family:
             keep=keep,
             declared=quantization_of(given) is not None,
         )
+        if quantize and _apart(tables):
+            told = f"{self.model_types[0]}'s files hold gate and up in an order that scales have no rules for"
+            raise AdapterError(
+                f"quantize={quantize!r}: {told}. Fix: convert it to a family that names them apart, first"
+            )
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
         stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
         if dtype:
@@ -167,6 +173,13 @@ class Family:
             return MoEConfig(**extra)
         except ValueError as error:
             raise AdapterError(f"{self.model_types[0]}: the config says what no layer can be: {error}") from None
+
+
+def _apart(stages: Iterable[Stage]) -> bool:
+    """Whether expert weights are cut or joined before the rules that make stacks of them: then scales have no rules."""
+    tables = [[e for e in walk(s.entries) if isinstance(e, Rule)] for s in stages if isinstance(s, Table)]
+    early = takewhile(lambda rules: not any(map(matrix, rules)), tables)
+    return any(rule.source.axes and "experts." in rule.source.name for rules in early for rule in rules)
 
 
 def _scaled(stages: tuple[Stage, ...], codec: Quantised, method: Any) -> tuple[tuple[Stage, ...], Quantised]:

@@ -75,3 +75,13 @@ def test_codes_that_lie_otherwise_than_config_says_are_refused_by_their_format(q
     with pytest.raises(fmoe.AdapterError, match=f"is in {quantize}.*Fix: quant_method '{method}' there") as error:
         fmoe.load(path, quantized="keep")
     assert "gate_up_proj" in str(error.value) and fmoe.load(path)
+
+
+def test_a_family_that_could_not_read_what_it_writes_writes_nothing():
+    told = config("hunyuan_image_3_moe", 128, 256)
+    for quantize in EXPORTS:
+        with pytest.raises(fmoe.AdapterError, match=f"quantize='{quantize}': hunyuan_image_3_moe's files hold gate"):
+            fmoe.adapter("hunyuan_image_3_moe", told, quantize=quantize)
+    for name in fmoe.families.FAMILIES:
+        if name != "hunyuan_image_3_moe":
+            fmoe.adapter(name, {}, quantize="fp8")
