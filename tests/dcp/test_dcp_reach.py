@@ -111,7 +111,7 @@ def check(path: Path) -> None:
     assert right and read <= 1.02 * owned + 2**16 and grown < largest, (owned, read, grown, largest)
 
 
-@pytest.mark.parametrize("layout", ["per_expert", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["per_expert", "fused"])
 def test_one_rank_of_four_reads_its_bytes_and_holds_no_copy(layout, tmp_path):
     write(tmp_path / "hf", 1, layout)
     check(tmp_path / "hf")

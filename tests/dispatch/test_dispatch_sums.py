@@ -114,7 +114,7 @@ def test_func_grad_is_backward(name: str) -> None:
     torch.__version__ < "2.13", reason="torch 2.11 raises an internal error of Dynamo at the graph break"
 )
 @pytest.mark.parametrize("name", OVER_GROUPS)
-@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own, where a graph ends
 def test_a_compiler_leaves_the_graph_and_loses_nothing(name: str, recompute: bool) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

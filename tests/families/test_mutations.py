@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import CHOICES, FAMILIES, OTHERS
+from tiny import CHOICES
 from wrong_checkpoints import Tensors, drop, duplicate, orphan_scale, renumber, retype, stray, suffix, transpose
 
 import fmoe
@@ -87,13 +87,7 @@ def test_a_wrong_checkpoint_never_converts(name, mutate, sources):
 SIZES = dict(n_routed_experts=3, moe_inter_dim=4, dim=5, n_activated_experts=1)  # no expert matrix is square
 
 
-ROWS = [  # of all those that share their rules, the others are marked slow
-    pytest.param(name, marks=() if name in {*FAMILIES, *OTHERS} else pytest.mark.slow)
-    for name in fmoe.families.FAMILIES
-]
-
-
-@pytest.mark.parametrize("model_type", ROWS)
+@pytest.mark.parametrize("model_type", fmoe.families.FAMILIES)
 @settings(max_examples=3)
 @given(data=st.data())
 def test_every_mutation_of_every_family_is_an_error_that_names_the_key(model_type, data):

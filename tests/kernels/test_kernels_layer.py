@@ -1,9 +1,7 @@
 """The whole layer on kernels, forward and every gradient, against fp64: no worse than the eager twin."""
 
-from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import fmoe_kernels
 import kernel_cases
@@ -35,18 +33,11 @@ CASES = {name: Case(activation=name) for name in SCALARS} | {
 }
 
 
-SLOW = pytest.mark.slow  # seconds each in the interpreter: the other dtype runs the same program every time
-HALF = {"odd sizes", "one token"}
+SLOW = pytest.mark.slow
 
 
-def twice(names: Iterable[str], always: torch.dtype, both: Collection[str] = ()) -> Any:
-    """Each case in both dtypes, the second time under `-m slow` but for some."""
-    slow = lambda n, d: () if d == always or n in both else SLOW
-    rows = [pytest.param(n, d, marks=slow(n, d)) for n in names for d in kernel_cases.DTYPES]
-    return pytest.mark.parametrize(("name", "dtype"), rows, ids=str)
-
-
-@twice(CASES, torch.float32, HALF)
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
 def test_against_fp64(name: str, dtype: torch.dtype) -> None:
     no_worse(run(fmoe_kernels.experts, CASES[name], dtype), CASES[name], dtype)
 
@@ -81,7 +72,11 @@ TILES = {
 }
 
 
-@twice(TILES, torch.float16)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param(n, d, marks=() if d == torch.float16 else SLOW) for n in TILES for d in kernel_cases.DTYPES],
+    ids=str,
+)
 def test_every_path_is_no_worse(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     table = kernel_cases.table(tmp_path, **TILES[name])
     even = Case(D=24, I=16, bias=True)  # rows of 16 bytes: descriptors can be made

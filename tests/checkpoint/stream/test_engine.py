@@ -77,7 +77,7 @@ OWN = {  # what no family does: stacked innermost, interleaved, in ragged parts,
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize(
     "dtype",
-    [torch.uint8, torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float16, torch.float64))],
+    [torch.uint8, torch.float32, torch.float16, torch.float64],
     ids=str,
 )
 def test_rules_of_ones_own_in_jobs_of_any_size(name, dtype):
