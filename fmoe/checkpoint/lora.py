@@ -23,9 +23,10 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.lowrank.complete import missing
 from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import is_lora
-from fmoe.lowrank.targets import Target, table_of, targets_of, told
+from fmoe.lowrank.targets import Target, interleaved, table_of, targets_of, told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
@@ -43,9 +44,10 @@ class Tuned(NamedTuple):
     adapter: Adapter
 
     @property
-    def scales(self) -> dict[str, float]:
-        """alpha / r of every matrix A, by its name: what `merge` and `even` take."""
-        return {t.a: _one(t, self.config) for t in targets_of(self.adapter, self.params)}
+    def scales(self) -> Scales:
+        """alpha / r of every matrix A, by its name; and how gate and up lie in its B. What `merge` and `even` take."""
+        found = {t.a: _one(t, self.config) for t in targets_of(self.adapter, self.params)}
+        return Scales(found, interleaved(self.adapter, [n for n in found if n.endswith("_gate_and_up_A")]))
 
 
 def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: Any = None) -> Tuned:

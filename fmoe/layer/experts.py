@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.activations import is_gated_activation
+from fmoe.activations import is_gated_activation, is_interleaved
 from fmoe.backends import Backend, Fused, find, takes_codes
 from fmoe.backends.held import in_codes, shapes, stacks
 from fmoe.dispatch import Dispatcher
@@ -204,7 +204,8 @@ def _check_params(
         raise ValueError(f"experts: {next(iter(matrices))!r} has rank r=0, expected r >= 1. Fix: leave the pair out")
     if uneven := [name for name, p in matrices.items() if p.ndim == 4 or p.shape[-1] != sizes["r"]]:
         told = f"{list(matrices[uneven[0]].shape)}, expected [E, n, r={sizes['r']}] of one rank"
-        raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale) makes such of any others")
+        how = f", interleaved={is_interleaved(config.expert_activation)}" * (matrices[uneven[0]].ndim == 4)
+        raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale{how}) makes such of any others")
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
     said = shapes(params, coded) if coded else {}
     check_params("experts", params, AXES, sizes, where=where, optional=(*biases, *PAIRS), coded=said)

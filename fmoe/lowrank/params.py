@@ -9,11 +9,11 @@ from torch import Tensor
 from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.layout.claims import some
 from fmoe.lowrank.derive import NATIVE
+from fmoe.lowrank.scales import Scale, alternates
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
-Scale = float | Mapping[str, float]
 _WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
 _LINEAR = ".lora_A.weight"
 _NATIVE = "Fix: pass what fmoe.load gives of its base, and what fmoe.lora.load gives of its directory"
@@ -75,15 +75,17 @@ def init(
     return made
 
 
-def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = False) -> dict[str, Tensor]:
+def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | None = None) -> dict[str, Tensor]:
     """W + scale * A @ B for every weight that has A and B; all other parameters as they are. Pure.
 
     Computed in fp32 for 16-bit weights, in fp64 for fp32 ones, expert by expert, and rounded once to W's dtype. Experts
     `lora_..._A` [E, n, r], `_B` [E, r, out], gate and up with matrices A of their own ([E, D, 2, r]) too; and plain
     `X.lora_A.weight` [r, in], `X.lora_B.weight` [out, r] of `X.weight` [out, in]. lora: with or without PEFT's
-    `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`LoraConfig.scales`).
-    interleaved: gate and up columns of B alternate, as for quick_geglu. Raises AdapterError for a matrix alone, none at
-    all, a weight that is not there, shapes that do not fit, and quantised weights.
+    `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`tuned.scales`).
+    interleaved: whether gate and up columns of B alternate, as for quick_geglu (GPT-OSS). It matters for an A
+    [E, D, 2, r] alone, and the scales that `fmoe.lora.load` gives know it: there, leave it out. Raises AdapterError for
+    such an A of which nothing says it, for a matrix alone, none at all, a weight that is not there, shapes that do not
+    fit, and quantised weights.
 
     >>> lora = {"lora_down_A": torch.full((1, 2, 1), 3.0), "lora_down_B": torch.ones(1, 1, 2)}
     >>> merge({"down_projs": torch.ones(1, 2, 2)}, lora, scale=0.5)["down_projs"].tolist()
@@ -92,7 +94,7 @@ def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = Fal
     return _added(params, lora, scale, 1.0, interleaved)
 
 
-def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = False) -> dict[str, Tensor]:
+def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | None = None) -> dict[str, Tensor]:
     """W - scale * A @ B: takes out what `merge` put in, up to two roundings.
 
     |unmerge(merge(W)) - W| <= eps * (|W| + |scale * A @ B|) elementwise, with eps of W's dtype (2^-7 for bf16, 2^-23
@@ -105,22 +107,27 @@ def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool = F
     return _added(params, lora, scale, -1.0, interleaved)
 
 
-def lift(lora: Params, *, interleaved: bool = False) -> dict[str, Tensor]:
+def lift(lora: Params, *, interleaved: bool | None = None) -> dict[str, Tensor]:
     """A [E, D, 2, r], B [E, r, U] -> A [E, D, 2r], B [E, 2r, U] block-diagonal: one matrix A, the same A @ B, exactly.
 
     Gate takes the first r ranks and up the others: A @ B is the same, so `scale` stays what it was, and alpha / r is it
-    no longer (`even` says what to give `fmoe.experts`). Everything else is passed on. interleaved: as in `merge`.
+    no longer (`even` says what to give `fmoe.experts`). Everything else is passed on. interleaved: as in `merge`, and
+    required where there is such an A.
 
     >>> lora = {"lora_gate_and_up_A": torch.ones(1, 3, 2, 4), "lora_gate_and_up_B": torch.ones(1, 4, 6)}
-    >>> {name: tuple(t.shape) for name, t in lift(lora).items()}
+    >>> {name: tuple(t.shape) for name, t in lift(lora, interleaved=False).items()}
     {'lora_gate_and_up_A': (1, 3, 8), 'lora_gate_and_up_B': (1, 8, 6)}
     """
+    return _lifted(lora, None, interleaved)
+
+
+def _lifted(lora: Params, scale: Scale | None, interleaved: bool | None) -> dict[str, Tensor]:
     made = dict(lora)
     for pair in _pairs(lora):
         A, B = lora[pair.a], lora[pair.b]
         if pair.experts and A.ndim == 4:
             E, D, g, r = A.shape
-            sizes, at = ((-1, g), -1) if interleaved else ((g, -1), -2)
+            sizes, at = ((-1, g), -1) if alternates(pair.a, scale, interleaved) else ((g, -1), -2)
             whole = torch.zeros(E, g * r, B.shape[-1], dtype=B.dtype, device=B.device)
             for k in range(g):
                 mine, its = (t.unflatten(-1, sizes).select(at, k) for t in (whole[:, k * r : (k + 1) * r], B))
@@ -129,17 +136,17 @@ def lift(lora: Params, *, interleaved: bool = False) -> dict[str, Tensor]:
     return made
 
 
-def even(lora: Params, scale: Scale, *, interleaved: bool = False) -> tuple[dict[str, Tensor], float]:
+def even(lora: Params, scale: Scale, *, interleaved: bool | None = None) -> tuple[dict[str, Tensor], float]:
     """(params, lora_alpha) for `fmoe.experts`: one matrix A for gate and up, one rank R, and one alpha / R throughout.
 
     Lifted, padded with zeros to the largest rank, and with scales that differ (`alpha_pattern`) taken into B: rounded
-    to its dtype, exact for powers of two. With one scale and one rank nothing changes.
+    to its dtype, exact for powers of two. With one scale and one rank nothing changes. interleaved: as in `merge`.
 
     >>> lora = {"lora_down_A": torch.ones(1, 2, 4), "lora_down_B": torch.ones(1, 4, 2)}
     >>> even(lora, scale=0.5)[1]  # lora_alpha: 0.5 times the rank
     2.0
     """
-    made = lift(lora, interleaved=interleaved)
+    made = _lifted(lora, scale, interleaved)
     pairs = [p for p in _pairs(made) if p.experts]
     if not pairs:
         raise AdapterError("lora.even: no matrices of experts (lora_gate_and_up_A, lora_down_A, ..)")
@@ -157,11 +164,11 @@ def even(lora: Params, scale: Scale, *, interleaved: bool = False) -> tuple[dict
     return made, most * R
 
 
-def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved: bool) -> dict[str, Tensor]:
+def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved: bool | None) -> dict[str, Tensor]:
     made = dict(params)
     if not lora:
         raise AdapterError("lora: no matrices A and B, expected some to add: is the adapter's file empty?")
-    lora = lift(lora, interleaved=interleaved)
+    lora = _lifted(lora, scale, interleaved)
     for pair in _pairs(lora):
         name = next((n for n in (pair.weight, pair.weight.removeprefix(WRAPPED)) if n in params), None)
         if name is None:

@@ -73,3 +73,14 @@ def parameter(table: LoraTable, name: str) -> str:
             (shared,) = hit.values(rule.shared, rows)
             return patterns(rule)[1].render(dict(zip(rule.shared, shared, strict=True))).removeprefix(WRAPPED)
     raise AdapterError([Problem(f"{name!r}: PEFT wraps no parameter for it", (name,))])
+
+
+def interleaved(adapter: Adapter, names: Iterable[str]) -> frozenset[str]:
+    """The native A's among names in whose B gate and up columns alternate, as the adapter's rules have them."""
+    found: set[str] = set()
+    for rule in table_of(adapter).forms.per_expert:
+        last = (rule.target.axes or ((),))[-1]
+        if str(rule.target.parts[-1]).endswith("_B") and any(c in last[1:] for c in rule.stacked):
+            for _, _, rows in hits(rule.inverse, Names([f"{n.removesuffix('A')}B" for n in names])):
+                found |= {f"{n.removesuffix('B')}A" for n in rows.names}
+    return frozenset(found)

@@ -1,0 +1,38 @@
+"""What multiplies A @ B, matrix by matrix; and how the columns of gate and up lie in B, where each has its own A."""
+
+from collections.abc import Iterable, Mapping
+
+from fmoe.types import AdapterError, Problem
+
+Scale = float | Mapping[str, float]
+_FIX = "fmoe.activations.is_interleaved(config.expert_activation): True for quick_geglu, else False"
+
+
+class Scales(dict[str, float]):
+    """alpha / r of every matrix A, by its name. interleaved: the A's in whose B gate and up columns alternate.
+
+    >>> scales = Scales({"lora_gate_and_up_A": 2.0}, interleaved=["lora_gate_and_up_A"])
+    >>> scales, alternates("lora_gate_and_up_A", scales, None)
+    ({'lora_gate_and_up_A': 2.0}, True)
+    """
+
+    def __init__(self, scales: Mapping[str, float], interleaved: Iterable[str]) -> None:
+        super().__init__(scales)
+        self.interleaved = frozenset(interleaved)
+
+
+def alternates(name: str, scale: Scale | None, interleaved: bool | None) -> bool:
+    """Whether gate and up columns alternate in the B of this A [E, D, 2, r]: as `interleaved` or the scales say.
+
+    Raises AdapterError where neither says it, since both orders have one shape, and where they contradict each other.
+    """
+    known = name in scale.interleaved if isinstance(scale, Scales) and name in scale else None
+    if interleaved is None and known is None:
+        found = f"lora: {name!r} has one matrix for gate and one for up, and nothing says how their columns lie in B"
+        fix = f"Fix: pass the scales of fmoe.lora.load (tuned.scales) as they are, or interleaved={_FIX}"
+        raise AdapterError([Problem(f"{found}. {fix}", (name,))])
+    if known is not None and interleaved not in (None, known):
+        lie = "alternate" if known else "lie side by side"
+        told = f"lora: {name!r}: interleaved={interleaved}, and its scales say that gate and up {lie}"
+        raise AdapterError([Problem(f"{told}. Fix: leave interleaved= out", (name,))])
+    return bool(known if interleaved is None else interleaved)
