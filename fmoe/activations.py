@@ -77,6 +77,21 @@ def geglu(u: Tensor, p: Tensor | None = None) -> Tensor:
     return _weighted(F.gelu(g, approximate="tanh") * v, p, u)
 
 
+def situ(u: Tensor, p: Tensor | None = None, beta: float = 1.0, linear_beta: float = 0.0) -> Tensor:
+    """beta * tanh(g / beta) * sigmoid(g) * c(v) * p with u = [g, v], computed in fp32 (fp64 stays).
+
+    c(v) = linear_beta * tanh(v / linear_beta), or v itself where linear_beta is not above 0: Kimi-K3's SiTU, and what
+    Inkling-2 calls soft caps.
+
+    >>> situ(torch.tensor([[-1, 0.5, 10, 2, -9, 0.25]]), torch.tensor(0.5))
+    tensor([[-0.2048, -1.2944,  0.1250]])
+    """
+    g, v = halves(_widen(u))
+    if linear_beta > 0:
+        v = linear_beta * torch.tanh(v / linear_beta)
+    return _weighted(beta * torch.tanh(g / beta) * torch.sigmoid(g) * v, p, u)
+
+
 def relu2(u: Tensor, p: Tensor | None = None) -> Tensor:
     """max(u, 0)^2 * p, computed in u's dtype; not gated.
 
@@ -127,6 +142,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_geglu": Activation(True, True, _with_limits(quick_geglu)),
     "geglu": Activation(True, False, lambda config: geglu),
     "relu2": Activation(False, False, lambda config: relu2),
+    "situ": Activation(
+        True, False, lambda config: partial(situ, beta=config.activation_alpha, linear_beta=config.activation_limit)
+    ),
 }
 
 

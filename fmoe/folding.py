@@ -125,3 +125,25 @@ def _marked(text: str, keys: Sequence[str]) -> tuple[str, list[list[str]]]:
     if rest and places and " more" in text:
         places[0] = [*places[0], *rest]
     return marked, places
+
+
+def brief(value: object, most: int = 80) -> str:
+    """`repr`, cut short: for messages about values that may be huge.
+
+    >>> brief(range(10**5000)), brief("a" * 100, most=10)
+    ('a range', "'aaaaaa...")
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python prints
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def human(nbytes: float) -> str:
+    """12345 -> '12.3 kB', in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fmoe.folding import meant
+from fmoe.routing.choose import score_of
 from fmoe.routing.usage import slots, summed
-from fmoe.shapes import check_config
+from fmoe.shapes import check_config, n_ranked
 from fmoe.types import MoEConfig, Routed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def load_balancing(
     """E * sum_e f[e] * P[e]: smallest where every expert gets its share. A scalar.
 
     mask: bool or 0 and 1, [T] or [B, S] with B S = T; a token that it leaves out takes no part, nor does one that the
-    routing masks. A slot that was dropped counts for no expert.
+    routing masks. A slot that was dropped counts for no expert. Zero experts are experts here.
 
     kind="switch": f[e] = slots of e / tokens, P[e] = the mean over tokens of softmax(logits)[e]. That is
     `load_balancing_loss_func` of Transformers (Switch Transformers, arXiv:2101.03961, equations 4 to 6), with and
@@ -43,7 +44,8 @@ def load_balancing(
     kind="sequence": for each row of mask [B, S], sum_e f[e] * P[e] with f[e] = E / (K S) * slots of e and P[e] = the
     mean of scores[e] / sum(scores), S counting the tokens of the row; then the mean over rows that have tokens. That is
     DeepSeek-V3's sequence-wise loss (arXiv:2412.19437, equations 17 to 20) without its alpha; 1 where all is even.
-    Without a mask all tokens are one sequence. For a softmax router scores are softmax(logits).
+    Without a mask all tokens are one sequence. For a softmax router scores are softmax(logits), and where selection
+    ranks logits what the router makes of them.
 
     kind="global": "switch" on the tokens of all ranks of `group`: slots, tokens and the value are those of all ranks
     together, the gradient is that of this rank's tokens. So gradients summed over ranks (not averaged) are those of one
@@ -62,7 +64,7 @@ def load_balancing(
         told = f"kind is {kind!r}" + (" with a group: use kind='global'" if kind == "switch" else "")
         raise ValueError(f"load_balancing: {told}, expected one of {', '.join(KINDS)}{meant(kind, KINDS)}")
     check_config("load_balancing", config)
-    E, here = config.n_routed_experts, _tokens(routed, mask)
+    E, here = n_ranked(config), _tokens(routed, mask)
     chosen = _chosen(routed, here, E)
     if kind == "sequence":
         return _by_sequence(routed, config, chosen, here if mask is None else here.view(mask.shape), group)
@@ -137,10 +139,12 @@ def _by_sequence(
     routed: Routed, config: MoEConfig, chosen: Tensor, here: Tensor, group: "ProcessGroup | None"
 ) -> Tensor:
     """The mean over rows of here [B, S] (or [T]: one row) of sum_e f[e] * P[e]."""
-    E, K = config.n_routed_experts, config.n_activated_experts
+    E, K = n_ranked(config), config.n_activated_experts
     softmax = config.score_func.startswith("softmax")
     here = here.reshape(-1, here.shape[-1])
     scores = _kept(_wide(routed.logits if softmax else routed.scores), here.flatten())
+    if not softmax and (score := score_of(config)).ranks_logits:
+        scores = score.weigh(scores) if score.weigh else scores.softmax(-1)
     scores = scores.softmax(-1) if softmax else scores / (scores.sum(-1, keepdim=True) + 1e-20)
     P = _kept(scores, here.flatten()).unflatten(0, here.shape).sum(1)
     f = chosen.unflatten(0, here.shape).sum(1).to(P.dtype)

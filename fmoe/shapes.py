@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import Parameter
 
 from fmoe.codecs.stacks import is_beside, is_code
 from fmoe.folding import meant
-from fmoe.types import Params
+from fmoe.types import MoEConfig, Params
 
 
 def check_params(
@@ -178,3 +179,18 @@ def _shape(letters: str, sizes: Mapping[str, int]) -> list[int]:
 
 def _say(letters: str, sizes: Mapping[str, int]) -> str:
     return "[" + ", ".join(a if a.isdigit() else f"{a}={sizes[a]}" for a in letters.split()) + "]"
+
+
+def said(config: MoEConfig, name: str) -> Any:
+    """A field of a config, or its default where another library's config has no such field.
+
+    >>> said(MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1), "n_zero_experts")
+    0
+    """
+    return getattr(config, name, MoEConfig.__dataclass_fields__[name].default)
+
+
+def n_ranked(config: MoEConfig) -> int:
+    """E + Z: how many choices a router has."""
+    zero: int = said(config, "n_zero_experts")
+    return config.n_routed_experts + zero

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmoe.folding import lines, meant
+from fmoe.folding import brief, human, lines, meant  # noqa: F401  (messages of everyone: found here)
 
 Params = Mapping[str, Tensor]
 
@@ -28,8 +28,10 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_proj_bias")
 """The bare native names of one layer's expert tensors: [E, D, U], [E, I, D], [E, U], [E, D]."""
 
-EXPERT_ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2")
+EXPERT_ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2", "situ")
 """What a config may call an expert activation; `activations.py` says what each computes."""
+
+LATENT_NORMS = ("", "before", "after")
 
 
 def subtree(params: Params, prefix: str) -> dict[str, Tensor]:
@@ -160,8 +162,8 @@ class MoEConfig:
     expert_bias: bool = False  #: whether experts have biases; experts, nn
     expert_activation: str = "swiglu"  #: by name, see fmoe.activations; experts
     apply_router_weight_after_down: bool = False  #: else the weight multiplies the activation
-    activation_alpha: float = 1.702  #: of swigluoai and quick_geglu
-    activation_limit: float = 7.0  #: clamp of swigluoai and quick_geglu
+    activation_alpha: float = 1.702  #: of swigluoai and quick_geglu; the soft cap of situ's gate
+    activation_limit: float = 7.0  #: clamp of swigluoai and quick_geglu; the soft cap of situ's up, 0: none
     swiglu_limit: float = 0.0  #: clamp of swiglu; 0 or less: none
     softmax_before_topk: bool = False  #: softmax over all E, else over the K chosen
     router_weights_fp32: bool = False  #: weights in fp32, else in x's dtype; routers
@@ -174,6 +176,16 @@ class MoEConfig:
     shared_swiglu_limit: float | None = None  #: clamp of shared experts' swiglu; None: swiglu_limit
     force_e_score_correction_bias: bool = False  #: a correction bias also at rate 0
     moe_latent_size: int | None = None  #: D where experts work in a latent width; `moe`
+    n_zero_experts: int = 0  #: Z, choices of a router after its experts, which give their token back; routers, `moe`
+    apply_router_weight_before_up: bool = False  #: the weight multiplies the expert's input; experts
+    output_scale: float = 1.0  #: factor of the sum of routed and shared experts; `moe`
+    router_norm: bool = False  #: router input RMS-normed by gate.scale, weights times gate.per_expert_scale; `route`
+    scaled_logits: bool = False  #: whether logits are divided by the root of dim; routers
+    router_jitter: float = 0.01  #: of sparsemixer: how near logits share; routers
+    latent_norm: str = ""  #: "before" or "after" the experts, an RMS norm in the latent width; `moe`
+    expert_norm_eps: float | None = None  #: if set, an RMS norm of what each expert gives; experts
+    norm_eps: float = 1e-6  #: of router_norm and latent_norm
+    norm_offset: float = 0.0  #: what is added to the weight of latent_norm and of the experts' norm
     enable_routing_replay: bool = False  #: refused when True: pass `indices=` or `routing=` instead
 
     def __post_init__(self) -> None:
@@ -190,6 +202,9 @@ class MoEConfig:
             if (value := getattr(self, name)) not in EXPERT_ACTIVATIONS:
                 told = f"{', '.join(EXPERT_ACTIVATIONS)}{meant(value, EXPERT_ACTIVATIONS)}"
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected one of {told}")
+        if (value := self.latent_norm) not in LATENT_NORMS or (value and not self.moe_latent_size):
+            told = f"MoEConfig.latent_norm is {value!r} with moe_latent_size={self.moe_latent_size}"
+            raise ValueError(f"{told}, expected one of {', '.join(map(repr, LATENT_NORMS))}, and a latent size with it")
         if self.enable_routing_replay:
             raise ValueError("MoEConfig.enable_routing_replay: a routing is a value here: keep it, and pass it again")
         object.__setattr__(self, "dtype", as_dtype(self.dtype))
@@ -226,25 +241,3 @@ def bits(tensor: Tensor) -> Tensor:
     """
     flat = tensor.detach().contiguous()  # one element counts as contiguous whatever its stride: hence as_strided
     return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
-
-
-def brief(value: object, most: int = 80) -> str:
-    """`repr`, cut short: for messages about values that may be huge.
-
-    >>> brief(range(10**5000)), brief("a" * 100, most=10)
-    ('a range', "'aaaaaa...")
-    """
-    try:
-        text = repr(value)
-    except ValueError:  # an int of more digits than Python prints
-        return f"a {type(value).__name__}"
-    return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def human(nbytes: float) -> str:
-    """12345 -> '12.3 kB', in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"

@@ -125,7 +125,8 @@ def _kept(names: Iterable[str]) -> list[Adapter]:
 
 def spent(kind: Family) -> set[str]:
     """Config fields that a family's own names account for, or that say nothing of the model."""
-    return {n for names in kind.fields.values() for n in names.split()} | BOOKKEEPING | {kind.activation_field}
+    named = {n for names in kind.fields.values() for n in names.split()}
+    return named | {*kind.words} | BOOKKEEPING | {kind.activation_field}
 
 
 def _config(
@@ -135,6 +136,8 @@ def _config(
     made = {n: v for n, v in given.items() if n not in spent(source) and asked.reads(n)}
     values = source.values(given) if isinstance(moe, str) else asdict(moe)
     for field, names in target.fields.items():
+        if field == "norm_eps" and field not in source.fields:
+            continue  # the whole model's, which a source without such norms says all the same
         if values.get(field) is not None:
             made[next((n for n in names.split() if asked.reads(n)), names.split()[0])] = values[field]
     if source.activation_field in given:
@@ -147,6 +150,8 @@ def _unlike(here: MoEConfig | str, there: MoEConfig | str) -> list[str]:
     if isinstance(here, str) or isinstance(there, str):
         return [f"what the experts compute cannot be compared: {here if isinstance(here, str) else there}"]
     a, b = asdict(here), asdict(there)
+    if not any(c["latent_norm"] or c["router_norm"] for c in (a, b)):
+        b["norm_eps"] = a["norm_eps"]
     return [f"{n} is {a[n]!r} here, {b[n]!r} there" for n in a if n not in TRAINING and a[n] != b[n]]
 
 

@@ -43,7 +43,8 @@ class Family:
     blanks: the first that the config has; `a.0` is the first of a list. fixed: what the architecture settles.
     activations: the config's name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises;
     None: no FP8 form. formats: if not that, the quantised formats that it has, and what names a fresh export writes in
-    each. unsaid: config fields that MoEConfig cannot express when they are set, and why. sizes: further letters of the
+    each. words: config fields -> what each of their values says of MoEConfig; the first is that of a config without the
+    field. unsaid: config fields that MoEConfig cannot express when they are set, and why. sizes: further letters of the
     rules, and the config's names for their sizes (a second tower's). sparse: how the config says which layers have
     experts, names of `fmoe.families.sparse.WAYS`; "": in no way. source: where it is published.
     verified: what the tests compare with Transformers, one of `VERIFIED`.
@@ -57,6 +58,7 @@ class Family:
     activation_field: str = "hidden_act"
     fp8: str | None = None
     formats: Mapping[str, str | None] = field(default_factory=dict)
+    words: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)
     unsaid: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, str] = field(default_factory=dict)
     sparse: str = ANY
@@ -162,6 +164,11 @@ class Family:
         known = {f.name for f in fields(MoEConfig)}
         dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"))
         extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in known}
+        for name, table in self.words.items():
+            value = next(iter(table)) if (value := config.get(name)) is None else value
+            if isinstance(value, list | dict) or value not in table:
+                return f"{name}={value!r}: expected one of {', '.join(map(str, table))}"
+            extra |= table[value]
         if "expert_activation" not in extra:
             act = config.get(self.activation_field, next(iter(self.activations)))
             if not isinstance(act, str) or act not in self.activations:

@@ -41,7 +41,7 @@ class Gate:
     def __str__(self) -> str:
         if self.own:
             return f"its own function, {'not gated, ' if self.name == 'relu2' else ''}between the products"
-        oai = ("activation_alpha", "activation_limit") if self.name in ("swigluoai", "quick_geglu") else ()
+        oai = ("activation_alpha", "activation_limit") if self.name in ("swigluoai", "quick_geglu", "situ") else ()
         used = ("swiglu_limit",) if self.name == "swiglu" and self.swiglu_limit else oai
         told = ", ".join(f"{name}={getattr(self, name)}" for name in used)
         return f"{self.name}({told})" if told else self.name

@@ -16,11 +16,14 @@ from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.folding import meant
 from fmoe.layer.experts import as_routing, experts
+from fmoe.layer.latent import around, latent_axes
 from fmoe.routing import count, route, routed
-from fmoe.shapes import check_config, check_level, check_params, computed_with, in_shape, odd
+from fmoe.routing.gate import WEIGHTS
+from fmoe.routing.usage import slots
+from fmoe.shapes import check_config, check_level, check_params, computed_with, in_shape, n_ranked, odd, said
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
-SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai")
+SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai", "situ")
 BESIDE = ("gate.weight", "experts.gate_and_up_projs", "experts.down_projs")
 Linear = Callable[[Tensor], Tensor]
 
@@ -39,13 +42,16 @@ def moe(
     indices: Tensor | None = None,
     return_routed: bool = False,
 ) -> Any:
-    """y = fc2(experts(fc1(x), route(x))) + sigmoid(shared_expert_gate(x)) * shared_experts(x).
+    """y = fc2(experts(fc1(x), route(x))) + zero experts + sigmoid(shared_expert_gate(x)) * shared_experts(x).
 
     Only `gate` and `experts` have to be there; what is not drops out of the sentence. x [.., D], y alike. mask bool
     [..]: experts see no token whose mask is False, shared experts see all. params, named relative to the block:
     `gate.*` as in `route`; `experts.*` as in `experts`; `shared_experts.gate_proj`, `.up_proj` [S, D] and `.down_proj`
     [D, S] (no gate_proj for relu2); `shared_expert_gate` [1, D]; `fc1_latent_proj` [L, D] and `fc2_latent_proj`
-    [D, L] if `config.moe_latent_size` is L. Each of these projections is a `.weight` and where present a `.bias`.
+    [D, L] if `config.moe_latent_size` is L, with `latent_norm` [L] where `config.latent_norm` says (Kimi-K3's names
+    `routed_expert_down_proj`, `_up_proj` and `_norm` are taken too). Each of these projections is a `.weight` and where
+    present a `.bias`. A token's choices among `config.n_zero_experts` add weight * x. `config.output_scale` multiplies
+    the sum where there are shared experts.
     backend, dispatcher, recompute and lora_alpha are those of `experts`.
 
     indices [.., K]: experts that were chosen before, weighted by this gate, as in `route` (router replay). routing: a
@@ -69,7 +75,7 @@ def moe(
     """
     check_config("moe", config)
     computed_with("moe", "x", x)
-    check_level("moe", params, ("experts.gate_and_up_projs", "experts.down_projs", "gate.weight"))
+    check_level("moe", params, ("experts.gate_and_up_projs", "experts.down_projs", *WEIGHTS))
     _check(params, config, x.device)
     held = partial(_linear, params)
     below = _below(params, "experts.")
@@ -84,7 +90,7 @@ def moe(
         experts=lambda x, routing: experts(below, x, routing, config, **how),
         shared=(lambda x: shared(x, config, held)) if "shared_experts.up_proj.weight" in params else None,
         shared_gate=partial(held, "shared_expert_gate") if "shared_expert_gate.weight" in params else None,
-        latent=(partial(held, "fc1_latent_proj"), partial(held, "fc2_latent_proj")) if config.moe_latent_size else None,
+        latent=around(params, config, held) if config.moe_latent_size else None,
         routing=routing,
         indices=indices,
         return_routed=return_routed,
@@ -120,10 +126,14 @@ def block(
     if routing is not None:
         found = _from_outside(routing, found, mask, config)
     fc1, fc2 = latent or (_same, _same)
-    y = fc2(experts(fc1(seen), found.routing if isinstance(found, Routed) else found))
+    where = found.routing if isinstance(found, Routed) else found
+    y = fc2(experts(fc1(seen), where))
+    if said(config, "n_zero_experts"):
+        y = y + _returned(seen, where, config)
     if shared is not None:
         own = shared(tokens)
         y = y + (own if shared_gate is None else torch.sigmoid(shared_gate(tokens)) * own)
+        y = y if (factor := said(config, "output_scale")) == 1 else factor * y
     y = in_shape(y, x.shape)
     return (y, found) if return_routed else y
 
@@ -137,7 +147,14 @@ def _from_outside(
     given = Routing(given.indices.flatten(0, -2), given.weights.flatten(0, -2), own)
     if not isinstance(found, Routed):
         return given
-    return found._replace(routing=given, counts=count(given, config.n_routed_experts))
+    return found._replace(routing=given, counts=count(given, n_ranked(config)))
+
+
+def _returned(x: Tensor, routing: Routing, config: MoEConfig) -> Tensor:
+    """x times the weights of its slots at zero experts."""
+    ids, gone = slots(routing, n_ranked(config))
+    weights = routing.weights.masked_fill(gone | (ids < config.n_routed_experts), 0)
+    return (x * weights.sum(-1, keepdim=True)).to(x.dtype)
 
 
 def shared(x: Tensor, config: MoEConfig, linear: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -180,8 +197,8 @@ def _check_tokens(x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
 
 def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
     rest = {name: p for name, p in params.items() if not name.startswith(("gate.", "experts."))}
-    weights = _latent_axes(config) | _shared_axes(rest, config)
-    biases = {name.removesuffix("weight") + "bias": axes.split()[0] for name, axes in weights.items()}
+    weights = latent_axes(rest, config) | _shared_axes(rest, config)
+    biases = {n.removesuffix("weight") + "bias": axes.split()[0] for n, axes in weights.items() if " " in axes}
     gate = () if config.shared_expert_gate else ("shared_expert_gate.weight",)
     width = (config.n_shared_experts or 1) * (config.shared_expert_inter_dim or config.moe_inter_dim)
     up = rest.get("shared_experts.up_proj.weight")
@@ -194,10 +211,6 @@ def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
                 raise ValueError(f"moe: parameter {n!r} is codes and requires a gradient, expected it frozen")
     optional = (*biases, *gate)
     check_params("moe", rest, weights | biases, sizes, where=where, optional=optional, coded=said, beside=BESIDE)
-
-
-def _latent_axes(config: MoEConfig) -> dict[str, str]:
-    return {"fc1_latent_proj.weight": "L D", "fc2_latent_proj.weight": "D L"} if config.moe_latent_size else {}
 
 
 def _shared_axes(params: Params, config: MoEConfig) -> dict[str, str]:

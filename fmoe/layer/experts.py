@@ -21,8 +21,9 @@ from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
+from fmoe.layer.outside import NORM, weighed_outside, weighs_inside
 from fmoe.layer.recompute import recompute as again
-from fmoe.shapes import check_config, check_level, check_params, no_nested, odd
+from fmoe.shapes import check_config, check_level, check_params, no_nested, odd, said
 from fmoe.sharding import is_dtensor
 from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 
@@ -56,7 +57,9 @@ def experts(
     params: `gate_and_up_projs` [E, D, U], `down_projs` [E, I, D], and where present `gate_up_proj_bias` [E, U] and
     `down_proj_bias` [E, D], of any strides and dtype. x [T, D]; y [T, D] has its dtype, which is also that of the
     matrix products. Weights and sums over k are fp32 (fp64 if x is), rounded once. With
-    `config.apply_router_weight_after_down` the weight multiplies the rounded output of the expert, not its activation.
+    `config.apply_router_weight_after_down` the weight multiplies the rounded output of the expert, not its activation,
+    with `apply_router_weight_before_up` its rounded input. With `config.expert_norm_eps` it multiplies the RMS norm of
+    that output times `post_expert_norm.weight` [D] + config.norm_offset: a norm of the product, not a factor of a norm.
 
     Codes: either weight may be codes [E, D / packed, U], [E, I / packed, D] with their scales beside it, as
     `fmoe.load(quantized="keep")` gives them, in every format of `fmoe.codecs.formats.FORMATS`. Only experts that have
@@ -96,7 +99,8 @@ def experts(
     multiply = find(backend, x.device)
     h = x.to(_product_dtype(x))
     coded = in_codes(params)
-    fused = multiply if dispatcher is local and not coded and not any(name in PAIRS for name in params) else None
+    inside = weighs_inside(config)
+    fused = multiply if inside and dispatcher is local and not coded and not PAIRS.keys() & params.keys() else None
     with without_autocast(x.device):
         # what is computed in fp64 is computed by plain torch, whose products take it
         if isinstance(fused, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
@@ -111,7 +115,8 @@ def experts(
             with without_autocast(x.device):  # computed again, it may stand in another autocast
                 rows = dispatcher.dispatch(h, weights, plan)
                 _check_params(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
-                return dispatcher.combine(product(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
+                run = product if inside else weighed_outside(product)
+                return dispatcher.combine(run(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
 
         # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
         told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)
@@ -207,8 +212,9 @@ def _check_params(
         how = f", interleaved={is_interleaved(config.expert_activation)}" * (matrices[uneven[0]].ndim == 4)
         raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale{how}) makes such of any others")
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    said = shapes(params, coded) if coded else {}
-    check_params("experts", params, AXES, sizes, where=where, optional=(*biases, *PAIRS), coded=said)
+    axes = AXES if said(config, "expert_norm_eps") is None else AXES | {NORM: "D"}
+    sized = shapes(params, coded) if coded else {}
+    check_params("experts", params, axes, sizes, where=where, optional=(*biases, *PAIRS), coded=sized)
     if coded and not torch.compiler.is_compiling():  # a compiler's graph finds it out when it runs
         stacks(params, config, torch.float32)
 

@@ -10,10 +10,10 @@ from fmoe.layer.block import block
 from fmoe.layer.recompute import recomputing
 from fmoe.losses import attach, load_balancing
 from fmoe.nn.experts import GroupedExperts
-from fmoe.nn.linear import Gate, Linear, SharedExperts
+from fmoe.nn.linear import Gate, LatentNorm, Linear, SharedExperts
 from fmoe.routing import routed_of, update_bias
 from fmoe.routing.usage import summed
-from fmoe.shapes import check_config
+from fmoe.shapes import check_config, n_ranked
 from fmoe.types import MoEConfig, Routed, Routing
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class MoE(nn.Module):
         super().__init__()
         check_config("MoE", config)
         self.config, c = config, config
+        if c.router_norm or c.expert_norm_eps is not None:
+            name = "router_norm" if c.router_norm else "expert_norm_eps"
+            raise ValueError(
+                f"MoE: {name} is {getattr(c, name)!r}, which no module here has. Fix: fmoe.moe(params, x, config)"
+            )
         self.experts: Any = GroupedExperts(config, backend) if experts is None else experts
         self.gate = Gate(c)
         if c.n_shared_experts:
@@ -54,8 +59,10 @@ class MoE(nn.Module):
         if L := c.moe_latent_size:
             self.fc1_latent_proj = Linear(c.dim, L, bias=c.expert_bias, dtype=c.dtype)
             self.fc2_latent_proj = Linear(L, c.dim, bias=c.expert_bias, dtype=c.dtype)
+        if c.latent_norm:
+            self.latent_norm = LatentNorm(c)
         if c.gate_bias_update_factor > 0:
-            zeros = torch.zeros(c.n_routed_experts, dtype=torch.int64)
+            zeros = torch.zeros(n_ranked(c), dtype=torch.int64)
             self.register_buffer("expert_counts", zeros, persistent=False)
         self.init_weights()
 
@@ -89,7 +96,7 @@ class MoE(nn.Module):
             experts=lambda x, routing: self.experts(x, routing.mask, routing.weights, routing.indices),
             shared=parts.get("shared_experts"),
             shared_gate=parts.get("shared_expert_gate"),
-            latent=(parts["fc1_latent_proj"], parts["fc2_latent_proj"]) if self.config.moe_latent_size else None,
+            latent=self._latent(parts) if c.moe_latent_size else None,
             routing=routing,
             indices=indices,
             return_routed=asked,
@@ -121,6 +128,12 @@ class MoE(nn.Module):
         bias.copy_(update_bias(bias, seen, self.config.gate_bias_update_factor))
         counts.zero_()
 
+    def _latent(self, parts: dict[str, Any]) -> tuple[Any, Any]:
+        fc1, fc2, norm = parts["fc1_latent_proj"], parts["fc2_latent_proj"], parts.get("latent_norm")
+        if norm is None:
+            return fc1, fc2
+        return (lambda x: norm(fc1(x)), fc2) if self.config.latent_norm == "before" else (fc1, lambda y: fc2(norm(y)))
+
     def _correction(self) -> Tensor | None:
         """The gate's correction bias, also where something wraps the gate."""
         found = (getattr(m, "e_score_correction_bias", None) for m in self.gate.modules())
@@ -133,6 +146,8 @@ class MoE(nn.Module):
         if (counts := self._buffers.get("expert_counts")) is not None:
             counts.zero_()
         for module in self.modules():
+            if isinstance(module, LatentNorm):
+                module.reset_parameters()
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, init_std)
                 if module.bias is not None:

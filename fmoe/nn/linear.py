@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 from fmoe.activations import is_gated_activation
 from fmoe.layer.block import shared
+from fmoe.layer.latent import latent_norm
 from fmoe.routing import gate_logits
+from fmoe.shapes import n_ranked
 from fmoe.types import MoEConfig, as_dtype
 
 
@@ -29,11 +31,11 @@ class Gate(nn.Linear):
 
     def __init__(self, config: MoEConfig) -> None:
         stored = as_dtype(config.gate_dtype or config.dtype)
-        super().__init__(config.dim, config.n_routed_experts, bias=config.router_bias, dtype=stored)
+        super().__init__(config.dim, n_ranked(config), bias=config.router_bias, dtype=stored)
         self.config = config
         self.requires_grad_(config.train_gate)
         if config.gate_bias_update_factor > 0 or config.force_e_score_correction_bias:
-            zeros = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            zeros = torch.zeros(n_ranked(config), dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", zeros)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,6 +48,23 @@ class Gate(nn.Linear):
         if before is not None and after is not None and after.dtype != before.dtype:
             self._buffers["e_score_correction_bias"] = before.to(after.device)
         return self
+
+
+class LatentNorm(nn.Module):
+    """The RMS norm of x [T, L] times weight + config.norm_offset; as made, the weight leaves the norm as it is."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.expert_dim, dtype=as_dtype(config.dtype)))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1.0 - self.config.norm_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return latent_norm(self.weight, self.config, x)
 
 
 class SharedExperts(nn.Module):

@@ -7,7 +7,8 @@ update_bias             balance without a loss, as DeepSeek-V3 has it
 drop                    experts of a capacity
 """
 
-from fmoe.routing.choose import gate_logits, route, routed, routed_of, routing_of, topk_routing
+from fmoe.routing.choose import route, routed, routed_of, routing_of, topk_routing
+from fmoe.routing.gate import gate_logits
 from fmoe.routing.scores import SCORES, Score
 from fmoe.routing.usage import count, drop, load, update_bias
 

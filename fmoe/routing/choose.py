@@ -6,13 +6,13 @@ gradient, weights do. The seed treated an unknown score function as "sigmoid"; h
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fmoe.folding import meant
+from fmoe.routing.gate import logits_of
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import count
-from fmoe.shapes import check_config, check_level, check_params, odd
-from fmoe.types import INTEGERS, MoEConfig, Params, Routed, Routing
+from fmoe.shapes import check_config, n_ranked
+from fmoe.types import MoEConfig, Params, Routed, Routing
 
 
 def route(
@@ -20,8 +20,11 @@ def route(
 ) -> Routing:
     """topk_routing(x @ gate.weight^T + gate.bias), weights in x's dtype (fp32 if `config.router_weights_fp32`).
 
-    x [T, D] with D = config.dim. params: `gate.weight` [E, D]; `gate.bias` [E] and `gate.e_score_correction_bias` [E]
-    where the config asks for them, or where they are present. Names that do not start with "gate." are left alone.
+    x [T, D] with D = config.dim. params: `gate.weight` [E, D] (or `gate.proj.weight`, Gemma 4's name); `gate.bias` [E]
+    and `gate.e_score_correction_bias` [E] where the config asks for them, or where they are present; `gate.scale` [D]
+    and `gate.per_expert_scale` [E] with `config.router_norm`. Names that do not start with "gate." are left alone.
+    With `config.n_zero_experts` Z, E here is E + Z: ids from E on are zero experts. A gate that chooses by token id
+    (`gate.tid2eid`, DeepSeek-V4's first layers) takes `indices=params["gate.tid2eid"][token_ids]`.
     "softmax" logits are taken in the wider dtype of x and gate.weight, all others at least in fp32, as Transformers
     does. `train_gate=False` in config: no gradient reaches the gate's parameters; x gets its own.
 
@@ -39,8 +42,8 @@ def route(
     >>> route(params, x, config, indices=torch.tensor([[0, -1]])).weights
     tensor([[1., 0.]])
     """
-    logits, correction = _logits(params, x, config, indices, mask)
-    routing = routing_of(logits, x.dtype, config, correction, indices)
+    logits, correction, scale = logits_of(params, x, config, indices, mask)
+    routing = routing_of(logits, x.dtype, config, correction, indices, scale)
     return routing._replace(mask=mask)
 
 
@@ -54,48 +57,28 @@ def routed(
     >>> found.logits.tolist(), found.counts.tolist()
     ([[1.0, 1.5, 2.0]], [0, 1, 1])
     """
-    logits, correction = _logits(params, x, config, indices, mask)
-    return routed_of(logits, x.dtype, config, correction, indices, mask)
-
-
-def _logits(
-    params: Params, x: Tensor, config: MoEConfig, indices: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(logits, correction bias)."""
-    check_config("route", config)
-    check_level("route", params, ("gate.weight",))
-    gate = {name: p for name, p in params.items() if name.startswith("gate.")}
-    _check(gate, x, config, {"indices": indices, "mask": mask})
-    seen = x if mask is None else x.masked_fill(~mask[:, None], 0)
-    logits = gate_logits(seen, gate["gate.weight"], gate.get("gate.bias"), config)
-    return logits, gate.get("gate.e_score_correction_bias")
-
-
-def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
-    """x @ weight^T + bias in the dtype that `route` takes logits in.
-
-    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
-    >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
-    tensor([[2., 6.]])
-    """
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if config.score_func != "softmax":
-        dtype = torch.promote_types(dtype, torch.float32)
-    if not config.train_gate:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits, correction, scale = logits_of(params, x, config, indices, mask)
+    return routed_of(logits, x.dtype, config, correction, indices, mask, scale)
 
 
 def routing_of(
-    logits: Tensor, dtype: torch.dtype, config: MoEConfig, correction: Tensor | None, indices: Tensor | None = None
+    logits: Tensor,
+    dtype: torch.dtype,
+    config: MoEConfig,
+    correction: Tensor | None,
+    indices: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Routing:
-    """`topk_routing`, weights in the dtype of x (fp32 if `config.router_weights_fp32`).
+    """`topk_routing`, weights in the dtype of x (fp32 if `config.router_weights_fp32`), times scale [E] of the experts.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
     >>> routing_of(torch.tensor([[2.0, 6.0]]), torch.float32, config, None).indices
     tensor([[1]])
     """
     routing = topk_routing(logits, config, correction, indices)
+    if scale is not None:
+        at = routing.indices.clamp(0, len(scale) - 1)  # a slot that goes nowhere weighs 0, whatever its scale
+        routing = routing._replace(weights=routing.weights * scale[at].to(routing.weights.dtype))
     out = torch.promote_types(dtype, torch.float32) if config.router_weights_fp32 else dtype
     return routing._replace(weights=routing.weights.to(out))
 
@@ -107,6 +90,7 @@ def routed_of(
     correction: Tensor | None,
     indices: Tensor | None = None,
     mask: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Routed:
     """The Routed of logits [T, E] that a gate has made of x of this dtype.
 
@@ -114,8 +98,8 @@ def routed_of(
     >>> routed_of(torch.tensor([[2.0, 6.0], [1.0, 0.0]]), torch.float32, config, None).counts
     tensor([1, 1])
     """
-    routing = routing_of(logits, dtype, config, correction, indices)._replace(mask=mask)
-    return Routed(routing, logits, score_of(config).rank(_wide(logits)), count(routing, config.n_routed_experts))
+    routing = routing_of(logits, dtype, config, correction, indices, scale)._replace(mask=mask)
+    return Routed(routing, logits, score_of(config).rank(_wide(logits)), count(routing, n_ranked(config)))
 
 
 def topk_routing(
@@ -147,13 +131,16 @@ def topk_routing(
             # where such a router saturates, experts are equal in fp32: of these it takes the first, whatever x is
             ranked = score.rank(logits.detach().float())
             ranked = ranked if correction_bias is None else ranked + correction_bias.detach().float()
-        indices = _in_best_groups(ranked, config, best_of).topk(config.n_activated_experts, -1).indices
+        indices = _in_best_groups(ranked, config, best_of, score.loser).topk(config.n_activated_experts, -1).indices
         gone = None
     else:
         indices = indices.long()
-        gone = (indices < 0) | (indices >= config.n_routed_experts)
+        gone = (indices < 0) | (indices >= n_ranked(config))
     at = indices if gone is None else indices.masked_fill(gone, 0)
-    weights = (biased if config.router_weight_uses_score_correction_bias else scores).gather(-1, at)
+    told = biased if config.router_weight_uses_score_correction_bias else scores
+    weights = told.gather(-1, at)
+    if score.mix is not None:
+        weights = score.mix(told, at, at != indices, config)
     if score.weigh is not None:
         # the least number, not -inf, of which a softmax of nothing else would make NaN
         weights = score.weigh(weights if gone is None else weights.masked_fill(gone, torch.finfo(weights.dtype).min))
@@ -178,40 +165,20 @@ def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _in_best_groups(scores: Tensor, config: MoEConfig, best_of: int) -> Tensor:
-    """scores [T, E] where the expert's group is one of the best, -inf elsewhere; a group is the sum of its best."""
+def _in_best_groups(scores: Tensor, config: MoEConfig, best_of: int, loser: float) -> Tensor:
+    """scores [T, E] where the expert's group is one of the best, `loser` elsewhere; a group is the sum of its best."""
     if config.n_expert_groups <= 1:
         return scores
-    # -inf, not 0 as in the seed: a biased score may be negative, and a loser must not beat it
+    # mostly -inf, not 0 as in the seed: a biased score may be negative, and a loser must not beat it
     groups = scores.unflatten(-1, (config.n_expert_groups, -1))
     worth = groups.topk(min(best_of, groups.shape[-1]), -1).values.sum(-1)
     best = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(config.n_limited_groups, -1).indices, True)
-    return groups.masked_fill(~best[..., None], -torch.inf).flatten(-2)
-
-
-def _check(gate: Params, x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:
-    if x.ndim != 2 or x.shape[1] != config.dim:
-        raise ValueError(f"route: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
-    T, K = x.shape[0], config.n_activated_experts
-    indices, mask = given["indices"], given["mask"]
-    if indices is not None and (indices.shape != (T, K) or indices.dtype not in INTEGERS):
-        raise ValueError(f"route: indices are {indices.dtype} {list(indices.shape)}, expected integer [T={T}, K={K}]")
-    if mask is not None and (mask.shape != (T,) or mask.dtype != torch.bool):
-        raise ValueError(f"route: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [T={T}]")
-    if strange := odd({name: t for name, t in given.items() if t is not None}, x.device):
-        raise ValueError("\n".join(f"route: {told}" for told in strange))
-    axes = {"gate.weight": "E D", "gate.bias": "E", "gate.e_score_correction_bias": "E"}
-    corrected = config.force_e_score_correction_bias or config.gate_bias_update_factor > 0
-    corrected = corrected or config.score_func.endswith("_with_bias")
-    promised = {"gate.bias": config.router_bias, "gate.e_score_correction_bias": corrected}
-    sizes = {"E": config.n_routed_experts, "D": config.dim}
-    optional = [name for name, asked in promised.items() if not asked]
-    check_params("route", gate, axes, sizes, where=x.device, optional=optional)
+    return groups.masked_fill(~best[..., None], loser).flatten(-2)
 
 
 def _check_choice(logits: Tensor, config: MoEConfig, correction_bias: Tensor | None) -> None:
     score, name = score_of(config), config.score_func
-    E, K = config.n_routed_experts, config.n_activated_experts
+    E, K = n_ranked(config), config.n_activated_experts
     G, g = config.n_expert_groups, config.n_limited_groups
     if logits.shape[-1] != E or K > E:
         raise ValueError(f"logits have shape {list(logits.shape)}, expected [T, E={E}] with E >= K={K}")

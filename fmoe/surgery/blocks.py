@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fmoe.layer.experts import AXES
-from fmoe.surgery.config import known, resized, says_each_layer
+from fmoe.surgery.config import GATE, OF_ALL, known, resized, says_each_layer
 from fmoe.types import MoEConfig, Params, brief
 
 Ids = Sequence[int] | Tensor
 Groups = Sequence[Sequence[int]]
-GATE = ("gate.weight", "gate.bias", "gate.e_score_correction_bias")
 SIZE = "n_routed_experts"
 
 
@@ -70,7 +69,7 @@ def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor
     """Each expert `times` times, next to each other, and `times` as many experts for a token: the same output.
 
     Where a router does not share weights out among what it chose (sigmoid without normalisation), the down projection
-    is divided by `times`. Raises ValueError for a family that routes by groups, which copies would outweigh.
+    is divided by `times`. Raises ValueError for groups of experts, which copies would outweigh, and for a sparsemixer.
 
     >>> sizes = dict(num_local_experts=2, hidden_size=2, intermediate_size=1)
     >>> config = dict(model_type="mixtral", num_experts_per_tok=1, **sizes)
@@ -85,6 +84,8 @@ def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor
         raise ValueError(f"replicate: times is {times!r}, expected a positive int")
     if moe.n_expert_groups > 1:
         raise ValueError(f"replicate: experts are routed by {moe.n_expert_groups} groups, which copies would outweigh")
+    if moe.score_func == "sparsemixer":
+        raise ValueError("replicate: a sparsemixer weighs each choice among those that are left, where copies would be")
     shares = moe.norm_topk_prob or moe.score_func.startswith("softmax")
 
     def copied(name: str, t: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def _each_layer(
                     told = f"shape {list(t.shape)}, expected E={moe.n_routed_experts} rows, as the config says"
                     raise ValueError(f"{what}: {layer}.{name} has {told}")
                 out[f"{layer}.{name}" if layer else name] = change(name, t)
-            elif name.startswith(("experts.", "gate.")):
+            elif name.startswith(("experts.", "gate.")) and name not in OF_ALL:
                 raise ValueError(f"{what}: {layer}.{name}: it is not known how it depends on the experts")
     return out
 

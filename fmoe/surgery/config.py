@@ -8,6 +8,12 @@ from fmoe.families.kind import Family, as_dict
 from fmoe.routing import SCORES
 from fmoe.types import MoEConfig
 
+GATE = (*(f"gate.{n}" for n in "weight bias e_score_correction_bias proj.weight per_expert_scale".split()),)
+"""What of a router has a row for each expert."""
+
+OF_ALL = ("gate.scale", "experts.post_expert_norm.weight")
+"""What serves all experts alike."""
+
 
 def known(config: Any) -> tuple[dict[str, Any], Family, MoEConfig]:
     """(the config as a dict, its family, its MoEConfig). Raises ValueError where its router is none of ours."""

@@ -56,7 +56,7 @@ def route(indices: Tensor, weights: Tensor, mask: Tensor | None, n_experts: int,
 
 
 def activate(z: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
-    """act(z) [.., I] in z's dtype for z [.., U]: the seed's formulas, without a weight, computed in fp32 (fp64 stays).
+    """act(z) [.., I] in z's dtype for z [.., U]: the formulas, without a weight, computed in fp32 (fp64 stays).
 
     >>> activate(torch.tensor([-1, 0.5, 10, 2, -9, 0.25]), "swiglu_clamped", limit=1.0)
     tensor([-0.2689, -0.3112,  0.1828])
@@ -71,6 +71,9 @@ def activate(z: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.
         a = F.silu(g) * v
     elif activation == "geglu":
         a = F.gelu(g, approximate="tanh") * v
+    elif activation == "situ":
+        up = limit * torch.tanh(v / limit) if limit > 0 else v
+        a = alpha * torch.tanh(g / alpha) * torch.sigmoid(g) * up
     else:
         a = g * torch.sigmoid(alpha * g) * (v + 1)
     return a.to(z.dtype)

@@ -1,6 +1,5 @@
 """Every family against Transformers: what it wrote comes back bit for bit, and its numbers are those of its modules."""
 
-import copy
 import re
 from dataclasses import replace
 from functools import cache
@@ -11,9 +10,9 @@ import hf
 import hf_zoo as zoo
 import pytest
 import torch
+from hf_blocks import alone, assert_close, assert_parity, in_fp64
 from published_names import PUBLISHED
 from safetensors.torch import load_file
-from test_parity import assert_close, assert_parity
 from tiny import CHOICES
 from torch import Tensor, nn
 
@@ -59,8 +58,8 @@ def experts_only(module: Any, params: dict[str, Tensor], config: fmoe.MoEConfig)
     indices = torch.rand(9, E, generator=made).argsort(-1)[:, : config.n_activated_experts]
     found = fmoe.experts(fmoe.subtree(params, "experts"), x, fmoe.Routing(indices, weights), config)
     if type(module).__name__ == "Llama4TextExperts":  # all tokens for every expert, already weighted
-        each = module(x.repeat(E, 1)).view(E, 9, -1)[indices.T, torch.arange(9)]
-        return assert_close(found, (each * weights.T[..., None]).sum(0))
+        weighted = x * torch.zeros(9, E).scatter(1, indices, weights).T[..., None]
+        return assert_close(found, module(weighted.flatten(0, 1)).view(E, 9, -1).sum(0))
     assert_close(found, module(x, indices, weights).view_as(x))
 
 
@@ -99,16 +98,13 @@ def test_its_numbers_are_those_of_transformers(name):
     whole = FAMILIES[model.config.model_type].verified == "block"
     for block, params in blocks(model, adapter, tensors):
         E, I, D = params["experts.down_projs"].shape  # a second tower's experts are of other sizes than the config's
-        config = replace(adapter.moe_config, n_routed_experts=E, moe_inter_dim=I, dim=D)
-        whole = whole and D == adapter.moe_config.dim
+        config = replace(adapter.moe_config, n_routed_experts=E, moe_inter_dim=I)
+        config = config if config.moe_latent_size else replace(config, dim=D)
+        config = config if "shared_experts.up_proj.weight" in params else replace(config, n_shared_experts=0)
+        whole = whole and D == adapter.moe_config.expert_dim
         if whole:
-            if "bias" in params:  # JetMoE adds it to the sum: it is the block's, not an expert's
-                with torch.no_grad():
-                    block.bias.zero_()
-                params = {n: p for n, p in params.items() if n != "bias"}
-            if hasattr(block, "post_mlp_layernorm"):  # A.X-K1: on disk, and natively, it is the layer's
-                block.post_mlp_layernorm = nn.Identity()
-            assert_parity(block, params, config, config.dim)
+            alike, given, how = alone(block, params)
+            assert_parity(alike, given, config, config.dim, **how)
         if hasattr(block, "experts"):
             experts_only(block.experts, params, config)
 
@@ -117,18 +113,18 @@ def test_its_numbers_are_those_of_transformers(name):
 def test_its_block_is_that_of_transformers_in_fp64_where_clamps_bite_and_routers_saturate(name):
     """Routers of Transformers that stay in fp32 set the tolerance."""
     model, adapter, tensors = written(name)
-    block, params = blocks(model, adapter, tensors)[0]
-    block = copy.deepcopy(block).double()
-    params = {n: p.double() for n, p in params.items() if n != "bias"}
-    if "bias" in dict(block.named_parameters()):  # JetMoE's, of the sum
-        block.bias.data.zero_()
-    if hasattr(block, "post_mlp_layernorm"):
-        block.post_mlp_layernorm = nn.Identity()
-    for scale in (30, 1000):
-        drawn = torch.Generator().manual_seed(scale)
-        x = scale * torch.randn(2, 9, adapter.moe_config.dim, generator=drawn, dtype=torch.float64)
-        with torch.no_grad():
-            assert_close(fmoe.moe(params, x, adapter.moe_config), hf.forward(block, x))
+    config = adapter.moe_config
+    sizes = [config.n_routed_experts, config.moe_inter_dim, config.expert_dim]
+    found = [alone(*b) for b in blocks(model, adapter, tensors) if [*b[1]["experts.down_projs"].shape] == sizes]
+    for block, params, how in found[:1] + found[-1:]:
+        config = config if "shared_experts.up_proj.weight" in params else replace(config, n_shared_experts=0)
+        block = in_fp64(block)
+        params = {n: p.double() if p.is_floating_point() else p for n, p in params.items()}
+        for scale in (30, 1000):
+            drawn = torch.Generator().manual_seed(scale)
+            x = scale * torch.randn(2, 9, config.dim, generator=drawn, dtype=torch.float64)
+            with torch.no_grad():
+                assert_close(fmoe.moe(params, x, config, **how), hf.forward(block, x))
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "round trip"])

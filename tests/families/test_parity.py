@@ -7,26 +7,10 @@ import hf
 import hf_synthetic as synthetic
 import pytest
 import torch
+from hf_blocks import assert_parity
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import fmoe
-
-
-def assert_parity(block: nn.Module, params: dict[str, Tensor], config: fmoe.MoEConfig, width: int) -> None:
-    x = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(1))
-    theirs, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    expected = block(theirs)
-    expected = expected[0] if isinstance(expected, tuple) else expected
-    found = fmoe.moe(params, ours, config)
-    assert_close(found, expected)
-    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    assert_close(*torch.autograd.grad(found, ours, cotangent), *torch.autograd.grad(expected, theirs, cotangent))
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and expected.detach().norm() > 0
-    assert (found - expected).detach().norm() / expected.detach().norm() < 1e-5
 
 
 @pytest.mark.parametrize("name", hf.MODELS)

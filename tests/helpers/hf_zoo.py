@@ -128,7 +128,7 @@ MODELS |= {
     "deepseek_v4": (
         "DeepseekV4ForCausalLM",
         dict(o_lora_rank=8, o_groups=2, num_key_value_heads=1, index_n_heads=2, index_head_dim=8, head_dim=16)
-        | dict(hc_mult=2, swiglu_limit=0.5),
+        | dict(hc_mult=2, swiglu_limit=0.5, mlp_layer_types=["hash_moe", "moe"]),
     ),
     "glm4v_moe": ("Glm4vMoeForConditionalGeneration", MROPE_GLM),
     "inkling_text": ("InklingForCausalLM", {}),

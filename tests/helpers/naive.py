@@ -37,6 +37,8 @@ def act(u: Tensor, config: MoEConfig) -> Tensor:
         return g * sigmoid(g) * v
     if name == "geglu":
         return gelu_tanh(g) * v
+    if name == "situ":
+        return alpha * torch.tanh(g / alpha) * sigmoid(g) * (L * torch.tanh(v / L) if L > 0 else v)
     return g * sigmoid(alpha * g) * (v + 1)
 
 

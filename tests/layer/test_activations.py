@@ -42,6 +42,16 @@ GOLDEN: dict[str, tuple[dict, list[float], list[float]]] = {
     ),
     "geglu": (dict(expert_activation="geglu"), G + V, [-0.158808, -1.555713, 1.25]),
     "relu2": (dict(expert_activation="relu2"), G + V, [0, 0.125, 50, 2, 0, 0.03125]),
+    "situ": (
+        dict(expert_activation="situ", activation_alpha=1.0, activation_limit=0.0),
+        G + V,
+        [-0.2048242, -1.2944211, 0.1249943],
+    ),
+    "situ, linear beta 2": (
+        dict(expert_activation="situ", activation_alpha=1.0, activation_limit=2.0),
+        G + V,
+        [-0.1559929, -0.2875781, 0.1243474],
+    ),
 }
 
 # every way that a config selects one

@@ -14,6 +14,7 @@ BASE = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=6, moe_inter_dim
 SHARED = dict(n_shared_experts=1)
 GROUPS = dict(n_expert_groups=2, n_limited_groups=2)
 BIASED = dict(force_e_score_correction_bias=True, score_func="sigmoid")
+LATENT = dict(moe_latent_size=3)
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "n_routed_experts": (5, {}),
     "n_activated_experts": (3, {}),
@@ -46,6 +47,14 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "shared_swiglu_limit": (0.01, SHARED),
     "force_e_score_correction_bias": (True, {"score_func": "sigmoid"}),
     "moe_latent_size": (3, {}),
+    "n_zero_experts": (2, {}),
+    "apply_router_weight_before_up": (True, {}),
+    "output_scale": (0.5, SHARED),
+    "scaled_logits": (True, {}),
+    "router_jitter": (0.5, {"score_func": "sparsemixer"}),
+    "latent_norm": ("before", LATENT),
+    "norm_eps": (0.5, LATENT | {"latent_norm": "after"}),
+    "norm_offset": (1.0, LATENT | {"latent_norm": "after"}),
 }
 """Another value of each field, and what stands beside it."""
 REFUSED = {
@@ -54,7 +63,10 @@ REFUSED = {
     "gate_bias_update_factor": [-0.1, float("nan")],
     "swiglu_limit": [float("nan")],
     "shared_swiglu_limit": [float("nan"), "7"],
+    "latent_norm": ["before", "between"],
 }
+NO_MODULE = {"router_norm": True, "expert_norm_eps": 1e-8}
+"""What `fmoe.moe` takes parameters for and no module makes: fmoe.nn.MoE refuses it by its name."""
 SAID = {"inter_dim": "intermediate_size"}
 """Facts of a model that no layer here has: the adapter's config tells them."""
 
@@ -81,7 +93,9 @@ def alike(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_every_field_has_a_row() -> None:
-    assert {f.name for f in fields(MoEConfig)} == CHANGES.keys() | {"enable_routing_replay"} | SAID.keys()
+    assert {f.name for f in fields(MoEConfig)} == CHANGES.keys() | {
+        "enable_routing_replay"
+    } | SAID.keys() | NO_MODULE.keys()
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -96,6 +110,12 @@ def test_a_field_changes_what_is_made(name: str) -> None:
 def test_a_value_that_would_be_ignored_is_refused_by_its_field(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"MoEConfig.{name}"):
         replace(BASE, **{name: value})
+
+
+@pytest.mark.parametrize("name", NO_MODULE)
+def test_what_no_module_has_is_refused_by_it(name: str) -> None:
+    with pytest.raises(ValueError, match=f"MoE: {name} is .*which no module here has"):
+        fmoe.nn.MoE(replace(BASE, **{name: NO_MODULE[name]}))
 
 
 @pytest.mark.parametrize("name", SAID)

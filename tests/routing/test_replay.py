@@ -92,7 +92,7 @@ def test_routed_says_what_the_routing_was_made_of(way: str) -> None:
         "gate.bias", torch.zeros(E).double()
     )
     torch.testing.assert_close(routed.logits, logits)
-    plain = way in ("softmax", "sigmoid_of_best_logits")
+    plain = way in ("softmax", "sigmoid_of_best_logits", "sparsemixer")
     scores = {
         "soft": logits.softmax(-1), "sigm": logits.sigmoid(), "sqrt": torch.nn.functional.softplus(logits).sqrt()
     }  # fmt: skip

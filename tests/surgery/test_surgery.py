@@ -205,7 +205,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="no layer has experts"):
         surgery.select({"norm": torch.ones(1)}, config, [0, 1])
     with pytest.raises(ValueError, match="router .* is none of ours"):
-        surgery.select(native, config | dict(model_type="phimoe"), [0, 1])
+        surgery.select(native, config | dict(model_type="zaya", moe_intermediate_size=24, num_experts=8), [0, 1])
 
 
 DENSE = [("MistralForCausalLM", "mixtral"), ("LlamaForCausalLM", "mixtral"), ("Qwen3ForCausalLM", "qwen3_moe")]

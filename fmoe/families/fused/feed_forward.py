@@ -51,8 +51,8 @@ llama4 = Family(
     | rule(FFN + "shared_expert.{rest}", FFN + "shared_experts.{rest}")
     | KEPT,
     fields=FIELDS,
-    fixed=dict(n_shared_experts=1, score_func="sigmoid before the experts"),
+    fixed=dict(n_shared_experts=1, score_func="sigmoid_of_best_logits", apply_router_weight_before_up=True),
     source="meta-llama/Llama-4-Scout-17B-16E",
-    verified="experts",
+    verified="block",
 )
 llama4_multimodal = replace(llama4, model_types=("llama4",), verified="keys")

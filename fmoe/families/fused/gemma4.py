@@ -1,4 +1,8 @@
-"""Gemma 4: stacked experts beside a dense MLP, directly in the layer; the scale of each expert stays its own tensor."""
+"""Gemma 4: stacked experts beside a dense MLP, directly in the layer; the scale of each expert stays its own tensor.
+
+Its router sees the residual, its experts the norm of it: `fmoe.moe(params, norm(x), config, routing=fmoe.route(params,
+x, config))` is what a layer adds. That norm, and the one after, are the layer's.
+"""
 
 from dataclasses import replace
 
@@ -19,12 +23,13 @@ gemma4_moe = Family(
         dim="hidden_size",
         moe_inter_dim="moe_intermediate_size",
         inter_dim="intermediate_size",
+        norm_eps="rms_norm_eps",
     ),
-    fixed=dict(score_func="softmax of normed and scaled tokens"),
+    fixed=dict(softmax_before_topk=True, norm_topk_prob=True, router_norm=True, scaled_logits=True),
     activations={"gelu_pytorch_tanh": "geglu"},
     activation_field="hidden_activation",
     source="google/gemma-4-26B-A4B",
-    verified="experts",
+    verified="block",
 )
 
 gemma4_multimodal = replace(gemma4_moe, model_types=("gemma4", "diffusion_gemma"), verified="keys")

@@ -25,17 +25,33 @@ zaya = Family(
 
 muse_spark = Family(
     model_types=("muse_spark_text",),
-    rules=fused() | keep(EXPERTS + "post_expert_norm.weight") | KEPT,
+    rules=fused()
+    | keep(EXPERTS + "post_expert_norm.weight")
+    | rule(MLP + "{p=pre_expert_proj|post_expert_proj}.weight", MLP + "{p=fc1_latent_proj|fc2_latent_proj}.weight")
+    | rule(MLP + "pre_expert_norm.weight", MLP + "latent_norm.weight")
+    | KEPT,
     fields=dict(
         n_routed_experts="num_local_experts",
         n_activated_experts="num_experts_per_tok",
         dim="hidden_size",
         moe_inter_dim="moe_intermediate_size",
         moe_latent_size="moe_hidden_size",
+        route_scale="routed_scaling_factor",
+        norm_eps="rms_norm_eps",
+        expert_norm_eps="post_norm_eps",
     ),
-    unsaid=dict(moe_hidden_size="has norms before the experts and after each: none of ours does"),
+    fixed=dict(
+        score_func="sigmoid",
+        scaled_logits=True,
+        norm_topk_prob=True,
+        router_weights_fp32=True,
+        force_e_score_correction_bias=True,
+        latent_norm="before",
+        norm_offset=1.0,
+        expert_norm_eps=1e-8,
+    ),
     source="meta-models/Muse-Spark-Open-816B-A42B",
-    verified="round trip",
+    verified="block",
 )
 
 muse_spark_multimodal = replace(muse_spark, model_types=("muse_spark",), verified="keys")

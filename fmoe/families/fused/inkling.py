@@ -28,12 +28,24 @@ inkling = Family(
 inkling2 = replace(
     inkling,
     model_types=("inkling2_text",),
-    fields=inkling.fields | dict(route_scale="route_scale routed_scaling_factor"),
-    fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True, router_weights_fp32=True),
-    unsaid=dict(mlp_gate_softcap="caps gate and up softly: no expert_activation does"),
+    fields=inkling.fields
+    | dict(
+        route_scale="route_scale routed_scaling_factor",
+        activation_alpha="mlp_gate_softcap",
+        activation_limit="mlp_up_softcap",
+    ),
+    fixed=dict(
+        score_func="sigmoid",
+        force_e_score_correction_bias=True,
+        norm_topk_prob=True,
+        router_weights_fp32=True,
+        expert_activation="situ",
+        activation_alpha=4.0,
+        activation_limit=25.0,
+    ),
     sparse=EVERY,
     source="thinkingmachines/Inkling-2-Small-MXFP8, decoded to bf16",
-    verified="round trip",
+    verified="block",
 )
 inkling2_multimodal = replace(inkling2, model_types=("inkling2",), verified="keys")
 inkling_mm = replace(inkling, model_types=("inkling_mm_model",), verified="keys")
@@ -42,5 +54,5 @@ inkling2_loop = replace(
     inkling2,
     model_types=("inkling2_loop", "inkling2_loop_text"),
     source="Inkling-2-Mini, decoded to bf16",
-    verified="round trip",
+    verified="block",
 )

@@ -20,7 +20,7 @@ axk1 = replace(  # the norm of the block's output stands in the layer, and is no
 axk2 = replace(
     deepseek_v3,
     model_types=("axk2",),
-    unsaid=dict(n_group="leaves a group that loses the score 0: no router of ours does"),
+    fixed=deepseek_v3.fixed | dict(score_func="sigmoid_with_losers"),
     source="skt/A.X-K2",
 )
 

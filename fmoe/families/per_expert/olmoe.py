@@ -18,9 +18,12 @@ cohere2_moe = replace(
     olmoe,
     model_types=("cohere2_moe",),
     fields=olmoe.fields | dict(n_shared_experts="num_shared_experts"),
-    fixed=dict(score_func="its own choice, averaged with shared experts"),
+    fixed=dict(norm_topk_prob=True),
+    words=dict(
+        expert_selection_fn={"softmax": {}, "sigmoid": dict(score_func="sigmoid_of_best_logits")},
+        shared_expert_combination_strategy={"average": dict(output_scale=0.5), "sum": {}},
+    ),
     source="CohereLabs/command-a-plus-05-2026",
-    verified="experts",
 )
 
 mellum = replace(qwen3_moe, model_types=("mellum",), source="JetBrains/Mellum2-12B-A2.5B-Base")

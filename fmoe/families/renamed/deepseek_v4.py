@@ -1,4 +1,7 @@
-"""DeepSeek-V4 in bf16, FP8 or FP4: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included."""
+"""DeepSeek-V4 in bf16, FP8 or FP4: `ffn` with w1, w3, w2 on disk; natively `mlp`, MTP included.
+
+The first layers choose by token id: `fmoe.moe(params, x, config, indices=params["gate.tid2eid"][token_ids])`.
+"""
 
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, LAYER, MLP, SHARED, block, fused
@@ -38,5 +41,5 @@ deepseek_v4 = Family(
     },
     sparse=EVERY,
     source="deepseek-ai/DeepSeek-V4-Flash, deepseek-ai/DeepSeek-V4-Flash-Base",
-    verified="experts",
+    verified="block",
 )

@@ -1,4 +1,7 @@
-"""ERNIE-4.5-VL: the experts for text, then those for images, in one index space; natively a block for each."""
+"""ERNIE-4.5-VL: the experts for text, then those for images, in one index space; natively a block for each.
+
+A layer adds `fmoe.moe` of `text_moe` on text (`mask=`), that of `vision_moe` on images, and the shared experts.
+"""
 
 from dataclasses import replace
 
@@ -48,5 +51,4 @@ ernie4_5_vl_moe = replace(
     fields=ernie4_5_moe.fields | dict(moe_inter_dim="moe_intermediate_size.0"),
     sizes=dict(j="moe_intermediate_size.1"),
     source="baidu/ERNIE-4.5-VL-28B-A3B-PT",
-    verified="experts",
 )

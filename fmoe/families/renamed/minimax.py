@@ -30,9 +30,9 @@ phimoe = replace(
     mixtral,
     model_types=("phimoe",),
     rules=renamed({"gate.{rest}": "gate.{rest}"}, {"router.{rest}": "gate.{rest}"}, DISK, **WORDS) | KEPT,
-    fixed=dict(score_func="sparsemixer"),
+    fields=mixtral.fields | dict(router_jitter="router_jitter_noise"),
+    fixed=dict(score_func="sparsemixer", router_weights_fp32=True),
     source="microsoft/Phi-3.5-MoE-instruct",
-    verified="experts",
 )
 
 kimi_linear = replace(
@@ -61,7 +61,20 @@ kimi_k3 = replace(
     kimi_linear,
     model_types=("kimi_k3",),
     rules=block(DISK, MLP, {BOTH: BOTH, "routed_expert_{rest}": "routed_expert_{rest}"}, **WORDS) | KEPT,
-    fixed=kimi_linear.fixed | dict(score_func="sigmoid, in a latent space with a norm"),
+    fields=kimi_linear.fields
+    | dict(
+        activation_alpha="activation_situ_beta",
+        activation_limit="activation_situ_linear_beta",
+        norm_eps="rms_norm_eps",
+    ),
+    fixed=kimi_linear.fixed | dict(activation_alpha=1.0, activation_limit=0.0),
+    words=dict(
+        hidden_act={
+            "silu": {},
+            "situ": dict(expert_activation="situ", shared_expert_activation="situ"),
+        },
+        latent_moe_use_norm={False: {}, True: dict(latent_norm="after")},
+    ),
     formats={"mxfp4 packed": EXPERTS_ONLY},
     source="moonshotai/Kimi-K3",
     verified="keys",
@@ -80,7 +93,11 @@ minimax_m3_vl = replace(
         fused=fused()
         | rule(MLP + "gate.weight", MLP + "gate.weight")
         | rule(MLP + BIAS, MLP + BIAS)
-        | rule(MLP + SHARED, MLP + SHARED),
+        | rule(
+            MLP + "shared_experts.gate_up_proj.weight [(g s) d]",
+            MLP + "shared_experts.{g=gate_proj|up_proj}.weight [s d]",
+        )
+        | rule(MLP + "shared_experts.down_proj.weight", MLP + "shared_experts.down_proj.weight"),
     )
     | KEPT,
     fields=minimax_m2.fields
@@ -95,6 +112,5 @@ minimax_m3_vl = replace(
     fp8=None,
     formats={"mxfp8": EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.\w+\.(gate|up|down)_proj\.weight"},
     source="the text model of MiniMaxAI/MiniMax-M3",
-    verified="experts",
 )
 minimax_m3_multimodal = replace(minimax_m3_vl, model_types=("minimax_m3_vl",), verified="keys")

@@ -46,6 +46,11 @@ def geglu(u: Tensor, p: Maybe = None) -> Tensor:
     return _activate(u, p, "geglu")
 
 
+def situ(u: Tensor, p: Maybe = None, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
+    """alpha * tanh(g / alpha) * sigmoid(g) * limit * tanh(v / limit) * p with u = [g, v]; v itself where limit <= 0."""
+    return _activate(u, p, "situ", alpha, limit)
+
+
 def relu2(u: Tensor, p: Maybe = None) -> Tensor:
     """max(u, 0)^2 * p; not gated, so that U = I."""
     return _activate(u, p, "relu2")

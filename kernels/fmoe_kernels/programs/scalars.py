@@ -68,6 +68,25 @@ def geglu(g, v, alpha, limit):
 
 
 @triton.jit
+def tanh(z):
+    """tanh without the cancellation of 2 sigmoid(2 z) - 1 near 0: a continued fraction there."""
+    w = z * z
+    near = z * (135135 + w * (17325 + w * (378 + w))) / (135135 + w * (62370 + w * (3150 + w * 28)))
+    return tl.where(w < 1, near, 2 * sigmoid(2 * z) - 1)
+
+
+@triton.jit
+def situ(g, v, alpha, limit):
+    """alpha * tanh(g / alpha) * sigmoid(g) * limit * tanh(v / limit); v itself where limit is not above 0."""
+    s, t = sigmoid(g), tanh(g / alpha)
+    y = alpha * t * s
+    bounded = tl.where(limit > 0, limit, 1.0)
+    c = tanh(v / bounded)
+    up = tl.where(limit > 0, bounded * c, v)
+    return y * up, ((1 - t * t) * s + y * (1 - s)) * up, y * tl.where(limit > 0, 1 - c * c, 1.0)
+
+
+@triton.jit
 def relu2(g, v, alpha, limit):
     """max(g, 0)^2: not gated, v is not used."""
     y = tl.maximum(g, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -87,8 +106,9 @@ SCALARS = {
     "quick_geglu": quick_geglu,
     "geglu": geglu,
     "relu2": relu2,
+    "situ": situ,
 }
-"""The seed's activations by name."""
+"""Activations by name."""
 
 
 def _backward(act):

@@ -1,0 +1,82 @@
+"""The gate of a router: tokens -> logits, and its parameters checked."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmoe.shapes import check_config, check_level, check_params, n_ranked, odd, said
+from fmoe.types import INTEGERS, MoEConfig, Params
+
+WEIGHTS = ("gate.weight", "gate.proj.weight")
+"""What a gate's weight is called: one of these."""
+
+
+def logits_of(
+    params: Params, x: Tensor, config: MoEConfig, indices: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(logits, correction bias, scale of each expert's weights)."""
+    check_config("route", config)
+    check_level("route", params, WEIGHTS)
+    gate = {name: p for name, p in params.items() if name.startswith("gate.")}
+    _check(dict(gate), x, config, {"indices": indices, "mask": mask})
+    seen = x if mask is None else x.masked_fill(~mask[:, None], 0)
+    if "gate.tid2eid" in gate and indices is None:
+        fix = "Fix: indices=params['gate.tid2eid'][token_ids]"
+        raise ValueError(f"route: experts are chosen by 'gate.tid2eid', of token ids that are not here.\n{fix}")
+    weight = next(gate[name] for name in WEIGHTS if name in gate)
+    kept = lambda t: t if t is None or config.train_gate else t.detach()
+    if said(config, "router_norm"):
+        seen = rms_norm(seen, kept(gate["gate.scale"]), config.norm_eps)
+    logits = gate_logits(seen, weight, gate.get("gate.bias"), config)
+    return logits, gate.get("gate.e_score_correction_bias"), kept(gate.get("gate.per_expert_scale"))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in fp32 (fp64 stays), in x's dtype.
+
+    >>> rms_norm(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]), 0.0)
+    tensor([0.8485, 2.2627])
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(wide.dtype)).to(x.dtype)
+
+
+def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
+    """x @ weight^T + bias in the dtype that `route` takes logits in, over sqrt(dim) where the config scales them.
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
+    >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
+    tensor([[2., 6.]])
+    """
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if config.score_func != "softmax":
+        dtype = torch.promote_types(dtype, torch.float32)
+    if not config.train_gate:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return logits * config.dim**-0.5 if said(config, "scaled_logits") else logits
+
+
+def _check(gate: dict[str, Tensor], x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:
+    if x.ndim != 2 or x.shape[1] != config.dim:
+        raise ValueError(f"route: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
+    T, K = x.shape[0], config.n_activated_experts
+    indices, mask = given["indices"], given["mask"]
+    if indices is not None and (indices.shape != (T, K) or indices.dtype not in INTEGERS):
+        raise ValueError(f"route: indices are {indices.dtype} {list(indices.shape)}, expected integer [T={T}, K={K}]")
+    if mask is not None and (mask.shape != (T,) or mask.dtype != torch.bool):
+        raise ValueError(f"route: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [T={T}]")
+    if strange := odd({name: t for name, t in given.items() if t is not None}, x.device):
+        raise ValueError("\n".join(f"route: {told}" for told in strange))
+    weight = next((name for name in WEIGHTS if name in gate), WEIGHTS[0])
+    axes = {weight: "E D", "gate.bias": "E", "gate.e_score_correction_bias": "E"}
+    normed = {"gate.scale": "D", "gate.per_expert_scale": "E"}
+    axes |= normed if said(config, "router_norm") else {}
+    corrected = config.force_e_score_correction_bias or config.gate_bias_update_factor > 0
+    corrected = corrected or config.score_func.endswith("_with_bias")
+    promised = {"gate.bias": config.router_bias, "gate.e_score_correction_bias": corrected}
+    sizes = {"E": n_ranked(config), "D": config.dim}
+    optional = [name for name, asked in promised.items() if not asked]
+    if (table := gate.pop("gate.tid2eid", None)) is not None and table.dtype not in INTEGERS:
+        raise ValueError(f"route: 'gate.tid2eid' is {table.dtype}, expected integers")
+    check_params("route", gate, axes, sizes, where=x.device, optional=optional)
