@@ -74,6 +74,8 @@ row("GGUF to HF (moves)", "gguf", "hf")
 row("HF to native (transposes)", "hf", "native")
 row("torchtitan to native (transposes)", "torchtitan", "native")
 row("native to torch_dist (transposes)", "native", "megatron_dist")
+row("HF to MaxText (transposes)", "hf", "maxtext")
+row("MaxText to HF (transposes; laid out first)", "maxtext", "hf")
 row("experts 1 of 8 of torchtitan to native", "torchtitan", "native", e=range(16, 32))
 row("experts 1 of 8 of torch_dist to native", "megatron_dist", "native", e=range(16, 32))
 row("experts 1 of 8 of GGUF to native", "gguf", "native", e=range(16, 32))
@@ -129,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="fmoe-bench-") as folder:
         src = Path(folder) / "src"
         size = source(KIND, args.gb, src)
-        for to in ("torchtitan", "megatron_dist", "gguf", "native"):
+        for to in ("torchtitan", "megatron_dist", "gguf", "native", "maxtext"):
             made(src, to)
         rounds = [{name: measure(name, src, __file__) for name in names} for _ in range(args.rounds)]
         found = report_convert.rows(KIND, size, rounds)

@@ -200,10 +200,45 @@ def test_what_ranks_hold_alike_must_be_alike(tmp_path):
             lambda r: r["mp_rank_01"][0].update({"decoder.other.weight": torch.ones(3)}),
             "decoder.other.weight",
         ),
+        ((2, 1, 2), lambda r: r["mp_rank_01_001"][0].update({QKV: r["mp_rank_01_001"][0][QKV].half()}), "linear_qkv"),
         ((1, 3, 1), lambda r: r["mp_rank_00_001"][0].update({"decoder.layers.1.x": torch.ones(1)}), "decoder.layers"),
         ((2, 1, 1), lambda r: r["mp_rank_01"][0].update({"decoder.layers.7.x": torch.ones(1)}), "layers, and another"),
     ],
-    ids=["a rank", "a copy", "a part", "a shape", "a copy's shape", "a name", "a layer", "layers"],
+    ids=["a rank", "a copy", "a part", "a shape", "a copy's shape", "a name", "a dtype", "a layer", "layers"],
 )
 def test_ranks_that_disagree_are_refused_by_name(tmp_path, cut, edit, match):
     assert match in edited(tmp_path, cut, edit)
+
+
+EMBED = "embedding.word_embeddings.weight"
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_padding_of_the_vocabulary_is_cut_off_and_must_be_zero(tmp_path, dirty):
+    config, tensors = model("qwen3_moe alike")
+    theirs = fmoe.adapter("qwen3_moe", config, system="megatron", vocab_multiple=96).from_hf(tensors)
+    assert theirs[EMBED].shape[0] == 96 > config["vocab_size"]
+    theirs[EMBED][-1] = float(dirty)
+    mp_rank.write(tmp_path / "old", mp_rank.split(theirs, config["num_hidden_layers"], 2, 1, 1))
+    convert = lambda **how: fmoe.convert(
+        tmp_path / "old", tmp_path / "hf", to="hf", config=config, trust_pickle=True, **how
+    )
+    if dirty:
+        with pytest.raises(AdapterError, match="word_embeddings.*not zero"):
+            convert()
+        assert not (tmp_path / "hf").exists()
+    convert(lossy=dirty)
+    same(files(tmp_path / "hf"), tensors)
+
+
+def test_a_copy_of_the_embedding_on_the_last_stage_is_one_if_the_two_are_tied(tmp_path):
+    config, tensors = model("qwen3_moe alike")
+    config = config | {"tie_word_embeddings": True}
+    tensors = {n: t for n, t in tensors.items() if n != "lm_head.weight"}
+    theirs = fmoe.adapter("qwen3_moe", config, system="megatron").from_hf(tensors)
+    ranks = mp_rank.split(theirs, config["num_hidden_layers"], 2, 3, 1)
+    for t in range(2):
+        ranks[f"mp_rank_{t:02}_002"][0]["output_layer.weight"] = ranks[f"mp_rank_{t:02}_000"][0][EMBED].clone()
+    mp_rank.write(tmp_path / "old", ranks)
+    fmoe.convert(tmp_path / "old", tmp_path / "hf", to="hf", config=config, trust_pickle=True)
+    same(files(tmp_path / "hf"), tensors)
