@@ -115,3 +115,10 @@ def test_padding_that_is_not_zero_is_refused_unless_lossy(hf, tmp_path):
     assert not list((tmp_path / "no").glob("*")) if (tmp_path / "no").exists() else True
     fmoe.convert(dirty, tmp_path / "cut", to="hf", config=config, lossy=True)
     same(files(tmp_path / "cut"), tensors)
+
+
+def test_parameters_by_name_are_told_from_a_trainers_directory(hf, tmp_path):
+    path, _, _ = hf("qwen3_moe alike")
+    notes = fmoe.convert(path, tmp_path / "there", to="megatron", dry_run=True).notes
+    assert any("a trainer's directory is --to megatron_dist" in note for note in notes)
+    assert not any("megatron_dist" in n for n in fmoe.convert(path, tmp_path / "d", to="mlx", dry_run=True).notes)

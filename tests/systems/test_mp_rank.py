@@ -8,7 +8,7 @@ import zipfile
 import mp_rank
 import pytest
 import torch
-from safetensors.torch import load_file
+from system_directories import files, same
 from systems_zoo import model
 
 import fmoe
@@ -30,15 +30,6 @@ def directory(path, name, tp, pp, ep, vp=1, specs="te", **more):
     mp_rank.write(path, mp_rank.split(theirs, config["num_hidden_layers"], tp, pp, ep, vp), **more)
     (path / "config.json").write_text(json.dumps(config, default=str))
     return tensors
-
-
-def files(path):
-    return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[n], b[n]) for n in a)
 
 
 @pytest.mark.parametrize("name,cut", CASES, ids=str)

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from system_directories import files, same
 from systems_zoo import model
 
 import fmoe
@@ -21,28 +22,6 @@ import tensorstore
 MODELS = [("qwen3_moe alike", False), ("qwen3_moe alike", True), ("deepseek_v3", True), ("gpt_oss", True)]
 EMBED = "params-token_embedder-embedding"
 KEY = "params.params.token_embedder.embedding"
-
-
-@pytest.fixture
-def hf(tmp_path):
-    def made(name):
-        config, tensors = model(name)
-        path = tmp_path / "hf"
-        path.mkdir()
-        save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config, default=str))
-        return path, config, tensors
-
-    return made
-
-
-def files(path):
-    return {n: t for file in sorted(path.glob("*.safetensors")) for n, t in load_file(file).items()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    assert all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
 
 
 def saved(path, tensors, *, ocdbt=True, zarr3=False, chunk=lambda shape: shape, more=()):
