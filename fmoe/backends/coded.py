@@ -2,7 +2,8 @@
 
 As `products.py`, and never with a gradient for codes and scales. Nothing decoded is kept: backward decodes again. The
 host reads where each expert ends, so that only what is used is decoded; triton's kernel decodes the tile that it
-multiplies and waits for nothing (but of int8, and of blocks that are no powers of two, which it does not know).
+multiplies and waits for nothing (but of int8, of zero points and of blocks that are no powers of two, which it does not
+know).
 """
 
 from dataclasses import replace
@@ -70,7 +71,7 @@ def _multiply(
 def in_tiles(w: Codes) -> Any:
     """The same matrices for the kernel that decodes tile by tile; None where it does not know the format."""
     f, M = w.format, w.codes.shape[2]
-    if f.code == "int8" or any(side & (side - 1) for side in f.block):
+    if f.code == "int8" or f.zeros or any(side & (side - 1) for side in f.block):
         return None
     bytes_ = lambda t: t.view(torch.uint8) if t.dtype.itemsize == 1 else t
     scale = w.spread(w.scale) if f.block[0] == 1 else w.scale

@@ -52,8 +52,10 @@ def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts |
     made = as_named(x, f, shape)
     if made is None or specs[scale].dtype not in f.scales:
         return None
-    if made.second and made.second[1] not in specs:
+    if made.second and (made.second[1] not in specs or f.zeros and specs[made.second[1]] != f.held_second(shape)):
         return None
+    if f.order and (order := spell(f.order, x)) in specs:
+        made = replace(made, order=order)
     held = [n for n in (x + a for a in ACTIVATION.values()) if n in specs] if f.activation else []
     if not held:
         return made

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmoe.codecs import Change
 from fmoe.codecs.foreign import twofold
+from fmoe.codecs.foreign.affine import is_plain
 from fmoe.codecs.parts import Parts
 from fmoe.codecs.survival import Survival, survival
 from fmoe.types import AdapterError, Problem
@@ -34,51 +35,84 @@ def cuts(p: Parts, encoding: bool) -> tuple[int, ...]:
 
 def decoding(p: Parts, dtype: torch.dtype) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        held = {here: _spelled(params[there], *shapes) for there, here, *shapes in p.kept}
         try:
+            held = p.here(params)
             second = held[p.second[1]] if p.second else None
-            weight = p.format.decode(params[p.codes], held[p.beside], dtype, second=second)
+            how = {"order": held[p.order]} if p.order else {}
+            weight = p.format.decode(held[p.name], held[p.beside], dtype, second=second, **how)
+            _leads_back(p, weight, held)
         except ValueError as error:
             raise AdapterError([Problem(f"{p.scale!r}: {error}", (p.scale,))]) from None
         _compare(p, params)
-        return {p.name: weight} | held
+        return held | {p.name: weight}
 
     return change
+
+
+def _leads_back(p: Parts, weight: Tensor, held: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where bf16 rounds numbers of 8 bits away from their codes: with zero points, they have nine."""
+    if (
+        p.second
+        and p.format.zeros
+        and p.format.code == "int8"
+        and weight.dtype == torch.bfloat16
+        and not weight.is_meta
+    ):
+        codes = p.format.under(weight, held[p.beside], held[p.second[1]], held.get(p.order or ""), strict=False)
+        if not torch.equal(codes, held[p.name]):
+            why = (
+                "codes more than 128 from their zero point decode in bfloat16 to numbers that do not lead back to them"
+            )
+            raise ValueError(f"{why}. Fix: dtype='float32' or 'float16'")
 
 
 def encoding(p: Parts, told: Callable[[Survival], None] | None = None) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            if p.second:
-                given = (params.get(p.beside), params.get(p.second[1]))
-                codes, scale, second = twofold.encode(p.format, params[p.name], *given)
-                made, used = {p.second[0]: second.reshape(p.kept[1][2])}, p.format.folded(scale, second)
-                was = None if given[0] is None or given[1] is None else p.format.folded(given[0], given[1])
-            else:
-                was = params.get(p.beside)
-                (codes, scale), made = p.format.encode(params[p.name], was), {}
-                used = scale
+            made, used, was = _under_zeros(p, params) if p.format.zeros else _encoded(p, params)
         except ValueError as error:
             raise AdapterError([Problem(f"{p.name!r}: {error}", (p.name,))]) from None
-        if told and was is not None and (found := survival(p, params[p.name], was, codes, used)):
+        if told and was is not None and (found := survival(p, params[p.name], was, made, used)):
             told(found)
-        _, _, there, here = p.kept[0]
-        return {p.codes: codes, p.scale: _spelled(scale, here, there)} | made | _made(p, codes)
+        return p.there(made) | _made(p, made[p.name])
 
     return change
 
 
-def _spelled(scale: Tensor, was: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """A scale in another spelling; as it is where both are one: it may be of some rows alone."""
-    return scale if was == shape else scale.reshape(shape)
+def _encoded(p: Parts, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
+    """(codes and scales, the whole scale, the one that the weight was decoded with, if any)"""
+    was = params.get(p.beside)
+    if not p.second:
+        codes, scale = p.format.encode(params[p.name], was)
+        return {p.name: codes, p.beside: scale}, scale, was
+    before = params.get(p.second[1])
+    codes, scale, second = twofold.encode(p.format, params[p.name], was, before)
+    used = p.format.folded(scale, second)
+    was = None if was is None or before is None else p.format.folded(was, before)
+    return {p.name: codes, p.beside: scale, p.second[1]: second}, used, was
+
+
+def _under_zeros(p: Parts, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The same of zero points: codes under those that the weight was decoded with."""
+    assert p.second
+    held = {n: params[n] for n in (p.beside, p.second[1], p.order) if n}
+    codes = p.format.under(params[p.name], held[p.beside], held[p.second[1]], held.get(p.order or ""))
+    return {p.name: codes} | held, held[p.beside], held[p.beside]
 
 
 def keeping(p: Parts, flipped: bool) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if flipped:
-            return {p.codes: params[p.name]} | _made(p, params[p.name])
+            return p.there(params) | _made(p, params[p.name])
         _compare(p, params)
-        return {p.name: params[p.codes]}
+        try:
+            held = p.here(params)
+        except ValueError as error:
+            raise AdapterError([Problem(f"{p.codes!r}: {error}", (p.codes,))]) from None
+        if p.order and not is_plain(held[p.order], p.format.block[1] or p.shape[1]):
+            text = f"{p.order!r}: {p.format.name} with an activation order, whose columns are not in whole groups"
+            raise AdapterError([Problem(f"{text}. Fix: decode it, without quantized='keep'", (p.order, p.codes))])
+        return held
 
     return change
 

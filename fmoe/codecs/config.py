@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fmoe.codecs.foreign.told import calibrated, weights
 from fmoe.codecs.format import Format
 from fmoe.codecs.formats import FOREIGN
 from fmoe.codecs.parts import Fresh, Parts
@@ -94,6 +95,18 @@ def bits(config: Mapping[str, Any] | None) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
+def ruled_out(config: Mapping[str, Any] | None) -> frozenset[str]:
+    """The formats that a config rules out, where names and shapes cannot: by bits, and by how zero points are stored.
+
+    >>> sorted(ruled_out({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}))
+    ['gptq int4', 'gptq int8', 'int8 pack', 'int8 pack zeros']
+    """
+    other = 4 if bits(config) == 8 else 8  # without a word it is 4
+    second = (quantization_of(config) or {}).get("checkpoint_format") == "gptq_v2"
+    packs = [f"int{other} pack", f"int{other} pack zeros"]
+    return frozenset([*packs, *(f"{'gptq' if second else 'gptq_v2'} int{n}" for n in (4, 8))])
+
+
 IGNORED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
 
 
@@ -176,10 +189,12 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
     method, name = leader.format.method, leader.format.name
     if method.startswith("compressed-tensors"):
         how = method.partition(" ")[2]
-        group = {"targets": ["Linear"], "weights": WEIGHTS.get(how, {}), "format": how}
+        group = {"targets": ["Linear"], "weights": weights(leader.format), "format": how}
         head = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": how}
         return head | {"config_groups": {"group_0": group}, "ignore": rest}
     told: dict[str, Any] = {"quant_method": method.partition(" ")[0]}
+    if method in ("gptq", "awq"):
+        return told | calibrated(leader.format, [p.format.block[1] for p in found.values()], leader.order, rest)
     if method == "mxfp4":
         return told | {"modules_to_not_convert": rest}
     told |= {"activation_scheme": "static" if any(p.activation for p in found.values()) else "dynamic"}
@@ -192,13 +207,6 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
     if any(specs[p.scale].dtype == E8M0 for p in found.values()):
         told |= {"scale_fmt": "ue8m0"}
     return told | {"modules_to_not_convert": rest}
-
-
-_INT = dict(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True, dynamic=False)
-_FP4 = dict(num_bits=4, type="float", strategy="group", group_size=32, symmetric=True, dynamic=False)
-_NV = _FP4 | dict(strategy="tensor_group", group_size=16)
-WEIGHTS = {"pack-quantized": _INT, "mxfp4-pack-quantized": _FP4, "nvfp4-pack-quantized": _NV}
-"""What compressed-tensors' config says of the weights of each format that a fresh export writes."""
 
 
 def decoded(config: Mapping[str, Any]) -> dict[str, Any]:

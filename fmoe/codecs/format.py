@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs import blocks, values
+from fmoe.codecs.foreign import affine
 from fmoe.codecs.stored import FLOATS, SHAPES, Stored
 from fmoe.codecs.values import MOST
 from fmoe.types import TensorSpec
@@ -24,29 +25,36 @@ class Format(Stored):
         dtype: torch.dtype = torch.bfloat16,
         *,
         second: Tensor | None = None,
+        order: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """value(code) * scale in fp32, rounded to dtype (exact in bf16 where scales are powers of two).
 
-        out: storage to decode into, of the result's shape and dtype, contiguous as the codes lie. Raises ValueError for
-        another shape or dtype, for a scale that is NaN, infinite, negative or too large for dtype, and for codes other
-        than 0 under a scale so small (or 0) that they could not be told from the result.
+        second: the scale of scales, or zero points. order: with these, the group of each column, where groups are not
+        of neighbours. out: storage to decode into, of the result's shape and dtype, contiguous as the codes lie.
+        Raises ValueError for another shape or dtype, for a scale that is NaN, infinite, negative or too large for
+        dtype, and for codes other than 0 under a scale so small (or 0) that they could not be told from the result.
         """
         shape = self.decoded(TensorSpec(tuple(codes.shape), codes.dtype))
-        scale = scale if second is None else self.folded(scale, second)
+        scale = scale if second is None or self.zeros else self.folded(scale, second)
         if shape is None:
             raise ValueError(f"codes {list(codes.shape)} {codes.dtype}, expected those of {self.name}")
         if tuple(scale.shape) != self.scale_shape(shape):
             expected = list(self.scale_shape(shape))
             raise ValueError(f"scale {list(scale.shape)}, expected {expected} for {list(shape)}")
         flat, wide = self._flat(codes), self._wide(scale)
-        if not codes.is_meta:
+        if not codes.is_meta and not self.zeros:
             self._check(flat, wide, dtype)
         into = out.mT if out is not None and self.transposed else out
         if into is not None and (
             into.dtype != dtype or out is None or tuple(out.shape) != shape or not into.is_contiguous()
         ):
             raise ValueError(f"out is {list(into.shape)} {into.dtype}, expected {list(shape)} {dtype}, contiguous")
+        if self.zeros:
+            if second is None or second.shape != scale.shape:
+                raise ValueError(f"zero points {None if second is None else list(second.shape)}, expected one a scale")
+            least = self.least(dtype)
+            return affine.decode(flat, scale, second, self.code, self.block, dtype, least=least, order=order, out=out)
         made = values.decode(flat, wide, self.code, self.block, dtype, zero=self.zero, out=into)
         return made.mT if self.transposed else made
 
@@ -87,6 +95,13 @@ class Format(Stored):
         codes, used = blocks.quantise(self._whole(w), carried, self.code, self.block, dtype, zero=self.zero)
         used = used.reshape(self.scale_shape(tuple(weight.shape)))
         return self._stored(codes.view(*w.shape[:-1], -1)), used
+
+    def under(
+        self, weight: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None = None, *, strict: bool = True
+    ) -> Tensor:
+        """The codes nearest to weight under scales and zero points. strict: ValueError for what is out of reach."""
+        found = affine.encode(weight, scale, zero, self.code, self.block, order=order, strict=strict)
+        return self._stored(found)
 
     def nearest(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """What the codes nearest to weight say under these scales, in its dtype; and the step from each to the next."""

@@ -31,6 +31,13 @@ _FP8_SIDE = dict(code="e4m3", scales=FLOATS, **_SIDE)
 _PACK = dict(stored=torch.int32, scales=(torch.bfloat16, torch.float16, torch.float32), shape="{S}.weight_shape",
              sizes="groups", flat=True, method=_CT + "pack-quantized", **_PACKED)  # fmt: skip
 
+_GPTQ = dict(block=(1, 32), stored=torch.int32, scales=(torch.float16, torch.bfloat16, torch.float32), sizes="groups",
+             flat=True, weight="{S}.qweight", scale="{S}.scales", second="{S}.qzeros", form="[i o]")  # fmt: skip
+_ONE = _GPTQ | dict(words="gptq", zeros="gptq", order="{S}.g_idx", method="gptq", source="GPTQModel, AutoGPTQ")
+_TWO = _ONE | dict(zeros="gptq_v2", source="GPTQModel")
+_AWQ = _GPTQ | dict(words="awq", zeros="awq", method="awq", source="AutoAWQ")
+_OFF = dict(second="{S}.weight_zero_point", source="compressed-tensors")
+
 OWN = _formats(
     dict(name="fp8 blocks", scales=(*FLOATS, E8M0), source="DeepSeek-V3, Qwen, GLM, MiniMax-M2, MiMo", **_FP8),
     dict(name="fp8 blocks .scale", scales=(E8M0, *FLOATS), **_FP8, **_DOT),
@@ -64,6 +71,15 @@ FOREIGN = _formats(
     dict(name="int8 pack", code="int8", block=(1, 32), source="compressed-tensors", **_PACK),
     dict(name="int8 channel", code="int8", block=(1, 0), stored=torch.int8, scales=FLOATS,
          method=_CT + "int-quantized", source="compressed-tensors", **_SIDE),
+    dict(name="int4 pack zeros", code="int4", block=(1, 32), zeros="rows", **_PACK, **_OFF),
+    dict(name="int8 pack zeros", code="int8", block=(1, 32), zeros="rows", **_PACK, **_OFF),
+    dict(name="int8 channel zeros", code="int8", block=(1, 0), stored=torch.int8, scales=FLOATS, zeros="signed",
+         method=_CT + "int-quantized", **_SIDE, **_OFF),
+    dict(name="gptq int4", code="int4", **_ONE),
+    dict(name="gptq int8", code="int8", **_ONE),
+    dict(name="gptq_v2 int4", code="int4", **_TWO),
+    dict(name="gptq_v2 int8", code="int8", **_TWO),
+    dict(name="awq int4", code="int4", **_AWQ),
     dict(name="fp8 side channel", block=(1, 0), method=_CT + "float-quantized", source="compressed-tensors, fbgemm",
          **_FP8_SIDE),
     dict(name="fp8 side row", block=(1, 0), form="[o]", method=_MODELOPT + "FP8_PER_CHANNEL_PER_TOKEN",
@@ -80,7 +96,9 @@ FOREIGN = _formats(
 EVERYWHERE = ("fp8 blocks", "mxfp8", "mxfp4 packed")
 """Of the formats that families publish, those that are read in all."""
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_scale_ub", "k_scale", "v_scale")
-"""Parts that mean nothing for weights, and may be there for some experts only: they keep their names."""
+"""Parts that mean nothing for weights, and may be there for some experts only."""
+APART = (*ACTIVATIONS, "g_idx")
+"""Parts that keep their names: those, and GPTQ's group of each column, which decoding looks at."""
 
 
 def _suffix(name: str) -> str:

@@ -5,8 +5,11 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from fmoe.codecs.format import SHAPES, Format
+from fmoe.codecs.foreign.affine import BITS
+from fmoe.codecs.foreign.words import codes_here, codes_there, laid_spec, zeros_here, zeros_there
+from fmoe.codecs.format import Format
 from fmoe.codecs.values import E8M0
 from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec
@@ -17,6 +20,7 @@ UNREAD = tuple(f"{{S}}.{name}" for name in UNREAD_OF)
 Specs = Mapping[str, TensorSpec]
 Found = tuple[dict[str, "Parts"], list[Problem]]
 Fresh = tuple[tuple[str, str | None], ...]  # names of formats, and a regex for what a fresh export writes in them
+TURNED = "[i o]"  # the form of scales that a file stores the other way
 ACTIVATION = {0: "_activation_tensor", 1: "_activation_expert"}  # by its number of dimensions
 
 
@@ -33,10 +37,11 @@ class Parts:
     extent: str | None = None
     activation: tuple[str, str] | None = None
     second: tuple[str, str] | None = None
+    order: str | None = None
 
     @property
     def stored(self) -> list[str]:
-        return [n for n in (self.codes, self.scale, self.extent, self.second and self.second[0]) if n]
+        return [n for n in (self.codes, self.scale, self.extent, self.second and self.second[0], self.order) if n]
 
     @property
     def kept(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
@@ -44,8 +49,51 @@ class Parts:
         f, grid = self.format, self.format.scale_shape(self.shape)
         made = [(self.scale, self.beside, f.spelled(grid), grid)]
         if self.second:
-            made.append((*self.second, SHAPES[f.lone]((1, 1)), (1, 1)))
+            made.append((*self.second, f.second_spec(self.shape).shape, f.held_second(self.shape).shape))
+        if self.order:
+            made.append((self.order, self.order, self.shape[-1:], self.shape[-1:]))
         return made
+
+    def here_specs(self, specs: Specs, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
+        """What the parts of a file are here: codes, or (dtype) what they decode to, under the tensor's name."""
+        made = {here: TensorSpec(shape, specs[there].dtype) for there, here, _, shape in self.kept}
+        made |= {self.second[1]: self.format.held_second(self.shape)} if self.second else {}
+        whole = TensorSpec(self.shape, dtype) if dtype else self.format.kept_spec(self.shape)
+        return {self.name: whole} | made
+
+    def there_specs(self, specs: Specs) -> dict[str, TensorSpec]:
+        """What the parts are in a file; of a scale that is not there, what a fresh one is."""
+        kind = lambda name: specs[name].dtype if name in specs else self.format.scales[0]
+        made = {there: TensorSpec(shape, kind(here)) for there, here, shape, _ in self.kept}
+        made |= {self.second[0]: self.format.second_spec(self.shape)} if self.second else {}
+        made |= {self.extent: TensorSpec((len(self.shape),), torch.int64)} if self.extent else {}
+        return {self.codes: self.format.file_spec(self.shape)} | made
+
+    def here(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of a file as they are here: codes under the tensor's name, scales beside. Raises ValueError."""
+        f, made = self.format, {}
+        for there, here, was, shape in self.kept:
+            t = params[there]
+            if f.zeros and self.second and there == self.second[0]:
+                made[here] = zeros_here(f.zeros, t, self.shape[0], BITS[f.code])
+            elif f.form == TURNED and there == self.scale:
+                made[here] = t.mT
+            else:
+                made[here] = t if was == shape else t.reshape(shape)
+        return {self.name: codes_here(f.words, params[self.codes], BITS.get(f.code, 8))} | made
+
+    def there(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `here`."""
+        f, made = self.format, {}
+        for there, here, shape, was in self.kept:
+            t = params[here]
+            if f.zeros and self.second and there == self.second[0]:
+                made[there] = zeros_there(f.zeros, t, BITS[f.code])
+            elif f.form == TURNED and there == self.scale:
+                made[there] = t.mT.contiguous()
+            else:
+                made[there] = t if was == shape else t.reshape(shape)
+        return {self.codes: codes_there(f.words, params[self.name], BITS.get(f.code, 8))} | made
 
 
 def spell(template: str, name: str) -> str | None:
@@ -75,8 +123,8 @@ def _eight_bits(dtype: torch.dtype, formats: Iterable[Format]) -> bool:
 
 
 def is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fresh) -> bool:
-    """Whether a name that a template reads as a part of x is one: `.scale` alone is also a word for other things."""
-    if template != "{S}.scale" or spell(f.weight, x) in names:
+    """Whether a name that a template reads as a part of x is one: `.scale` is also a word for other things."""
+    if template not in ("{S}.scale", "{S}.scales") or spell(f.weight, x) in names:
         return True
     pattern = dict(fresh).get(f.name)
     return pattern is not None and re.fullmatch(pattern, x) is not None
@@ -99,7 +147,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
     problems: list[Problem] = []
     for x, fits in candidates.items():
         told = [_stored(x, f, specs) for f in fits.values()]
-        made = [t for t in told if isinstance(t, Parts)]
+        made = sorted((t for t in told if isinstance(t, Parts)), key=lambda t: -len(t.stored))
         scales = {m.scale for m in made}
         if not made:
             wrong = [(f, t) for f, t in zip(fits.values(), told, strict=True) if isinstance(t, Problem)]
@@ -111,7 +159,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
             problems.append(
                 Problem(f"{x!r} is there, and beside it {made[0].codes!r} that says it", (x, made[0].codes))
             )
-        elif odd := [n for t in UNREAD if (n := spell(t, x)) and n in specs]:
+        elif odd := [n for t in UNREAD if (n := spell(t, x)) and n in specs and n not in made[0].stored]:
             what = f"{made[0].format.name} with {UNREAD_OF[odd[0].rpartition('.')[2]]}"
             text = f"{odd[0]!r}: {what}, which fmoe does not decode. Fix: quantise {x!r} without"
             problems.append(Problem(text, (odd[0], x)))
@@ -139,15 +187,20 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
         return Problem(text, (scale, codes))
     second = spell(f.second, x) if f.second else None
     if second and second not in specs:
-        return Problem(f"{scale!r} stands without {second!r}, the scale of scales of {f.name}", (second, scale))
-    shape = f.decoded(specs[codes])
+        return Problem(
+            f"{scale!r} stands without {second!r}, the {'zero points' if f.zeros else 'scale of scales'} of {f.name}",
+            (second, scale),
+        )
+    laid = laid_spec(f.words, specs[codes], f.packed)
+    shape = None if laid is None else f.decoded(laid)
     if shape is None:
         return Problem(f"{codes!r} is {list(specs[codes].shape)}, which is no tensor of {f.name}", (codes, scale))
     f = f.sized(shape, specs[scale].shape)
     if not f.fits(shape):
         return Problem(f"{scale!r} is {list(specs[scale].shape)}, no scales of {codes!r} {list(shape)}", (scale, codes))
-    if second and specs[second] != TensorSpec(SHAPES[f.lone]((1, 1)), torch.float32):
-        return Problem(f"{second!r} is {specs[second]}, expected one number in float32", (second, scale))
+    if second and specs[second] != (wanted_ := f.second_spec(shape)):
+        what = f"{list(wanted_.shape)} {wanted_.dtype}" if f.zeros else "one number in float32"
+        return Problem(f"{second!r} is {specs[second]}, expected {what}", (second, scale))
     if specs[scale].shape != f.spelled(f.scale_shape(shape)) or specs[scale].dtype not in f.scales:
         told, kinds = specs[scale], ", ".join(str(d).removeprefix("torch.") for d in f.scales)
         wanted = list(f.spelled(f.scale_shape(shape)))
@@ -165,7 +218,11 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
             return Problem(text, (name, codes))
         activation = (name, x + ACTIVATION[rank])
     pair = (second, f"{x}{f.beside}_second") if second else None
-    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair)
+    order = spell(f.order, x) if f.order else None
+    if order and order in specs and specs[order] != TensorSpec(shape[-1:], torch.int32):
+        text = f"{order!r} is {specs[order]}, expected int32 {list(shape[-1:])}: the group of each column of {x!r}"
+        return Problem(text, (order, codes))
+    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair, order if order in specs else None)
 
 
 def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:

@@ -36,8 +36,8 @@ class Quantised:
     it. block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all
     that is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which
     codes must fit. experts: the rules of expert weights. told: called with the `Survival` of each tensor that changed
-    since it was decoded. declared: the config or the names say that it is quantised. bits: of packed integers, as the
-    config says. undecoded: the format that it says, if that is not read. ignored: modules that a fresh export leaves
+    since it was decoded. declared: the config or the names say that it is quantised. ruled_out: formats that its
+    config excludes. undecoded: the one that it says, if that is not read. ignored: modules that a fresh export leaves
     alone. alone: only formats with names to write are encoded; what carries scales of another is encoded anew.
     """
 
@@ -51,7 +51,7 @@ class Quantised:
     declared: bool = False
     ignored: tuple[str, ...] = ()
     undecoded: str | None = None
-    bits: int | None = None
+    ruled_out: frozenset[str] = frozenset()
     alone: bool = False
     flipped: bool = False
     told: Callable[[Survival], None] | None = field(default=None, compare=False, repr=False)
@@ -68,8 +68,8 @@ class Quantised:
 
     @cached_property
     def readable(self) -> tuple[Format, ...]:
-        """Those that this checkpoint may hold: how many bits a packed number has, only its config says; 4 if not."""
-        return tuple(f for f in self.formats if f.name != ("int4 pack" if self.bits == 8 else "int8 pack"))
+        """Those that this checkpoint may hold, as far as its config says."""
+        return tuple(f for f in self.formats if f.name not in self.ruled_out)
 
     def _sized(self, f: Format) -> Format:
         return replace(f, block=self.block) if f.block == (128, 128) else f
@@ -150,11 +150,10 @@ class Quantised:
         passed: dict[str, str] = {}
         for name, spec in specs.items():
             if p := first.get(name):
-                targets[p.name] = TensorSpec(p.shape, self.dtype)
-                targets |= {here: TensorSpec(shape, specs[there].dtype) for there, here, _, shape in p.kept}
+                made = p.here_specs(specs, self.dtype)
+                targets |= made
                 whole = rows(p) | ({p.extent: 0} if p.extent else {})
-                made = [p.name, *(here for _, here, _, _ in p.kept)]
-                changes.append(Changed(p.stored, made, decoding(p, self.dtype), whole, cuts(p, False)))
+                changes.append(Changed(p.stored, [*made], decoding(p, self.dtype), whole, cuts(p, False)))
                 if p.activation:
                     targets[p.activation[1]] = specs[p.activation[0]]
                     passed[p.activation[1]] = p.activation[0]
@@ -173,13 +172,7 @@ class Quantised:
         targets: dict[str, TensorSpec] = {n: s for n, s in specs.items() if n not in chosen and n not in gone}
         changes, passed = [], {}
         for p in chosen.values():
-            scale = specs[p.beside].dtype if p.name in carried else p.format.scales[0]
-            targets[p.codes] = p.format.codes_spec(p.shape)
-            targets[p.scale] = TensorSpec(p.kept[0][2], scale)
-            if p.second:
-                targets[p.second[0]] = TensorSpec(p.kept[1][2], torch.float32)
-            if p.extent:
-                targets[p.extent] = TensorSpec((len(p.shape),), torch.int64)
+            targets |= p.there_specs(specs if p.name in carried else {})
             if p.activation:
                 targets[p.activation[0]] = specs[p.activation[1]]
                 passed[p.activation[0]] = p.activation[1]
@@ -220,24 +213,19 @@ class Quantised:
         changes, passed = [], dict[str, str]()
         for name, spec in specs.items():
             if p := place.get(name):
-                for there, here, *shapes in [(p.codes, p.name, (), ()), *p.kept]:
-                    source, target = (here, there) if self.flipped else (there, here)
-                    shape = shapes[0 if self.flipped else 1] if there != p.codes else specs[source].shape
-                    passed[target], targets[target] = source, TensorSpec(shape, specs[source].dtype)
+                made = p.there_specs(specs) if self.flipped else p.here_specs(specs)
+                targets |= made
+                if p.format.words or p.format.zeros or p.extent:
+                    ends = ([p.name, *(k[1] for k in p.kept)], p.stored)
+                    ends = ends if self.flipped else (p.stored, [*made])
+                    changes.append(Changed(*ends, keeping(p, self.flipped), {}, (0,) * len(p.shape)))
+                else:
+                    pairs = [(p.codes, p.name), *(k[:2] for k in p.kept)]
+                    passed |= {there: here for there, here in pairs} if self.flipped else {h: t for t, h in pairs}
                 if p.activation:
                     source, target = reversed(p.activation) if self.flipped else p.activation
                     passed[target] = source
                     targets[target] = specs[source]
-                targets[name if self.flipped else p.name] = p.format.kept_spec(p.shape)
-                if self.flipped:
-                    targets.pop(name, None) if p.codes != name else None
-                    targets[p.codes] = p.format.codes_spec(p.shape)
-                if p.extent:
-                    made = p.codes if self.flipped else p.name
-                    del passed[made]
-                    ends = ([p.name], [p.codes, p.extent]) if self.flipped else ([p.codes, p.extent], [p.name])
-                    targets |= {p.extent: TensorSpec((len(p.shape),), torch.int64)} if self.flipped else {}
-                    changes.append(Changed(*ends, keeping(p, self.flipped), {}, (0,) * len(p.shape)))
             elif name not in gone:
                 targets[name] = spec
         return CodecPlan(targets, tuple(changes), str(self), renamed=passed)

@@ -7,7 +7,7 @@ blocks there are fewer; all else, experts and halves above all, they share.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fmoe.codecs.formats import ACTIVATIONS, Format
+from fmoe.codecs.formats import APART, Format
 from fmoe.codecs.parts import ACTIVATION, Parts
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Either, Entry, Keep, Together, walk
@@ -41,7 +41,7 @@ def with_scales(
 def _passed(rule: Rule) -> Iterable[Keep]:
     *stem, last = rule.source.parts
     if isinstance(last, str) and last.endswith(".weight"):
-        yield from (Keep(Address((*stem, last.removesuffix("weight") + part))) for part in ACTIVATIONS)
+        yield from (Keep(Address((*stem, last.removesuffix("weight") + part))) for part in APART)
 
 
 def _with(entries: Iterable[Entry], formats: tuple[Format, ...], keep: bool, flip: bool) -> tuple[Entry, ...]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs.format import Format
-from fmoe.codecs.formats import ACTIVATIONS, FORMATS, elsewhere
+from fmoe.codecs.formats import APART, FORMATS, elsewhere
 
-UNUSED = ("_activation_tensor", "_activation_expert", *(f".{part}" for part in ACTIVATIONS))
+UNUSED = ("_activation_tensor", "_activation_expert", *(f".{part}" for part in APART))
 """How the names of scales of activations end, which mean nothing for weights."""
 
 
@@ -122,6 +122,8 @@ def stack(
     for f in BESIDE[suffix]:
         at = _block(f, codes, scale, wide)
         paired = second is None or second.shape in ((len(codes), 1, 1), (len(codes), 1, 2))
+        if f.zeros:
+            paired = second is not None and second.shape == wide.shape and second.dtype == torch.uint8
         if at is not None and (f.second is not None) == (second is not None) and paired:
             f = replace(f, rank=None, grouped=False, transposed=False, flat=True, form="", sizes="", block=at)
             if at == (0, 0) and wide.shape[2] == 2:  # of gate, and of up

@@ -8,7 +8,8 @@ decoded X (and beside its codes, where they are kept: `quantized="keep"`) the pa
     X_scale_tensor                     one scale, a tensor of no dimensions
     X_activation_expert, _tensor       the same of activations, which decoding has no use for
     X_scale_.., X_scale_.._second      those of a format that no family publishes, each under a suffix of its own, as
-                                       matrices: [1, 1] where there is one number
+                                       matrices: [1, 1] where there is one number. Zero points are a second: uint8, one
+                                       for each scale
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Self
 import torch
 
 from fmoe.codecs import values
+from fmoe.codecs.foreign.words import codes_spec, zeros_spec
 from fmoe.codecs.values import E4M3, LEAST, PER_BYTE
 from fmoe.types import TensorSpec
 
@@ -30,6 +32,7 @@ SHAPES: Mapping[str, Callable[[Shape], Shape]] = {
     "()": lambda s: (),
     "[1]": lambda s: (1,),
     "[o]": lambda s: s[:-1],
+    "[i o]": lambda s: (*s[:-2], s[-1], s[-2]),
     "[o 1 i 1]": lambda s: (s[-2], 1, s[-1], 1),
 }
 """How a file shapes a scale of some rows and columns."""
@@ -39,15 +42,19 @@ SHAPES: Mapping[str, Callable[[Shape], Shape]] = {
 class Stored:
     """w = value(code) * scale, for every number of a tensor [.., R, C] and the one scale of its block.
 
+    With zero points it is (code - zero point) * scale.
+
     code: what one number is stored as: e4m3, e2m1 or int4. block: rows and columns that share a scale, 0 for all.
     weight, scale: names of the parts. scales: their dtypes, the one first that a fresh export writes; uint8 and e8m0
     are 2^(s - 127). stored: the dtype that holds the codes. beside: what the scales are called once decoded.
     rank: of the scales, where it is not the tensor's. transposed: the tensor's last two dimensions are stored swapped.
     grouped: codes are [.., R, C / 32, 16]. zero: a scale byte 0 is the factor 0. shape: the part that holds the
     tensor's. activation: the part, if it is there, that holds a scale of activations. second: the part that holds a
-    scale of scales, which multiplies them (divides: which divides them). form: the shape of the scale's part where it
-    is none of rows and columns, "()", "[1]", "[o]" or "[o 1 i 1]"; lone: the same of second. sizes: the block is what
-    codes and scales say, "groups" of columns, or "squares" of powers of two. method: the quant_method of its
+    scale of scales, which multiplies them (divides: which divides them), or the zero points; zeros: how these are
+    stored, and words: how codes are, a name in `foreign/words.py`. order: the part, if it is there, that says the
+    group of each column. form: the shape of the scale's part where it is none of rows and columns, "()", "[1]", "[o]",
+    "[o 1 i 1]" or "[i o]"; lone: the same of second. sizes: the block is what codes and scales say,
+    "groups" of columns, or "squares" of powers of two. method: the quant_method of its
     config, and for compressed-tensors the format. source: who publishes it.
     """
 
@@ -69,6 +76,9 @@ class Stored:
     divides: bool = False
     form: str = ""
     lone: str = "()"
+    zeros: str = ""
+    words: str = ""
+    order: str | None = None
     sizes: str = ""
     flat: bool = False
     method: str = "fp8"
@@ -105,8 +115,9 @@ class Stored:
         """The format, its block as codes of a tensor of that shape and the file's scale say; as it is where none is."""
         rows, columns = self.as_stored(shape)[-2:]
         tried: list[tuple[int, int]] = []
-        if self.sizes == "groups" and scale and scale[-1] and columns % scale[-1] == 0:
-            tried = [(1, columns // scale[-1])]
+        groups = scale[0 if self.form == "[i o]" else -1] if scale else 0
+        if self.sizes == "groups" and groups and columns % groups == 0:
+            tried = [(1, columns // groups)]
         elif self.sizes == "squares":
             tried = [self.block, *((n, n) for n in (128, 64, 32, 16, 256))]
         made = (replace(self, block=block) for block in tried)
@@ -117,6 +128,20 @@ class Stored:
         *lead, rows, columns = self.as_stored(shape)
         last = (columns // 32, 16) if self.grouped else (columns // self.packed,)
         return TensorSpec((*lead, rows, *last), self.stored)
+
+    def file_spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        """What a file has in place of the codes of a tensor of that shape."""
+        return codes_spec(self.words, self.codes_spec(shape), self.packed)
+
+    def second_spec(self, shape: tuple[int, ...]) -> TensorSpec:
+        """What a file has in second beside codes of a tensor of that shape."""
+        if self.zeros:
+            return zeros_spec(self.zeros, self.scale_shape(shape), self.packed)
+        return TensorSpec(SHAPES[self.lone]((1, 1)), torch.float32)
+
+    def held_second(self, shape: tuple[int, ...]) -> TensorSpec:
+        """What second is beside a tensor of that shape."""
+        return TensorSpec(self.scale_shape(shape), torch.uint8) if self.zeros else TensorSpec((1, 1), torch.float32)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         full = values.grid(self.as_stored(shape), self.block)

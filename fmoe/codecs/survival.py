@@ -5,7 +5,7 @@ half a step, the nearest code is the one that it had, and the change is gone.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ def telling(adapter: Adapter, survived: Callable[[Survival], None] | None) -> Ad
 
 
 @torch.no_grad()
-def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tensor) -> Survival | None:
+def survival(p: Parts, weight: Tensor, scale: Tensor, made: Mapping[str, Tensor], used: Tensor) -> Survival | None:
     """Of a weight that was decoded with a scale, and is written as these codes under `used`; None if it is as it was.
 
     Changes much smaller than a step leave numbers near their codes; larger ones leave them anywhere, a quarter of a
@@ -49,11 +49,9 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tenso
     """
     if weight.is_meta:
         return None
-    after = p.format.decode(codes, used, torch.float32)
     found = Survival(p.name, 0, 0.0, 0.0, 0.0)
     far = fresh = 0.0
-    for w, a, s in _matrices(p, weight, after, scale):
-        before, step = p.format.nearest(w, s)
+    for w, a, before, step in _under_zeros(p, weight, made) if p.format.zeros else _anew(p, weight, made, scale, used):
         off = (w != before) & ~(w.isnan() & before.isnan())
         if not bool(off.any()):
             continue
@@ -65,6 +63,26 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, codes: Tensor, used: Tenso
     if not found.changed:
         return None
     return found._replace(moved=max(fresh / found.changed, _reaching(far / found.changed)))
+
+
+Compared = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
+"""(weight, what is written, the nearest under the scale from before, the step there) of some matrices."""
+
+
+def _anew(p: Parts, weight: Tensor, made: Mapping[str, Tensor], scale: Tensor, used: Tensor) -> Compared:
+    after = p.format.decode(made[p.name], used, torch.float32)
+    for w, a, s in _matrices(p, weight, after, scale):
+        before, step = p.format.nearest(w, s)
+        yield w, a, before, step
+
+
+def _under_zeros(p: Parts, weight: Tensor, made: Mapping[str, Tensor]) -> Compared:
+    """No scale changes there, so that what is written is the nearest."""
+    assert p.second
+    scale, zero, order = made[p.beside], made[p.second[1]], made.get(p.order or "")
+    after = p.format.decode(made[p.name], scale, torch.float32, second=zero, order=order)
+    columns = torch.arange(p.shape[1]) // (p.format.block[1] or p.shape[1]) if order is None else order.long().cpu()
+    yield weight, after, after.to(weight.dtype), scale.float().abs()[:, columns.to(scale.device)]
 
 
 def _reaching(far: float) -> float:

@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
-from fmoe.codecs.config import bits, exports, ignored, quantization_of, weight_block
+from fmoe.codecs.config import exports, ignored, quantization_of, ruled_out, weight_block
 from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import matrix, seams, turned, with_scales
@@ -129,7 +129,7 @@ class Family:
             alone=bool(quantize),
             ignored=ignored(given),
             undecoded=undecoded(given),
-            bits=bits(given),
+            ruled_out=ruled_out(given),
             keep=keep,
             declared=quantization_of(given) is not None,
         )

@@ -24,6 +24,21 @@ CASES = {
     "int4 of 64": ("pack-quantized", INT | dict(num_bits=4, group_size=64), lambda o, i: (o, i // 64)),
     "int4 channel": ("pack-quantized", dict(INT, strategy="channel", num_bits=4), lambda o, i: (o, 1)),
     "int8 of 64": ("pack-quantized", INT | dict(num_bits=8, group_size=64), lambda o, i: (o, i // 64)),
+    "int4 of 64 with zero points": (
+        "pack-quantized",
+        INT | dict(num_bits=4, group_size=64, symmetric=False),
+        lambda o, i: (o, i // 64),
+    ),
+    "int8 of 32 with zero points": (
+        "pack-quantized",
+        INT | dict(num_bits=8, group_size=32, symmetric=False),
+        lambda o, i: (o, i // 32),
+    ),
+    "int8 w8a8 with zero points": (
+        "int-quantized",
+        dict(INT, strategy="channel", num_bits=8, symmetric=False),
+        lambda o, i: (o, 1),
+    ),
     "int8 w8a8": ("int-quantized", dict(INT, strategy="channel", num_bits=8), lambda o, i: (o, 1)),
     "fp8 tensor": ("float-quantized", FP8 | dict(strategy="tensor"), lambda o, i: (1,)),
     "fp8 channel": ("float-quantized", FP8 | dict(strategy="channel"), lambda o, i: (o, 1)),
@@ -75,7 +90,9 @@ def drawn(case: str, weight: Tensor) -> dict[str, Tensor]:
                 "weight_global_scale": torch.tensor([2000.0 / weight.abs().max().item()])}  # fmt: skip
     if fmt.startswith("mx"):
         return {"weight_scale": torch.exp2(torch.randint(-3, 2, sizes).float())}
-    return {"weight_scale": scale.bfloat16().float() if "pack" in fmt else scale}
+    half = 2 ** (weights["num_bits"] - 1)
+    points = {} if weights["symmetric"] else {"weight_zero_point": torch.randint(-half, half, sizes).to(torch.int8)}
+    return {"weight_scale": scale.bfloat16().float() if "pack" in fmt else scale} | points
 
 
 def checkpoint(case: str) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:

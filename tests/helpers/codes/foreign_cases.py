@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import affine_cases
 import torch
 from codec_cases import by_hand
 from torch import Tensor
@@ -26,6 +27,9 @@ READ = [*FOREIGN, "fp8 blocks", "mxfp8", "mxfp4 packed", "int4"]
 def parts(fmt: str, name: str, weight: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:
     """The parts of a weight as a file has them, and what they say, one number after another."""
     f = FORMATS[fmt]
+    if f.zeros:
+        seed = int(weight.abs().max() * 1e6)
+        return affine_cases.parts(fmt, name.removesuffix(".weight"), *weight.shape, group, seed)
     f = replace(f, block=(1, group)) if f.sizes == "groups" else f
     p = as_named(name, f, tuple(weight.shape))
     assert p is not None
@@ -48,6 +52,8 @@ def checkpoint(family: str, fmt: str, group: int = 32) -> tuple[dict, dict[str, 
     config |= {counted: E, "intermediate_size": I, "torch_dtype": "float32", "mlp_hidden_act": "relu2"}
     told = {"group_0": {"weights": {"num_bits": 8 if "int8" in fmt else 4}}}
     config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": told}
+    if FORMATS[fmt].zeros:
+        config["quantization_config"] = affine_cases.config_of(fmt, group)
     hf, said = {}, {}
     for e in range(E):
         for n in names:

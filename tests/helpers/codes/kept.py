@@ -13,7 +13,13 @@ import fmoe
 from fmoe.types import MoEConfig
 
 # natively these are what another one is, and no experts that are published are in them
-TWINS = {"fp8 qscale": "fp8 tensor", "mxfp8 .scale": "mxfp8"}
+TWINS = {
+    "fp8 qscale": "fp8 tensor",
+    "mxfp8 .scale": "mxfp8",
+    "gptq int4": "int4 pack zeros",
+    "awq int4": "int4 pack zeros",
+}
+TWINS |= {"gptq_v2 int4": "int4 pack zeros", "gptq int8": "int8 pack zeros", "gptq_v2 int8": "int8 pack zeros"}
 FORMATS = [name for name in fmoe.codecs.formats.FORMATS if name not in TWINS]
 OWN = {fmt: case for case in codec_cases.CASES for fmt in case[1:]}
 D, I = 128, 128
@@ -30,11 +36,13 @@ def layer(fmt: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tenso
         family, (config, hf, _) = "qwen3_moe", foreign_cases.checkpoint("qwen3_moe", fmt)
         config |= {"hidden_act": "silu"}
     natives = []
-    for how in (dict(quantized="keep"), dict(dtype=dtype)):
+    wide = torch.float32 if fmoe.codecs.formats.FORMATS[fmt].zeros else dtype  # bf16 has no way back to some of these
+    for how in (dict(quantized="keep"), dict(dtype=wide)):
         adapter = fmoe.adapter(family, config, **how)
         native = adapter.from_hf(hf)
         prefix = next(n for n in native if n.endswith(".gate_and_up_projs")).rpartition(".")[0]
         natives.append(fmoe.subtree(native, prefix))
+    natives[1] = {n: t.to(dtype) if n.endswith("_projs") else t for n, t in natives[1].items()}
     natives[0] |= {n: t for n, t in natives[1].items() if n.endswith("bias")}  # cast alike
     return natives[0], {n: t for n, t in natives[1].items() if "_scale" not in n}, adapter.moe_config
 

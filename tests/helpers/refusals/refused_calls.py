@@ -13,6 +13,11 @@ E, K, D, I, L = 4, 2, 8, 6, 2
 SIZES = dict(num_hidden_layers=L, hidden_size=D, moe_intermediate_size=I, num_experts=E, num_experts_per_tok=K)
 BLOCK = "model.layers.0.mlp.experts."
 CODES = BLOCK + "0.up_proj.weight"
+ATTENTION = "model.layers.0.self_attn.o_proj."
+GROUPS = {ATTENTION + "weight_scale_gptq_int4": torch.ones(8, 2).half()}
+GROUPS |= {ATTENTION + "weight_scale_gptq_int4_second": torch.ones(8, 2).byte()}
+ORDERED = {ATTENTION + "qweight": torch.ones(2, 8).int(), ATTENTION + "qzeros": torch.ones(2, 1).int()}
+ORDERED |= {ATTENTION + "scales": torch.ones(2, 8).half(), ATTENTION + "g_idx": torch.tensor([0, 1] * 8).int()}
 
 CONFIGS = {
     "fmoe.adapter('qwen3_moe', SIZES | dict(num_local_experts=3))": "two counts of experts: either could be meant",
@@ -21,7 +26,9 @@ CONFIGS = {
     "fmoe.adapter('qwen3_moe', dict(quantization_config=dict(weight_block_size=128)))": "a block has rows and columns",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(lone_scale)": "a scale without codes: a half of a pair is lost",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(lone_codes)": "codes without a scale are no weights",
-    "fmoe.adapter('qwen3_moe', SIZES).from_hf(gptq)": "a format that is not read: its codes are no weights",
+    "fmoe.adapter('qwen3_moe', SIZES | HQQ).from_hf(hqq)": "a format that is not read: its codes are no weights",
+    "fmoe.adapter('qwen3_moe', SIZES | GPTQ, quantized='keep').from_hf(ordered)": "kept codes have no order of columns",
+    "fmoe.adapter('qwen3_moe', SIZES | GPTQ).to_hf(merged)": "scales that calibration found cannot be made anew",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(zero)": "the codes could not be told from what they decode to",
     "fmoe.adapter('qwen3_moe', SIZES, quantize='fp7')": "no such format can be written",
     "fmoe.adapter('qwen3_moe', SIZES, quantize='mxfp4').to_hf(native)": "experts would be left plain",
@@ -90,13 +97,16 @@ def configs() -> dict[str, Any]:
     shapes = {"gate_proj": (I, D), "up_proj": (I, D), "down_proj": (D, I)}
     layers = [f"model.layers.{l}.mlp.experts.{e}.{p}.weight" for l in range(L) for e in range(E) for p in shapes]
     plain = {n: torch.ones(shapes[n.split(".")[-2]]) for n in layers}
+    native = fmoe.adapter("qwen3_moe", SIZES).from_hf(plain)
     codes = {CODES: torch.ones(I, D).to(torch.float8_e4m3fn), CODES + "_scale_inv": torch.ones(1, 1)}
     return dict(
-        fmoe=fmoe, SIZES=SIZES, plain=plain, native=fmoe.adapter("qwen3_moe", SIZES).from_hf(plain),
+        fmoe=fmoe, SIZES=SIZES, plain=plain, native=native,
         unknown=plain | {BLOCK + "0.mid_proj.weight": torch.ones(I, D)},
         lone_scale=plain | {CODES + "_scale_inv": torch.ones(1, 1)},
         lone_codes=plain | {CODES: codes[CODES]},
-        gptq={n: t for n, t in plain.items() if n != CODES} | {CODES[:-6] + "qweight": torch.ones(1, I).int()},
+        HQQ={"quantization_config": {"quant_method": "hqq"}}, GPTQ={"quantization_config": {"quant_method": "gptq"}},
+        hqq={n: t for n, t in plain.items() if n != CODES} | {CODES[:-6] + "W_q": torch.ones(1, I).byte()},
+        ordered=plain | ORDERED, merged=native | GROUPS | {ATTENTION + "weight": torch.full((8, 16), 99.0)},
         zero=_all(plain, codes) | {CODES + "_scale_inv": torch.zeros(1, 1)},
     )  # fmt: skip
 
