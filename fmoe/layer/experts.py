@@ -60,6 +60,8 @@ def experts(
     `config.apply_router_weight_after_down` the weight multiplies the rounded output of the expert, not its activation,
     with `apply_router_weight_before_up` its rounded input. With `config.expert_norm_eps` it multiplies the RMS norm of
     that output times `post_expert_norm.weight` [D] + config.norm_offset: a norm of the product, not a factor of a norm.
+    In fp16 a weight above 1 multiplies an activation by what is left of a power of two, and that multiplies y: so
+    what weights make too large for fp16 is y alone.
 
     Codes: either weight may be codes [E, D / packed, U], [E, I / packed, D] with their scales beside it, as
     `fmoe.load(quantized="keep")` gives them, in every format of `fmoe.codecs.formats.FORMATS`. Only experts that have
@@ -98,15 +100,19 @@ def experts(
     _check_tokens(x, routing, config)
     multiply = find(backend, x.device)
     h = x.to(_product_dtype(x))
+    inside, power = weighs_inside(config), None
+    if inside and h.dtype == torch.float16 and not config.apply_router_weight_after_down:
+        power = _power(routing, config)
+        routing = routing._replace(weights=routing.weights / power)
+    whole = lambda y: (y if power is None else y * power).to(x.dtype)
     coded = in_codes(params)
-    inside = weighs_inside(config)
     fused = multiply if inside and dispatcher is local and not coded and not PAIRS.keys() & params.keys() else None
     with without_autocast(x.device):
         # what is computed in fp64 is computed by plain torch, whose products take it
         if isinstance(fused, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
             _check_params(params, config, x.device, n_experts=config.n_routed_experts)
             how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
-            return fused.layer(params, h, routing, config, **how).to(x.dtype)
+            return whole(fused.layer(params, h, routing, config, **how))
         if coded and not takes_codes(multiply, params):
             multiply = by_expert(multiply, backend if isinstance(backend, str) else _name(backend))
         product = one_by_one(multiply) if batch_invariant else multiply
@@ -116,12 +122,26 @@ def experts(
                 rows = dispatcher.dispatch(h, weights, plan)
                 _check_params(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
                 run = product if inside else weighed_outside(product)
-                return dispatcher.combine(run(_scaled(params, lora_alpha), rows, config), plan).to(x.dtype)
+                return dispatcher.combine(run(_scaled(params, lora_alpha), rows, config), plan)
 
         # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
         told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)
         args = dict(params), h, routing.weights, dispatcher.plan(routing, told)
-        return again(layer, *args) if recompute else layer(*args)
+        return whole(again(layer, *args) if recompute else layer(*args))
+
+
+def _power(routing: Routing, config: MoEConfig) -> Tensor:
+    """[T, 1] fp32: the least power of two, from 1 on, that no weight of a token's experts exceeds.
+
+    >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=2, dim=1, moe_inter_dim=1)
+    >>> weights = torch.tensor([[0.5, 1.0], [2.5, 9.0], [3.0, 1.0]])
+    >>> _power(Routing(torch.tensor([[0, 1], [0, -1], [1, 0]]), weights), config).flatten().tolist()
+    [1.0, 4.0, 4.0]
+    """
+    indices, weights = routing.indices, routing.weights.detach().float().abs()
+    mine = (indices >= 0) & (indices < config.n_routed_experts) & (weights > 1) & weights.isfinite()
+    most = torch.cat([torch.ones_like(weights[:, :1].sum(-1, keepdim=True)), torch.where(mine, weights, 1.0)], -1)
+    return most.amax(-1, keepdim=True).log2().ceil().exp2()
 
 
 def as_routing(routing: Routing) -> Routing:
