@@ -23,15 +23,17 @@ SECOND = [name for name in BACKENDS if name != "triton"]  # whose derivatives ha
 Args = tuple[dict[str, Tensor], Tensor, Tensor]
 
 
-def layer(backend: str, recompute: bool = False) -> Callable[..., Tensor]:
+def layer(
+    backend: str, recompute: bool = False, config: MoEConfig = CONFIG, routing: Routing = ROUTING
+) -> Callable[..., Tensor]:
     def f(
         params: dict[str, Tensor],
         x: Tensor,
         weights: Tensor,
-        indices: Tensor = ROUTING.indices,
-        mask: Tensor | None = ROUTING.mask,
+        indices: Tensor = routing.indices,
+        mask: Tensor | None = routing.mask,
     ) -> Tensor:
-        return experts(params, x, Routing(indices, weights, mask), CONFIG, backend=backend, recompute=recompute)
+        return experts(params, x, Routing(indices, weights, mask), config, backend=backend, recompute=recompute)
 
     return f
 
