@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from fmoe.families import family
 from fmoe.families.kind import Family, as_dict
 from fmoe.routing import SCORES
@@ -18,6 +20,12 @@ OF_ALL = ("gate.scale", "experts.post_expert_norm.weight")
 def known(config: Any) -> tuple[dict[str, Any], Family, MoEConfig]:
     """(the config as a dict, its family, its MoEConfig). Raises ValueError where its router is none of ours."""
     given = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    kind, moe = _known(given)
+    return given, kind, moe
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what a config says is no part of a graph
+def _known(given: dict[str, Any]) -> tuple[Family, MoEConfig]:
     if not isinstance(model_type := given.get("model_type"), str):
         raise ValueError(f"surgery: config.model_type is {model_type!r}, expected the name of a family")
     kind = family(model_type)
@@ -26,7 +34,7 @@ def known(config: Any) -> tuple[dict[str, Any], Family, MoEConfig]:
         raise ValueError(
             f"surgery: {model_type}: its router ({moe.score_func}) is none of ours: experts cannot be told"
         )
-    return given, kind, moe
+    return kind, moe
 
 
 def resized(config: Mapping[str, Any], names: str, value: int, layer: int | None = None) -> dict[str, Any]:
