@@ -24,7 +24,7 @@ def known(config: Any) -> tuple[dict[str, Any], Family, MoEConfig]:
     return given, kind, moe
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # what a config says is no part of a graph
+@torch.compiler.assume_constant_result  # what a config says is no part of a graph
 def _known(given: dict[str, Any]) -> tuple[Family, MoEConfig]:
     if not isinstance(model_type := given.get("model_type"), str):
         raise ValueError(f"surgery: config.model_type is {model_type!r}, expected the name of a family")
