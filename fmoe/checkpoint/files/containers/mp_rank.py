@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 def home_of(path: Path) -> Path | None:
     """The folder of a path that holds the ranks' folders: itself, or that of the latest iteration."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return None
     if any(map(_RANK.fullmatch, _folders(path))):
         return path
@@ -52,7 +52,7 @@ def home_of(path: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     inside = path / (f"iter_{int(told):07d}" if told.isdecimal() else "release")
-    return inside if inside.is_dir() and any(map(_RANK.fullmatch, _folders(inside))) else None
+    return inside if os.path.isdir(inside) and any(map(_RANK.fullmatch, _folders(inside))) else None
 
 
 def _folders(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ _OURS = ("_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt", "co
 
 def home_of(path: Path) -> Path | None:
     """The folder of a path that holds Orbax's tree, or None."""
-    return next((path / n for n in ITEMS if (path / n / TREE).is_file()), None)
+    return next((path / n for n in ITEMS if os.path.isfile(path / n / TREE)), None)
 
 
 def written(array: Any) -> tuple[int, ...]:
