@@ -15,21 +15,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from fake_gpu import TARGETS
+from fake_gpu import TARGETS, caught, compiled
 from fmoe_kernels.host import configs
 from fmoe_kernels.host.configs import Config
 from fmoe_kernels.host.launch import Act, Tiling
 from fmoe_kernels.programs import activations, dact, dw, fp8, gmm, route, sums, up
 from fmoe_kernels.programs.scalars import GATED, SCALARS
 from sass import at_once, counts
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # sm_80's table also serves sm_86, sm_89
 VARIANTS = {
@@ -38,11 +35,13 @@ VARIANTS = {
     "dact": [*SCALARS],
 }
 HOT = {"large", "narrow"}
-SWEPT = {  # some that `tune` tries and no table ships
-    "up": Config(128, 64, 64, 4, 3, 2, ctas=2, tma=True),
-    "gmm": Config(128, 128, 64, 4, 3, 2, ctas=2, tma=True, flatten=True),
-    "dact": Config(128, 128, 64, 8, 4, 4, tma=True),
-}
+OTHERS = [  # tiles that `tune` tries, or is told to, and no table ships
+    ("up", Config(128, 64, 64, 4, 3, 2, ctas=2, tma=True)),
+    ("gmm", Config(128, 128, 64, 4, 3, 2, ctas=2, tma=True, flatten=True)),
+    ("up", Config(128, 128, 64, 8, 3, 2, tma=True, specialised=True)),
+    ("gmm", Config(128, 256, 64, 8, 4, 2, tma=True, specialised=True)),
+    ("dact", Config(128, 128, 64, 8, 4, 4, tma=True)),
+]
 Row = tuple[str, str, Config | None, bool, str, torch.dtype]
 FIELDS = "kernel arch config hot variant registers spills shared mma wgmma tma_load tma_store async_wait".split()
 FIELDS += ["loop", "epilogue", "ctas"]
@@ -99,12 +98,12 @@ def small(arch: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[
 
 
 def brief() -> Iterator[Row]:
-    """What every run of the tests compiles: on Hopper the tiles of large shapes and of odd widths, once, and SWEPT."""
+    """What every run of the tests compiles: on Hopper the tiles of large shapes and of odd widths, once, and OTHERS."""
     for arch, kernel, config, hot, variant, dtype in rows(["sm_90"]):
         large = configs.load()[arch].get(kernel, {}).get("large")
         if (config is not None and config == large and variant == "swiglu") or variant == "swiglu odd":
             yield arch, kernel, config, hot, variant, dtype
-    yield from (("sm_90", kernel, config, False, "swiglu", torch.bfloat16) for kernel, config in SWEPT.items())
+    yield from (("sm_90", kernel, config, False, "swiglu", torch.bfloat16) for kernel, config in OTHERS)
 
 
 def rows(archs: list[str], hot_only: bool = False) -> Iterator[Row]:
@@ -128,7 +127,7 @@ def record(
     arch: str, kernel: str, config: Config | None, hot: bool, variant: str, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
     """The record of a row: one for each kernel launched that has not been seen in another row."""
-    with caught() as found:
+    with caught(arch) as found:
         (launches(kernel, variant, dtype, config) if config else small(arch)[kernel])()
     for fn, args, options in found:
         if config is None or fn.__name__ == f"{kernel}_kernel":
@@ -144,51 +143,6 @@ def record(
                 variant=variant + (" fp32" if dtype == torch.float32 else ""),
                 **measured,
             )
-
-
-@contextmanager
-def caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Launches inside are noted, not made."""
-    found: list[Any] = []
-    run = triton.JITFunction.run
-
-    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        found.append((self, args, options))
-
-    triton.JITFunction.run = note
-    try:
-        yield found
-    finally:
-        triton.JITFunction.run = run
-
-
-def compiled(fn: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
-    """The kernel as it would be compiled for these arguments."""
-    values = dict(zip(fn.arg_names, args, strict=False)) | {n: options[n] for n in fn.arg_names if n in options}
-    signature, constants, attributes = {}, {}, {}
-    for i, name in enumerate(fn.arg_names):
-        value = values[name]
-        signature[name] = kind = "constexpr" if fn.params[i].is_constexpr else type_of(value)
-        if kind == "constexpr":
-            constants[(i,)] = value
-        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    flags = {k: v for k, v in options.items() if k not in values}
-    return triton.compile(ASTSource(fn, signature, constants, attributes), target=TARGETS[arch], options=flags)
-
-
-def type_of(value: Any) -> str:
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-    names |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
-    if value is None or (isinstance(value, int) and value == 1):
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        return "*" + names[value.dtype]
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{names[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
-    if isinstance(value, float):
-        return "fp32"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def measure(kernel: Any, arch: str) -> dict[str, Any]:

@@ -16,7 +16,11 @@ import torch
 import triton
 from fmoe_kernels.host import configs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as LaidOut
 from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -67,3 +71,50 @@ def fake_gpu(arch: str = "sm_90") -> Iterator[list[tuple[str, str, Any]]]:
     finally:
         triton.JITFunction.run, configs.architecture = real, architecture
         driver._active = before
+
+
+@contextmanager
+def caught(arch: str) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Launches inside are noted, not made, as if on a device of arch."""
+    found: list[Any] = []
+    run, architecture = triton.JITFunction.run, configs.architecture
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append((self, args, options))
+
+    triton.JITFunction.run, configs.architecture = note, lambda device: arch
+    try:
+        yield found
+    finally:
+        triton.JITFunction.run, configs.architecture = run, architecture
+
+
+def compiled(fn: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
+    """The kernel as it would be compiled for these arguments."""
+    values = dict(zip(fn.arg_names, args, strict=False)) | {n: options[n] for n in fn.arg_names if n in options}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(fn.arg_names):
+        value = values[name]
+        signature[name] = kind = "constexpr" if fn.params[i].is_constexpr else type_of(value)
+        if kind == "constexpr":
+            constants[(i,)] = value
+        elif kind.startswith("*") or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    flags = {k: v for k, v in options.items() if k not in values}
+    source = GluonASTSource if fn.is_gluon() else ASTSource
+    return triton.compile(source(fn, signature, constants, attributes), target=TARGETS[arch], options=flags)
+
+
+def type_of(value: Any) -> str:
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+    names |= {torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv"}
+    if value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return "*" + names[value.dtype]
+    if isinstance(value, TensorDescriptor | LaidOut):
+        layout = f",{value.layout!r}" if isinstance(value, LaidOut) else ""
+        return f"tensordesc<{names[value.base.dtype]}{list(value.block_shape)}{layout}>".replace(" ", "")
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

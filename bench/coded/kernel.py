@@ -15,6 +15,7 @@ from typing import Any
 import aot
 import torch
 import triton
+from fake_gpu import caught, compiled
 from fmoe_kernels.host import configs
 from fmoe_kernels.host.launch import Tiling
 from fmoe_kernels.programs import codes, route
@@ -49,11 +50,11 @@ def records(arch: str, kinds: tuple[str, ...] = KINDS, classes: tuple[str, ...] 
         for turned in (False, True):
             rows = new(N, 2 * aot.INNER if turned else aot.WIDTH, dtype=torch.bfloat16)
             for name in (c for c in classes if c in table):
-                with aot.caught() as found:
+                with caught(arch) as found:
                     codes.gmm(rows, coded(kind, turned), r, Tiling(only=table[name]))
                 (launch,) = [given for given in found if given[0].__name__ == "gmm_codes_kernel"]
                 row = dict(kind=kind, turned=turned, arch=arch, tiles=str(codes.tiles_of(table[name])))
-                measured = aot.measure(aot.compiled(*launch, arch), arch)
+                measured = aot.measure(compiled(*launch, arch), arch)
                 yield row | {"class": name} | measured | {"triton": triton.__version__}
 
 

@@ -27,6 +27,7 @@ COLUMNS = {
     "sweep": ["shape", "kernel", "tiles", "ms"],
     "decode": ["shape", "layer", "us", "weights_gbps"],
     "fp8": ["shape", "bf16_tflops", "fp8_tflops", "speedup", "apart"],
+    "specialised": ["shape", "kernel", "same", "apart", "ms", "twin_ms"],
     "races": ["kind", "hazards", "code", "said"],
     "tests": ["kind", "code", "said"],
 }

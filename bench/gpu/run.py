@@ -39,6 +39,7 @@ STEPS = {
     "layers, swept tiles": Step("layers", 40, ("tiles.json",)),
     "decode": Step("decode", 30),
     "fp8": Step("fp8_layers", 30),
+    "specialised": Step("specialised", 20),
     "races": Step("races", 40),
     "tests": Step("suite", 60),
 }

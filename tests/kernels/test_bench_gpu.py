@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = "clocks correct layers waits kernels sweep decode fp8 races tests report".split()
+STEPS = "clocks correct layers waits kernels sweep decode fp8 specialised races tests report".split()
 MISSING = ("No module named 'scattermoe'", "No module named 'liger_kernel'")
 
 
@@ -24,9 +25,11 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(600)
 def test_gpu_sh_runs_dry(tmp_path: Path) -> None:
     environment = os.environ | {"FMOE_DRY": "1", "OUT": str(tmp_path)}
-    began = time.monotonic()
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(["bash", ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True)
     assert time.monotonic() - began < 210
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert spent.ru_utime + spent.ru_stime - before.ru_utime - before.ru_stime < 100  # of one core: half of what it may
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     found = records(tmp_path)
     assert {r["step"] for r in found} >= {*STEPS, "layers, swept tiles"}

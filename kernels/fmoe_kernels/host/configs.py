@@ -21,7 +21,8 @@ class Config(NamedTuple):
 
     tma: move through descriptors where strides allow. group: row tiles that visit one column block together.
     ctas: programs for each multiprocessor. flatten: tiles and steps are one loop, for short sums; only `gmm`
-    takes it (in `up`, and wherever else two products or a gather are in a step, every product would be waited for).
+    takes it (in `up` the compiler would wait for every product). specialised: `gmm` and
+    `up` by warps of two kinds, on sm_90 alone, and never run yet: see `programs.specialised`.
     """
 
     rows: int
@@ -35,9 +36,10 @@ class Config(NamedTuple):
     swap: bool = False
     tma: bool = False
     flatten: bool = False
+    specialised: bool = False
 
     def __str__(self) -> str:
-        flags = "".join(f" {name}" for name in ("swap", "tma", "flatten") if getattr(self, name))
+        flags = "".join(f" {name}" for name in ("swap", "tma", "flatten", "specialised") if getattr(self, name))
         return f"{self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages} p{self.parts}{flags}"
 
 

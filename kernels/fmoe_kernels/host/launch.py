@@ -45,7 +45,7 @@ def config(
 
 def row_descriptors(tensors: dict[str, tuple[Any, ...]], c: Config) -> tuple[dict[str, Tile], bool]:
     """Each [N', G, W] tensor as a descriptor of tiles of so many rows, columns and (else 1) halves, if all can be."""
-    if not (c.tma and all(_aligned(y, y.stride(0), y.shape[2]) for y, *_ in tensors.values())):
+    if not (c.tma and all(movable(y, y.stride(0), y.shape[2]) for y, *_ in tensors.values())):
         return {name: y for name, (y, *_) in tensors.items()}, False
     return {name: rows_descriptor(*t) for name, t in tensors.items()}, True
 
@@ -66,9 +66,9 @@ def rows_descriptor(y: Tensor, rows: int, columns: int, halves: int = 1) -> Tens
 def weight_descriptor(w4: Tensor, c: Config, depth: int, columns: int) -> tuple[Tile, bool, bool]:
     """(w [E, G, K, N] as a descriptor if it can be one, whether it is, whether K is its dense dimension)."""
     e, g, k, n = w4.stride()
-    if c.tma and n == 1 and _aligned(w4, e, g, k):
+    if c.tma and n == 1 and movable(w4, e, g, k):
         return TensorDescriptor(w4, w4.shape, w4.stride(), [1, 1, depth, columns]), True, False
-    if c.tma and k == 1 and _aligned(w4, e, g, n):
+    if c.tma and k == 1 and movable(w4, e, g, n):
         return TensorDescriptor(w4, w4.mT.shape, w4.mT.stride(), [1, 1, columns, depth]), True, True
     return w4, False, False
 
@@ -133,9 +133,9 @@ def dense(x: Tensor) -> Tensor:
 def _even(t: Tensor) -> bool:
     """Is t dense along rows or columns, and does each of these start at a multiple of 16 bytes?"""
     *others, row, column = t.stride()
-    return (column == 1 or row == 1) and _aligned(t, *others, max(row, column))
+    return (column == 1 or row == 1) and movable(t, *others, max(row, column))
 
 
-def _aligned(t: Tensor, *strides: int) -> bool:
+def movable(t: Tensor, *strides: int) -> bool:
     """May a descriptor be made? A step of zero, as `expand` leaves it, has none."""
     return t.data_ptr() % 16 == 0 and all(s > 0 and s * t.itemsize % 16 == 0 for s in strides)

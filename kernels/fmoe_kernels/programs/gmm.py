@@ -6,6 +6,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fmoe_kernels.host.launch import Tiling, config, grid_of, row_descriptors, run, weight_descriptor
+from fmoe_kernels.programs import specialised
 from fmoe_kernels.programs.route import Route
 from fmoe_kernels.programs.tiles import (
     columns_of,
@@ -69,6 +70,9 @@ def gmm(a: Tensor, w: Tensor, bias: Tensor | None, weights: Tensor | None, r: Ro
     a_arg = TensorDescriptor(a, a.shape, a.stride(), [c.rows, c.depth]) if tma else a
     tiles, n_tiles = r.tiles(c.rows)
     grid = grid_of(a, c, len(tiles) * triton.cdiv(N, c.columns))
+    if specialised.takes("gmm", c, a) and tma and tma_w and bias is None:
+        specialised.gmm(a_arg, w_arg, rows["out"], tiles, n_tiles, r, k_major, grid, c)
+        return out
     run(
         gmm_kernel, grid, a_arg, w_arg, bias, weights, r.slots, r.tokens, rows["out"], tiles, n_tiles, r.offsets,
         a.stride(0), *w4.stride(), *(bias.stride() if bias is not None else (0, 0)), N, K, N,

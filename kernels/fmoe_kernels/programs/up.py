@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fmoe_kernels.host.launch import Act, Tiling, config, grid_of, row_descriptors, run, weight_descriptor
+from fmoe_kernels.programs import specialised, specialised_up
 from fmoe_kernels.programs.route import Route
 from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS, epilogue_type
 from fmoe_kernels.programs.tiles import (
@@ -99,6 +100,11 @@ def up(
     out, tma = row_descriptors(stored, c)
     tiles, n_tiles = r.tiles(c.rows)
     grid = grid_of(x, c, len(tiles) * triton.cdiv(I, c.columns))
+    if specialised.takes("up", c, x) and tma and tma_w and bias is None and w4.shape[1] == 2 and D % c.depth == 0:
+        specialised_up.up(
+            x, w_arg, out.get("z", out["a"]), out["a"], weights, tiles, n_tiles, r, act, k_major, save, grid, c
+        )
+        return a, z
     run(
         up_kernel, grid, x, r.slots, r.tokens, weights, w_arg, b3, out.get("z", out["a"]), out["a"], tiles, n_tiles,
         r.offsets, x.stride(0), *w4.stride(), *(b3.stride() if b3 is not None else (0, 0, 0)), U, I, D, I, *act[1:],
