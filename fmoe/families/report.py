@@ -33,6 +33,15 @@ UNREAD = ("marlin-24", "mxfp6-pack-quantized", "sparse-24-bitmask", "sparse-bitm
 
 SINCE_5_24 = frozenset({"hy_v4_vl", "hy_v4_vl_text", "inkling2_loop", "inkling2_loop_text", "lara_mini"})
 """What an earlier Transformers does not have yet."""
+FOLDERS = {
+    "hunyuan_image3": "hunyuan_image_3_moe",
+    "ling_v2": "bailing_moe_v2",
+    "nemotron_omni": "nemotron_h_omni",
+    "nemotron_v3": "nemotron_h",
+}
+"""Automodel's names for families that have others here."""
+DENSE = ("bagel", "llava_onevision", "mistral3", "mistral3_vlm", "muse_glimmer", "qwen2_5_omni")
+"""Automodel's models that have an adapter and no experts."""
 
 
 def transformers_models() -> Iterator[str]:
@@ -55,8 +64,10 @@ def automodel_models() -> Iterator[str]:
     """Models of the installed Automodel, by the name of their folder, that no family's name begins with."""
     models = _folder("nemo_automodel", "components/models")
     for path in sorted(models.glob("*/state_dict_adapter.py")) if models else ():
-        name = path.parent.name
-        if not any(known_type.startswith(name) or name.startswith(known_type) for known_type in FAMILIES):
+        name = FOLDERS.get(path.parent.name, path.parent.name)
+        if name not in DENSE and not any(
+            known_type.startswith(name) or name.startswith(known_type) for known_type in FAMILIES
+        ):
             yield f"{name} has a state dict adapter and no family of that name"
 
 
