@@ -155,6 +155,15 @@ SECTIONS = (
         },
     ),
     Section(
+        "cached.json",
+        "What stays in the page cache, as parts of the files: held, and on the list of pages in use.",
+        {
+            "what": lambda r: r["what"],
+            "MB": lambda r: f"{r['bytes'] / 1e6:.0f}",
+            **{n: (lambda r, n=n: r[n]) for n in ("source held", "source active", "target held", "target active")},
+        },
+    ),
+    Section(
         "plan.json",
         "`fmoe plan` of a model of 1 T parameters: processor seconds of whole processes, and bytes a tensor.",
         {

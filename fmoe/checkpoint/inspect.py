@@ -49,7 +49,7 @@ def inspect(
     for spec in source.specs.values():
         dtypes[str(spec.dtype).removeprefix("torch.")] += spec.nbytes
     found: dict[str, Any] = {
-        "path": str(path),
+        "path": str(source.path),
         "model_type": source.kind if own else source.model_type,
         "format": here,
         "tensors": len(source.specs),

@@ -82,7 +82,7 @@ def verify(
     if wrong:
         raise AdapterError(dict.fromkeys(wrong))
     progress(size, size)
-    report = Report(str(path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
+    report = Report(str(source.path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
     notes += (UNKNOWN,) if source.native and not digests else ()
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 

@@ -4,30 +4,29 @@ import os
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
-from fmoe.checkpoint.remote.trouble import Trouble
+from fmoe.checkpoint.remote.trouble import Trouble, shown
 from fmoe.checkpoint.remote.web import Facts, Ranges, facts
 from fmoe.types import AdapterError
 
+_MODEL = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]*))?(?:/(.+))?")
 _XET = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 
 
 class Hub:
-    """hf://org/name[@revision][/folder]."""
+    """hf://org/name[@revision][/folder]; a revision may be refs/pr/N, any other with a slash is written with %2F."""
 
     listed = True
 
     def __init__(self, url: str):
         self.hub = _library()
-        parts = urlsplit(url)
-        org, _, rest = (parts.netloc + parts.path).partition("/")
-        name, _, folder = rest.strip("/").partition("/")
-        name, _, revision = name.partition("@")
-        if not org or not name:
-            raise AdapterError(f"hf://{org}/{name}: expected hf://org/name, with @revision if not main")
-        self.repo, self.revision, self.folder = f"{org}/{name}", revision or None, f"{folder}/" * bool(folder)
-        self.shown = url.rstrip("/")
+        self.shown, parts = shown(url), urlsplit(url)
+        found = _MODEL.fullmatch(parts.netloc + parts.path.rstrip("/"))
+        if not found:
+            raise AdapterError(f"{self.shown}: expected hf://org/name, with @revision if not main")
+        self.repo, self.revision = found[1], unquote(found[2] or "") or None
+        self.folder = f"{found[3]}/" if found[3] else ""
         self.files: dict[str, Ranges] = {}
         self.commit, self.sizes = "", dict[str, Facts | None]()
 

@@ -1,11 +1,12 @@
 """Where files lie: a web server, or whatever fsspec has a driver for; each lists, tells and reads by ranges."""
 
+import base64
 import posixpath
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from fmoe.checkpoint.remote.trouble import Trouble, retried, shown
 from fmoe.checkpoint.remote.web import Facts, Ranges, facts
@@ -31,12 +32,16 @@ class Store(Protocol):
 
 
 class Web:
-    """A folder of a web server."""
+    """A folder of a web server; who asks is in the address, or nobody is named."""
 
     listed = False
 
     def __init__(self, url: str):
-        self.url, self.shown = url, shown(url)
+        self.shown, parts = shown(url), urlsplit(url)
+        user, _, host = parts.netloc.rpartition("@")
+        self.url = urlunsplit(parts._replace(netloc=host, fragment=""))
+        basic = base64.b64encode(unquote(user).encode()).decode()
+        self.headers = {"Authorization": f"Basic {basic}"} if user else {}
         self.files: dict[str, Ranges] = {}
 
     def names(self) -> list[str]:
@@ -44,7 +49,7 @@ class Web:
 
     def facts(self, file: str) -> Facts | None:
         try:
-            return facts(self._at(file), {})
+            return facts(self._at(file), self.headers)
         except Trouble as trouble:
             if "status 404" in str(trouble):
                 return None
@@ -52,9 +57,9 @@ class Web:
 
     def read(self, file: str, view: memoryview, at: int) -> None:
         if file not in self.files:
-            found = facts(self._at(file), {})
+            found = facts(self._at(file), self.headers)
             self.files.setdefault(file, Ranges(found.size, found.tag))
-        self.files[file].read(self._at(file), {}, view, at)
+        self.files[file].read(self._at(file), self.headers, view, at)
 
     def _at(self, file: str) -> str:
         parts = urlsplit(self.url)

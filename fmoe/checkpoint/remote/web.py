@@ -102,6 +102,10 @@ class Ranges:
                 self._spool(answer)
             else:
                 self._check(answer)
+                if answer.status == 206 and not (answer.headers["Content-Range"] or f"bytes {at}-").startswith(
+                    f"bytes {at}-"
+                ):
+                    raise Trouble("the answer is of another range", again=True)
                 self._take(answer, view)
                 if urlsplit(answer.url).netloc != urlsplit(url).netloc:
                     self.direct = answer.url
