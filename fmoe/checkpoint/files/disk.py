@@ -79,8 +79,12 @@ def bytes_of(path: Where) -> int:
 
 
 @contextmanager
-def reading(path: Where, was: Stamp | None = None, missing: str = "is not there") -> Iterator[Opened]:
+def reading(
+    path: Where, was: Stamp | None = None, missing: str = "is not there", *, parts: bool = False
+) -> Iterator[Opened]:
     """A descriptor of the regular file at path; was: and still the one of that stamp. missing: said if not.
+
+    parts: what lies between them is not read ahead.
 
     Never waits. Raises AdapterError where there is none, where a link leads out of the directory, where it may not be
     read, or where it has changed.
@@ -98,6 +102,8 @@ def reading(path: Where, was: Stamp | None = None, missing: str = "is not there"
         raise Unreadable(f"{path} cannot be read: {error.strerror}") from None
     try:
         unchanged(path, descriptor, was)
+        if parts:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -199,7 +199,7 @@ class Engine:
 
     def _source(self, place: Place) -> Any:
         path, stamp = self.source.path / place.name, self.source.stamps[place.name]
-        return self._opened(path, lambda: disk.reading(path, stamp))
+        return self._opened(path, lambda: disk.reading(path, stamp, parts=bool(self.plan.narrowed)))
 
     def _target(self, place: Place) -> Any:
         path = self.paths[place.name]
