@@ -67,7 +67,7 @@ class Header(NamedTuple):
 
 def read_header(path: Where, missing: str = "is not there") -> Header:
     """The header of a safetensors file. Raises AdapterError where the header is none, or not the file's."""
-    with reading(path, missing=missing) as file:
+    with reading(path, missing=missing, parts=True) as file:
         stamp = Stamp.of(file)
         text = kept(file) if isinstance(file, Address) else None
         if text is None:
