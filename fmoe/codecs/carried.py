@@ -45,7 +45,7 @@ def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts |
     if shape is None:
         return None
     if f.sizes:
-        f = replace(f, form="").sized(shape, specs[scale].shape)
+        f = replace(f.named(x), form="").sized(shape, specs[scale].shape)
         f = replace(f, form=FORMATS[f.name].form)
     if not f.fits(shape) or specs[scale] != TensorSpec(f.scale_shape(shape), specs[scale].dtype):
         return None

@@ -16,7 +16,7 @@ from fmoe.types import AdapterError, Problem
 def rows(p: Parts) -> dict[str, int]:
     """How many rows of each part go together; nothing of one scale for all."""
     side = 1 if len(p.shape) > 2 else p.format.block[0]
-    if not side or p.second or p.format.form:
+    if not side or p.second or p.format.form or p.format.shards > 1:
         return {}
     scale = 0 if p.format.rank == 0 else 1
     return dict.fromkeys((p.name, p.codes), side) | dict.fromkeys((p.scale, p.beside), scale)
@@ -27,7 +27,7 @@ def cuts(p: Parts, encoding: bool) -> tuple[int, ...]:
     f = p.format
     if f.transposed:
         return (0, 0) if encoding else (0, 0, 0)
-    if p.second or f.form:
+    if p.second or f.form or f.shards > 1:
         return (0, 0)
     last = f.block[1] if encoding else f.block[1] // f.packed
     return (f.block[0], last)

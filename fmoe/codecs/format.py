@@ -1,6 +1,6 @@
 """What a format is: its numbers, decoded and encoded; `stored.py` has its names and shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Format(Stored):
         Raises ValueError for another shape or dtype, for a scale that is NaN, infinite, negative or too large for
         dtype, and for codes other than 0 under a scale so small (or 0) that they could not be told from the result.
         """
+        if self.shards > 1 and out is None:
+            return self._alone().decode(self._sharded(codes), self._sharded(scale), dtype).flatten(0, 1)
         shape = self.decoded(TensorSpec(tuple(codes.shape), codes.dtype))
         scale = scale if second is None or self.zeros else self.folded(scale, second)
         if shape is None:
@@ -78,6 +80,10 @@ class Format(Stored):
         """
         if not self.fits(tuple(weight.shape)):
             raise ValueError(f"{list(weight.shape)}, expected whole groups of {self.block[1]} columns")
+        if self.shards > 1:
+            given = None if scale is None else self._sharded(scale)
+            codes, used = self._alone().encode(self._sharded(weight), given)
+            return codes.flatten(0, 1), used.flatten(0, 1)
         w = weight.mT if self.transposed else weight
         dtype = self.scales[0] if scale is None else scale.dtype
         if weight.is_meta or not weight.numel():
@@ -105,12 +111,21 @@ class Format(Stored):
 
     def nearest(self, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """What the codes nearest to weight say under these scales, in its dtype; and the step from each to the next."""
+        if self.shards > 1:
+            value, step = self._alone().nearest(self._sharded(weight), self._sharded(scale))
+            return value.flatten(0, 1), step.flatten(0, 1)
         w, wide = self._whole(weight.mT if self.transposed else weight), self._wide(scale)
         codes = blocks.encode(w, wide, self.code, self.block, zero=self.zero)
         value = values.decode(codes, wide, self.code, self.block, weight.dtype, zero=self.zero)
         step = blocks.steps(value, wide, self.code, self.block, zero=self.zero)
         back = lambda t: t.view(weight.mT.shape).mT if self.transposed else t.view(weight.shape)
         return back(value), back(step)
+
+    def _alone(self) -> "Format":
+        return replace(self, shards=1)
+
+    def _sharded(self, t: Tensor) -> Tensor:
+        return t.unflatten(0, (self.shards, -1))
 
     def _check(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         most = min(torch.finfo(torch.bfloat16).max, torch.finfo(dtype).max) / MOST[self.code]

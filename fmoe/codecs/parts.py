@@ -195,7 +195,7 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     shape = None if laid is None else f.decoded(laid)
     if shape is None:
         return Problem(f"{codes!r} is {list(specs[codes].shape)}, which is no tensor of {f.name}", (codes, scale))
-    f = f.sized(shape, specs[scale].shape)
+    f = f.named(x).sized(shape, specs[scale].shape)
     if not f.fits(shape):
         return Problem(f"{scale!r} is {list(specs[scale].shape)}, no scales of {codes!r} {list(shape)}", (scale, codes))
     if second and specs[second] != (wanted_ := f.second_spec(shape)):

@@ -17,7 +17,7 @@ from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.config import is_ignored
 from fmoe.codecs.foreign.undecoded import unread
 from fmoe.codecs.format import Format
-from fmoe.codecs.formats import FORMATS, elsewhere
+from fmoe.codecs.formats import APART, FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
@@ -33,17 +33,19 @@ class Quantised:
     """X -> decode(X's parts), its scales beside it, for every X that is stored in one of the formats.
 
     dtype: what tensors decode to. fresh: the family's formats, and for each the names that a fresh export writes in
-    it. block: the rows and columns of FP8's blocks. quantization: None encodes what carries scales, True that and all
-    that is fresh, False nothing (leaving scales out). keep: codes stay codes. seams: where rules join blocks, which
-    codes must fit. experts: the rules of expert weights. told: called with the `Survival` of each tensor that changed
-    since it was decoded. declared: the config or the names say that it is quantised. ruled_out: formats that its
-    config excludes. undecoded: the one that it says, if that is not read. ignored: modules that a fresh export leaves
-    alone. alone: only formats with names to write are encoded; what carries scales of another is encoded anew.
+    it. block: the rows and columns of FP8's blocks; restarts: where they begin again (`Stored`). quantization: None
+    encodes what carries scales, True that and all that is fresh, False nothing (leaving scales out). keep: codes stay
+    codes. seams: where rules join blocks, which codes must fit. experts: the rules of expert weights. told: called
+    with the `Survival` of each tensor that changed since it was decoded. declared: the config or the names say that it
+    is quantised. ruled_out: formats that its config excludes. undecoded: the one that it says, if that is not read.
+    ignored: modules that a fresh export leaves alone. alone: only formats with names to write are encoded; what
+    carries scales of another is encoded anew.
     """
 
     dtype: torch.dtype
     fresh: Fresh
     block: tuple[int, int] = (128, 128)
+    restarts: tuple[tuple[int, int], ...] = ()
     quantization: bool | None = None
     keep: bool = False
     seams: tuple[Seam, ...] = ()
@@ -72,7 +74,7 @@ class Quantised:
         return tuple(f for f in self.formats if f.name not in self.ruled_out)
 
     def _sized(self, f: Format) -> Format:
-        return replace(f, block=self.block) if f.block == (128, 128) else f
+        return replace(f, block=self.block, restarts=self.restarts) if f.block == (128, 128) else f
 
     @property
     def lossless(self) -> bool:
@@ -164,6 +166,7 @@ class Quantised:
     def _encoding(self, specs: Specs, carried: Mapping[str, Parts]) -> CodecPlan:
         gone = {here for p in carried.values() for _, here, _, _ in p.kept} | activations(carried, 1)
         if self.quantization is False:
+            gone |= {n for p in carried.values() for part in APART if (n := spell(f"{{S}}.{part}", p.name))}
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
         if self.alone:
             ours = {name for name, pattern in self.fresh if pattern is not None}

@@ -34,8 +34,11 @@ def with_scales(
 
     flip: which is `turned`. Scales of activations, which may be there for some experts only, keep their names.
     """
-    rules = [e for e in walk(entries) if isinstance(e, Rule) and matrix(e)]
-    return (*_with(entries, formats, keep, flip), *dict.fromkeys(k for rule in rules for k in _passed(rule)))
+    every = [*walk(entries)]
+    passed = [k for e in every if isinstance(e, Rule) and matrix(e) for k in _passed(e)]
+    if passed and any(isinstance(e, Keep) and str(e.pattern) == "{rest}" for e in every):
+        passed += [Keep(Address((Capture("rest"), f".{part}"))) for part in APART]
+    return (*_with(entries, formats, keep, flip), *dict.fromkeys(passed))
 
 
 def _passed(rule: Rule) -> Iterable[Keep]:

@@ -54,7 +54,8 @@ class Stored:
     stored, and words: how codes are, a name in `foreign/words.py`. order: the part, if it is there, that says the
     group of each column. form: the shape of the scale's part where it is none of rows and columns, "()", "[1]", "[o]",
     "[o 1 i 1]" or "[i o]"; lone: the same of second. sizes: the block is what codes and scales say,
-    "groups" of columns, or "squares" of powers of two. method: the quant_method of its
+    "groups" of columns, or "squares" of powers of two. restarts: (R, n) of matrices with R rows that are n of equal
+    size, one after the other, each with blocks of its own; shards: that n. method: the quant_method of its
     config, and for compressed-tensors the format. source: who publishes it.
     """
 
@@ -79,6 +80,8 @@ class Stored:
     zeros: str = ""
     words: str = ""
     order: str | None = None
+    restarts: tuple[tuple[int, int], ...] = ()
+    shards: int = 1
     sizes: str = ""
     flat: bool = False
     method: str = "fp8"
@@ -111,6 +114,10 @@ class Stored:
         """The shape that a file gives a scale of these rows and columns."""
         return SHAPES[self.form](matrix)
 
+    def named(self, name: str) -> Self:
+        """The format of a tensor of that name: only fused projections have blocks that begin again."""
+        return self if name.endswith("qkv_proj.weight") or not self.restarts else replace(self, restarts=())
+
     def sized(self, shape: tuple[int, ...], scale: tuple[int, ...]) -> Self:
         """The format, its block as codes of a tensor of that shape and the file's scale say; as it is where none is."""
         rows, columns = self.as_stored(shape)[-2:]
@@ -120,7 +127,8 @@ class Stored:
             tried = [(1, columns // groups)]
         elif self.sizes == "squares":
             tried = [self.block, *((n, n) for n in (128, 64, 32, 16, 256))]
-        made = (replace(self, block=block) for block in tried)
+        made = [replace(self, shards=n) for R, n in self.restarts if R == rows and self.sizes == "squares"]
+        made += [replace(self, block=block) for block in tried]
         return next((f for f in made if f.spelled(f.scale_shape(shape)) == scale), self)
 
     def codes_spec(self, shape: tuple[int, ...]) -> TensorSpec:
@@ -144,6 +152,9 @@ class Stored:
         return TensorSpec(self.scale_shape(shape), torch.uint8) if self.zeros else TensorSpec((1, 1), torch.float32)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self.shards > 1:
+            n, rows, columns = values.grid((self.shards, shape[0] // self.shards, shape[1]), self.block)
+            return n * rows, columns
         full = values.grid(self.as_stored(shape), self.block)
         return full if self.rank is None else full[: self.rank]
 

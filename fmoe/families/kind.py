@@ -7,6 +7,7 @@ from typing import Any
 
 from fmoe.codecs.cast import CastExperts
 from fmoe.codecs.config import exports, ignored, quantization_of, ruled_out, weight_block
+from fmoe.codecs.foreign.restarts import restarts
 from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import matrix, seams, turned, with_scales
@@ -125,6 +126,7 @@ class Family:
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
             exports(self.fresh, quantize) if quantize else self.fresh,
             block=weight_block(given),
+            restarts=restarts(given),
             quantization=True if quantize else None,
             alone=bool(quantize),
             ignored=ignored(given),
