@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.checkpoint.files.containers.source import container_of
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, mapped
 from fmoe.checkpoint.look.stats import opened
-from fmoe.checkpoint.open import adapter_of, plan_from
-from fmoe.checkpoint.sides import open_source, side
+from fmoe.checkpoint.open import adapter_of, made_with, plan_from
+from fmoe.checkpoint.sides import others, ours_alone, side
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.systems import SYSTEMS
@@ -38,24 +37,23 @@ def diff(
     """
     own = {} if adapter is None else {"adapter": adapter}
     a, b = _Side(_source(one, bool(own))), _Side(_source(other, bool(own)))
+    keeps = [_keeps(side.source) for side in (a, b) if side.source.native]
+    if {*keeps} == {True, False}:
+        fix = "Fix: fmoe convert the one with codes to hf, then diff that"
+        raise AdapterError(f"one of {one} and {other} holds codes and scales, and one decoded numbers. {fix}")
     if not _alike(a.source, b.source, own):
-        a, b = a.natively(own), b.natively(own)
+        a, b = a.natively(own, any(keeps)), b.natively(own, any(keeps))
     for name in sorted({**a.specs, **b.specs}):
         yield {"name": name} | _compared(a, b, name, values)
 
 
+def _keeps(native: Checkpoint) -> bool:
+    return (native.origin or {}).get("choices", {}).get("quantized") == "keep"
+
+
 def _source(path: Path | str, own: bool) -> Checkpoint:
-    if "://" not in str(path) and (container := container_of(Path(path))):
-        try:
-            here = side(open_source(path))
-        except AdapterError:  # no config, or names of several systems
-            here = ""
-        raise AdapterError(_others(path, f"{here}'s" if here in SYSTEMS else f"in {container} files"))
+    ours_alone(path, "diff")
     return opened(path, own)
-
-
-def _others(path: object, whose: str) -> str:
-    return f"{path} is {whose}. Fix: fmoe convert {path} HF --to hf, then diff that"
 
 
 def _alike(a: Checkpoint, b: Checkpoint, own: dict[str, Any]) -> bool:
@@ -64,7 +62,7 @@ def _alike(a: Checkpoint, b: Checkpoint, own: dict[str, Any]) -> bool:
         return True
     for source in () if own else (a, b):
         if source.kind and (here := side(source)) in SYSTEMS:
-            raise AdapterError(_others(source.path, f"{here}'s"))
+            raise AdapterError(others(source.path, f"{here}'s", "diff"))
     if a.native or b.native:
         return a.native == b.native
     try:
@@ -82,10 +80,13 @@ class _Side:
         self._units = {t: unit for unit in plan.units() for t in unit[1]} if plan else {}
         self._made: dict[str, Tensor] = {}
 
-    def natively(self, own: dict[str, Any]) -> "_Side":
-        return (
-            self if self.source.native else _Side(self.source, plan_from(self.source, adapter_of(self.source, **own)))
-        )
+    def natively(self, own: dict[str, Any], codes: bool) -> "_Side":
+        """Under native names; codes: as codes and scales, where they are quantised."""
+        if self.source.native:
+            _ = own or made_with(self.source)  # raises where rules of somebody's own are needed
+            return self
+        how = {"quantized": "keep"} if codes and not own else {}
+        return _Side(self.source, plan_from(self.source, adapter_of(self.source, **own, **how)))
 
     def __getitem__(self, name: str) -> Tensor:
         if self.plan is None:

@@ -76,8 +76,10 @@ def load(
     held = (source.origin or {}).get("ranges")
     if held and ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
-    plan = Plan((), source.specs) if held else adapter.plan(specs, **ranges)
-    if not source.native:
+    if source.native:
+        plan = Plan((), source.specs) if held else adapter.plan(specs, **ranges)
+    else:
+        plan = plan_from(source, adapter, **ranges)
         whole(source, plan.targets, **choices)
     maps = Maps() if mmap and isinstance(source.path, Path) else None
     if out is not None:

@@ -1,6 +1,7 @@
 """`fmoe.adapter`: by directory, by model type and config, or from your own rules."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fmoe.layout.build import table
 from fmoe.layout.pipeline import Plan
 from fmoe.systems import SYSTEMS
 from fmoe.systems import adapter as of_system
-from fmoe.types import EXPERT_TENSORS, AdapterError, as_dtype
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, as_dtype
 
 
 def adapter(
@@ -156,6 +157,7 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     return made, _anew(source, made, quantize, cast)
 
 
+COUNT = re.compile(r"\d+")
 VALUES = ("dtype", "cast", "quantized", "quantize")
 """Choices that say which numbers are written, and not under which names."""
 
@@ -201,7 +203,23 @@ def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
     held = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
     if held and axis_ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
-    return there._plan(source.specs, held, frozenset(held)) if held else there.plan(source.specs, **axis_ranges)
+    try:
+        return there._plan(source.specs, held, frozenset(held)) if held else there.plan(source.specs, **axis_ranges)
+    except AdapterError as error:
+        raise AdapterError([*error.found, *_besides(source, error.keys)], error.rest) from None
+
+
+def _besides(source: Checkpoint, wrong: Collection[str]) -> list[Problem]:
+    """What else a checkpoint lacks, looked for as if the missing ones among the wrong names were there."""
+    if source.kind not in FAMILIES:
+        return []
+    like = {COUNT.sub("0", name): spec for name, spec in source.specs.items()}
+    lost = {n: like[COUNT.sub("0", n)] for n in wrong if n not in source.specs and COUNT.sub("0", n) in like}
+    try:
+        native = source.specs if source.native else adapter_of(source).plan({**source.specs, **lost}).targets
+        return [problem for problem in gaps_of(source, native).problems if not {*problem.keys} <= {*wrong}]
+    except AdapterError:
+        return []
 
 
 def complete(source: Checkpoint, adapter: Adapter, plan: Plan, to: str, how: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
+from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.quantised import Quantised
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
@@ -90,7 +91,7 @@ def save(
             for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
                 done += nbytes
                 progress(done, of)
-        notes = (*told(survived), *_needed(path, small))
+        notes = (*told(survived), *_needed(path, small), *_rounded(path, plan if layout == "hf" else None, small))
         for name, text in small.items():
             stage.fill(name, text.encode())
         stage.publish()
@@ -169,6 +170,13 @@ def _needed(path: Path, small: Mapping[str, str]) -> Iterator[str]:
     """What a reader of the directory has to bring."""
     if CONFIG not in small and not (path / CONFIG).exists():
         yield f"no {CONFIG}, of which an adapter of your own knows nothing: fmoe.load(..., adapter=) reads it as it is"
+
+
+def _rounded(path: Path, plan: Plan | None, small: Mapping[str, str]) -> list[str]:
+    """A note on Hugging Face tensors that its config's reader makes narrower."""
+    if plan is None or not (CONFIG in small or (path / CONFIG).exists()):
+        return []
+    return wider_than_said(plan.targets, json.loads(small[CONFIG]) if CONFIG in small else _json(path / CONFIG))
 
 
 def _json(path: Path) -> dict[str, Any]:

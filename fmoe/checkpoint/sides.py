@@ -76,6 +76,20 @@ def open_source(src: Where | str, config: Any = None, own: bool = False, trust_p
     return open_foreign(path, given or {})
 
 
+def ours_alone(path: Where | str, verb: str) -> None:
+    """Raises AdapterError for another system's files, which a command does not read: convert them first."""
+    if "://" not in str(path) and (container := container_of(Path(str(path)))):
+        try:
+            here = side(open_source(path))
+        except AdapterError:  # no config, or names of several systems
+            here = ""
+        raise AdapterError(others(path, f"{here}'s" if here in SYSTEMS else f"in {container} files", verb))
+
+
+def others(path: object, whose: str, verb: str) -> str:
+    return f"{path} is {whose}. Fix: fmoe convert {path} HF --to hf, then {verb} that"
+
+
 def side(source: Checkpoint, from_: str | None = None) -> str:
     """What a source is: "native", "hf" or a system, by its names. Raises AdapterError where several fit."""
     if from_ is not None:

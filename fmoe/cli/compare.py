@@ -46,7 +46,8 @@ def diff(
 
 def _line(row: dict[str, Any]) -> list[str]:
     say = lambda side: "{1} {0}".format(*row[side]) if side in row else ""
-    return [row["name"], row["status"], say("one"), say("other"), f"{row['largest']:.3g}" if "largest" in row else ""]
+    status = row["status"].replace("in one", "in A").replace("in other", "in B")
+    return [row["name"], status, say("one"), say("other"), f"{row['largest']:.3g}" if "largest" in row else ""]
 
 
 @app.command()

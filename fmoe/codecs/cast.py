@@ -88,6 +88,25 @@ def not_cast(specs: Specs, dtype: Any, config: Mapping[str, Any]) -> list[str]:
     return [f"{told}. Fix: cast='all' (--cast all)"]
 
 
+def wider_than_said(specs: Specs, config: Mapping[str, Any]) -> list[str]:
+    """A note where most bytes are of a dtype wider than config.json says: a reader rounds them.
+
+    >>> wider_than_said({"w": TensorSpec((2,), torch.float32)}, {"dtype": "bfloat16"})
+    ["config.json says bfloat16, and 'w' is float32: Transformers rounds it as it loads. Fix: dtype in config.json"]
+    """
+    said, sized = (
+        _said(config),
+        [(n, s) for n, s in specs.items() if s.dtype.is_floating_point and s.dtype.itemsize > 1],
+    )
+    wide = [n for n, spec in sized if said is not None and spec.dtype.itemsize > said.itemsize]
+    if said is None or 2 * sum(specs[n].nbytes for n in wide) <= sum(spec.nbytes for _, spec in sized):
+        return []
+    here, there = (str(d).removeprefix("torch.") for d in (specs[wide[0]].dtype, said))
+    verb, them = ("is", "it") if len(wide) == 1 else ("are", "them")
+    told = f"config.json says {there}, and {some(sorted(wide))} {verb} {here}: Transformers rounds {them} as it loads"
+    return [f"{told}. Fix: dtype in config.json"]
+
+
 @dataclass(frozen=True)
 class CastExperts:
     """W -> W.to(dtype) for the tensors named `EXPERT_TENSORS`. Biases of routers and other fp32 holders stay.

@@ -32,7 +32,8 @@ def layout(adapter: Adapter, *, ranks: int = 1, e: range | None = None) -> Any:
     n_experts = adapter.moe_config.n_routed_experts
     for axis, panel in zip(axes[0], found, strict=True):
         _panel(axis, panel, tall, n_experts, ranks, e)
-    figure.tight_layout()
+    _legend(figure, ranks, e)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
 
@@ -45,7 +46,9 @@ def checkpoint(path: Path | str, *, ranks: int = 1, e: range | None = None) -> A
     """
     from fmoe.checkpoint import adapter_of, open_checkpoint
     from fmoe.checkpoint.look.sizes import kind_of, layer_of
+    from fmoe.checkpoint.sides import ours_alone
 
+    ours_alone(path, "draw")
     source = open_checkpoint(path)
     adapter = adapter_of(source)
     found, plot = panels(adapter), pyplot()
@@ -61,7 +64,8 @@ def checkpoint(path: Path | str, *, ranks: int = 1, e: range | None = None) -> A
             kind = sizes.setdefault(kind_of(name, {name} if ".experts." in name else ()), {})
             kind[layer] = kind.get(layer, 0) + spec.nbytes
     _bars(figure.add_subplot(grid[1, :]), sizes, f"{path}: {human(source.nbytes)}")
-    figure.tight_layout()
+    _legend(figure, ranks, e)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
 
@@ -85,6 +89,8 @@ def load(counts: "Tensor | Sequence[Tensor] | Mapping[str, Tensor]") -> Any:
     shown = axis.imshow(relative.numpy(), aspect="auto", cmap="viridis", vmin=0)
     axis.set_xlabel("expert")
     axis.set_ylabel("" if names else "layer")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.get_major_locator().set_params(integer=True)
     if names:
         axis.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(shown, ax=axis, label="tokens / mean of the layer")
@@ -129,6 +135,20 @@ def _colour(expert: int, n_experts: int, ranks: int, e: range | None) -> Any:
     return pyplot().get_cmap("tab10")(expert * ranks // n_experts % 10)
 
 
+def _legend(figure: Any, ranks: int, e: range | None) -> None:
+    """What the colours of experts say: the rank that holds them, or the range that was asked for."""
+    said = {f"rank {r}": r * 1.0 for r in range(min(ranks, 10))} if ranks > 1 and e is None else {}
+    marks = [pyplot().Rectangle((0, 0), 1, 1, facecolor=_colour(int(r), ranks, ranks, None)) for r in said.values()]
+    names = [*said, *(["…"] if ranks > 10 else [])]
+    if e is not None:
+        marks, names = (
+            [pyplot().Rectangle((0, 0), 1, 1, facecolor="tab:orange")],
+            [f"experts {e.start} to {e.stop - 1}"],
+        )
+    if marks:
+        figure.legend(marks, names, loc="upper center", ncols=11, fontsize=7, title="experts of which some are drawn")
+
+
 def _bars(axis: Any, sizes: Mapping[str, Mapping[int, int]], title: str) -> None:
     layers = sorted({layer for kind in sizes.values() for layer in kind})
     bottom, (unit, size) = [0.0] * len(layers), _unit(sizes)
@@ -137,6 +157,7 @@ def _bars(axis: Any, sizes: Mapping[str, Mapping[int, int]], title: str) -> None
         axis.bar(layers, heights, bottom=bottom, label=kind, width=0.9)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
     axis.set_xlabel("layer")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel(unit)
     axis.set_title(title, fontsize=9)
     if layers:

@@ -115,7 +115,8 @@ def spec_of(found: pickles.Rebuilt, where: str) -> TensorSpec:
         raise AdapterError(f"{where} has shape {list(found.shape)} from {found.offset}: no numbers")
     spec = TensorSpec(found.shape, dtype)
     if spec.numel > 1 and found.strides != _strides(spec.shape):
-        raise AdapterError(f"{where} is not contiguous: strides {list(found.strides)} from {found.offset}")
+        text = f"{where} is not contiguous: strides {list(found.strides)} from {found.offset}"
+        raise AdapterError(f"{text}. Fix: save what tensor.contiguous() gives")
     return spec
 
 
