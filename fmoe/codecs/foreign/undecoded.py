@@ -7,6 +7,7 @@ import torch
 
 from fmoe.codecs.config import bits, quantization_of
 from fmoe.codecs.parts import Parts
+from fmoe.codecs.values import E4M3
 from fmoe.layout.claims import some
 from fmoe.types import Problem, TensorSpec, brief
 
@@ -71,6 +72,22 @@ def unread(name: str | None, specs: Mapping[str, TensorSpec], found: Mapping[str
     text = f"{some(narrow)}: quantization_config says {name}, a format that fmoe does not decode"
     fix = "Fix: decode it with its own tool; or take quantization_config out of config.json, if it is wrong"
     return [Problem(f"{text}. {fix}", narrow)]
+
+
+def stacked(specs: Mapping[str, TensorSpec]) -> list[Problem]:
+    """A problem for each stack of experts in codes of which ModelOpt and Inkling-2 store the scales as stacks too."""
+    found = []
+    for name in (n for n in specs if n.endswith("_weight_scale")):
+        stem = name.removesuffix("_scale")
+        codes = stem if stem in specs else stem.removesuffix("_weight")
+        if codes in specs and len(specs[codes].shape) == 3 and _narrow(specs[codes].dtype):
+            small = specs[codes].dtype.is_floating_point
+            kind = "NVFP4" if specs[name].dtype == E4M3 else "MXFP8" if small else "codes"
+            text = (
+                f"{codes!r}: {kind} of stacked experts, a format that fmoe does not decode. Fix: one tensor an expert"
+            )
+            found.append(Problem(text, (codes, name)))
+    return found
 
 
 def _narrow(dtype: torch.dtype) -> bool:
