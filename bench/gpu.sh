@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in ten minutes at most: whatever it has reached by then is in $OUT/records.jsonl.
 #   OUT=FOLDER bench/gpu.sh [STEP ..]    all steps of bench/gpu/run.py, most valuable first, or those named
 #   FMOE_DRY=1 OUT=F bench/gpu.sh        the same on a CPU, tiny: do all steps start, keep their limits, leave records?
-# Before, on a CPU: python bench/gpu/precompile.py, and carry build/triton-cache; wheels of peers in build/wheels.
+# Before, on a CPU with the same Python and triton: python bench/gpu/precompile.py, and carry build/triton-cache; wheels of peers in build/wheels.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-bench/results/gpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
