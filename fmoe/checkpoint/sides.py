@@ -25,7 +25,7 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.suspects import QUANTISED
 from fmoe.systems import SYSTEMS
-from fmoe.types import AdapterError, Problem
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem
 
 
 def of_systems(src: Where | str, to: str, config: Any, from_: str | None, own: bool = False) -> bool:
@@ -106,7 +106,8 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     fits = [n for n in fits if (container == "dcp") == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
         raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")
-    return fits[0] if fits else "hf"
+    stacked = isinstance(source, Foreign) and any(n.rpartition(".")[2] in EXPERT_TENSORS for n in source.specs)
+    return fits[0] if fits else "automodel" if stacked else "hf"  # our names in another container: a trainer's
 
 
 def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any) -> tuple[Adapter, Adapter]:

@@ -141,3 +141,19 @@ def test_a_truncated_file_is_refused_and_nothing_written(hf, tmp_path):
     with pytest.raises(AdapterError, match="behind the file"):
         fmoe.convert(tmp_path / "there", tmp_path / "back", to="hf")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_native_tensors_that_torch_saved_are_known_by_their_names(name, hf, tmp_path):
+    path, config, tensors = hf(name)
+    saved(tmp_path / "step", {n: t.contiguous() for n, t in fmoe.load(path).items()})
+    report = fmoe.convert(tmp_path / "step", tmp_path / "out", to="hf", config=config)
+    assert "automodel" in report.sides
+    same(files(tmp_path / "out"), tensors)
+
+
+def test_what_is_not_contiguous_says_what_to_save(hf, tmp_path):
+    path, config, _ = hf("qwen3_moe")
+    saved(tmp_path / "step", fmoe.load(path))
+    with pytest.raises(AdapterError, match=r"is not contiguous: strides .*Fix: save what tensor.contiguous\(\) gives"):
+        fmoe.inspect(tmp_path / "step", config=config)
