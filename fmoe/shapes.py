@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from fmoe.codecs.stacks import is_beside, is_code
 from fmoe.folding import meant
-from fmoe.types import MoEConfig, Params
+from fmoe.types import MoEConfig, Params, brief
 
 
 def check_params(
@@ -77,8 +77,11 @@ def check_level(owner: str, params: Params, needed: Sequence[str]) -> None:
     ValueError: experts: params has 'layers.3.mlp.experts.down_projs', expected 'down_projs': the names of one layer.
     Fix: fmoe.subtree(params, 'layers.3.mlp.experts')
     """
+    if not hasattr(params, "items") or not all(isinstance(name, str) for name in params):
+        raise ValueError(f"{owner}: params is {brief(params)}, expected a dict of tensors by name")
+    alone = [name for name in ("gate_and_up_projs", "down_projs") if name in params and name not in needed]
     for name in needed:
-        if name.startswith("experts.") and name.removeprefix("experts.") in params:
+        if alone and name not in params:
             fix = "fmoe.subtree(native, 'model.layers.0.mlp'), or fmoe.experts with a routing"
             raise ValueError(f"{owner}: params are of experts alone, expected the whole block.\nFix: {fix}")
     for name in needed:

@@ -20,7 +20,7 @@ from fmoe.layout.entries import Keep, walk
 from fmoe.layout.names import Names, hits
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.table import Table
-from fmoe.types import EXPERT_TENSORS, AdapterError
+from fmoe.types import EXPERT_TENSORS, AdapterError, brief
 
 
 def inspect(
@@ -30,18 +30,24 @@ def inspect(
     from_: str | None = None,
     trust_pickle: bool = False,
     adapter: Adapter | None = None,
+    **choices: Any,
 ) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.
 
     problems: why it does not convert; notes: what else one may want to know. Raises AdapterError where the directory
     cannot be opened at all. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory.
-    adapter: one of your own, in place of the family's.
+    adapter: one of your own, in place of the family's. Choices, as e=range(0, 2), are `fmoe.load`'s, and refused here.
 
     >>> import fmoe.docs
     >>> found = inspect(fmoe.docs.example())
     >>> found["model_type"], found["tensors"], found["problems"]
     ('qwen3_moe', 52, [])
     """
+    if choices:
+        told = ", ".join(f"{n}={brief(v)}" for n, v in choices.items())
+        raise AdapterError(
+            f"inspect: {told}, expected no choice: it looks at all of {path}. Fix: fmoe.load takes {told}"
+        )
     own = {} if adapter is None else {"adapter": adapter}
     source = open_source(path, config, bool(own), trust_pickle)
     here = ("native" if source.native else "hf") if own else side(source, from_)

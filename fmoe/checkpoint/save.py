@@ -18,7 +18,7 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
-from fmoe.checkpoint.whole import narrowed, no_part
+from fmoe.checkpoint.whole import narrowed, no_part, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.quantised import Quantised
@@ -59,7 +59,8 @@ def save(
     decoded, as by a merge, and become codes again, the report's notes say how much of the change survives, and
     AdapterError where next to nothing does: quantization=False writes them as they are.
 
-    Raises AdapterError before anything is written where the parameters do not convert, or path may not be written to.
+    Raises AdapterError before anything is written where the parameters do not convert, lack a tensor that the config's
+    model has (`fmoe.load` would refuse them), or path may not be written to.
 
     >>> import fmoe, tempfile, torch
     >>> adapter = fmoe.rule("layers.{l}.w.{e} [i d]", "layers.{l}.w [e d i]") | fmoe.keep("{rest}")
@@ -72,7 +73,7 @@ def save(
     claim = lambda: replaced(path, None, force, bystanders=True)
     survived: list[Survival] = []
     how: Any = dict(claim=claim, quantization=quantization, survived=survived.append)
-    adapter, plan, files, small = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, **how)
+    adapter, plan, files, small, found = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, **how)
     check_space(path, sum(size for _, size in files.heads.values()))
     done, of = 0, plan.nbytes
     progress(0, of)
@@ -91,7 +92,8 @@ def save(
             for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
                 done += nbytes
                 progress(done, of)
-        notes = (*told(survived), *_needed(path, small), *_rounded(path, plan if layout == "hf" else None, small))
+        wide = _rounded(path, plan if layout == "hf" else None, small)
+        notes = (*found, *told(survived), *_needed(path, small), *wide)
         for name, text in small.items():
             stage.fill(name, text.encode())
         stage.publish()
@@ -102,12 +104,13 @@ def save(
 
 
 class Job(NamedTuple):
-    """What is to be written: the plan's targets, laid out in files, and small files beside them."""
+    """What is to be written: the plan's targets, laid out in files, and small files beside them; notes on it."""
 
     adapter: Adapter
     plan: Plan
     files: Layout
     small: dict[str, str]
+    notes: tuple[str, ...]
 
 
 def prepare(
@@ -143,12 +146,14 @@ def prepare(
     if layout == "native":
         small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges, _choices(adapter, hf.targets))
     config = _json(path / CONFIG) if (path / CONFIG).exists() else adapter.config
+    notes: tuple[str, ...] = ()
     if config is not None:
         _one_model(path / CONFIG, config, adapter.config or {})
+        notes = whole_saved(path, config, adapter, hf.targets, ranges)
         agreed = agreeing(config, adapter.inverse, hf.targets)
         if agreed != config or not (path / CONFIG).exists():
             small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
-    return Job(adapter, plan, files, small)
+    return Job(adapter, plan, files, small, notes)
 
 
 def _one_model(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -1,13 +1,19 @@
 """Is a directory whole? What its config, class and own layers demand, and what `fmoe.json` says must come back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
 from fmoe.families import FAMILIES
 from fmoe.families.complete import Gaps, gaps
 from fmoe.families.kind import as_dict
+from fmoe.layout.adapter import Adapter
+from fmoe.layout.beside import Beside
 from fmoe.layout.claims import some
+from fmoe.layout.entries import Drop, Entry, walk
+from fmoe.layout.grouping import Specs
+from fmoe.layout.stage import Stage
+from fmoe.layout.table import Table
 from fmoe.types import AdapterError, Problem
 
 
@@ -44,6 +50,38 @@ def no_part(path: object, ranges: Mapping[str, Any], whose: str = "Hugging Face"
         held = ", ".join(f"{n}={v}" for n, v in ranges.items())
         text = f"{path} would be a part of a {whose} checkpoint ({held}), with a router and a config for all experts"
         raise AdapterError(f"{text}. Fix: write a part as 'native', or all experts")
+
+
+def whole_saved(
+    path: object, config: Mapping[str, Any], adapter: Adapter, hf: Specs, ranges: Mapping[str, range]
+) -> tuple[str, ...]:
+    """The notes on HF tensors that are about to be written. Raises AdapterError where `fmoe.load` would miss any.
+
+    Of a family that is not known, of names that are not its own, and of an adapter that drops some on purpose, nobody
+    knows what is whole.
+    """
+    kind = FAMILIES.get(str(config.get("model_type")))
+    if kind is None or any(isinstance(entry, Drop) for entry in _entries(adapter.stages)):
+        return ()
+    try:
+        native = kind.adapter(config).resolve(hf)._plan(hf, ranges, frozenset(ranges)).targets
+    except AdapterError:
+        return ()
+    found = gaps(kind, config, native)
+    if found.problems:
+        fix = (
+            "save all of the model, or experts alone as e=range(..) in layout 'native', or by rules that drop the rest"
+        )
+        raise AdapterError([*found.problems, f"{path} would not be whole, and fmoe.load would refuse it. Fix: {fix}"])
+    return tuple(found.notes)
+
+
+def _entries(stages: Iterable[Stage]) -> Iterator[Entry]:
+    for stage in stages:
+        if isinstance(stage, Beside):
+            yield from _entries((*stage.left, *stage.right))
+        elif isinstance(stage, Table):
+            yield from walk(stage.entries)
 
 
 def whole(

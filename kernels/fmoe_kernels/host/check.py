@@ -66,6 +66,16 @@ def check_device(who: str, name: str, tensor: Tensor, first: str, like: Tensor) 
         raise ValueError(f"{who}: {name} is on {tensor.device}, expected {like.device}, where {first} is")
 
 
+def check_numbers(who: str, **numbers: Any) -> None:
+    """Raises ValueError for what is no number.
+
+    >>> check_numbers("swiglu", limit=7, alpha=1.0)
+    """
+    for name, n in numbers.items():
+        if isinstance(n, bool) or not isinstance(n, int | float | torch.SymFloat):
+            raise ValueError(f"{who}: {name} is {n!r}, expected a number")
+
+
 def say(dtypes: Dtypes) -> str:
     """The dtypes as a phrase.
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fmoe_kernels.host import configs
@@ -97,7 +98,9 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constan
 
 
 def check_runs(x: Tensor) -> None:
-    """Raises ValueError where x is on a CPU and kernels are compiled: only the interpreter runs there."""
+    """Raises ValueError where x has no data, or is on a CPU and kernels are compiled here."""
+    if x.is_meta or is_fake(x):
+        raise ValueError("fmoe_kernels: x is on meta or fake, which has no data, expected a tensor on a GPU")
     if x.device.type == "cpu" and isinstance(_probe, triton.JITFunction):
         raise ValueError(
             "fmoe_kernels: x is on the CPU, expected a GPU; use fmoe_kernels.reference,"

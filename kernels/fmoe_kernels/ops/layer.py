@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
-from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check
+from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check, check_numbers
 from fmoe_kernels.ops import flops  # noqa: F401  its formulas, for whoever counts
 from fmoe_kernels.ops.custom import experts_backward, experts_forward
 from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
@@ -55,6 +55,7 @@ def experts(
     Raises ValueError for tensors that do not fit, an unknown activation, and tensors on a CPU outside the interpreter.
     """
     _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, start)
+    check_numbers("experts", alpha=alpha, limit=limit)
     device, out_dtype = x.device.type, torch.float32 if wide else x.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))

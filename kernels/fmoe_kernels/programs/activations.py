@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
-from fmoe_kernels.host.check import WIDE, check_device, check_kind
+from fmoe_kernels.host.check import WIDE, check_device, check_kind, check_numbers
 from fmoe_kernels.host.launch import check_runs, run
 from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS, bound
 
@@ -72,7 +72,8 @@ def _activate(u: Tensor, p: Maybe, name: str, alpha: float = 1.0, limit: float =
         y = reference.activate(u, name, alpha, limit)
         return y if p is None else (y * p).to(u.dtype)
     flat = None if p is None else p.reshape(-1).float()
-    y = _call(u.reshape(-1, u.shape[-1]), flat, name, float(alpha), bound(name, limit))
+    check_numbers(name, alpha=alpha, limit=limit)
+    y = _call(u.reshape(shape.numel(), u.shape[-1]), flat, name, float(alpha), bound(name, limit))
     return y.reshape(*shape, y.shape[1])
 
 
