@@ -16,7 +16,7 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import rule, table
 from fmoe.types import AdapterError, Problem, TensorSpec
 
-CHUNK = 64 * 2**20
+CHUNK = 16 * 2**20
 _DTYPES = {
     torch.float64: "<f8",
     torch.float32: "<f4",
