@@ -15,7 +15,7 @@ from fmoe.codecs import Changed, CodecPlan
 from fmoe.codecs.carried import activations, beside, renamed
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.config import is_ignored
-from fmoe.codecs.foreign.undecoded import stacked, unread
+from fmoe.codecs.foreign.undecoded import lone, stacked, unread
 from fmoe.codecs.format import Format
 from fmoe.codecs.formats import APART, FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
@@ -133,7 +133,7 @@ class Quantised:
         there = lambda: in_file(specs, names, self.readable, self.fresh)
         found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
         said = None if self.flipped else self.undecoded
-        whole = [] if self.flipped else stacked(specs)
+        whole = [] if self.flipped else [*stacked(specs), *lone(specs, found)]
         problems = [*unread(said, specs, found), *whole, *problems, *cut_across(found, window)]
         problems += unscaled(specs, found, self.experts)
         if self.keep:

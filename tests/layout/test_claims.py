@@ -152,7 +152,10 @@ def test_other_quantised_formats_are_refused_by_name(tail):
     with pytest.raises(fmoe.AdapterError, match="part of a quantised tensor") as error:
         FAMILY.from_hf(named(name))
     halves = {"weight_packed", "weight_scale"}  # of one format that is known: each is missed beside the other
-    wanted = halves if tail in halves else {tail}
+    known = {"qweight": {"qweight", "scales"}, "qzeros": {"qzeros", "qweight", "scales"}} | dict.fromkeys(
+        halves, halves
+    )
+    wanted = known.get(tail, {tail})
     assert set(error.value.keys) == {f"model.layers.0.self_attn.q_proj.{part}" for part in wanted}
 
 

@@ -74,6 +74,13 @@ def unread(name: str | None, specs: Mapping[str, TensorSpec], found: Mapping[str
     return [Problem(f"{text}. {fix}", narrow)]
 
 
+def lone(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[Problem]:
+    """A problem for each scale of activations, outside the experts, of a tensor that is not quantised."""
+    names = [n for n in specs if n.endswith(".input_scale") and "experts" not in n.split(".")]
+    text = "{!r}: part of a quantised tensor, whose codes are not there"
+    return [Problem(text.format(n), (n,)) for n in names if n.removesuffix("input_scale") + "weight" not in found]
+
+
 def stacked(specs: Mapping[str, TensorSpec]) -> list[Problem]:
     """A problem for each stack of experts in codes of which ModelOpt and Inkling-2 store the scales as stacks too."""
     found = []
