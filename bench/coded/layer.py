@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmoe import MoEConfig, Routing, experts
 from fmoe.backends.held import stacks
-from fmoe.codecs import twofold
+from fmoe.codecs.foreign import twofold
 from fmoe.codecs.formats import FORMATS
 
 E, K, D, I = 32, 2, 1024, 512

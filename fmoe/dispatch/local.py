@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensor
 
 from fmoe.dispatch.moves import gather, spread
 from fmoe.dispatch.rows import Dispatcher, Rows
+from fmoe.dispatch.watched import unwatched
 from fmoe.types import MoEConfig, Routing
 
 
@@ -47,6 +48,10 @@ def by_expert(indices: Tensor, mask: Tensor | None, E: int, wait: bool = True) -
     """The plan of indices [T, K] and a mask [T], for experts [0, E). wait: for the device, to know how many rows."""
     T, K = indices.shape
     indices = indices.long()  # a narrow dtype may not hold E
+    if wait and mask is None and not torch.compiler.is_compiling() and indices.numel() and unwatched(indices):
+        ids, slot_ids = indices.flatten().sort(stable=True)
+        if 0 <= int(ids[0]) and int(ids[-1]) < E:  # all slots go somewhere: the rest below in fewer steps
+            return Plan(slot_ids, torch.bincount(ids, minlength=E), T, K)
     goes = (indices >= 0) & (indices < E)
     goes = goes if mask is None else goes & mask[:, None]
     ids, slot_ids = indices.masked_fill(~goes, E).flatten().sort(stable=True)

@@ -38,8 +38,7 @@ def _spread(x: Tensor, slots: Tensor, k: int) -> Tensor:
 
 
 def _gather(rows: Tensor, slots: Tensor, k: int) -> Tensor:
-    row = torch.empty_like(slots)
-    row[slots] = torch.arange(len(slots), device=slots.device)
+    row = torch.empty_like(slots).scatter_(0, slots, torch.arange(len(slots), device=slots.device))
     wide = torch.promote_types(rows.dtype, torch.float32)
     if k == 1:
         return rows.index_select(0, row).to(wide)

@@ -1,6 +1,7 @@
 """An expert around a function that is not ours: our products, their activation between them, their norm after them."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ def layer(
     """
     E, I, D = params["down_projs"].shape
     K = min(routing.indices.shape[1], E)  # on a rank that has fewer experts than a token goes to
-    sizes: dict[str, Any] = dict(n_routed_experts=E, n_activated_experts=max(K, 1), dim=D, moe_inter_dim=I)
-    config = MoEConfig(**sizes, dtype=x.dtype, expert_bias="down_proj_bias" in params, **gate.fields())
+    made = _config.__wrapped__ if torch.compiler.is_compiling() else _config
+    config = made(E, max(K, 1), D, I, x.dtype, "down_proj_bias" in params, gate)
     if not gate.own and after is None and len(ups) == 1:
         r = next((p.shape[-1] for name, p in params.items() if name.startswith("lora_") and name.endswith("_A")), 1)
         return experts(params, x, routing, config, backend=backend, lora_alpha=float(r))
@@ -50,6 +51,12 @@ def layer(
         plan = local.plan(routing, config)
         rows = local.dispatch(h, routing.weights, plan)
         return local.combine(_mlp(params, rows, ups, apply, after, by), plan).to(x.dtype)
+
+
+@lru_cache(maxsize=256)
+def _config(E: int, K: int, D: int, I: int, dtype: torch.dtype, bias: bool, gate: Gate) -> MoEConfig:
+    sizes: dict[str, Any] = dict(n_routed_experts=E, n_activated_experts=K, dim=D, moe_inter_dim=I)
+    return MoEConfig(**sizes, dtype=dtype, expert_bias=bias, **gate.fields())
 
 
 def products(backend: str | Backend | None, x: Tensor) -> str:
