@@ -223,11 +223,11 @@ def _besides(source: Checkpoint, wrong: Collection[str]) -> list[Problem]:
 
 
 def complete(source: Checkpoint, adapter: Adapter, plan: Plan, to: str, how: Mapping[str, Any]) -> tuple[str, ...]:
-    """The notes on a source from which nothing is missing; else AdapterError."""
+    """The notes on a source from which nothing is missing, and on rules that match nothing; else AdapterError."""
     if to == "native":
-        return whole(source, plan.targets, **how)
+        return whole(source, plan.targets, **how) + plan.notes
     if not source.native:
-        return whole(source, adapter.plan(source.specs).targets, **how)
+        return whole(source, adapter.plan(source.specs).targets, **how) + plan.notes
     same = source.origin and source.origin["weight_map"].keys() == plan.targets.keys()
     back = plan.targets if same or "adapter" in how else plan_from(source, adapter_of(source).inverse).targets
-    return whole(source, source.specs, back, **how)
+    return whole(source, source.specs, back, **how) + plan.notes

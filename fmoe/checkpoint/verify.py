@@ -61,7 +61,7 @@ def verify(
         notes = tuple(whole_between(source, here, adapter).notes)
     else:
         native = source.specs if source.native else plan.targets
-        notes = whole(source, native, plan.targets if source.native else None, **choices)
+        notes = whole(source, native, plan.targets if source.native else None, **choices) + plan.notes
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
     digests, by = (source.origin or {}).get("checksums", {}), NATIVE
     if isinstance(source, Foreign):

@@ -76,7 +76,8 @@ def plan(
         targets = {
             n: {"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for n, s in made.targets.items()
         }
-        print(json.dumps({"sources": len(made.sources), "bytes": made.nbytes, "bijective": True, "targets": targets}))
+        found = {"sources": len(made.sources), "bytes": made.nbytes, "bijective": True, "targets": targets}
+        print(json.dumps(found | ({"notes": list(made.notes)} if made.notes else {})))
     else:
         print(made)
 

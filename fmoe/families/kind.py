@@ -12,6 +12,7 @@ from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import matrix, seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
+from fmoe.families.router import unsaid
 from fmoe.families.sparse import ANY
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
@@ -41,7 +42,9 @@ class Family:
     """One or more of Hugging Face's model types that store their experts alike.
 
     rules: HF names and axes <-> native ones. fields: MoEConfig's fields -> the config's names for them, separated by
-    blanks: the first that the config has; `a.0` is the first of a list. fixed: what the architecture settles.
+    blanks: the first that the config has; `a.0` is the first of a list. fixed: what the architecture settles. One of
+    both has to say the router, as `fixed=dict(score_func="sigmoid")`, or `dict(score_func="softmax",
+    softmax_before_topk=True)`: of a family that does not, `route` and `moe` refuse the config, and `experts` works.
     activations: the config's name of the experts' activation -> ours. fp8: the names that a fresh FP8 export quantises;
     None: no FP8 form. formats: if not that, the quantised formats that it has, and what names a fresh export writes in
     each. words: config fields -> what each of their values says of MoEConfig; the first is that of a config without the
@@ -176,6 +179,7 @@ class Family:
             if not isinstance(act, str) or act not in self.activations:
                 return f"{self.activation_field}={act!r}: expected one of {', '.join(self.activations)}"
             extra["expert_activation"] = self.activations[act]
+        extra |= unsaid(self.model_types[0], self.fixed, self.fields, values)
         if uneven := [f for f, value in extra.items() if isinstance(value, list)]:
             return f"{self.fields.get(uneven[0], uneven[0])}={extra[uneven[0]]!r}: layers differ, expected one number"
         try:

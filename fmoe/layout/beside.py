@@ -24,7 +24,8 @@ Stages = tuple[Stage, ...]
 def beside(left: Stages, right: Stages) -> Stages:
     """left | right: one table where both are a single table, else a stage that runs both."""
     if len(left) == len(right) == 1 and isinstance(left[0], Table) and isinstance(right[0], Table):
-        return (Table(tuple(dict.fromkeys(left[0].entries + right[0].entries))),)
+        heard = left[0].heard and right[0].heard
+        return (Table(tuple(dict.fromkeys(left[0].entries + right[0].entries)), heard=heard),)
     if len(left) == 1 and isinstance(left[0], Beside) and _is_table(left[0].right) and _is_table(right):
         return (Beside(left[0].left, beside(left[0].right, right)),)
     return (Beside(left, right),)

@@ -92,7 +92,10 @@ def either(name: str, quantized: str | None = None, **options: Adapter) -> Adapt
 
 
 def rename(old: str, new: str) -> Adapter:
-    """old <-> new, and every other name unchanged: a prefix that ends in a dot, a whole name or path, or two patterns.
+    """old <-> new, and every other name unchanged: a prefix that ends in a dot, or a whole name or path.
+
+    Both may have captures: `rename("{pre}self_attn.{rest}", "{pre}attention.{rest}")` is of a module in the middle of
+    names. A rename that matches nothing is a note of the plan.
 
     >>> import torch
     >>> rename("model.", "policy.").from_hf({"model.a": torch.zeros(1), "b": torch.zeros(1)}).keys()
@@ -101,9 +104,12 @@ def rename(old: str, new: str) -> Adapter:
     for name in (old, new):
         if not isinstance(name, str):
             raise AdapterError(f"rename: {brief(name)} is no name, expected text")
-    if "{" in old + new:
+    if bool(old and new) and old.endswith(".") != new.endswith("."):
+        told = f"rename: {old!r} <-> {new!r}: one ends in a dot and the other does not"
+        raise AdapterError(f"{told}. Fix: {old.rstrip('.') + '.'!r} <-> {new.rstrip('.') + '.'!r}, of a prefix")
+    if "[" in old + new or "{rest}" in old + new or old.endswith("}") or new.endswith("}"):
         return rule(old, new) | keep("{rest}")
-    if old.endswith(".") or new.endswith(".") or not (old and new):
+    if old.endswith(".") or not (old and new):
         return rule(old + "{rest}", new + "{rest}") | keep("{rest}")
     return rule(old, new) | rule(old + ".{rest}", new + ".{rest}") | keep("{rest}")
 

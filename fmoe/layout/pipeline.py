@@ -1,7 +1,7 @@
 """The plan over stages in a row: what comes out, what depends on what, and running it on tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -10,7 +10,8 @@ from fmoe.layout.axes import Copy, Group
 from fmoe.layout.eager.html import table_of
 from fmoe.layout.grouping import Specs
 from fmoe.layout.plan import TablePlan
-from fmoe.layout.stage import StagePlan
+from fmoe.layout.proved.idle import idle
+from fmoe.layout.stage import Stage, StagePlan
 from fmoe.layout.units import Unit, in_order, joined
 from fmoe.types import TensorSpec, human
 
@@ -19,16 +20,33 @@ from fmoe.types import TensorSpec, human
 class Plan:
     """What an adapter will do to given names, shapes and dtypes: proved bijective before any data is touched.
 
-    stages: one plan for each of the adapter's stages. specs: what goes in.
+    stages: one plan for each of the adapter's stages. specs: what goes in. made_of: the stages themselves, resolved.
     """
 
     stages: tuple[StagePlan, ...]
     specs: Specs
+    made_of: tuple[Stage, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def narrowed(self) -> frozenset[str]:
         """The axes of which only a range comes out."""
         return frozenset().union(*(stage.narrowed for stage in self.stages))
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """The rules, renames, keeps and drops of one's own that match no name, each in a sentence.
+
+        >>> import fmoe, torch
+        >>> fmoe.rename("self_attn.", "attention.").plan({"a.self_attn.q": torch.ones(3)}).notes[0][:60]
+        'rule self_attn.{rest}  <->  attention.{rest} matches no name'
+        """
+        names, made, several = self.specs, dict[str, None](), len(self.stages) > 1
+        for k, (stage, plan) in enumerate(zip(self.made_of, self.stages, strict=False)):
+            said = idle(getattr(stage, "entries", ()), names) if getattr(stage, "heard", False) else ()
+            made |= dict.fromkeys(f"stage {k + 1} of {len(self.stages)}: {text}" if several else text for text in said)
+            made |= dict.fromkeys(text for side in _sides(plan) for text in side.notes)
+            names = plan.targets
+        return tuple(made)
 
     @cached_property
     def targets(self) -> dict[str, TensorSpec]:
@@ -172,7 +190,7 @@ class Plan:
         return f"{there} -> {back}, {human(self.nbytes)}, proved bijective"
 
     def __str__(self) -> str:
-        return "\n".join([self._head, *filter(None, map(str, self.stages))])
+        return "\n".join([self._head, *filter(None, map(str, self.stages)), *(f"note: {n}" for n in self.notes)])
 
 
 def _sides(stage: StagePlan) -> tuple[Plan, ...]:

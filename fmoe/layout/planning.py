@@ -49,7 +49,7 @@ def plan_stages(
         local |= plans[-1].narrowed
     if problems:
         raise AdapterError(problems)
-    return Plan(tuple(plans), specs)
+    return Plan(tuple(plans), specs, tuple(settled))
 
 
 def _names(plan: StagePlan) -> Names:

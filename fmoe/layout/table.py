@@ -20,10 +20,12 @@ class Table:
     entries: tuple[Entry, ...] = ()
     guards: tuple[bool, bool] = field(default=(True, True), compare=False, repr=False, kw_only=True)
     """Whether a name like an expert's must be spelled to be kept: on the way there, on the way back (`planning.py`)."""
+    heard: bool = field(default=True, compare=False, repr=False, kw_only=True)
+    """Whether an entry that matches no name is told (`proved/idle.py`): of rules of one's own, not of a family's."""
 
     @property
     def inverse(self) -> "Table":
-        return Table(tuple(e.inverse for e in self.entries))
+        return Table(tuple(e.inverse for e in self.entries), heard=self.heard)
 
     @property
     def has_experts(self) -> bool:
@@ -45,7 +47,7 @@ class Table:
         return plan_table(self.entries, specs, names, window, local, self.guards)
 
     def resolve(self, names: Names, *, default: bool) -> "Table":
-        return Table(settle(self.entries, names, default=default))
+        return Table(settle(self.entries, names, default=default), heard=self.heard)
 
     def rename(self, names: Names) -> list[str]:
         claims = claim(self.entries, names)
@@ -75,11 +77,11 @@ class Table:
             if isinstance(entry, Either) and label is None and choices.get("quantization"):
                 label = entry.quantized
             made += entry.choose(label) if isinstance(entry, Either) and label is not None else (entry,)
-        return Table(tuple(made))
+        return Table(tuple(made), heard=self.heard)
 
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Table":
         """The same table with the letters of its rules bounded: an int is a size, an iterable the values allowed."""
-        return Table(tuple(bind(e, sizes) for e in self.entries))
+        return Table(tuple(bind(e, sizes) for e in self.entries), heard=self.heard)
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return {e.name: tuple(label for label, _ in e.options) for e in self.entries if isinstance(e, Either)}

@@ -6,7 +6,7 @@ matrices among them go through the derived rules, and all others pass unchanged.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -103,6 +103,7 @@ class LoraTable(Table):
     targets: tuple[str, ...] | None = None
     shared: bool | None = None
     flipped: bool = False
+    heard: bool = field(default=False, compare=False, repr=False, kw_only=True)
 
     @property
     def inverse(self) -> "LoraTable":

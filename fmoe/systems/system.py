@@ -11,6 +11,7 @@ from fmoe.families.kind import KEPT, as_dict
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.planning import asked_as
+from fmoe.layout.table import Table
 from fmoe.systems.wording.complete import Complete
 from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.published import published
@@ -81,13 +82,13 @@ class System:
                 raise AdapterError(f"{unknown}={brief(layouts[unknown])}: {part}")
             if near := meant(unknown, (*self.choices, *ALWAYS)):
                 raise AdapterError(f"system={self.name!r} has no choice {unknown}{near}")
-        return replace(made, moe=plain.moe, config=plain.config).choose(**layouts)
+        return replace(_whole(made), moe=plain.moe, config=plain.config).choose(**layouts)
 
     def _from_native(self, model_type: str, config: Any, choices: Mapping[str, Any]) -> Adapter:
         kind = family(model_type)
         made = kind.adapter(config, **{n: v for n, v in choices.items() if n != "lossy"})
         facts = Facts(self.name, kind, as_dict(config), choices)
-        return made >> self.tables[model_type](facts) if model_type in self.tables else made
+        return made >> _whole(self.tables[model_type](facts)) if model_type in self.tables else made
 
     def _chosen(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         made = {n: options[0] if options else None for n, options in self.choices.items()}
@@ -104,3 +105,9 @@ class System:
                 raise AdapterError(f"quantized={value!r}: expected 'decode' or 'keep'{meant(value, KEPT)}")
             made[name] = value
         return made
+
+
+def _whole(adapter: Adapter) -> Adapter:
+    """The adapter, its tables those of every model of a family: a rule that matches nothing in one is no news."""
+    quiet = lambda stage: replace(stage, heard=False) if isinstance(stage, Table) else stage
+    return replace(adapter, stages=tuple(map(quiet, adapter.stages)))

@@ -2,6 +2,7 @@
 
 from fmoe.families.kind import Family
 from fmoe.families.layouts import KEPT, MLP, transposed
+from fmoe.families.router import AFTER
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
 
@@ -18,7 +19,7 @@ gpt_oss = Family(
         activation_limit="swiglu_limit",
         activation_alpha="swiglu_alpha",
     ),
-    fixed=dict(expert_activation="quick_geglu", expert_bias=True, router_bias=True),
+    fixed=dict(expert_activation="quick_geglu", expert_bias=True, router_bias=True) | AFTER,
     formats={"mxfp4 blocks": r".*\.mlp\.experts\.(gate_up|down)_proj"},
     sparse=EVERY,
     source="openai/gpt-oss-20b, and the bf16 form that Transformers writes",

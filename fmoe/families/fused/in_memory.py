@@ -6,6 +6,7 @@ from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, MLP, fused, transposed
 from fmoe.families.per_expert.nemotron_h import MIXER, nemotron_h
 from fmoe.families.per_expert.qwen2_moe import qwen2_moe
+from fmoe.families.router import AFTER
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import keep, rule, together
 
@@ -65,7 +66,7 @@ openai_privacy_filter = Family(
         activation_alpha="swiglu_alpha",
     ),
     # its router divides by K, and its block multiplies by K: a softmax of the K best it is
-    fixed=dict(expert_activation="swigluoai", expert_bias=True, router_bias=True, router_weights_fp32=True),
+    fixed=dict(expert_activation="swigluoai", expert_bias=True, router_bias=True, router_weights_fp32=True) | AFTER,
     sparse=EVERY,
     source="openai/privacy-filter",
     verified="block",

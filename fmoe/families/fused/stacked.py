@@ -6,6 +6,7 @@ from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, fused, transposed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.router import AFTER
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, keep, rule, together
 
@@ -25,6 +26,7 @@ granitemoe = Family(
     )
     | KEPT,
     fields=FIELDS,
+    fixed=AFTER,
     sparse=EVERY,
     source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-tiny, granite-swash-3b-a600m",
     verified="block",
@@ -48,6 +50,7 @@ aria = Family(
         n_activated_experts="moe_topk",
         n_shared_experts="moe_num_shared_experts",
     ),
+    fixed=AFTER,
     sparse=EVERY,
     source="rhymes-ai/Aria",
     verified="block",
@@ -64,6 +67,7 @@ jetmoe = Family(
     | keep("{pre}layers.{l}.self_attention.experts.{rest}")
     | KEPT,
     fields=FIELDS,
+    fixed=AFTER,
     activation_field="activation_function",
     sparse=EVERY,
     source="jetmoe/jetmoe-8b",

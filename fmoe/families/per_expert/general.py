@@ -8,6 +8,7 @@ from dataclasses import replace
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT
 from fmoe.families.layouts import per_expert as one_by_one
+from fmoe.families.router import AFTER
 
 per_expert = Family(
     model_types=("per_expert",),
@@ -19,6 +20,7 @@ per_expert = Family(
         moe_inter_dim="moe_intermediate_size",
         moe_latent_size="moe_latent_size",
     ),
+    fixed=AFTER,
     fp8=EXPERTS_ONLY,
     source="no single publisher: the layout of Qwen, DeepSeek, GLM, OLMoE and many others",
     verified="laws",
@@ -28,5 +30,5 @@ per_expert_non_gated = replace(
     per_expert,
     model_types=("per_expert_non_gated",),
     rules=one_by_one("{pre}experts.", gate_up="up_proj") | KEPT,
-    fixed=dict(expert_activation="relu2"),
+    fixed=AFTER | dict(expert_activation="relu2"),
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fmoe.families.per_expert.qwen2_moe import qwen2_moe
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.router import AFTER
 from fmoe.families.sparse import EVERY
 
 olmoe = replace(
@@ -20,7 +21,7 @@ cohere2_moe = replace(
     fields=olmoe.fields | dict(n_shared_experts="num_shared_experts"),
     fixed=dict(norm_topk_prob=True),
     words=dict(
-        expert_selection_fn={"softmax": {}, "sigmoid": dict(score_func="sigmoid_of_best_logits")},
+        expert_selection_fn={"softmax": AFTER, "sigmoid": dict(score_func="sigmoid_of_best_logits")},
         shared_expert_combination_strategy={"average": dict(output_scale=0.5), "sum": {}},
     ),
     source="CohereLabs/command-a-plus-05-2026",
