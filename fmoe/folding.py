@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from itertools import groupby
 from math import prod
 
 _LINES = 18
@@ -36,12 +37,44 @@ def meant(found: object, options: Iterable[str]) -> str:
     return f". Did you mean {spelled[near[0]]!r}?" if near else ""
 
 
+def short(text: str) -> str:
+    """A rule's text, of a long list of literal choices the first two and their number.
+
+    >>> short("w{s=_a|_b|_c|_d|_e|_f|_g} [e d]"), short("{g=gate|up} [i d]")
+    ('w{s=_a|_b|.. 5 more} [e d]', '{g=gate|up} [i d]')
+    """
+    return _CHOICES.sub(lambda m: f"{m[1]}|.. {m[2].count('|')} more}}", text)
+
+
+def told(lines: Iterable[str]) -> Iterator[str]:
+    """The lines, several keeps in a row that differ in their last segment as one.
+
+    >>> list(told(["a", "keep x.y", "keep x.z", "keep {rest}"]))
+    ['a', 'keep x.y, .z', 'keep {rest}']
+    """
+    stem = lambda line: line.rpartition(".")[0] + "." if line.startswith("keep ") and "." in line else line
+    for _, same in groupby(lines, stem):
+        first, *more = same
+        yield ", ".join([first, *(f".{line.rpartition('.')[2]}" for line in more)])
+
+
+def apart(line: str) -> list[str]:
+    """What `told` made a line of.
+
+    >>> apart("keep x.y, .z")
+    ['keep x.y', 'keep x.z']
+    """
+    first, *more = line.split(", .") if line.startswith("keep ") else [line]
+    return [first, *(f"{first.rpartition('.')[0]}.{last}" for last in more)]
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """The first few names, and how many more there are."""
     shown = ", ".join(repr(n) for n in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+_CHOICES = re.compile(r"(\{\w+=[^{}|]*\|[^{}|]*)((?:\|[^{}|]*){5,})\}")
 Columns = tuple[tuple[str, ...], ...]  # for each segment between dots, what it may be
 
 

@@ -14,6 +14,7 @@ from fmoe.checkpoint.stream.slices import groups
 from fmoe.checkpoint.whole import gaps_of
 from fmoe.families import family
 from fmoe.families.kind import as_dict
+from fmoe.folding import apart, short
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Keep, walk
@@ -128,11 +129,11 @@ def _experts(source: Checkpoint, own: dict[str, Any]) -> dict[str, Any]:
 
 def _used(adapter: Adapter, plan: Plan) -> list[str]:
     """The lines of the adapter that say what is done here: its rules with a group, and its keeps of a name."""
-    used = {str(rule) for group in groups(plan) for rule in (group.rule, group.rule.inverse)}
+    used = {short(str(rule)) for group in groups(plan) for rule in (group.rule, group.rule.inverse)}
     kept = Names({*plan.sources, *plan.targets})
     keeps = (e for stage in adapter.stages if isinstance(stage, Table) for e in walk(stage.entries))
     used |= {str(e) for e in keeps if isinstance(e, Keep) and any(hits(e.rule, kept))}
-    return [line for line in str(adapter).split("\n") if line.strip() in used]
+    return [line for line in str(adapter).split("\n") if not used.isdisjoint(apart(line.strip()))]
 
 
 def _quantised(source: Checkpoint) -> str | None:

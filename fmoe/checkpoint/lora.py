@@ -49,6 +49,13 @@ class Tuned(NamedTuple):
         found = {t.a: _one(t, self.config) for t in targets_of(self.adapter, self.params)}
         return Scales(found, interleaved(self.adapter, [n for n in found if n.endswith("_gate_and_up_A")]))
 
+    def __repr__(self) -> str:
+        r, alpha = self.config.r, self.config.lora_alpha
+        return f"Tuned({len(self.params)} tensors, r={r}, lora_alpha={alpha}, {self.adapter!r})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
 
 def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: Any = None) -> Tuned:
     """The native LoRA matrices of a PEFT directory, in either form, with names below PEFT's `base_model.model.`.

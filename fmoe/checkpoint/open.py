@@ -13,7 +13,7 @@ from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
 from fmoe.families.cross import Crossing, cross
-from fmoe.families.kind import as_dict
+from fmoe.families.kind import Family, as_dict
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import table
@@ -66,17 +66,20 @@ def _made(model_type: str, config: Any, system: str, choices: dict[str, Any]) ->
 def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "native", **choices: Any) -> Adapter:
     """The adapter of an open checkpoint, its alternatives settled by the names of its HF tensors, or its origin's.
 
-    adapter=: one of your own in place of the family's; then there are no other choices.
+    adapter=: one of your own, or a Family, in place of the family's; then there are no other choices.
 
     >>> import fmoe.docs
     >>> adapter_of(open_checkpoint(fmoe.docs.example())).moe_config.n_routed_experts
     8
     """
     if (own := choices.pop("adapter", None)) is not None:
+        if isinstance(own, Family):
+            own = own.adapter(checkpoint.config)
         if not isinstance(own, Adapter):
             kind = type(own).__name__
             told = f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
-            raise AdapterError(f"adapter= is {told}, expected an fmoe.Adapter, as fmoe.rule(...) | fmoe.keep(...)")
+            fits = "an fmoe.Adapter, as fmoe.rule(...) | fmoe.keep(...)"
+            raise AdapterError(f"adapter= is {told}, expected {fits}, or an fmoe.families.Family")
         if choices or config is not None or system != "native":
             told = ", ".join(choices) or ("a config" if config is not None else f"system={system!r}")
             raise AdapterError(f"adapter= comes with {told}, expected it alone. Fix: adapter.choose(...)")
@@ -224,6 +227,7 @@ def _besides(source: Checkpoint, wrong: Collection[str]) -> list[Problem]:
 
 def complete(source: Checkpoint, adapter: Adapter, plan: Plan, to: str, how: Mapping[str, Any]) -> tuple[str, ...]:
     """The notes on a source from which nothing is missing, and on rules that match nothing; else AdapterError."""
+    how = {**how, "adapter": adapter} if "adapter" in how else how
     if to == "native":
         return whole(source, plan.targets, **how) + plan.notes
     if not source.native:

@@ -24,7 +24,7 @@ from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.quantised import Quantised
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
-from fmoe.families.kind import as_dict
+from fmoe.families.kind import Family, as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.table import Table
@@ -38,7 +38,7 @@ SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 def save(
     params: Params,
     path: Path | str,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Family | None = None,
     layout: Literal["hf", "native"] = "hf",
     max_shard_size: int | str = "5GB",
     *,
@@ -116,7 +116,7 @@ class Job(NamedTuple):
 def prepare(
     params: Params,
     path: Path,
-    adapter: Adapter | None,
+    adapter: Adapter | Family | None,
     layout: str,
     max_shard_size: int | str,
     axis_ranges: Mapping[str, range] | None = None,
@@ -206,7 +206,9 @@ def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
         yield Problem(f"{name!r} is {tensor.dtype}, which safetensors has no code for: cast it", (name,))
 
 
-def _adapter(path: Path, adapter: Adapter | None) -> Adapter:
+def _adapter(path: Path, adapter: Adapter | Family | None) -> Adapter:
+    if isinstance(adapter, Family):
+        return adapter.adapter(_json(path / CONFIG) if (path / CONFIG).exists() else None)
     if adapter is not None:
         return adapter
     if not (path / CONFIG).is_file():

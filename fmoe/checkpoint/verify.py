@@ -19,6 +19,7 @@ from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
+from fmoe.layout.proved.idle import dropped
 from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, Problem, bits
 
@@ -61,7 +62,8 @@ def verify(
         notes = tuple(whole_between(source, here, adapter).notes)
     else:
         native = source.specs if source.native else plan.targets
-        notes = whole(source, native, plan.targets if source.native else None, **choices) + plan.notes
+        how = choices | ({"adapter": adapter} if own else {})
+        notes = whole(source, native, plan.targets if source.native else None, **how) + plan.notes
     back = there.inverse._plan(plan.targets, _held(plan), frozenset(_held(plan)))
     digests, by = (source.origin or {}).get("checksums", {}), NATIVE
     if isinstance(source, Foreign):
@@ -69,7 +71,9 @@ def verify(
     if isinstance(source, Foreign) or here in SYSTEMS:
         digests, by = kept_sums(source.path), SUMS
     wrong = other_bytes(source.path, digests, by=by)
-    wrong += [Problem(f"{n!r} does not come back", (n,)) for n in source.specs if n not in back.targets]
+    lost = [n for n in source.specs if n not in back.targets]
+    why = dropped(there.stages, lost)
+    wrong += [Problem(f"{n!r} does not come back{f': {why[n]}' if n in why else ''}", (n,)) for n in lost]
     wrong += [Problem(f"{n!r} comes back, and was not there", (n,)) for n in back.targets if n not in source.specs]
     done, size = 0, source.nbytes
     progress(done, size)

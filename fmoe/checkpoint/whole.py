@@ -12,6 +12,7 @@ from fmoe.layout.beside import Beside
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Drop, Entry, walk
 from fmoe.layout.grouping import Specs
+from fmoe.layout.proved.idle import dropped
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.types import AdapterError, Problem
@@ -32,8 +33,17 @@ def gaps_of(
     if source.origin is None or back is None:
         return found
     lost = [n for n in source.origin["weight_map"] if n not in back]
+    gone = dropped(choices["adapter"].stages, lost) if isinstance(choices.get("adapter"), Adapter) else {}
+    told = [
+        Problem(
+            f"{some([n for n in gone if gone[n] == why])}: {why}, and nothing brings it back",
+            tuple(n for n in gone if gone[n] == why),
+        )
+        for why in dict.fromkeys(gone.values())
+    ]
+    lost = [n for n in lost if n not in gone]
     text = f"{some(lost)}: in {NATIVE} as what the directory was made from, and no native tensor gives it back"
-    return Gaps([*found.problems, *([Problem(text, tuple(lost))] if lost else [])], found.notes)
+    return Gaps([*found.problems, *told, *([Problem(text, tuple(lost))] if lost else [])], found.notes)
 
 
 def narrowed(model_type: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, range]:
@@ -91,5 +101,7 @@ def whole(
     found = gaps_of(source, native, back, **choices)
     if found.problems:
         fix = f"{source.path} is not whole: download what is missing, or mend config.json"
+        if all("dropped by your rule" in p.text for p in found.problems):
+            fix = f"{source.path} cannot give back what it was made from. Fix: convert the original, or keep it there"
         raise AdapterError([*found.problems, fix])
     return tuple(found.notes)

@@ -81,8 +81,16 @@ def own(name: str | None) -> dict[str, Any]:
     module, _, attribute = name.partition(":")
     sys.path.insert(0, "")
     try:
-        return {"adapter": attrgetter(attribute)(import_module(module))}
-    except (ImportError, AttributeError, ValueError) as error:
+        found = import_module(module)
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if absent or not module or module.startswith("."):
+            raise typer.BadParameter(f"--adapter is {name!r}, expected package.module:name: {error}") from None
+        told = f"importing {module} raised {type(error).__name__}: {error}"
+        raise typer.BadParameter(f"--adapter {name!r}: {told}") from None
+    try:
+        return {"adapter": attrgetter(attribute)(found)}
+    except AttributeError as error:
         raise typer.BadParameter(f"--adapter is {name!r}, expected package.module:name: {error}") from None
 
 

@@ -25,7 +25,8 @@ NO_FAMILY = {
 """Model types with experts in name alone, and why they are none of ours."""
 
 OWN = "adapter= (--adapter package.module:name) for rules of your own"
-KNOWN = f"Fix: {OWN}, a Family in fmoe.families for a family; known ones: fmoe families"
+_ADDED = "fmoe.families.register(it), or an entry point of the group fmoe.families in your package, adds it"
+KNOWN = f"Fix: {OWN}, a Family in fmoe.families for a family ({_ADDED}); known ones: fmoe families"
 """The end of a message about a model type that has no family: what helps, and where the known ones are listed."""
 
 

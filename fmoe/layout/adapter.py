@@ -47,8 +47,6 @@ class Adapter:
             raise AdapterError(f"moe_config is unknown: {self.moe}")
         return self.moe
 
-    # composition
-
     @property
     def inverse(self) -> "Adapter":
         """The two directions swapped: `a.inverse.from_hf` is `a.to_hf`."""
@@ -88,7 +86,8 @@ class Adapter:
     def _repr_html_(self) -> str:
         return table_of(str(self))
 
-    # abstract
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # IPython's, and Hypothesis'
+        printer.text(repr(self))
 
     def resolve(self, names: Iterable[str]) -> "Adapter":
         """The adapter with its alternatives settled by key names, so that `to_hf` emits the layout that was found.

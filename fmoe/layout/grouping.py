@@ -90,6 +90,9 @@ class Claimed:
         expected = ", ".join(f"{n} < {self.given[n]}" for n in self.rule.stacked if n in self.given)
         text = [f"missing {some(absent)}"] if absent else []
         text += [f"out of range {some(strays)}"] if strays else []
+        if not expected:  # literal choices alone: what is there demands all of them
+            strays.append(next(iter(self.found.values())))
+            expected = f"all of its parts, since {strays[-1]!r} is there"
         loose = [n for n in self.rule.stacked if n not in self.rule.bound and not self.rule.source.captures[n].choices]
         for name in loose:
             i = self.rule.stacked.index(name)

@@ -14,6 +14,7 @@ from itertools import chain
 
 from torch import Tensor
 
+from fmoe.folding import short
 from fmoe.layout.axes import Copy, Group
 from fmoe.layout.claims import Claims, claim, some
 from fmoe.layout.eager.converting import NotAView, convert
@@ -102,7 +103,7 @@ class TablePlan:
             mine = [g for g in self.groups if g.rule == rule]
             sources, targets = sum(len(g.sources) for g in mine), sum(len(g.targets) for g in mine)
             size = sum(self.targets[t].nbytes for g in mine for t in g.targets)
-            lines.append(f"{sources:>8,} -> {targets:<7,} {human(size):>9}  {rule}")
+            lines.append(f"{sources:>8,} -> {targets:<7,} {human(size):>9}  {short(str(rule))}")
         renamed = {s: t for s, t in self.pairs.items() if s != t}
         kept = len(self.pairs) - len(renamed)
         for source, target in list(renamed.items())[:1]:

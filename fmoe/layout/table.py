@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fmoe.folding import short, told
 from fmoe.layout.claims import claim
 from fmoe.layout.entries import Drop, Either, Entry, Keep, bind, settle, walk
 from fmoe.layout.grouping import Specs, Window
@@ -90,4 +91,4 @@ class Table:
         return frozenset(a for r in self.rules() for side in (r.source, r.target) for a in side.atoms if "|" not in a)
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.entries))
+        return "\n".join(map(short, told(map(str, self.entries))))

@@ -59,7 +59,10 @@ def _assert_pair(from_hf: Function, to_hf: Function, drawn: dict[str, Tensor]) -
     same(back(native), before, "inverse: to_hf(from_hf(x))")
     turned = there(dict(reversed(drawn.items())))
     same(turned, kept, "order: from_hf of x in another order")
-    assert list(turned) == list(native), "order: from_hf returns its names in the order of its argument"
+    assert list(turned) == list(native), (
+        f"order: from_hf of x in another order returns its names in another order: found {[*turned][:4]}, "
+        f"expected {[*native][:4]} again. Fix: make them in an order of their own, as over sorted(names)"
+    )
     same(there(back(native)), kept, "inverse: from_hf(to_hf(from_hf(x)))")
     assert_pure("from_hf or to_hf", drawn, before)
 
@@ -86,9 +89,8 @@ def assert_order(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str
         "plan.targets": list(adapter.inverse.plan(turned).targets),
     }.items():
         assert found == expected, f"order: {what} yields {found[:8]}, expected {expected[:8]}"
-    assert list(adapter.from_hf(dict(reversed(list(hf.items()))))) == list(native), (
-        "order: from_hf follows its argument's"
-    )
+    other = list(adapter.from_hf(dict(reversed(list(hf.items())))))
+    assert other == list(native), f"order: of another order from_hf makes {other[:4]}, expected {list(native)[:4]}"
 
 
 def assert_complete(adapter: Adapter, hf: Mapping[str, Tensor]) -> None:

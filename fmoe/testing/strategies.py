@@ -35,6 +35,10 @@ WIDTHS = ("", "", ":02", ":03")
 def checkpoints(draw: Callable[..., Any], adapter: Adapter, dtypes: Iterable[torch.dtype] = ()) -> Specs:
     """HF specs that the adapter takes: its alternatives, layers, prefixes and axis sizes drawn, size 1 and squares too.
 
+    Drawn are names that the rules of any stage fit, and some that its keeps and drops do, as many as all stages take in
+    a row. A block may be partial, or absent: gate and up of a layer without its down, unless the rules come `together`.
+    Those of a real model are in its files: `fmoe.checkpoint.open_checkpoint(path).specs` is what `assert_laws`
+    takes, with no strategy at all.
     dtypes: one is drawn for all tensors (default: those that hold any normal value). Raises AdapterError for an adapter
     with no rules, and for a ragged axis with two or more parts of unknown length, which cannot be inverted.
 
@@ -122,7 +126,7 @@ def _staged(draw: Callable[..., Any], open_: Stages, stages: Stages, dtype: torc
             new, _ = _fitting((stage,), sides[0] | sides[1])
         for before in reversed(stages[:k]):
             _, new = _fitting((before.inverse,), new)
-        specs = _fitting(stages, specs | new)[0] if specs | new else {}
+        specs = _fitting(stages, new | specs)[0] if specs | new else {}  # later stages ask for more
     return specs
 
 
@@ -144,9 +148,17 @@ def _fitting(stages: Stages, specs: Specs) -> tuple[Specs, Specs]:
             wrong = specs.keys() & set(error.keys) or {
                 n for t, rows in Names(specs).rows.items() if t in alike for n in rows.names
             }
+            for parent in [] if wrong else _parents(error.keys):  # what lacks a part of its own
+                wrong = wrong or {n for n in specs if n.startswith(parent)}
             if not wrong:
                 raise
             specs = {n: spec for n, spec in specs.items() if n not in wrong}
+
+
+def _parents(names: Iterable[str]) -> list[str]:
+    """The modules of names, the innermost first: `a.b.` and `a.` of `a.b.c`."""
+    found = dict.fromkeys(".".join(n.split(".")[:k]) + "." for n in names for k in range(1, n.count(".") + 1))
+    return sorted(found, key=lambda name: -name.count("."))
 
 
 def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[Entry, ...], dtype: torch.dtype) -> Specs:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fmoe.folding import meant
+from fmoe.folding import listed, meant
 from fmoe.layout.entries import Drop, Entry, Keep, Together
 from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Rule
@@ -13,7 +13,9 @@ REST = ".{rest}"
 
 
 def idle(entries: Iterable[Entry], names: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each entry that matches none of these names; `keep {rest}` and what only comes back aside.
+    """A sentence for each entry that matches none of these names, and of each drop that does: what is gone.
+
+    `keep {rest}`, and what only comes back, is no news.
 
     >>> from fmoe.layout.build import rename
     >>> (table,) = rename("modle.", "policy.").stages
@@ -26,10 +28,32 @@ def idle(entries: Iterable[Entry], names: Mapping[str, Any]) -> Iterator[str]:
     for entry, fits in found.items():
         source = _source(entry).name
         kin = source.removesuffix(REST) if source.endswith(REST) else source + REST  # a rename of a path has both
+        if fits and isinstance(entry, Drop):
+            gone = [n for _, _, rows in hits(entry.rule, there) for n in rows.names]
+            yield f"{listed(gone, 8)}: {why(entry)}, and nothing brings {'it' if len(gone) == 1 else 'them'} back"
         if fits or sources.get(kin) or (kin in sources and source.endswith(REST)):
             continue
         kind = "" if isinstance(entry, Keep | Drop) else "rule "
         yield f"{kind}{entry} matches no name{_fix(entry, names)}"
+
+
+def why(entry: Drop) -> str:
+    """What became of a name that a drop of one's own matches."""
+    return f"dropped by your rule drop({str(entry.pattern)!r}, because={entry.because!r})"
+
+
+def dropped(stages: Iterable[Any], names: Iterable[str]) -> dict[str, str]:
+    """The names, of those that go into the first stage, that a drop takes in some stage; and which, in a sentence."""
+    found: dict[str, str] = {}
+    for name in names:
+        at = [name]
+        for stage in stages:
+            drops = [e for e in getattr(stage, "entries", ()) if isinstance(e, Drop) and not e.flipped | e.refused]
+            if mine := [e for e in drops if any(True for _ in hits(e.rule, Names(at)))]:
+                found[name] = why(mine[0])
+                break
+            at = stage.resolve(Names(at), default=True).rename(Names(at))
+    return found
 
 
 def _told(entries: Iterable[Entry]) -> Iterator[tuple[Entry, Rule]]:
