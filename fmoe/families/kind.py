@@ -179,7 +179,11 @@ class Family:
             if not isinstance(act, str) or act not in self.activations:
                 return f"{self.activation_field}={act!r}: expected one of {', '.join(self.activations)}"
             extra["expert_activation"] = self.activations[act]
-        extra |= unsaid(self.model_types[0], self.fixed, self.fields, values)
+        if extra.get("latent_norm") and not extra.get("moe_latent_size"):
+            return (
+                f"{self.model_types[0]}: the config does not say {self.fields.get('moe_latent_size', 'a latent size')}"
+            )
+        extra |= unsaid(self.model_types[0], self.fixed, self.fields, values | extra)
         if uneven := [f for f, value in extra.items() if isinstance(value, list)]:
             return f"{self.fields.get(uneven[0], uneven[0])}={extra[uneven[0]]!r}: layers differ, expected one number"
         try:
