@@ -133,7 +133,7 @@ class Quantised:
         there = lambda: in_file(specs, names, self.readable, self.fresh)
         found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
         said = None if self.flipped else self.undecoded
-        whole = [] if self.flipped else [*stacked(specs), *lone(specs, found)]
+        whole = [] if self.flipped else [*stacked(specs, names), *lone(names, found)]
         problems = [*unread(said, specs, found), *whole, *problems, *cut_across(found, window)]
         problems += unscaled(specs, found, self.experts)
         if self.keep:

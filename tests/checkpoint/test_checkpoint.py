@@ -199,7 +199,10 @@ def test_verify_compares_bits_and_names_what_differs(tmp_path, monkeypatch):
 
 OTHER = fmoe.alias("other.weight", of=NORM).choose(**{"other.weight": "present"})
 LOSSY = {
-    "does not come back": fmoe.drop(NORM, because="a test") | fmoe.keep("{rest}"),
+    r"does not come back: dropped by your rule drop\('model.norm.weight', because='a test'\)": fmoe.drop(
+        NORM, because="a test"
+    )
+    | fmoe.keep("{rest}"),
     "comes back, and was not there": OTHER | fmoe.keep("{rest}"),
 }
 

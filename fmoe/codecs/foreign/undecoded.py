@@ -9,6 +9,7 @@ from fmoe.codecs.config import bits, quantization_of
 from fmoe.codecs.parts import Parts
 from fmoe.codecs.values import E4M3
 from fmoe.layout.claims import some
+from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec, brief
 
 READ: Mapping[str, tuple[str, Collection[str | None]]] = {
@@ -74,17 +75,17 @@ def unread(name: str | None, specs: Mapping[str, TensorSpec], found: Mapping[str
     return [Problem(f"{text}. {fix}", narrow)]
 
 
-def lone(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[Problem]:
+def lone(names: Names, found: Mapping[str, Parts]) -> list[Problem]:
     """A problem for each scale of activations, outside the experts, of a tensor that is not quantised."""
-    names = [n for n in specs if n.endswith(".input_scale") and "experts" not in n.split(".")]
+    scales = [n for n in names.ending((".input_scale",)) if "experts" not in n.split(".")]
     text = "{!r}: part of a quantised tensor, whose codes are not there"
-    return [Problem(text.format(n), (n,)) for n in names if n.removesuffix("input_scale") + "weight" not in found]
+    return [Problem(text.format(n), (n,)) for n in scales if n.removesuffix("input_scale") + "weight" not in found]
 
 
-def stacked(specs: Mapping[str, TensorSpec]) -> list[Problem]:
+def stacked(specs: Mapping[str, TensorSpec], names: Names) -> list[Problem]:
     """A problem for each stack of experts in codes of which ModelOpt and Inkling-2 store the scales as stacks too."""
     found = []
-    for name in (n for n in specs if n.endswith("_weight_scale")):
+    for name in names.ending(("_weight_scale",)):
         stem = name.removesuffix("_scale")
         codes = stem if stem in specs else stem.removesuffix("_weight")
         if codes in specs and len(specs[codes].shape) == 3 and _narrow(specs[codes].dtype):

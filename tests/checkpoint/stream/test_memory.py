@@ -85,8 +85,7 @@ def grown(*jobs: tuple[object, ...]) -> list[float]:
     "layout, layers",
     [
         ("per_expert", (3, 6)),
-        ("fused", (3, 6)),
-        pytest.param("fused", (4, 14), marks=pytest.mark.slow),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("fused", (3, 6)), ("fused", (4, 14)))),
         pytest.param("per_expert", (4, 14), marks=pytest.mark.slow),
     ],
     ids=str,

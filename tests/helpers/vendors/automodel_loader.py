@@ -80,5 +80,6 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
 
 
-folder = Path(sys.argv[1])
-print(json.dumps({Path(name).name: run(Path(name), folder / Path(name).name) for name in sys.argv[2:]}))
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    print(json.dumps({Path(name).name: run(Path(name), folder / Path(name).name) for name in sys.argv[2:]}))
