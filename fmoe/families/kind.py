@@ -180,10 +180,8 @@ class Family:
                 return f"{self.activation_field}={act!r}: expected one of {', '.join(self.activations)}"
             extra["expert_activation"] = self.activations[act]
         if extra.get("latent_norm") and not extra.get("moe_latent_size"):
-            return (
-                f"{self.model_types[0]}: the config does not say {self.fields.get('moe_latent_size', 'a latent size')}"
-            )
-        extra |= unsaid(self.model_types[0], self.fixed, self.fields, values | extra)
+            return f"{self.model_types[0]}: the config does not say {self.fields['moe_latent_size']}"
+        extra |= unsaid(self.model_types[0], self.fixed, self.fields, {**values, **extra})
         if uneven := [f for f, value in extra.items() if isinstance(value, list)]:
             return f"{self.fields.get(uneven[0], uneven[0])}={extra[uneven[0]]!r}: layers differ, expected one number"
         try:
