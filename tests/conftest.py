@@ -1,5 +1,6 @@
 """Settings for every test: repeatable hypothesis, NaN in memory that nobody has written, offline Transformers."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -33,3 +34,9 @@ def poisoned_memory() -> Iterator[None]:
 def pytest_xdist_auto_num_workers() -> int:
     """Half as many again as there are cores: a third of the time, tests wait for disks, clocks and each other."""
     return -(-(os.cpu_count() or 1) * 3 // 2)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and thousands of tests stay to the end: no collection walks them again."""
+    gc.collect()
+    gc.freeze()
