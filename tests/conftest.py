@@ -40,3 +40,7 @@ def pytest_collection_finish() -> None:
     """Modules and thousands of tests stay to the end: no collection walks them again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

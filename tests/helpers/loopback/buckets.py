@@ -63,13 +63,13 @@ class Bucket:
 def bucket(name: str = "models") -> Iterator[Bucket]:
     """Served until the block ends; the environment says where it is, and who asks."""
     import s3fs
-    from moto.core.model_instances import reset_model_data
+    from moto.s3.models import s3_backends
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     quiet = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None, "protocol_version": "HTTP/1.1"})
     it = Bucket(f"s3://{name}")
-    reset_model_data()  # what another served in this process
+    s3_backends.reset()  # what another served in this process
     application = it.application(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=quiet)
     thread = Thread(target=server.serve_forever, daemon=True)
