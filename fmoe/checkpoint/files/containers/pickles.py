@@ -80,7 +80,11 @@ RECORDS = {
     *(("megatron.core.dist_checkpointing.strategies.torch", n) for n in ("MCoreSavePlan",)),
     ("torch.serialization", "_get_layout"),
     ("torch", "device"),
-    *(("pathlib", n) for n in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")),
+    *(
+        (module, n)  # Python 3.13 names the second
+        for module in ("pathlib", "pathlib._local")
+        for n in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")
+    ),
 }
 """What the `.metadata` of torch and of Megatron-Core names: nothing of it is imported."""
 _ENUMS = "megatron.core.transformer.enums"
