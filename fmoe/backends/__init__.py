@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from torch import Tensor, device
 
@@ -41,8 +42,7 @@ class Fused:
         return self.rows(params, rows, config)
 
 
-@dataclass(frozen=True)
-class Coded:
+class Coded(NamedTuple):
     """A backend that multiplies codes as they are, with their scales beside them.
 
     takes(params): whether it does so with all of these that are codes; otherwise they are decoded for it.
