@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, device
 
@@ -92,7 +92,8 @@ def _triton(name: str) -> Backend:
     if name == "triton_fp8":
         from fmoe.backends import fp8
 
-        return Coded(fp8.triton_fp8, fp8.takes)
+        made: Any = Coded(fp8.triton_fp8, fp8.takes)  # mypy does not see that such a tuple can be called
+        return made
     from fmoe.backends import triton
 
     return Fused(triton.triton, triton.fused)
