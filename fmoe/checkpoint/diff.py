@@ -27,7 +27,8 @@ def diff(
     one", "only in other". Directories of one layout are compared under the names that they store. Where the layouts
     differ (native against Hugging Face, fused against one by one) both are compared under their native names.
     values: `largest`, the largest absolute difference, of tensors of one shape, also across dtypes. adapter: one of
-    your own, of both. Raises AdapterError for another system's directory, unless both store the same names.
+    your own, of both. Raises AdapterError for another system's directory, unless both store the same names, and for
+    native codes against native numbers.
 
     >>> import fmoe, fmoe.docs, tempfile
     >>> with tempfile.TemporaryDirectory() as path:
@@ -83,7 +84,8 @@ class _Side:
     def natively(self, own: dict[str, Any], codes: bool) -> "_Side":
         """Under native names; codes: as codes and scales, where they are quantised."""
         if self.source.native:
-            _ = own or made_with(self.source)  # raises where rules of somebody's own are needed
+            if not own:
+                made_with(self.source)  # raises where it was made with rules of somebody's own
             return self
         how = {"quantized": "keep"} if codes and not own else {}
         return _Side(self.source, plan_from(self.source, adapter_of(self.source, **own, **how)))

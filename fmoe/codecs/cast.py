@@ -94,12 +94,11 @@ def wider_than_said(specs: Specs, config: Mapping[str, Any]) -> list[str]:
     >>> wider_than_said({"w": TensorSpec((2,), torch.float32)}, {"dtype": "bfloat16"})
     ["config.json says bfloat16, and 'w' is float32: Transformers rounds it as it loads. Fix: dtype in config.json"]
     """
-    said, sized = (
-        _said(config),
-        [(n, s) for n, s in specs.items() if s.dtype.is_floating_point and s.dtype.itemsize > 1],
-    )
-    wide = [n for n, spec in sized if said is not None and spec.dtype.itemsize > said.itemsize]
-    if said is None or 2 * sum(specs[n].nbytes for n in wide) <= sum(spec.nbytes for _, spec in sized):
+    if (said := _said(config)) is None:
+        return []
+    floats = {n: spec for n, spec in specs.items() if spec.dtype.is_floating_point and spec.dtype.itemsize > 1}
+    wide = [n for n, spec in floats.items() if spec.dtype.itemsize > said.itemsize]
+    if 2 * sum(specs[n].nbytes for n in wide) <= sum(spec.nbytes for spec in floats.values()):
         return []
     here, there = (str(d).removeprefix("torch.") for d in (specs[wide[0]].dtype, said))
     verb, them = ("is", "it") if len(wide) == 1 else ("are", "them")

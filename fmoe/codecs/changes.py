@@ -51,19 +51,13 @@ def decoding(p: Parts, dtype: torch.dtype) -> Change:
 
 def _leads_back(p: Parts, weight: Tensor, held: Mapping[str, Tensor]) -> None:
     """Raises ValueError where bf16 rounds numbers of 8 bits away from their codes: with zero points, they have nine."""
-    if (
-        p.second
-        and p.format.zeros
-        and p.format.code == "int8"
-        and weight.dtype == torch.bfloat16
-        and not weight.is_meta
-    ):
-        codes = p.format.under(weight, held[p.beside], held[p.second[1]], held.get(p.order or ""), strict=False)
-        if not torch.equal(codes, held[p.name]):
-            why = (
-                "codes more than 128 from their zero point decode in bfloat16 to numbers that do not lead back to them"
-            )
-            raise ValueError(f"{why}. Fix: dtype='float32' or 'float16'")
+    narrow = weight.dtype == torch.bfloat16 and not weight.is_meta
+    if not (narrow and p.second and p.format.zeros and p.format.code == "int8"):
+        return
+    codes = p.format.under(weight, held[p.beside], held[p.second[1]], held.get(p.order or ""), strict=False)
+    if not torch.equal(codes, held[p.name]):
+        why = "codes more than 128 from their zero point decode in bfloat16 to numbers that do not lead back to them"
+        raise ValueError(f"{why}. Fix: dtype='float32' or 'float16'")
 
 
 def encoding(p: Parts, told: Callable[[Survival], None] | None = None) -> Change:

@@ -65,10 +65,9 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     lost = absent(config, stacks, sparse, count)
     lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
     other = renamed(lost, config, stacks)
-    known_names = recognised(config, stacks)
-    strange = len(lost) > known_names and 2 * (len(names) - known_names) >= len(
-        lost
-    )  # others' names than Transformers writes
+    known = recognised(config, stacks)
+    # others' names than Transformers writes
+    strange = len(lost) > known and 2 * (len(names) - known) >= len(lost)
     missing = dict.fromkeys([] if strange else [n for n in lost if n not in other])
     ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
     known_class = entries(config) is not None and not strange

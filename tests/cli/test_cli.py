@@ -4,38 +4,16 @@ import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from threading import Thread
 
 import pytest
-from command import COMMANDS, PROGRAM, Run, change, demo, runner
+from command import COMMANDS, PROGRAM, change, labelled
 from directories import files, load
 
 import fmoe
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    return runner(monkeypatch, capsys)
-
-
-@pytest.fixture
-def kept() -> Path:
-    return demo()
-
-
-@pytest.fixture
-def hf(tmp_path) -> Path:
-    return Path(shutil.copytree(demo() / "hf", tmp_path / "hf"))
-
-
-def labelled(out: str) -> dict[str, str]:
-    """label -> text of the lines that `inspect` prints."""
-    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in out.splitlines() if line[:1].isalpha()}
 
 
 def test_a_problem_is_shown_and_is_exit_code_1_a_note_is_not(run, hf):

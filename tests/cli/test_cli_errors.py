@@ -10,21 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from command import PROGRAM, Run, change, demo, runner
+from command import PROGRAM, change, demo
 from directories import files
 
 from fmoe.checkpoint.files.directory import JOURNAL
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    return runner(monkeypatch, capsys)
-
-
-@pytest.fixture
-def hf(tmp_path) -> Path:
-    return Path(shutil.copytree(demo() / "hf", tmp_path / "hf"))
-
 
 CANNOT = {
     "a file": (["inspect", "hf/config.json"], "hf/config.json is no directory"),

@@ -2,38 +2,16 @@
 
 import io
 import json
-import shutil
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
 import torch
-from command import Run, demo, runner
+from command import labelled
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import fmoe
 from fmoe.cli import show
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    return runner(monkeypatch, capsys)
-
-
-@pytest.fixture
-def kept() -> Path:
-    return demo()
-
-
-@pytest.fixture
-def hf(tmp_path) -> Path:
-    return Path(shutil.copytree(demo() / "hf", tmp_path / "hf"))
-
-
-def labelled(out: str) -> dict[str, str]:
-    """label -> text of the lines that `inspect` prints."""
-    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in out.splitlines() if line[:1].isalpha()}
 
 
 def test_inspect_shows_a_person_a_dashboard_and_wraps_nothing_in_a_pipe(run, kept):

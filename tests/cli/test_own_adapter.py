@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import Run, runner
 from directories import files
 from safetensors.torch import load_file, save_file
 
@@ -30,11 +29,6 @@ family = fmoe.families.Family(
     fields=dict(n_routed_experts="n", n_activated_experts="k", dim="hidden_size", moe_inter_dim="expert_size"),
 )
 """
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -44,3 +44,8 @@ def demo() -> Path:
 def change(path: Path, **fields: object) -> None:
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | fields))
+
+
+def labelled(out: str) -> dict[str, str]:
+    """label -> text of the lines that `inspect` prints."""
+    return {line.split("  ")[0]: line.split("  ", 1)[1].strip() for line in out.splitlines() if line[:1].isalpha()}

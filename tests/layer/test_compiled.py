@@ -1,6 +1,6 @@
 """Experts under a compiler and exported, for every backend: whole graphs, and the values of plain eager backward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,25 +17,13 @@ from fmoe.backends import BACKENDS
 from fmoe.layer.block import moe
 from fmoe.types import MoEConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 either = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
 def compiled(f: Callable[..., Any], backend: str = "aot_eager", **kwargs: Any) -> Callable[..., Any]:
     return torch.compile(f, fullgraph=True, backend=backend, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def expected() -> Any:
-    """Gradients of the reference in fp64, as fp32."""
-    double = tree_map(lambda t: t.double(), ARGS)
-    return tree_map(lambda t: t.float(), backward(layer("loop"), *double))
 
 
 @every_backend

@@ -1,8 +1,5 @@
 """Experts under every transform of PyTorch, for every backend: the values and gradients of plain eager backward."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
 from naive import draw
@@ -14,21 +11,9 @@ from fmoe.backends import BACKENDS
 from fmoe.layer.block import moe
 from fmoe.types import MoEConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 either = pytest.mark.parametrize("recompute", [False, True], ids=["keep", "recompute"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="module")
-def expected() -> Any:
-    """Gradients of the reference in fp64, as fp32."""
-    double = tree_map(lambda t: t.double(), ARGS)
-    return tree_map(lambda t: t.float(), backward(layer("loop"), *double))
 
 
 @every_backend

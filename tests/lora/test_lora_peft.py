@@ -12,6 +12,7 @@ from peft_cases import (
     ALONE,
     ALPHA,
     MODELS,
+    WARNS,
     E,
     R,
     adapter_of,
@@ -30,10 +31,7 @@ import fmoe
 from fmoe.lowrank.stage import UNWRAPPED
 from fmoe.testing import same
 
-pytestmark = [  # PEFT asks Transformers for an old name; and looks for patterns among modules, where parameters match
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
-]
+pytestmark = WARNS
 SQUARE = {  # U == D, I == D, and both for two matrices that look alike
     "qwen3_moe": dict(moe_intermediate_size=16),
     "mixtral": dict(intermediate_size=32),

@@ -12,6 +12,7 @@ from peft_cases import (
     ALONE,
     ALPHA,
     MODELS,
+    WARNS,
     E,
     R,
     adapter_of,
@@ -30,10 +31,7 @@ import fmoe
 from fmoe.lowrank.targets import table_of
 from fmoe.testing import same
 
-pytestmark = [  # PEFT asks Transformers for an old name; and looks for patterns among modules, where parameters match
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
-]
+pytestmark = WARNS
 
 
 @pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])

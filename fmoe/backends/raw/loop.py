@@ -21,11 +21,10 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """
     out, multiply = empty((x.shape[0], w.shape[2]), x), _in_fp32 if widens(x) else _mm
     sizes = [end - start for start, end in _ranges(offsets)]
-    used, rest = [(e, n) for e, n in enumerate(sizes) if n], [x.shape[0] - sum(sizes)]
-    parts = [
-        n for _, n in used
-    ] + rest  # one call makes all the slices, a slice at a time costs what a small product does
-    for (e, _), rows, place in zip(used, x.split(parts), out.split(parts), strict=False):
+    used = [e for e, n in enumerate(sizes) if n]
+    # one call makes all the slices: a slice at a time costs what a small product does
+    parts = [*(sizes[e] for e in used), x.shape[0] - sum(sizes)]
+    for e, rows, place in zip(used, x.split(parts), out.split(parts), strict=False):
         multiply(rows, w[e] if w.dtype == x.dtype else w[e].to(x.dtype), place)
     return out
 

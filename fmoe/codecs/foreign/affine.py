@@ -52,10 +52,8 @@ def decode(
         x.sub_(zero[part].float()[:, group])
         if bool((factor.abs() < least).any()) and bool(x[factor.abs()[:, group] < least].any()):
             kind = str(dtype).removeprefix("torch.")
-            worst_ = factor[factor.abs() < least][0].item()
-            raise ValueError(
-                f"codes under a scale of {worst_}, which decode in {kind} to nothing that leads back to them"
-            )
+            found = f"codes under a scale of {factor[factor.abs() < least][0].item()}"
+            raise ValueError(f"{found}, which decode in {kind} to nothing that leads back to them")
         made[part] = x.mul_(factor[:, group])
     return made
 

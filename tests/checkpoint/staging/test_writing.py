@@ -11,30 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from command import PROGRAM, demo
+from command import PROGRAM
 from conversions import convert, expected
 from directories import INDEX, files
-from processes import calls, end_all, start
+from processes import calls, start
 
 import fmoe
 from fmoe import AdapterError
 from fmoe.types import human
 
 JOURNAL = "fmoe.journal"
-
-
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    yield
-    end_all()
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    path = Path(shutil.copytree(demo() / "hf", tmp_path / "source"))
-    (path / "assets").mkdir()
-    (path / "assets" / "a.txt").write_text("a")
-    return path
 
 
 def test_every_file_is_on_the_disk_before_it_gets_its_name_and_the_names_before_the_journal_goes(source, tmp_path):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command import demo
 from conversions import after, convert, expected, interrupt
 from directories import INDEX, files
 
@@ -15,14 +14,6 @@ import fmoe
 from fmoe import AdapterError
 
 JOURNAL = "fmoe.journal"
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    path = Path(shutil.copytree(demo() / "hf", tmp_path / "source"))
-    (path / "assets").mkdir()
-    (path / "assets" / "a.txt").write_text("a")
-    return path
 
 
 def old_ones(path: Path) -> dict[str, int]:

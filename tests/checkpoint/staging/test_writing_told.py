@@ -5,32 +5,16 @@ import json
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from command import Run, demo, runner
+from command import Run, runner
 from conversions import after, convert, interrupt
 from directories import files
-from processes import end_all, start
+from processes import start
 
 import fmoe
 
 JOURNAL = "fmoe.journal"
-
-
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    yield
-    end_all()
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    path = Path(shutil.copytree(demo() / "hf", tmp_path / "source"))
-    (path / "assets").mkdir()
-    (path / "assets" / "a.txt").write_text("a")
-    return path
 
 
 @pytest.fixture

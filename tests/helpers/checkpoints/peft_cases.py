@@ -5,6 +5,7 @@ from typing import Any
 import hf
 import hf_zoo as zoo
 import peft
+import pytest
 import torch
 from tiny import CHOICES
 from torch import Tensor
@@ -16,6 +17,10 @@ MODELS = [*zoo.MODELS, *hf.MODELS]
 LINEAR = ("switch_transformers", "nllb-moe")  # experts that are modules: PEFT's own form is the per-expert one
 ALONE = {"dbrx": "no fused parameters", "longcat_flash": "zero experts"} | dict.fromkeys(LINEAR, "no fused parameters")
 E, R, ALPHA = 8, 3, 6.0
+WARNS = [  # PEFT asks Transformers for an old name; and looks for patterns among modules, where parameters match
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),
+]
 
 
 def build(name: str, **overrides: Any) -> Any:

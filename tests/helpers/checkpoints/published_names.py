@@ -3,8 +3,6 @@
 In reference-behaviour's and the checkpoints' own words. Gate and up, then down; the native prefix of both.
 """
 
-# Families that Transformers has no class for, or none that is small: published names and axes, in
-# reference-behaviour's and the checkpoints' own words. Gate and up, then down; the native prefix of both.
 PER_EXPERT = ("{e}.{g=gate_proj|up_proj}.weight [i d]", "{e}.down_proj.weight [d i]")
 W123 = ("{e}.{g=w1|w3}.weight [i d]", "{e}.w2.weight [d i]")
 STACKED = ("gate_up_proj [e (g i) d]", "down_proj [e d i]")
