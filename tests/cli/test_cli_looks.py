@@ -52,6 +52,8 @@ def test_inspect_of_a_name_shows_tensors_and_their_numbers(run, hf):
     assert code == 0 and len(out.splitlines()) == 1 + len(tensors)
     code, out, err = run("inspect", hf, "nothing.like.it")
     assert (code, out) == (1, "") and "is named 'nothing.like.it'" in err
+    code, out, err = run("inspect", hf, name.replace("experts", "expert"))
+    assert (code, out) == (1, "") and f"Did you mean {name!r}?" in " ".join(err.split())
 
 
 def test_diff_compares_across_layouts_and_says_what_moved(run, hf, kept):

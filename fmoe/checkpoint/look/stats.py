@@ -1,6 +1,7 @@
 """Tensors of a checkpoint, one by one: where they lie, and what their numbers are like. Streamed."""
 
 import fnmatch
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.header import read_header
 from fmoe.checkpoint.files.mapped import mapped
+from fmoe.folding import meant
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError
 
@@ -26,7 +28,9 @@ def tensors(path: Path | str, pattern: str = "*", *, stats: bool = False) -> Ite
     source = opened(path)
     names = [n for n in sorted(source.specs) if n == pattern or fnmatch.fnmatchcase(n, pattern)]
     if not names:
-        raise AdapterError(f"no tensor of {path} is named {pattern!r}: found {some(sorted(source.specs))}")
+        numbers_of = re.compile(r"\d+").findall
+        near = meant(pattern, (n for n in source.specs if numbers_of(n) == numbers_of(pattern)))  # few of 46,000
+        raise AdapterError(f"no tensor of {path} is named {pattern!r}: found {some(sorted(source.specs))}{near}")
     for name in names:
         spec = source.specs[name]
         row: dict[str, Any] = {"name": name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
