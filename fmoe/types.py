@@ -158,6 +158,8 @@ class MoEConfig:
     score_func: str = "softmax"  #: scores from logits, by name; routers
     route_scale: float = 1.0  #: factor of the weights; routers
     norm_topk_prob: bool = False  #: whether a token's K weights sum to 1 before route_scale
+    norm_topk_eps: float = 1e-20  #: what norm_topk_prob adds to that sum; routers
+    norm_topk_min: float = 0.0  #: the least that norm_topk_prob divides by; routers
     router_bias: bool = False  #: whether the router is linear with a bias; nn.MoE
     expert_bias: bool = False  #: whether experts have biases; experts, nn
     expert_activation: str = "swiglu"  #: by name, see fmoe.activations; experts
@@ -181,6 +183,9 @@ class MoEConfig:
     output_scale: float = 1.0  #: factor of the sum of routed and shared experts; `moe`
     router_norm: bool = False  #: router input RMS-normed by gate.scale, weights times gate.per_expert_scale; `route`
     scaled_logits: bool = False  #: whether logits are divided by the root of dim; routers
+    logit_scale: float = 1.0  #: factor of the logits; routers
+    logit_softcap: float = 0.0  #: logits become cap * tanh(logits / cap); 0: they stay; routers
+    input_jitter: float = 0.0  #: in training, tokens times random numbers of 1 - it to 1 + it; nn.MoE
     router_jitter: float = 0.01  #: of sparsemixer: how near logits share; routers
     latent_norm: str = ""  #: "before" or "after" the experts, an RMS norm in the latent width; `moe`
     expert_norm_eps: float | None = None  #: if set, an RMS norm of what each expert gives; experts
@@ -193,7 +198,8 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
-        for name in "gate_bias_update_factor aux_loss_coeff swiglu_limit shared_swiglu_limit".split():
+        limits = "swiglu_limit shared_swiglu_limit"
+        for name in f"gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter {limits}".split():
             if not (isinstance(v := getattr(self, name) or 0, int | float) and (v >= 0 or v < 0 and "limit" in name)):
                 raise ValueError(f"MoEConfig.{name} is {v!r}, expected a number{' from 0 on' * ('limit' not in name)}")
         if (K := self.n_activated_experts) > (E := self.n_routed_experts):

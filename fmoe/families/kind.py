@@ -12,7 +12,8 @@ from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import matrix, seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
-from fmoe.families.router import unsaid
+from fmoe.families.defaults import DEFAULTS
+from fmoe.families.router import spoken, unheard, unsaid
 from fmoe.families.sparse import ANY
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
@@ -151,9 +152,10 @@ class Family:
         return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values), config=whole)
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """MoEConfig's fields, as far as the config says them."""
+        """MoEConfig's fields, as far as the config says them; of what it leaves out, Transformers' defaults."""
         said = {f: next(_said(config, names), None) for f, names in self.fields.items()}
-        return dict(self.fixed) | {f: value for f, value in said.items() if value is not None}
+        left_out = DEFAULTS.get(str(config.get("model_type")), DEFAULTS.get(self.model_types[0], {}))
+        return {**self.fixed, **left_out} | {f: value for f, value in said.items() if value is not None}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
         missing = [
@@ -169,11 +171,9 @@ class Family:
         known = {f.name for f in fields(MoEConfig)}
         dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"))
         extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in known}
-        for name, table in self.words.items():
-            value = next(iter(table)) if (value := config.get(name)) is None else value
-            if isinstance(value, list | dict) or value not in table:
-                return f"{name}={value!r}: expected one of {', '.join(map(str, table))}"
-            extra |= table[value]
+        if isinstance(told := spoken(config, self.words), str):
+            return told
+        extra |= told
         if "expert_activation" not in extra:
             act = config.get(self.activation_field, next(iter(self.activations)))
             if not isinstance(act, str) or act not in self.activations:
@@ -185,9 +185,10 @@ class Family:
         if uneven := [f for f, value in extra.items() if isinstance(value, list)]:
             return f"{self.fields.get(uneven[0], uneven[0])}={extra[uneven[0]]!r}: layers differ, expected one number"
         try:
-            return MoEConfig(**extra)
+            made = MoEConfig(**extra)
         except ValueError as error:
             raise AdapterError(f"{self.model_types[0]}: the config says what no layer can be: {error}") from None
+        return unheard(config, self, made) or made
 
 
 def _apart(stages: Iterable[Stage]) -> bool:
@@ -246,4 +247,4 @@ def as_dict(config: Any) -> dict[str, Any]:
         raise AdapterError(f"config is a {type(config).__name__}, expected a dict or a Transformers config")
     given = config if isinstance(config, Mapping) else config.to_dict()
     inner = as_dict(given.get("text_config")) | as_dict(given.get("ffn_config"))
-    return {**given, **{name: value for name, value in inner.items() if value is not None}}
+    return {**given, **{name: value for name, value in inner.items() if value is not None or name not in given}}

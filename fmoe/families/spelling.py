@@ -18,6 +18,12 @@ ROLES = {
     "head": re.compile(r"(?<![a-z_])(lm_head|head|output)\."),
     "mlp": re.compile(_WORD % r"(gate|up|gate_up|down|fc\d?)_proj|w[123]|fc\d?"),
 }
+ROOTS = (
+    {*"embed_tokens embed embedding embeddings tok_embeddings word_embeddings token_embedding wte embed_in".split()},
+    {*"lm_head head output output_layer embed_out unembed".split()},
+    {*"norm norm_f ln_f final_norm final_layernorm final_layer_norm layer_norm embedding_norm norm_final".split()},
+)
+"""How publishers spell what is outside of layers, when their layers are spelt as everyone's."""
 NEVER = ("router", "mlp")  # one name of these is no other's: a router decides everything, and projections are many
 
 
@@ -30,7 +36,9 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
     - a module under another name that holds all that is lost of one (`mlp.gate_proj.weight`, `up`, `down`);
     - others of the same role, as many of them; of query, key and value a third (all in one). Of a module that is
       there, in that module; of another, in none that the class has. A router is never found under another name, a
-      bias stands for a bias, and what is of MTP or a tower for nothing of the text model.
+      bias stands for a bias, and what is of MTP or a tower for nothing of the text model;
+    - outside of layers, where all layers are as the class spells them, only a name whose last module publishers are
+      known to give it (`ROOTS`).
     """
     inside, tails = class_names(nearest(config, stacks))
     stack_of = lambda name: max((s for s in stacks if s and name.startswith(f"{s}.")), key=len, default="")
@@ -46,7 +54,7 @@ def renamed(lost: Iterable[str], config: Mapping[str, Any], stacks: Mapping[str,
         if stack:
             found |= {f"{stack}.{number}.{n}" for n in _spelt(names - spelt, own, here, inside)}
         else:
-            found |= _spelt(names - spelt, own, set(), set())
+            found |= _rooted(names - spelt, own) if {*places} == {("", 0)} else _spelt(names - spelt, own, set(), set())
     return found
 
 
@@ -62,6 +70,16 @@ def role(name: str) -> str:
 
 def _module(name: str) -> str:
     return name.partition(".")[0]
+
+
+def _rooted(gone: set[str], own: set[str]) -> set[str]:
+    """Those of the names gone from outside of layers that a known spelling stands for, one each."""
+    found, end = set[str](), lambda n: n.removesuffix(".weight").rpartition(".")[2]
+    for words in ROOTS:
+        lost = {n for n in gone if end(n) in words and n.endswith("weight")}
+        if lost and sum(end(n) in words for n in own) >= len(lost):
+            found |= lost
+    return found
 
 
 def _spelt(gone: set[str], own: set[str], here: set[str], inside: set[str]) -> set[str]:

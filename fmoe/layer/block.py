@@ -57,8 +57,8 @@ def moe(
     indices [.., K]: experts that were chosen before, weighted by this gate, as in `route` (router replay). routing: a
     whole Routing from outside, of all tokens in a row; the gate is not asked, and need not be there. return_routed:
     (y, Routed) comes back, with what `fmoe.losses` asks for, the gate's logits and scores also where the routing came
-    from outside. Losses are the caller's: `config.aux_loss_coeff` and `gate_bias_update_factor` are honoured by
-    `fmoe.nn.MoE`, which trains.
+    from outside. Losses are the caller's: `config.aux_loss_coeff`, `gate_bias_update_factor` and `input_jitter` are
+    honoured by `fmoe.nn.MoE`, which trains.
 
     Raises ValueError for unknown, missing and misshapen parameters, for a routing and indices at once, and as `route`
     and `experts`.

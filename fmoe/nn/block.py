@@ -13,7 +13,7 @@ from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import Gate, LatentNorm, Linear, SharedExperts
 from fmoe.routing import routed_of, update_bias
 from fmoe.routing.usage import summed
-from fmoe.shapes import check_config, n_ranked
+from fmoe.shapes import check_config, n_ranked, said
 from fmoe.types import MoEConfig, Routed, Routing
 
 if TYPE_CHECKING:
@@ -81,9 +81,12 @@ class MoE(nn.Module):
         routing, indices and return_routed are those of `fmoe.moe`. While it trains (`training`, with gradients),
         `config.aux_loss_coeff` times the "switch" loss of `fmoe.losses.load_balancing` is attached to y, and where
         `config.gate_bias_update_factor` is set the slots of each expert are counted for `update_gate_bias`: once, also
-        where a checkpoint computes forward again. count: whether they are, whatever the rule says.
+        where a checkpoint computes forward again. count: whether they are, whatever the rule says. In training x is
+        jittered first, where `config.input_jitter` says so.
         """
         parts, c = dict(self.named_children()), self.config
+        if self.training and said(c, "input_jitter"):
+            x = x * torch.empty_like(x).uniform_(1 - c.input_jitter, 1 + c.input_jitter)
         trains = self.training and torch.is_grad_enabled()
         counts = (trains and not recomputing()) if count is None else count
         counts = counts and "expert_counts" in self._buffers

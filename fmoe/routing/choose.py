@@ -11,7 +11,7 @@ from fmoe.folding import meant
 from fmoe.routing.gate import logits_of
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import count
-from fmoe.shapes import check_config, n_ranked
+from fmoe.shapes import check_config, n_ranked, said
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
 
@@ -112,7 +112,7 @@ def topk_routing(
     see `SCORES`; "softmax" is taken over the K selected logits unless `softmax_before_topk`. With `n_expert_groups` > 1
     only the best `n_limited_groups` groups of neighbouring experts take part, a group being worth its two best biased
     scores (DeepSeek-V3) or, without correction bias, its best one (DeepSeek-V2). `norm_topk_prob` divides weights by
-    their sum + 1e-20, then `route_scale` multiplies them.
+    max(their sum + `norm_topk_eps`, `norm_topk_min`), then `route_scale` multiplies them.
     Raises ValueError for an unknown score function, impossible groups, K > E, or a correction bias that the score
     function does not take ("softmax") or lacks ("softmax_with_bias", "sigmoid_with_bias").
 
@@ -147,7 +147,7 @@ def topk_routing(
     if gone is not None:
         weights = weights.masked_fill(gone, 0)
     if config.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights / _total(weights, config)
     return Routing(indices, weights * config.route_scale)
 
 
@@ -159,6 +159,14 @@ def score_of(config: MoEConfig) -> Score:
         raise ValueError(f"score_func is {config.score_func!r}, expected one of {told}")
     before = config.score_func == "softmax" and config.softmax_before_topk
     return BEFORE_TOPK if before else SCORES[config.score_func]
+
+
+def _total(weights: Tensor, config: MoEConfig) -> Tensor:
+    """What normalisation divides by; 1 where nothing is chosen, or all of it weighs 0."""
+    total = weights.sum(-1, keepdim=True) + said(config, "norm_topk_eps")
+    least = said(config, "norm_topk_min")
+    total = total.clamp(min=least) if least else total  # of biased scores a sum may be negative
+    return total.masked_fill(total == 0, 1)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
-    """x @ weight^T + bias in the dtype that `route` takes logits in, over sqrt(dim) where the config scales them.
+    """x @ weight^T + bias in the dtype that `route` takes logits in, scaled and softly capped as the config says.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1)
     >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
@@ -54,7 +54,9 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
     if not config.train_gate:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return logits * config.dim**-0.5 if said(config, "scaled_logits") else logits
+    scale = said(config, "logit_scale") * (config.dim**-0.5 if said(config, "scaled_logits") else 1)
+    logits, cap = logits if scale == 1 else logits * scale, said(config, "logit_softcap")
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def _check(gate: dict[str, Tensor], x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:

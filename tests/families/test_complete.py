@@ -99,6 +99,19 @@ def test_a_name_that_no_class_has_does_not_stand_for_what_every_layer_has_lost(n
             assert gaps(kind, config, [*left, *strays]).problems, (module, stray)
 
 
+@pytest.mark.parametrize("name", STRAY_CLASSES)
+def test_a_name_outside_of_layers_stands_for_no_other_where_layers_are_the_classs(name):
+    config, names = built(name, True)
+    kind = FAMILIES[config["model_type"]]
+    tied = {n for form in known()[config["model_type"]]["forms"] for n in form["tied"]}
+    for lost in (n for n in names if not re.search(r"\.\d+\.", n) and n not in tied):
+        for stray in ("model.stray.weight", "model.extra_emb.weight", "model.last_norm.weight", "my_head.weight"):
+            left = [*(n for n in names if n != lost), stray]
+            assert lost in {k for p in gaps(kind, config, left).problems for k in p.keys}, (lost, stray)
+    spelt = ("model.embed_tokens.", "model.tok_embeddings.")
+    assert gaps(kind, config, [n.replace(*spelt) for n in names]).problems == []
+
+
 def test_a_publisher_who_spells_a_module_in_another_way_is_not_refused_and_a_router_is_never_spelt_otherwise():
     config, names = built("qwen3_moe", True)
     spelt = lambda **to: gaps(

@@ -52,6 +52,11 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "output_scale": (0.5, SHARED),
     "scaled_logits": (True, {}),
     "router_jitter": (0.5, {"score_func": "sparsemixer"}),
+    "norm_topk_eps": (0.5, {"score_func": "sigmoid", "norm_topk_prob": True}),
+    "norm_topk_min": (9.0, {"score_func": "sigmoid", "norm_topk_prob": True}),
+    "logit_scale": (0.5, {}),
+    "logit_softcap": (0.5, {}),
+    "input_jitter": (0.5, {}),
     "latent_norm": ("before", LATENT),
     "norm_eps": (0.5, LATENT | {"latent_norm": "after"}),
     "norm_offset": (1.0, LATENT | {"latent_norm": "after"}),
@@ -64,6 +69,8 @@ REFUSED = {
     "swiglu_limit": [float("nan")],
     "shared_swiglu_limit": [float("nan"), "7"],
     "latent_norm": ["before", "between"],
+    "logit_softcap": [-1.0],
+    "input_jitter": [-0.5],
 }
 NO_MODULE = {"router_norm": True, "expert_norm_eps": 1e-8}
 """What `fmoe.moe` takes parameters for and no module makes: fmoe.nn.MoE refuses it by its name."""
@@ -79,6 +86,7 @@ def made(config: MoEConfig) -> dict[str, Tensor]:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(n))))
     found = {n: t.clone() for n, t in layer.state_dict().items()}
     x = torch.randn(7, config.dim, generator=torch.Generator().manual_seed(1)).to(config.dtype).requires_grad_()
+    torch.manual_seed(0)
     y, routed = layer(x, return_routed=True)
     y.float().square().sum().backward()
     layer.update_gate_bias()

@@ -28,7 +28,7 @@ lfm2_moe = Family(
         norm_topk_prob="norm_topk_prob",
         force_e_score_correction_bias="use_expert_bias",
     ),
-    fixed=dict(score_func="sigmoid", router_weights_fp32=True),
+    fixed=dict(score_func="sigmoid", norm_topk_eps=1e-6),
     source="LiquidAI/LFM2-8B-A1B",
     verified="block",
 )

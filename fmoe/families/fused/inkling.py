@@ -34,6 +34,7 @@ inkling2 = replace(
         activation_alpha="mlp_gate_softcap",
         activation_limit="mlp_up_softcap",
     ),
+    words=dict(scoring_func={"sigmoid": {}, "sqrtsoftplus": dict(score_func="sqrtsoftplus")}),
     fixed=dict(
         score_func="sigmoid",
         force_e_score_correction_bias=True,

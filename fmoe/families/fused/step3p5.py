@@ -36,10 +36,15 @@ step3p5 = Family(
     fixed=dict(
         n_shared_experts=1,
         score_func="sigmoid",
+        norm_topk_prob=True,
+        norm_topk_eps=0.0,
         force_e_score_correction_bias=True,
         router_weights_fp32=True,
     ),
-    unsaid=dict(swiglu_limits="clamps after silu, layer by layer: no expert_activation does"),
+    unsaid=dict(
+        swiglu_limits="clamps after silu, layer by layer: no expert_activation does",
+        swiglu_limits_shared="clamps shared experts after silu, layer by layer: no expert_activation does",
+    ),
     source="stepfun-ai/Step-3.5-Flash",
     verified="block",
 )

@@ -5,6 +5,8 @@ from dataclasses import replace
 from fmoe.families.kind import EXPERTS_ONLY, Family
 from fmoe.families.layouts import KEPT, experts
 
+GROUPS = ("n_expert_groups", "n_limited_groups")
+
 deepseek_v3 = Family(
     model_types=("deepseek_v3",),
     rules=experts() | KEPT,
@@ -30,6 +32,9 @@ deepseek_v3 = Family(
     source="deepseek-ai/DeepSeek-V3",
     verified="block",
 )
+
+UNGROUPED = {field: names for field, names in deepseek_v3.fields.items() if field not in GROUPS}
+"""Of families whose router knows no groups: more than one of them is refused."""
 
 deepseek_v32 = replace(
     deepseek_v3,

@@ -19,7 +19,7 @@ cohere2_moe = replace(
     olmoe,
     model_types=("cohere2_moe",),
     fields=olmoe.fields | dict(n_shared_experts="num_shared_experts"),
-    fixed=dict(norm_topk_prob=True),
+    fixed=dict(norm_topk_prob=True, norm_topk_eps=0.0),
     words=dict(
         expert_selection_fn={"softmax": AFTER, "sigmoid": dict(score_func="sigmoid_of_best_logits")},
         shared_expert_combination_strategy={"average": dict(output_scale=0.5), "sum": {}},

@@ -47,7 +47,9 @@ qwen4_exp = replace(
 flint = replace(
     qwen2_moe,
     model_types=("flint",),
-    fixed=dict(n_shared_experts=1, score_func="sigmoid", norm_topk_prob=True, router_weights_fp32=True),
+    fixed=dict(
+        n_shared_experts=1, score_func="sigmoid", norm_topk_prob=True, norm_topk_eps=0.0, router_weights_fp32=True
+    ),
     fp8=None,
     source="RecursiveSI/flint",
 )

@@ -30,10 +30,10 @@ deepseek_v4 = Family(
         moe_inter_dim="moe_intermediate_size",
         n_shared_experts="n_shared_experts",
         route_scale="routed_scaling_factor",
-        norm_topk_prob="norm_topk_prob",
         swiglu_limit="swiglu_limit",
     ),
-    fixed=dict(score_func="sqrtsoftplus", router_weights_fp32=True),
+    fixed=dict(score_func="sqrtsoftplus", norm_topk_prob=True, router_weights_fp32=True),
+    words=dict(scoring_func={"sqrtsoftplus": {}, "sigmoid": dict(score_func="sigmoid")}),
     formats={
         "mxfp4 .scale": EXPERTS_ONLY,
         "mxfp8 .scale": None,

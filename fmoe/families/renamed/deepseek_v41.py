@@ -35,7 +35,6 @@ deepseek_v41 = replace(
     model_types=("deepseek_v41", "deepseek_v41_text"),
     rules=block(LAYER + "ffn.", LAYER + "ffn.", FFN, **WORDS) | _draft() | _beside(LAYER) | _beside(MTP) | KEPT,
     sizes=dict(x="dspark_n_routed_experts n_routed_experts"),
-    fixed=deepseek_v4.fixed | dict(norm_topk_prob=True),
     source="DeepSeek-V4.1-Flash, as Automodel 0.7.0 reads it",
     verified="keys",
 )

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
-from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
+from fmoe.families.per_expert.deepseek_v3 import UNGROUPED, deepseek_v3
 from fmoe.families.per_expert.qwen3_moe import qwen3_moe
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
@@ -35,7 +35,7 @@ hy_v3 = replace(
         {"gate.weight": "gate.weight", "e_score_correction_bias": BIAS, SHARED: SHARED},
     )
     | KEPT,
-    fields=deepseek_v3.fields
+    fields=UNGROUPED
     | dict(
         n_routed_experts="num_experts n_routed_experts",
         n_shared_experts="num_shared_experts",

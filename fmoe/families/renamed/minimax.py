@@ -21,7 +21,13 @@ minimax_m2 = replace(
         **WORDS,
     )
     | KEPT,
-    fixed=dict(score_func="sigmoid", force_e_score_correction_bias=True, norm_topk_prob=True, router_weights_fp32=True),
+    fixed=dict(
+        score_func="sigmoid",
+        force_e_score_correction_bias=True,
+        norm_topk_prob=True,
+        norm_topk_eps=0.0,
+        router_weights_fp32=True,
+    ),
     fp8=r".*\.experts\.\d+\.\w+\.weight|.*\.self_attn\.[qkvo]_proj\.weight",
     source="MiniMaxAI/MiniMax-M2",
 )
@@ -30,8 +36,9 @@ phimoe = replace(
     mixtral,
     model_types=("phimoe",),
     rules=renamed({"gate.{rest}": "gate.{rest}"}, {"router.{rest}": "gate.{rest}"}, DISK, **WORDS) | KEPT,
-    fields=mixtral.fields | dict(router_jitter="router_jitter_noise"),
+    fields=mixtral.fields | dict(router_jitter="router_jitter_noise", input_jitter="input_jitter_noise"),
     fixed=dict(score_func="sparsemixer", router_weights_fp32=True),
+    words=dict(num_experts_per_tok={2: {}}),  # its sparsemixer chooses two, whatever the config says
     source="microsoft/Phi-3.5-MoE-instruct",
 )
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
-from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
+from fmoe.families.per_expert.deepseek_v3 import UNGROUPED, deepseek_v3
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
 
@@ -11,13 +11,14 @@ laguna = replace(
     deepseek_v3,
     model_types=("laguna",),
     rules=renamed({"experts.e_score_correction_bias": BIAS, "shared_expert.{rest}": SHARED}) | KEPT,
-    fields=deepseek_v3.fields
+    fields=UNGROUPED
     | dict(
         n_routed_experts="num_experts n_routed_experts",
         shared_expert_inter_dim="shared_expert_intermediate_size",
         route_scale="moe_routed_scaling_factor routed_scaling_factor",
+        logit_softcap="moe_router_logit_softcapping",
     ),
-    fixed=deepseek_v3.fixed | dict(n_shared_experts=1),
+    fixed=deepseek_v3.fixed | dict(n_shared_experts=1, norm_topk_eps=0.0),
     fp8=None,
     source="poolside/laguna-XS.2",
 )
@@ -37,8 +38,15 @@ ernie4_5_moe = replace(
         moe_inter_dim="moe_intermediate_size",
         inter_dim="intermediate_size",
         n_shared_experts="moe_num_shared_experts",
+        norm_topk_min="moe_norm_min",
     ),
-    fixed=dict(score_func="softmax_with_bias", norm_topk_prob=True, router_weights_fp32=True),
+    fixed=dict(
+        score_func="softmax_with_bias",
+        norm_topk_prob=True,
+        norm_topk_eps=0.0,
+        norm_topk_min=1e-12,
+        router_weights_fp32=True,
+    ),
     fp8=None,
     source="baidu/ERNIE-4.5-21B-A3B-PT",
 )
@@ -59,7 +67,7 @@ afmoe = replace(
     | rule(MLP + "router.gate.weight", MLP + "gate.weight")
     | rule(MLP + "expert_bias", MLP + BIAS)
     | KEPT,
-    fields=deepseek_v3.fields
+    fields=UNGROUPED
     | dict(
         n_routed_experts="num_experts",
         n_shared_experts="num_shared_experts",
@@ -114,6 +122,7 @@ kolibri1 = replace(
     fixed=dict(
         n_shared_experts=1,
         score_func="sigmoid_of_best_logits",
+        norm_topk_eps=0.0,
         force_e_score_correction_bias=True,
         router_weights_fp32=True,
     ),

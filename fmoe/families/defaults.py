@@ -1,0 +1,45 @@
+"""What a config means that leaves a field out: what the class of Transformers takes, where that is not MoEConfig's own.
+
+DEFAULTS[model type][a field of MoEConfig]. Tests compare them with the classes. How many shared experts there are, and
+how wide, is no field of these: a checkpoint's tensors say it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_V3 = dict(n_expert_groups=8, n_limited_groups=4, route_scale=2.5)
+_CLAMPED = dict(swiglu_limit=10.0)
+_NORMED = dict(norm_topk_prob=True)
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_v3": _V3,
+    "deepseek_v32": _V3,
+    "axk1": _V3,
+    "axk2": dict(route_scale=2.5),
+    "beam": _V3,
+    "bailing_hybrid": _V3,
+    "glm_moe_dsa": dict(route_scale=2.5),
+    "glm4_moe_lite": dict(route_scale=1.8),
+    "glm5_next_text": dict(route_scale=2.5) | _CLAMPED,
+    "hy_v4": dict(route_scale=2.827) | _CLAMPED,
+    "hy_v4_vl_text": dict(route_scale=2.827) | _CLAMPED,
+    "hy_v3": dict(route_scale=2.826),
+    "sarvam_mla": dict(route_scale=2.5),
+    "sarvam_moe": dict(route_scale=2.5),
+    "exaone_moe": dict(route_scale=2.5),
+    "kimi_linear": dict(route_scale=2.446),
+    "minimax_m3_vl_text": dict(route_scale=2.0),
+    "longcat_flash": dict(route_scale=6.0, n_zero_experts=256),
+    "inkling2_text": dict(route_scale=8.0),
+    "inkling2_loop_text": dict(route_scale=8.0),
+    "deepseek_v4": dict(route_scale=1.5) | _CLAMPED,
+    "nemotron_h": _NORMED,
+    "dots1": dict(norm_topk_prob=False),
+    "mellum": _NORMED,
+    "mistral4": _NORMED,
+    "lara_mini": _NORMED,
+    "lfm2_moe": _NORMED,
+    "qwen3_omni_moe_text": _NORMED,
+    "qwen4_exp_text": _NORMED,
+    "muse_spark_text": dict(norm_eps=1e-5),
+}
