@@ -179,6 +179,11 @@ def _amd(asm: str) -> tuple[int, int]:
     return numbers["vgpr_count"], 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
 
 
+def lines(rows: list[dict[str, Any]]) -> str:
+    """JSON, a row on a line."""
+    return "[\n " + ",\n ".join(map(json.dumps, rows)) + "\n]\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
@@ -189,12 +194,11 @@ def main() -> None:
     chosen = brief() if options.brief else rows(options.arch or list(TARGETS), options.hot)
     found = [r | {"triton": triton.__version__} for row in chosen for r in record(*row)]
     if options.json:
-        text = json.dumps(found, indent=1)
-        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n")
+        print(lines(found), end="") if options.json == "-" else Path(options.json).write_text(lines(found))
         return
-    lines = [FIELDS] + [[str(r.get(f, "-")) for f in FIELDS] for r in found]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
+    cells = [FIELDS] + [[str(r.get(f, "-")) for f in FIELDS] for r in found]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
         print("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip())
     if bad := [r for r in found if r["shared"] > SHARED[r["arch"]]]:
         sys.exit(f"more shared memory than the device has: {bad}")

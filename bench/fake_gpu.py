@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import triton
 from fmoe_kernels.host import configs
+from fmoe_kernels.ops import custom, products
+from fmoe_kernels.programs import activations, fp8
+from torch._library.custom_ops import CustomOpDef
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -53,40 +56,69 @@ class Driver:
 
 
 @contextmanager
+def driven(arch: str) -> Iterator[None]:
+    before = driver._active  # asked for, it would be made, which fails without a GPU
+    driver.set_active(Driver(arch))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@contextmanager
+def on_meta(arch: str, run: Any) -> Iterator[None]:
+    """Kernels and operators take tensors without data, as if on a device of arch; `run` is what a launch does."""
+    changed = [(module, "check_runs", lambda x: None) for module in (custom, products, activations, fp8)]
+    changed += [(triton.JITFunction, "run", run), (configs, "architecture", lambda device: arch)]
+    changed += [(CustomOpDef, "__call__", lambda op, *args, **more: op._init_fn(*args, **more))]
+    before = [getattr(where, name) for where, name, _ in changed]
+    for where, name, now in changed:
+        setattr(where, name, now)
+    try:
+        yield
+    finally:
+        for (where, name, _), then in zip(changed, before, strict=True):
+            setattr(where, name, then)
+
+
+@contextmanager
 def fake_gpu(arch: str = "sm_90") -> Iterator[list[tuple[str, str, Any]]]:
     """Launches inside are compiled for arch and noted."""
     seen: list[tuple[str, str, Any]] = []
-    real, architecture = triton.JITFunction.run, configs.architecture
+    real = triton.JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = real(self, *args, grid=grid, warmup=True, **options)
         seen.append((self.__name__, kernel.hash, kernel))
         return kernel
 
-    before = driver._active  # asked for, it would be made, which fails without a GPU
-    driver.set_active(Driver(arch))
-    triton.JITFunction.run, configs.architecture = run, lambda device: arch
-    try:
+    with driven(arch), on_meta(arch, run):
         yield seen
+
+
+@contextmanager
+def binaries(arch: str = "sm_90") -> Iterator[set[tuple[str, str]]]:
+    """(kernel, key) of each binary that launches inside need, in a process that has compiled none. None is compiled."""
+    found: set[tuple[str, str]] = set()
+    real = triton.JITFunction._do_compile
+    triton.JITFunction._do_compile = lambda self, key, *rest: found.add((self.__name__, str(key)))
+    try:
+        with driven(arch), on_meta(arch, triton.JITFunction.run):
+            yield found
     finally:
-        triton.JITFunction.run, configs.architecture = real, architecture
-        driver._active = before
+        triton.JITFunction._do_compile = real
 
 
 @contextmanager
 def caught(arch: str) -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
     """Launches inside are noted, not made, as if on a device of arch."""
     found: list[Any] = []
-    run, architecture = triton.JITFunction.run, configs.architecture
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         found.append((self, args, options))
 
-    triton.JITFunction.run, configs.architecture = note, lambda device: arch
-    try:
+    with on_meta(arch, note):
         yield found
-    finally:
-        triton.JITFunction.run, configs.architecture = run, architecture
 
 
 def compiled(fn: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:

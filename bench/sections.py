@@ -138,6 +138,7 @@ SECTIONS = (
             "codes": lambda r: r["kind"] + " turned" * r["turned"],
             "class": lambda r: r["class"],
             "tiles": lambda r: r["tiles"],
+            "triton": lambda r: r["triton"],
             "registers": lambda r: r["registers"],
             "spilled bytes": lambda r: r["spills"],
             "shared bytes": lambda r: r["shared"],

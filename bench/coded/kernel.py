@@ -7,7 +7,6 @@ transposed matrices, whose packed axis is that of the columns.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def main() -> None:
     for row in found:
         print(*(row[name] for name in SHOWN), sep="  ")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(aot.lines(found))
 
 
 if __name__ == "__main__":

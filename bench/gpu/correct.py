@@ -30,7 +30,7 @@ def run(f: Any, dtype: torch.dtype, act: str, sizes: tuple[int, ...], after: boo
     indices = torch.randint(-1, E, (T, K), device=DEVICE)  # the last expert may be without tokens
     mask = torch.rand(T, device=DEVICE) > 0.1
     dy = new(T, D)
-    parts[0][~mask], dy[~mask] = float("nan"), float("nan")
+    parts[0], dy = (t.masked_fill(~mask[:, None], float("nan")) for t in (parts[0], dy))
     wide = torch.promote_types(dtype, torch.float32)
     parts = [p.to(wide if i == 1 else dtype).requires_grad_() for i, p in enumerate(parts)]
     x, w, up, down, b_up, b_down = parts

@@ -6,16 +6,23 @@ import torch
 from common import DRY, MAIN, SHAPES, Record, Shape, layer, seconds, tried
 from fmoe_kernels import products
 from fmoe_kernels.programs import fp8
+from torch import Tensor
+
+
+def operands(s: Shape, depth: int, width: int) -> tuple[Tensor, ...]:
+    """(rows [T K, depth], w [E, depth, width], the same in FP8, its scales, where the rows of each expert end)."""
+    x, indices, *_ = layer(s._replace(D=depth, I=16))
+    rows = x.repeat_interleave(s.K, 0)
+    counts = torch.zeros(s.E, device=x.device, dtype=torch.int64)
+    ends = counts.scatter_add(0, indices.flatten(), torch.ones_like(indices).flatten()).cumsum(0).int()
+    w = torch.randn(s.E, width, depth, device=x.device, dtype=x.dtype).mT / depth**0.5
+    scale = torch.ones(s.E, -(-width // 128), -(-depth // 128), device=x.device).mT
+    return rows, w, w.to(fp8.E4M3), scale, ends
 
 
 def both(s: Shape, depth: int, width: int) -> dict[str, Any]:
     """Sorted rows [T K, depth] times [E, depth, width]."""
-    x, indices, *_ = layer(s._replace(D=depth, I=16))
-    rows = x.repeat_interleave(s.K, 0)
-    ends = torch.bincount(indices.flatten(), minlength=s.E).cumsum(0).int()
-    w = torch.randn(s.E, width, depth, device=x.device, dtype=x.dtype).mT / depth**0.5
-    q = w.to(fp8.E4M3)
-    scale = torch.ones(s.E, -(-width // 128), -(-depth // 128), device=x.device).mT
+    rows, w, q, scale, ends = operands(s, depth, width)
     wide = seconds(lambda: products.gmm(rows, w, ends))
     narrow = seconds(lambda: fp8.gmm(rows, q, scale, ends))
     flops = 2.0 * len(rows) * depth * width
@@ -29,14 +36,14 @@ def both(s: Shape, depth: int, width: int) -> dict[str, Any]:
 
 def main(record: Record) -> None:
     if DRY:
-        sizes = {"tiny": (Shape(6, 32, 16, 2, 1), 32, 16)}
+        cases = {"tiny": (Shape(6, 32, 16, 2, 1), 32, 16)}
     else:
-        sizes = {f"{n} {k}": (SHAPES[n], *wide) for n in MAIN for k, wide in _products(SHAPES[n]).items()}
-    for name, (s, depth, width) in sizes.items():
+        cases = {f"{n} {k}": (SHAPES[n], *wide) for n in MAIN for k, wide in sizes(SHAPES[n]).items()}
+    for name, (s, depth, width) in cases.items():
         tried(record, lambda s=s, d=depth, w=width: both(s, d, w), kernel="gmm fp8", shape=name)
         if not DRY:
             torch.cuda.empty_cache()
 
 
-def _products(s: Shape) -> dict[str, tuple[int, int]]:
+def sizes(s: Shape) -> dict[str, tuple[int, int]]:
     return {"up": (s.D, 2 * s.I), "down": (s.I, s.D)}

@@ -3,15 +3,17 @@
 Late among the steps, and by itself: what has never run may hang.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DRY, MAIN, SHAPES, Record, layer, seconds, tried
+from common import DRY, MAIN, SHAPES, Record, Shape, layer, seconds, tried
 from fmoe_kernels.host.configs import Config
 from fmoe_kernels.host.launch import Act, Tiling
 from fmoe_kernels.programs.gmm import gmm
 from fmoe_kernels.programs.route import make_route
 from fmoe_kernels.programs.up import up
+from torch import Tensor
 
 TILES = {
     "gmm": Config(128, 256, 64, 8, 4, 2, tma=True, specialised=True),
@@ -19,15 +21,18 @@ TILES = {
 }
 
 
+def calls(s: Shape) -> dict[str, Callable[[Config], Tensor]]:
+    x, indices, weights, w_up, w_down = layer(s)
+    r, act = make_route(indices, None, len(w_up)), Act("swiglu", 1.0, 0.0)
+    p, a = weights.flatten(), torch.randn(indices.numel(), w_down.shape[1], dtype=x.dtype, device=x.device)
+    return {
+        "gmm": lambda c: gmm(a, w_down, None, None, r, Tiling(only=c)),
+        "up": lambda c: up(x, w_up, None, p, r, act, Tiling(only=c), True)[0],
+    }
+
+
 def main(record: Record) -> None:
     for name in MAIN:
-        x, indices, weights, w_up, w_down = layer(SHAPES[name])
-        r, act = make_route(indices, None, len(w_up)), Act("swiglu", 1.0, 0.0)
-        p, a = weights.flatten(), torch.randn(indices.numel(), w_down.shape[1], dtype=x.dtype, device=x.device)
-        calls = {
-            "gmm": lambda c, a=a, w=w_down, r=r: gmm(a, w, None, None, r, Tiling(only=c)),
-            "up": lambda c, x=x, w=w_up, p=p, r=r, act=act: up(x, w, None, p, r, act, Tiling(only=c), True)[0],
-        }
 
         def compared(call: Any, c: Config) -> dict[str, Any]:
             twin = c._replace(specialised=False)
@@ -36,7 +41,7 @@ def main(record: Record) -> None:
             times = dict(ms=1e3 * seconds(lambda: call(c)), twin_ms=1e3 * seconds(lambda: call(twin)))
             return dict(same=torch.equal(found, expected), apart=apart.item(), **times)
 
-        for kernel, call in calls.items():
+        for kernel, call in calls(SHAPES[name]).items():
             if DRY:
                 record(shape=name, kernel=kernel, refused=refused(call, TILES[kernel]))
             else:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,3 +112,43 @@ print("fits")
     environment = {k: v for k, v in os.environ.items() if k != "FMOE_DRY"} | {"PYTHONPATH": path}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == "fits", run.stderr[-2000:]
+
+
+CARRIED = """
+import precompile, torch
+from fmoe_kernels.programs.route import make_route
+few = lambda: make_route(torch.zeros(4, 2, dtype=torch.long, device="meta"), None, 8).tiles(16)
+every = precompile.calls
+precompile.calls = lambda: every() | {"few": lambda: {"few": few}}
+precompile.main([%r])
+"""
+
+
+@pytest.mark.parametrize("step", ["few", pytest.param("layers", marks=pytest.mark.slow)])  # 23 kernels: 15 s
+def test_a_cache_that_is_carried_serves_a_project_elsewhere(step: str, tmp_path: Path) -> None:
+    """At the path that both sides link it to: there nothing is compiled, and no C compiler is needed."""
+
+    def precompiled(project: Path, **environment: str) -> list[int]:
+        environment |= {"FMOE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": f"{project}/kernels:{project}/bench/gpu"}
+        command = [sys.executable, "-c", CARRIED % step]
+        dropped = ("TRITON_INTERPRET", "TRITON_CACHE_DIR", "FMOE_DRY")
+        environment |= {k: v for k, v in os.environ.items() if k not in (*environment, *dropped)}
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=project)
+        assert run.returncode == 0, run.stderr[-2000:]
+        found = re.search(r"(\d+) kernels, (\d+) compiled now; (\d+) modules", run.stdout)
+        assert found, run.stdout
+        return [int(n) for n in found.groups()]
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    for project in (here, there):
+        for name in ("kernels", "bench/gpu"):
+            shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "bench" / "fake_gpu.py", project / "bench")
+    kernels, compiled, modules = precompiled(here)
+    assert compiled == kernels >= 4
+    shutil.move(here / "build", there / "build")
+    shutil.rmtree(here)
+    shutil.rmtree(there / "build" / "libcuda", ignore_errors=True)
+    assert precompiled(there, CC="/bin/false") == [kernels, 0, modules]
+    files = {path.suffix for path in (there / "build" / "triton-cache").rglob("*") if path.is_file()}
+    assert files == {".cubin", ".json", *([".so"] if modules else [])}

@@ -154,6 +154,14 @@ def test_the_committed_figures_are_of_the_shipped_tiles() -> None:
                 assert r["ctas"] >= large.get("ctas", 1), where(r)
 
 
+def test_the_committed_figures_are_those_of_these_kernels(brief: list[dict[str, Any]]) -> None:
+    """By this version of triton, whose compilers always make the same of the same; `aot.py --brief` writes them."""
+    rows = [r for r in json.loads((ROOT / "bench" / "results" / "aot.json").read_text()) if "was" not in r]
+    if (version := brief[0]["triton"]) not in {r["triton"] for r in rows}:
+        pytest.skip(f"results/aot.json has no figures of triton {version}")
+    assert [r for r in rows if r["triton"] == version] == brief
+
+
 def test_what_changed_is_less_than_it_was() -> None:
     """By each version of triton, the tiles that ship beside those before: dact's has twice the elements a thread."""
     rows = json.loads((ROOT / "bench" / "results" / "aot.json").read_text())
@@ -180,23 +188,6 @@ def test_both_versions_of_triton_make_the_same_of_what_counts() -> None:
         for name in ("wgmma", "mma", "tma_load", "tma_store", "exponentials"):
             assert found[0][name] == found[1][name], (tile, name)
         assert abs(found[0]["shared"] - found[1]["shared"]) <= 1024, tile
-
-
-ROUTES = """
-import sys; sys.path.insert(0, "bench")
-import torch
-from fake_gpu import fake_gpu
-from fmoe_kernels.programs.route import make_route
-with fake_gpu() as seen:
-    for T in (1, 2, 3, 7, 16, 17, 31, 100, 255, 256, 1024, 4096, 4097):
-        make_route(torch.zeros(T, 8, dtype=torch.long, device="meta"), None, 128).tiles(128)
-print(len({key for _, key, _ in seen}))
-"""
-
-
-def test_one_binary_of_each_routing_kernel_serves_every_number_of_tokens() -> None:
-    """A new number inside a graph capture would compile and load there."""
-    assert python(ROUTES) == "4"
 
 
 def python(code: str) -> str:

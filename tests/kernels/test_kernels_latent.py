@@ -1,6 +1,11 @@
 """What would fail, wait or crawl on a device and cannot show on a CPU: held to what each call does there."""
 
 import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import kernel_cases  # switches the interpreter on, before Triton is imported
@@ -14,6 +19,7 @@ from fmoe.dispatch import local
 from fmoe.dispatch.rows import Rows
 from fmoe.types import MoEConfig, Routing
 
+ROOT = Path(__file__).parents[2]
 CONFIG = MoEConfig(n_routed_experts=3, n_activated_experts=2, dim=8, moe_inter_dim=8)
 
 
@@ -61,3 +67,67 @@ def test_a_program_quantises_many_groups(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_sweep_compiles_few_tiles(kernel: str) -> None:
     """In a minute, by 14 processes: 594 of each would take half an hour."""
     assert 8 <= len(candidates(kernel, tma=True)) <= 40
+
+
+BINARIES = """
+import json, sys
+sys.path[:0] = ["bench", "bench/gpu"]
+import common
+common.DEVICE = "meta"
+import fmoe_kernels, precompile, torch
+from coded.kernel import KINDS, coded, new
+from common import Shape, layer, leaves, trained
+from fake_gpu import binaries
+from fmoe_kernels import activations, products
+from fmoe_kernels.programs import fp8
+from fmoe_kernels.programs.route import make_route
+
+E, D, I, K, ends = 128, 256, 128, 8, new(128, dtype=torch.int32)
+bf16 = lambda *shape: new(*shape, dtype=torch.bfloat16)
+
+def whole(T):
+    x, indices, weights, w_up, w_down = leaves(layer(Shape(T, D, I, E, K)))
+    b_up, b_down, mask = bf16(E, 2 * I).requires_grad_(), bf16(E, D).requires_grad_(), new(T, dtype=torch.bool)
+    y = fmoe_kernels.experts(x, indices, weights, mask, w_up, w_down, b_up, b_down)
+    torch.autograd.grad(y, (x, weights, w_up, w_down, b_up, b_down), bf16(T, D))
+
+def act(T):
+    u, p = bf16(T, D).requires_grad_(), new(T, 1, dtype=torch.float32).requires_grad_()
+    torch.autograd.grad(activations.swiglu(u, p), (u, p), bf16(T, I))
+
+CALLS = {
+    "routing": lambda T: make_route(new(T, K, dtype=torch.long), None, E).tiles(128),
+    "step (c)": lambda T: precompile.layers({"": Shape(T, D, I, E, K)})[""](),
+    "layer": whole,
+    "activations": act,
+    "gmm": lambda T: products.gmm(bf16(T, D), bf16(E, I, D).mT, ends),
+    "tgmm": lambda T: products.tgmm(bf16(T, D), bf16(T, I), ends),
+    "fp8": lambda T: fp8.gmm(bf16(T, D), new(E, I, D, dtype=fp8.E4M3).mT, new(E, 1, 2, dtype=torch.float32).mT, ends),
+} | {
+    f"codes {kind}{' turned' * turned}": lambda T, w=w: products.gmm_codes(
+        bf16(T, w.words.shape[2] if w.turned else w.words.shape[1] * w.packed), w, ends)
+    for kind in KINDS for turned in (False, True) for w in [coded(kind, turned)]
+}
+FEW, MANY = (1, 2, 3, 7, 16, 17, 31, 100, 255, 256, 500), (30000, 30001, 32768, 40007, 90000)
+told = {}
+for name, call in CALLS.items():
+    for tokens in (FEW, MANY):
+        with binaries() as found:
+            call(tokens[0])
+            first = len(found)
+            for T in tokens[1:]:
+                call(T)
+        told[f"{name}, {tokens[0]} and more"] = [first, len(found), len({kernel for kernel, _ in found})]
+print(json.dumps(told))
+"""
+
+
+def test_a_new_number_of_tokens_needs_no_new_binary() -> None:
+    """Inside a graph capture it would be compiled and loaded there: so sizes that change are plain numbers."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FMOE_DRY")}
+    command = [sys.executable, "-c", BINARIES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-2000:]
+    told = json.loads(run.stdout)
+    assert len(told) == 30 and all(0 < first == every for first, every, _ in told.values()), told
+    assert told["routing, 1 and more"] == told["routing, 30000 and more"] == [4, 4, 4]

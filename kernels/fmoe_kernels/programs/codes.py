@@ -155,7 +155,7 @@ def gmm_codes_kernel(
 
 def tiles_of(c: Config) -> Config:
     """The tiles of a product of numbers, for one of codes: what is decoded takes registers too."""
-    return c._replace(columns=min(c.columns, 128), warps=8 if c.rows == 128 else c.warps)
+    return c._replace(columns=min(c.columns, 128 if c.rows >= 64 else 64), warps=8 if c.rows >= 64 else c.warps)
 
 
 def gmm(a: Tensor, w: Coded, r: Route, tiling: Tiling) -> Tensor:

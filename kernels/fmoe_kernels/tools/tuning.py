@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import product
 from pathlib import Path
 
@@ -62,8 +62,9 @@ def tune(
     """Writes to path the shipped table with the fastest tiles for [n_tokens, dim] x [n_experts, dim, width] layers.
 
     Returns {kernel: {str(config): seconds}}; what cannot be launched is left out. A file that is already at path is
-    taken further, so that several shapes go into one table. among: the tiles to try. They are compiled side by side
-    and timed by events on the device; no more are timed after `limit` seconds. Raises RuntimeError where no tiles of a
+    taken further, so that several shapes go into one table; it is written after each kernel. among: the tiles to try.
+    They are compiled side by side, the table's own first, and timed by events on the device; a kernel takes a quarter
+    of `limit` seconds, after which no more are compiled or timed, but one. Raises RuntimeError where no tiles of a
     kernel launch.
     """
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
@@ -72,23 +73,32 @@ def tune(
     table = {a: {k: dict(buckets) for k, buckets in kernels.items()} for a, kernels in table.items()}
     table.setdefault(arch, {k: dict(b) for k, b in table[configs.nearest(arch, table)].items()})
     tma, given = table[arch]["up"]["large"].tma, None if among is None else list(among)
-    until = time.monotonic() + limit
-    rows, timings = n_tokens * top_k, {}
+    rows, timings, began = n_tokens * top_k, {}, time.monotonic()
     depths = {"up": dim, "gmm": width, "dact": dim, "dw": rows // n_experts}
-    for kernel, call in _calls(n_tokens, dim, width, n_experts, top_k, activation, dtype, where).items():
-        tries = candidates(kernel, tma) if given is None else given
-        seconds = {c: _seconds(call, c) for c in _launched(call, tries, where) if time.monotonic() < until}
-        if not seconds:
-            raise RuntimeError(f"tune: none of {len(tries)} tiles of {kernel} launches on {arch}")
-        best = min(seconds, key=lambda c: seconds[c])
-        table[arch][kernel][configs.bucket(dtype, rows, n_experts, depths[kernel], False)] = best
-        timings[kernel] = {str(c): s for c, s in seconds.items()}
+    with torch.accelerator.device_index(where.index):  # events and sleeps go to the current device
+        calls = _calls(n_tokens, dim, width, n_experts, top_k, activation, dtype, where)
+        for i, (kernel, call) in enumerate(calls.items(), 1):
+            until, seconds, buckets = began + limit * i / len(calls), {}, table[arch][kernel]
+            bucket = configs.bucket(dtype, rows, n_experts, depths[kernel], False)
+            shipped = buckets.get(bucket, buckets["large"])
+            tries = [*dict.fromkeys((shipped, *candidates(kernel, tma)))] if given is None else given
+            for c in _launched(call, tries, where, until):
+                if not seconds or time.monotonic() < until:
+                    seconds[c] = _seconds(lambda c=c, call=call: call(c), where)
+            if not seconds:
+                raise RuntimeError(f"tune: none of {len(tries)} tiles of {kernel} launches on {arch}")
+            buckets[bucket] = min(seconds, key=lambda c: seconds[c])
+            timings[kernel] = {str(c): s for c, s in seconds.items()}
+            _write(table, Path(path))
+    return timings
+
+
+def _write(table: configs.Table, path: Path) -> None:
     plain = {
         a: {k: {b: c._asdict() for b, c in buckets.items()} for k, buckets in ks.items()} for a, ks in table.items()
     }
-    Path(path).write_text(json.dumps(plain, indent=1) + "\n")
+    path.write_text(json.dumps(plain, indent=1) + "\n")
     configs.load.cache_clear()
-    return timings
 
 
 def _calls(
@@ -112,8 +122,13 @@ def _calls(
     }
 
 
-def _launched(call: Callable[[Config], object], tries: list[Config], device: torch.device) -> list[Config]:
-    """Those that this device can run, each compiled and run once; side by side, but for the interpreter."""
+def _launched(
+    call: Callable[[Config], object], tries: list[Config], device: torch.device, until: float
+) -> list[Config]:
+    """Those that this device can run, each compiled and run once; side by side, but for the interpreter.
+
+    After `until` no further one is begun, but the first.
+    """
 
     def launches(c: Config) -> bool:
         try:
@@ -122,23 +137,26 @@ def _launched(call: Callable[[Config], object], tries: list[Config], device: tor
             return False
         return True
 
-    with ThreadPoolExecutor(1 if device.type == "cpu" else min(14, os.cpu_count() or 1)) as pool:
-        return [c for c, fits in zip(tries, pool.map(launches, tries), strict=True) if fits]
+    workers = 1 if device.type == "cpu" else min(14, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        begun = {c: pool.submit(launches, c) for c in tries}
+        wait(begun.values(), until - time.monotonic())
+        late = {c for i, (c, one) in enumerate(begun.items()) if i and one.cancel()}
+        return [c for c, one in begun.items() if c not in late and one.result()]
 
 
-def _seconds(call: Callable[[Config], object], config: Config, repeats: int = 7) -> float:
-    """The median time of a launch between two events, with nothing of the host's in it; on a CPU, by the clock."""
+def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
+    """The median time of a call between two events, with nothing of the host's in it; on a CPU, once by the clock."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
     times = []
-    for _ in range(repeats if torch.cuda.is_available() else 1):
-        if not torch.cuda.is_available():
-            start = time.perf_counter()
-            call(config)
-            times.append(time.perf_counter() - start)
-            continue
-        torch.cuda._sleep(1_000_000)  # until all of the launch is queued
+    for _ in range(repeats):
+        torch.cuda._sleep(1_000_000)  # until all of the call is queued
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        call(config)
+        call()
         end.record()
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
