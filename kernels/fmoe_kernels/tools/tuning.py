@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -78,13 +79,11 @@ def tune(
     with torch.accelerator.device_index(where.index):  # events and sleeps go to the current device
         calls = _calls(n_tokens, dim, width, n_experts, top_k, activation, dtype, where)
         for i, (kernel, call) in enumerate(calls.items(), 1):
-            until, seconds, buckets = began + limit * i / len(calls), {}, table[arch][kernel]
+            buckets = table[arch][kernel]
             bucket = configs.bucket(dtype, rows, n_experts, depths[kernel], False)
             shipped = buckets.get(bucket, buckets["large"])
             tries = [*dict.fromkeys((shipped, *candidates(kernel, tma)))] if given is None else given
-            for c in _launched(call, tries, where, until):
-                if not seconds or time.monotonic() < until:
-                    seconds[c] = _seconds(lambda c=c, call=call: call(c), where)
+            seconds = _timed(call, tries, where, began + limit * i / len(calls))
             if not seconds:
                 raise RuntimeError(f"tune: none of {len(tries)} tiles of {kernel} launches on {arch}")
             buckets[bucket] = min(seconds, key=lambda c: seconds[c])
@@ -120,6 +119,17 @@ def _calls(
         "dact": lambda c: dact(dy, w_down, z, weights, r, act, Tiling(only=c)),
         "dw": lambda c: dw(a, dy, r, dw_out, Tiling(only=c)),
     }
+
+
+def _timed(
+    call: Callable[[Config], object], tries: list[Config], device: torch.device, until: float
+) -> dict[Config, float]:
+    """The seconds of those that this device can run: of the first, and of others until then."""
+    seconds: dict[Config, float] = {}
+    for c in _launched(call, tries, device, until):
+        if not seconds or time.monotonic() < until:
+            seconds[c] = _seconds(partial(call, c), device)
+    return seconds
 
 
 def _launched(
