@@ -13,6 +13,7 @@ import torch
 from fmoe_kernels import activations, products
 from fmoe_kernels.host import check, launch
 from fmoe_kernels.programs import fp8
+from fmoe_kernels.programs.codes import Coded
 from fmoe_kernels.programs.route import make_route
 from fmoe_kernels.programs.scalars import SCALARS
 from torch import Tensor
@@ -33,6 +34,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "experts": (fmoe_kernels.experts, LAYER),
     "products.gmm": (products.gmm, dict(x=new(N, K), w=new(E, K, M), offsets=ends(2, N))),
     "products.tgmm": (products.tgmm, dict(x=new(N, K), y=new(N, M), offsets=ends(2, N))),
+    "products.gmm_codes": (
+        lambda x, words, scale, offsets: products.gmm_codes(x, Coded(words, scale, None, "e4m3", (0, 0)), offsets),
+        dict(x=new(N, K), words=new(E, K, M).byte(), scale=new(E, 1, 1), offsets=ends(2, N)),
+    ),
     "fp8.gmm": (fp8.gmm, dict(x=new(N, K), w=W8, w_scale=new(E, 1, 1), offsets=ends(2, N))),
     "fp8.quantize_rows": (fp8.quantize_rows, dict(x=new(N, K))),
     "make_route": (lambda indices, mask: make_route(indices, mask, E), dict(indices=ids(N, 1), mask=new(N) > 0)),
@@ -55,6 +60,7 @@ FITS = [  # what remains a valid call
     "mask None", "b_up None", "b_down None", "p None", "u a dimension more", "u a dimension less", "u last size",
     "u first size", "p a dimension less", "products.tgmm offsets first size", "products.tgmm offsets last size",
     "products.tgmm x last size", "y last size", "gmm x first size", "gmm w last size", "make_route indices last size",
+    "gmm_codes x first size", "words last size",
 ]  # fmt: skip
 
 
@@ -113,11 +119,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-@pytest.mark.parametrize("name", ["products.gmm", "products.tgmm", "fp8.gmm"])
+@pytest.mark.parametrize("name", ["products.gmm", "products.tgmm", "products.gmm_codes", "fp8.gmm"])
 def test_offsets_that_do_not_fit_are_brought_where_they_fit(name: str, how: str) -> None:
     function, arguments = CALLS[name]
     torch.manual_seed(0)
-    drawn = {n: t if n in ("offsets", "w", "w_scale") else torch.randn_like(t) for n, t in arguments.items()}
+    drawn = {
+        n: t if n in ("offsets", "w", "w_scale", "words", "scale") else torch.randn_like(t)
+        for n, t in arguments.items()
+    }
     first, last = HOSTILE[how]
     start = min(max(first, 0), N)
     right = ends(start, min(max(last, start), N))

@@ -71,7 +71,7 @@ def test_a_sweep_compiles_few_tiles(kernel: str) -> None:
 
 BINARIES = """
 import json, sys
-sys.path[:0] = ["bench", "bench/gpu"]
+sys.path[:0] = ["bench", "bench/gpu", *(f"tests/helpers{room}" for room in ("", "/codes", "/checkpoints"))]
 import common
 common.DEVICE = "meta"
 import fmoe_kernels, precompile, torch
@@ -81,6 +81,10 @@ from fake_gpu import binaries
 from fmoe_kernels import activations, products
 from fmoe_kernels.programs import fp8
 from fmoe_kernels.programs.route import make_route
+from kept import layer as kept
+from fmoe.backends import find
+from fmoe.dispatch import local
+from fmoe.types import Routing
 
 E, D, I, K, ends = 128, 256, 128, 8, new(128, dtype=torch.int32)
 bf16 = lambda *shape: new(*shape, dtype=torch.bfloat16)
@@ -95,6 +99,14 @@ def act(T):
     u, p = bf16(T, D).requires_grad_(), new(T, 1, dtype=torch.float32).requires_grad_()
     torch.autograd.grad(activations.swiglu(u, p), (u, p), bf16(T, I))
 
+def in_codes(T, fmt):  # of Triton's backend, whole: what waits for a device fails, since nothing has a value
+    codes, _, config = kept(fmt)
+    params, x = {name: t.to("meta") for name, t in codes.items()}, bf16(T, config.dim).requires_grad_()
+    routing = Routing(new(T, 2, dtype=torch.long), new(T, 2, dtype=torch.float32), None)
+    plan = local.plan(routing, config)
+    rows = find("triton", torch.device("cuda"))(params, local.dispatch(x, routing.weights, plan), config)
+    torch.autograd.grad(local.combine(rows, plan).sum(), x)
+
 CALLS = {
     "routing": lambda T: make_route(new(T, K, dtype=torch.long), None, E).tiles(128),
     "step (c)": lambda T: precompile.layers({"": Shape(T, D, I, E, K)})[""](),
@@ -107,8 +119,11 @@ CALLS = {
     f"codes {kind}{' turned' * turned}": lambda T, w=w: products.gmm_codes(
         bf16(T, w.words.shape[2] if w.turned else w.words.shape[1] * w.packed), w, ends)
     for kind in KINDS for turned in (False, True) for w in [coded(kind, turned)]
+} | {
+    f"layer in {fmt}": lambda T, fmt=fmt: in_codes(T, fmt)
+    for fmt in ("mxfp4 blocks", "nvfp4", "int4 pack", "fp8 blocks", "mxfp8", "fp8 tensor")
 }
-FEW, MANY = (1, 2, 3, 7, 16, 17, 31, 100, 255, 256, 500), (30000, 30001, 32768, 40007, 90000)
+FEW, MANY = (1, 2, 3, 7, 16, 17, 31), (30000, 30001, 32768, 40007, 90000)
 told = {}
 for name, call in CALLS.items():
     for tokens in (FEW, MANY):
@@ -129,5 +144,5 @@ def test_a_new_number_of_tokens_needs_no_new_binary() -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     told = json.loads(run.stdout)
-    assert len(told) == 30 and all(0 < first == every for first, every, _ in told.values()), told
+    assert len(told) == 42 and not (bad := {n: t for n, t in told.items() if not 0 < t[0] == t[1]}), bad
     assert told["routing, 1 and more"] == told["routing, 30000 and more"] == [4, 4, 4]

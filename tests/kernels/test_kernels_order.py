@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from fmoe_kernels import products
 from fmoe_kernels.programs import activations, fp8
+from fmoe_kernels.programs.codes import Coded
 from fmoe_kernels.programs.route import make_route
 from interpreted import watched
 from kernel_cases import Case, run
@@ -40,10 +41,14 @@ def others() -> list[Tensor]:
     x, w, u = torch.randn(9, 20), torch.randn(3, 20, 10), torch.randn(5, 12)
     ends = torch.tensor([4, 2, 10**6])
     scales = dict(w_scale=torch.rand(3, 1, 1), offsets=ends)
+    words, sizes = torch.randint(0, 255, (3, 10, 10), dtype=torch.uint8).mT, torch.full((3, 10, 1), 125).byte().mT
+    coded = Coded(words, sizes, None, "e2m1", (32, 1))
     return [
         *(r.slots[:rows], r.tokens[:rows], r.inverse, r.offsets, tiles[: int(n)], n),
         products.gmm(x, w, ends),
         products.tgmm(x, torch.randn(9, 6), ends),
+        products.gmm_codes(x, coded, ends),
+        products.gmm_codes(x[:, :10], coded._replace(turned=True), ends),
         fp8.gmm(x, w.to(fp8.E4M3), **scales),
         activations.geglu(u, torch.rand(5, 1)),
     ]

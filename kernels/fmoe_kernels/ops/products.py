@@ -40,7 +40,7 @@ def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     packed, (words, scale, second, code, block, *_, turned) = w.packed, w
     kinds = {"e4m3": torch.uint8, "e2m1": torch.uint8, "int4": torch.int32}
     given = {"x": (x, "N M" if turned else "N K", FLOATS), "words": (words, "E k M", (kinds[code],))}
-    known = {"k": x.shape[1] // packed} if x.ndim == 2 and not turned and words.ndim == 3 else {}
+    known = {"k": x.shape[1] // packed} if isinstance(x, Tensor) and x.ndim == 2 and not turned else {}
     sizes = check("products.gmm_codes", given | {"offsets": (offsets, "E", ENDS)}, **known)
     sizes["K"] = sizes["k"] * packed
     if any(side & (side - 1) for side in block) or sizes["K"] % packed:
