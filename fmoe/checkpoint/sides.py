@@ -141,7 +141,8 @@ def plan_between(source: Checkpoint, to: str, there: Adapter, **ranges: range) -
             raise
         how = (quantization_of(source.config) or {}).get("quant_method", "codes and scales")
         fix = f"Fix: fmoe convert {source.path} BF16 --to hf --dtype bfloat16, then BF16"
-        text = f"{source.path} is quantised with {how}, and {to}'s tables hold numbers. {fix}"
+        found = f"{to}'s tables take decoded weights: found codes and scales, expected floats"
+        text = f"{source.path} is quantised with {how}, and {found}. {fix}"
         raise AdapterError([Problem(text, error.keys)]) from None
 
 

@@ -181,7 +181,7 @@ def seams(entries: Iterable[Entry], formats: tuple[Format, ...], flip: bool) -> 
             here = _turned(here) if flip else here
             found += [Seam(rule, None, turned=flip)] if any(f.transposed for f in formats) else []
             for dim in (-1, -2):
-                for letter in set(here[dim]) & {"i", "d"}:
+                for letter in (a for a in here[dim] if a in ("i", "d")):
                     joined = next(d for d in there if letter in d)
                     if joined != here[dim]:
                         last = joined[-1] == letter and here[dim] == (letter,)

@@ -111,7 +111,7 @@ class Family:
         tables = carry(self.rules.stages, self.model_types, **lora)
         known = {n: o for stage in tables if isinstance(stage, Table) for n, o in stage.choices().items()}
         axes = frozenset[str]().union(*(stage.axes() for stage in tables))
-        for name in choices.keys() - known:
+        for name in (n for n in choices if n not in known):
             if part := asked_as(name, choices[name], axes):
                 raise AdapterError(f"{name}={brief(choices[name])}: {part}")
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())

@@ -69,7 +69,7 @@ def unheard(config: Mapping[str, Any], family: "Family", made: MoEConfig) -> str
     >>> sizes = dict(num_experts=4, num_experts_per_tok=2, hidden_size=6, moe_intermediate_size=4)
     >>> kind = family("qwen3_moe")
     >>> unheard(sizes | {"n_group": 2}, kind, kind.adapter(sizes).moe_config)
-    'n_group=2: qwen3_moe has n_expert_groups=1'
+    'n_group=2: qwen3_moe has n_expert_groups=1, expected the same or no such field'
     """
     read = {n for names in family.fields.values() for n in names.split()} | {*family.words, *family.unsaid}
     scores = {made.score_func.split("_")[0], made.score_func, BIASED}
@@ -88,7 +88,7 @@ def unheard(config: Mapping[str, Any], family: "Family", made: MoEConfig) -> str
             ours = not field or " " not in made.score_func  # of a router that is none of ours nothing is said
             if ours and name not in read and not any(value is q for q in quiet) and not fits(value):
                 has = f"has {field}={getattr(made, field)!r}" if field else "does not compute it"
-                return f"{name}={value!r}: {family.model_types[0]} {has}"
+                return f"{name}={value!r}: {family.model_types[0]} {has}, expected the same or no such field"
     for field in ("swiglu_limit", "activation_limit", "activation_alpha"):
         said = {n: config[n] for n in family.fields.get(field, "").split() if n in config}
         for name, value in said.items() if family.fixed.get(field, 1) > 0 else ():

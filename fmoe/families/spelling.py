@@ -100,7 +100,7 @@ def _spelt(gone: set[str], own: set[str], here: set[str], inside: set[str]) -> s
         rivals = sum(map(alike, whole if what in ROLES else own))
         if what not in NEVER and (3 if what == "qkv" else 1) * rivals >= count:
             found |= {n for n in gone if place(n) == (what, biased, module)}
-    for module in set(map(_module, gone)) - held:
+    for module in sorted(set(map(_module, gone)) - held):
         parts = {n.partition(".")[2] for n in gone if _module(n) == module}
         if all("." in p for p in parts) and any({f"{o}.{p}" for p in parts} <= whole for o in map(_module, whole)):
             found |= {f"{module}.{p}" for p in parts}

@@ -77,7 +77,8 @@ class System:
         layouts = {n: v for n, v in choices.items() if n not in self.choices and n not in ALWAYS}
         made = Adapter((*codec, *published(facts).stages, Complete())) >> self.tables[name](facts)
         axes = frozenset[str]().union(*(stage.axes() for stage in made.stages))
-        for unknown in layouts.keys() - {n for stage in made.stages for n in stage.choices()}:
+        known = {n for stage in made.stages for n in stage.choices()}
+        for unknown in (n for n in layouts if n not in known):
             if part := asked_as(unknown, layouts[unknown], axes):
                 raise AdapterError(f"{unknown}={brief(layouts[unknown])}: {part}")
             if near := meant(unknown, (*self.choices, *ALWAYS)):

@@ -77,7 +77,19 @@ def test_zero_scales_divisors_and_nan() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     x, offsets = torch.randn(4, 64, device=cases.DEVICE), torch.tensor([4, 4, 4], device=cases.DEVICE).int()
     w = coded("mxfp4", 64)
+    nvfp4, two = coded("nvfp4", 64), torch.ones(E, 1, M, device=x.device)
     for change, text in (
+        (dict(code="fp4"), "code is 'fp4', expected one of e4m3, e2m1, int4"),
+        (dict(code=None), "code is None"),
+        (dict(block=None), "block is None, expected powers of two, or 0"),
+        (dict(block=(-2, 1)), "block is"),
+        (dict(block=(2.0, 1)), "block is"),
+        (dict(block=(32, 1, 1)), "block is"),
+        (dict(zero=None), "zero is None, expected True or False"),
+        (dict(turned=3), "turned is 3"),
+        (dict(words=[1]), "words is of type list"),
+        (dict(nvfp4._asdict(), scale=nvfp4.scale.float()), "scale is torch.float32 .* expected uint8"),
+        (dict(second=two, block=(32, 2)), "second stands beside blocks"),
         (dict(scale=w.scale[:, :1]), r"scale is \[3, 1, 40\], expected \[E a b\] = \[3, 2, 40\]"),
         (dict(words=w.words[:, :16]), r"words is \[3, 16, 40\]"),
         (dict(words=w.words.int()), "words is torch.int32"),
@@ -86,3 +98,10 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             products.gmm_codes(x, w._replace(**change), offsets)
+    for given in (None, two):
+        with pytest.raises(ValueError, match="w is of type"):
+            products.gmm_codes(x, given, offsets)
+    with pytest.raises(ValueError, match="x is of type list"):
+        products.gmm_codes(x.tolist(), w, offsets)
+    with pytest.raises(ValueError, match=r"\[4, 63\]|\[3, 32, 40\]"):
+        products.gmm_codes(x[:, :63].contiguous(), w, offsets)

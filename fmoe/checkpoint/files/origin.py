@@ -31,7 +31,7 @@ def weight_map(path: Where, index: Mapping[str, Any]) -> dict[str, str]:
             raise AdapterError(f"{path}: {short(name)} {wrong}")
         if not isinstance(file, str):
             raise AdapterError(f"{path} has no weight_map of names to files: {short(name)} is in {short(file)}")
-    for file in set(found.values()):
+    for file in dict.fromkeys(found.values()):
         plain = Path(file).name == file and "\\" not in file and file.isprintable()
         if not plain or not file.endswith(".safetensors"):
             why = f" (the others are {PICKLE})" if plain and file.endswith((".bin", ".pt", ".pth")) else ""

@@ -14,6 +14,9 @@ from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.route import sorted_route
 from fmoe_kernels.programs.sums import bias_gradient
 
+KINDS = {"e4m3": torch.uint8, "e2m1": torch.uint8, "int4": torch.int32}
+"""What words of each code are."""
+
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """out[n] = x[n] @ w[e] for the rows n of expert e: x [N, K], w [E, K, M] of x's dtype, any strides -> [N, M].
@@ -35,18 +38,20 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     """`gmm` by matrices that are codes, each tile decoded as it is loaded: x [N, K], w [E, K, M] (or turned) -> [N, M].
 
-    Raises ValueError for codes and scales whose shapes or dtypes do not fit, and blocks that are no powers of two.
+    Raises ValueError for codes and scales whose shapes or dtypes do not fit, blocks that are no powers of two, and a
+    second scale beside scales that are no e4m3 of single columns.
     """
+    _check_coded(w)
     packed, (words, scale, second, code, block, *_, turned) = w.packed, w
-    kinds = {"e4m3": torch.uint8, "e2m1": torch.uint8, "int4": torch.int32}
-    given = {"x": (x, "N M" if turned else "N K", FLOATS), "words": (words, "E k M", (kinds[code],))}
+    given = {"x": (x, "N M" if turned else "N K", FLOATS), "words": (words, "E k M", (KINDS[code],))}
     known = {"k": x.shape[1] // packed} if isinstance(x, Tensor) and x.ndim == 2 and not turned else {}
     sizes = check("products.gmm_codes", given | {"offsets": (offsets, "E", ENDS)}, **known)
     sizes["K"] = sizes["k"] * packed
-    if any(side & (side - 1) for side in block) or sizes["K"] % packed:
-        raise ValueError(f"products.gmm_codes: block is {block}, expected powers of two, or 0")
+    if not turned and x.shape[1] != sizes["K"]:
+        raise ValueError(f"products.gmm_codes: x is {list(x.shape)}, expected [N, K={sizes['K']}], as words say")
     grid = {a: -(-sizes[n] // (side or max(sizes[n], 1))) for a, n, side in zip("ab", "KM", block, strict=True)}
-    beside = {"x": given["x"], "scale": (scale, "E a b", (torch.uint8, *FLOATS))}
+    factors = (torch.uint8,) if second is not None else (torch.uint8, *FLOATS)
+    beside = {"x": given["x"], "scale": (scale, "E a b", factors)}
     beside |= {"second": (second, "E one M", (torch.float32,))} if second is not None else {}
     check("products.gmm_codes", beside, **{n: sizes[n] for n in "EKM"}, **grid, one=1)
     check_runs(x)
@@ -54,6 +59,23 @@ def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     if 0 in sizes.values():
         return x.new_zeros(len(x), sizes["K" if turned else "M"])
     return codes.gmm(dense(x), w, sorted_route(x, offsets), Tiling())
+
+
+def _check_coded(w: codes.Coded) -> None:
+    """Raises ValueError for what is no Coded, or one whose facts are none that the kernel has."""
+    who = "products.gmm_codes"
+    if not isinstance(w, codes.Coded):
+        raise ValueError(f"{who}: w is of type {type(w).__name__}, expected fmoe_kernels.programs.codes.Coded")
+    if not isinstance(w.code, str) or w.code not in KINDS:
+        raise ValueError(f"{who}: code is {w.code!r}, expected one of {', '.join(KINDS)}")
+    sides = w.block if isinstance(w.block, tuple) and len(w.block) == 2 else (None,)
+    if not all(type(side) is int and side >= 0 and not side & (side - 1) for side in sides):
+        raise ValueError(f"{who}: block is {w.block!r}, expected powers of two, or 0")
+    for name in ("zero", "divides", "turned"):
+        if not isinstance(getattr(w, name), bool):
+            raise ValueError(f"{who}: {name} is {getattr(w, name)!r}, expected True or False")
+    if w.second is not None and w.block[1] != 1:
+        raise ValueError(f"{who}: second stands beside blocks {w.block!r}, expected blocks of one column")
 
 
 def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:

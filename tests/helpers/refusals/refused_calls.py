@@ -23,6 +23,8 @@ CONFIGS = {
     "fmoe.adapter('qwen3_moe', SIZES | dict(num_local_experts=3))": "two counts of experts: either could be meant",
     "fmoe.adapter('qwen3_moe', SIZES | dict(num_experts=5)).from_hf(plain)": "the config counts more experts",
     "fmoe.adapter('qwen3_moe', SIZES | dict(moe_intermediate_size=5)).from_hf(plain)": "the config has other sizes",
+    "fmoe.adapter('qwen3_moe', SIZES | dict(n_group=2)).moe_config": "the family's router knows no groups of experts",
+    "fmoe.adapter('gpt_oss', SIZES | dict(intermediate_size=6, swiglu_limit=0)).moe_config": "a clamp at 0 is zero",
     "fmoe.adapter('qwen3_moe', dict(quantization_config=dict(weight_block_size=128)))": "a block has rows and columns",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(lone_scale)": "a scale without codes: a half of a pair is lost",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(lone_codes)": "codes without a scale are no weights",
