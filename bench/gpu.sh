@@ -5,6 +5,7 @@
 # Before, on a CPU with the same Python and triton: python bench/gpu/precompile.py, and carry build/triton-cache; wheels of peers in build/wheels.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+python=${PYTHON:-$(command -v python3 || command -v python)}
 export OUT=${OUT:-bench/results/gpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 mkdir -p "$OUT"
 export PYTHONPATH=.:kernels:bench/gpu:/tmp/fmoe-wheels${PYTHONPATH:+:$PYTHONPATH}
@@ -16,8 +17,13 @@ else
     export TRITON_CACHE_DIR=${FMOE_CACHE:-/tmp/fmoe-triton-cache}
     mkdir -p build/triton-cache
     ln -sfn "$PWD/build/triton-cache" "$TRITON_CACHE_DIR"
-    shopt -s nullglob
-    wheels=(build/wheels/*.whl)
-    ((${#wheels[@]})) && timeout 20 python -m pip install -q --no-index --no-deps --target /tmp/fmoe-wheels "${wheels[@]}"
 fi
-exec timeout --kill-after=3 "$((limit - SECONDS))" python bench/gpu/run.py "$@"
+shopt -s nullglob
+wheels=(build/wheels/*.whl)
+export FMOE_WHEELS="none in build/wheels"
+if ((${#wheels[@]})); then
+    pip=(timeout 20 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/fmoe-wheels)
+    said=$("${pip[@]}" "${wheels[@]}" 2>&1) && FMOE_WHEELS="${wheels[*]##*/}" || FMOE_WHEELS="pip failed: ${said: -200}"
+fi
+export FMOE_SECONDS=$((limit - SECONDS - 4))
+exec timeout --kill-after=3 "$FMOE_SECONDS" "$python" bench/gpu/run.py "$@"

@@ -6,6 +6,7 @@ With FMOE_DRY set everything runs once on the CPU, tiny and in Triton's interpre
 """
 
 import json
+import mmap
 import os
 import statistics
 import time
@@ -72,12 +73,43 @@ def records(step: str) -> Record:
     return record
 
 
+class Progress:
+    """What a step tries right now, and how many it has tried: shared with what is forked, so it outlives a crash."""
+
+    LOST = 77  # the exit status of a process whose device takes no more
+
+    def __init__(self) -> None:
+        self.shared, self.seen, self.skipped = mmap.mmap(-1, 8192), 0, 0
+
+    def write(self, count: int, what: dict[str, Any] | None) -> None:
+        self.shared[:] = json.dumps([count, what]).encode().ljust(8192)
+
+    def read(self) -> tuple[int, dict[str, Any] | None]:
+        text = bytes(self.shared).rstrip(b"\0 ")
+        return tuple(json.loads(text)) if text else (0, None)
+
+
+PROGRESS = Progress()
+
+
 def tried(record: Record, measure: Callable[[], dict[str, Any]], **what: Any) -> None:
-    """Records what was measured, or the reason why it was not."""
+    """Records what was measured, or the reason why it was not. An error that leaves no device ends the process.
+
+    Another one then goes on behind it: what this step has tried before is skipped.
+    """
+    PROGRESS.seen += 1
+    if PROGRESS.seen <= PROGRESS.skipped:
+        return
+    PROGRESS.write(PROGRESS.seen, what)
+    reason = ""
     try:
         record(**what, **measure())
     except Exception as error:  # a peer that is missing or fails is a result, not the end of the run
-        record(**what, reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        record(**what, reason=reason)
+    PROGRESS.write(PROGRESS.seen, None)
+    if ("CUDA error" in reason or "Triton Error [CUDA]" in reason) and "out of memory" not in reason:
+        os._exit(Progress.LOST)
 
 
 def layer(s: Shape, dtype: torch.dtype = DTYPE, skew: bool = False) -> tuple[Tensor, ...]:

@@ -57,6 +57,9 @@ def text(rows: list[Row]) -> str:
     say: Callable[[str], Any] = lambda line: print(line, file=out)
     machine = next((r for r in rows if "device" in r), {})
     say(f"{machine.get('device', 'no device')}, torch {machine.get('torch')}, triton {machine.get('triton')}")
+    for r in rows:
+        if r["step"] == "start":
+            say(f"Python {r['python']}, {r['cached']} kernels in the cache, wheels: {r['wheels']}")
     for step, columns in COLUMNS.items():
         here = [r for r in rows if r["step"] == step]
         ends = [r for r in here if r.get("end") or set(r) == {"step", "dtype", "at", "reason"}]

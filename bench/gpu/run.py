@@ -2,6 +2,7 @@
 
 Every record is a line of OUT/records.jsonl, written as soon as it is known: whatever kills a step, or all of them, what
 was measured is there. A step that fails or reaches its limit leaves a record with the reason, and the next one starts.
+A measurement that crashes or hangs its process costs itself alone: another process goes on behind it.
 """
 
 import importlib
@@ -15,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common import DRY, Record, records
+from common import DRY, PROGRESS, Progress, Record, records
 
-TOTAL = 190.0 if DRY else 585.0  # of the 600 of gpu.sh, for the report to be written too
+TOTAL = float(os.environ.get("FMOE_SECONDS") or (195 if DRY else 595)) - 8  # of those of gpu.sh
 REPORT = 12.0
+STALLED, RESTART = 45.0, 5.0  # one measurement takes no longer; less is left than a process needs to begin again
 
 
 class Step(NamedTuple):
@@ -54,20 +56,45 @@ def run(name: str, step: Step, deadline: float, left: int = 1) -> None:
     limit = min(step.limit, (deadline - began) / (left if DRY else 1))
     if limit < 1:
         return record(reason="not started: no time was left")
+    PROGRESS.skipped = 0
+    PROGRESS.write(0, None)
+    while True:
+        reason, lost = once(step, record, began + limit)
+        PROGRESS.skipped, what = PROGRESS.read()
+        if what is not None:
+            record(**what, reason=reason)
+        if not (lost or what) or time.monotonic() > began + limit - RESTART:
+            break
+    at_limit = reason == LIMIT
+    told = {"reason": f"stopped at its limit of {limit:.0f} s" if at_limit else reason} if reason else {}
+    record(end=True, seconds=round(time.monotonic() - began, 2), **told)
+
+
+LIMIT = "stopped at the limit of its step"
+
+
+def once(step: Step, record: Record, until: float) -> tuple[str, bool]:
+    """(why a process of this step did not come to its end, whether because the device took no more)."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         os._exit(inside(step, record))
     signal.signal(signal.SIGTERM, lambda *_: (kill(child), record(reason="stopped from outside"), os._exit(1)))
-    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() - began < limit:
+    at, since, reason = PROGRESS.read(), time.monotonic(), ""
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and not reason:
         time.sleep(0.05)
-    took = round(time.monotonic() - began, 2)
+        if (now := PROGRESS.read()) != at:
+            at, since = now, time.monotonic()
+        if time.monotonic() > until:
+            reason = LIMIT
+        elif at[1] is not None and time.monotonic() > since + STALLED:
+            reason = f"no end after {STALLED:.0f} s"
     if done[0] == 0:
         kill(child)
         os.waitpid(child, 0)
-        return record(end=True, seconds=took, reason=f"stopped at its limit of {limit:.0f} s")
+        return reason, False
     code = os.waitstatus_to_exitcode(done[1])
-    record(end=True, seconds=took, **({} if code == 0 else {"reason": f"ended with {code}"}))
+    return "" if code == 0 else f"ended with {code}", code == Progress.LOST
 
 
 def inside(step: Step, record: Record) -> int:
@@ -96,6 +123,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     names = sys.argv[1:] or list(STEPS)
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", "/no"))
+    carried = dict(wheels=os.environ.get("FMOE_WHEELS", "not asked for"), cached=len(list(cache.glob("*/*.cubin"))))
+    records("start")(python=sys.version.split()[0], **carried)
     import fmoe_kernels.ops.layer  # noqa: F401  once, for all that are forked
     import fmoe_kernels.tools.tuning  # noqa: F401
 

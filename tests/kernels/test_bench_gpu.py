@@ -26,7 +26,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_gpu_sh_runs_dry(tmp_path: Path) -> None:
-    environment = os.environ | {"FMOE_DRY": "1", "OUT": str(tmp_path)}
+    environment = os.environ | {"FMOE_DRY": "1", "OUT": str(tmp_path), "PYTHON": sys.executable}
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(["bash", ROOT / "bench" / "gpu.sh"], env=environment, capture_output=True, text=True)
     assert time.monotonic() - began < 210
@@ -43,8 +43,23 @@ def test_gpu_sh_runs_dry(tmp_path: Path) -> None:
 
 
 STEP = """
-import subprocess, time
+import os, subprocess, time
+from common import tried
+def one(how):
+    if how == "no device":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    if how == "crash":
+        os.abort()
+    if how == "hang":
+        time.sleep(60)
+    if how == "error":
+        raise ValueError("wrong")
+    return dict(process=os.getpid())
 def main(record, what="nothing"):
+    if what == "tries":
+        for i, how in enumerate(["ok", "no device", "ok", "crash", "hang", "error", "ok"]):
+            tried(record, lambda: one(how), i=i, how=how)
+        return
     record(kernel="before")
     if what == "hangs":
         subprocess.Popen(["sleep", "60"])
@@ -57,6 +72,7 @@ def main(record, what="nothing"):
 """
 DRIVER = """
 import run
+run.STALLED = 1
 run.STEPS = {what: run.Step("planted", limit, (what,)) for what, limit in %s.items()}
 run.main()
 """
@@ -69,9 +85,15 @@ def drive(tmp_path: Path, steps: dict[str, float]) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", DRIVER % steps], env=environment, text=True)
 
 
-def test_a_step_that_hangs_fails_or_dies_stops_no_other(tmp_path: Path) -> None:
-    assert drive(tmp_path, {"hangs": 3, "fails": 20, "dies": 20, "works": 20}).wait(200) == 0
-    found = records(tmp_path / "out")
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("driven")
+    assert drive(path, {"hangs": 3, "fails": 20, "dies": 20, "works": 20, "tries": 60}).wait(200) == 0
+    return path / "out"
+
+
+def test_a_step_that_hangs_fails_or_dies_stops_no_other(driven: Path) -> None:
+    found = records(driven)
     told = {r["step"]: r["reason"] for r in found if "reason" in r}
     assert told["hangs"] == "stopped at its limit of 3 s" and told["dies"] == "ended with -6"
     reasons = [r["reason"] for r in found if r["step"] == "fails" and "reason" in r]
@@ -80,7 +102,36 @@ def test_a_step_that_hangs_fails_or_dies_stops_no_other(tmp_path: Path) -> None:
         kept = [r["kernel"] for r in found if r["step"] == step and "kernel" in r]
         assert kept == (["before", "after"] if step == "works" else ["before"])
     assert next(r for r in found if r["step"] == "hangs" and r.get("end"))["seconds"] < 6
-    assert (tmp_path / "out" / "report.txt").exists()
+    assert (driven / "report.txt").exists()
+
+
+def test_a_measurement_that_crashes_hangs_or_loses_the_device_costs_itself_alone(driven: Path) -> None:
+    found = [r for r in records(driven) if r["step"] == "tries"]
+    told = ["", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "ended with -6"]
+    told += ["no end after 1 s", "ValueError: wrong", ""]
+    assert [r.get("reason", "") for r in found[:-1]] == told and [r["i"] for r in found[:-1]] == list(range(7))
+    assert found[-1]["end"] and "reason" not in found[-1]
+    assert len({r["process"] for r in found if "process" in r}) == 3
+
+
+OURS_FAILS = """
+import common, layers, by_kernel, fmoe_kernels
+rows = []
+def fails(*args, **options):
+    raise RuntimeError("no kernel image")
+fmoe_kernels.experts = by_kernel.up = fails
+layers.LAYERS = {name: layers.LAYERS[name] for name in ("ours", "grouped_mm, fair")}
+for step in (layers, by_kernel):
+    step.main(lambda **values: rows.append(values))
+print({r.get("layer") or r["kernel"] for r in rows if "reason" in r}, len(rows))
+"""
+
+
+def test_where_our_kernels_fail_the_others_are_measured(tmp_path: Path) -> None:
+    path = os.pathsep.join(map(str, (ROOT / "bench" / "gpu", ROOT, ROOT / "kernels")))
+    environment = os.environ | {"FMOE_DRY": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", OURS_FAILS], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() in ("{'ours', 'up'} 14", "{'up', 'ours'} 14"), run.stdout + run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])  # 20 s
