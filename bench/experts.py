@@ -13,6 +13,7 @@ the time of day. Weights lie as Hugging Face's files have them, [out, in], or na
 import argparse
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -92,13 +93,17 @@ def both(m: Experts, run: Run, x: Tensor, w: Tensor) -> list[Tensor]:
 def least(
     calls: dict[str, Callable[[], Any]], clock: Callable[[], float], rounds: int, limit: float
 ) -> dict[str, float]:
-    """The least time of each, in turns; after `limit` seconds no further round begins."""
+    """The least time of each, in turns; after `limit` seconds no further round begins.
+
+    The order of a round is drawn: whoever always came after one that copies weights would find none in a cache.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + limit
+    draw = random.Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name in draw.sample([*calls], len(calls)):
             start = clock()
-            call()
+            calls[name]()
             times[name].append(clock() - start)
         if time.perf_counter() > end:
             break

@@ -15,7 +15,8 @@ from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.folding import meant
-from fmoe.layer.experts import as_routing, experts
+from fmoe.layer.checks import as_routing
+from fmoe.layer.experts import experts
 from fmoe.layer.latent import around, latent_axes
 from fmoe.routing import count, route, routed
 from fmoe.routing.gate import WEIGHTS

@@ -5,39 +5,29 @@
 Who multiplies (`backend`) and who moves tokens (`dispatcher`) are plain arguments.
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmoe.activations import is_gated_activation, is_interleaved
-from fmoe.backends import Backend, Fused, find, takes_codes
-from fmoe.backends.held import in_codes, shapes, stacks
+from fmoe.backends import BACKENDS, Backend, Fused, find, takes_codes
+from fmoe.backends.direct import direct
+from fmoe.backends.held import in_codes
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
+from fmoe.dispatch.watched import unwatched
+from fmoe.layer.checks import PAIRS, as_routing, check_experts, check_tokens
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
-from fmoe.layer.outside import NORM, weighed_outside, weighs_inside
+from fmoe.layer.outside import weighed_outside, weighs_inside
 from fmoe.layer.recompute import recompute as again
-from fmoe.shapes import check_config, check_level, check_params, no_nested, odd, said
-from fmoe.sharding import is_dtensor
-from fmoe.types import INTEGERS, MoEConfig, Params, Routing
+from fmoe.layer.usual import usual
+from fmoe.shapes import check_config, check_level
+from fmoe.types import MoEConfig, Params, Routing
 
-AXES = {
-    "gate_and_up_projs": "E D U",
-    "down_projs": "E I D",
-    "gate_up_proj_bias": "E U",
-    "down_proj_bias": "E D",
-    "lora_gate_and_up_A": "E D r",
-    "lora_gate_and_up_B": "E r U",
-    "lora_down_A": "E I r",
-    "lora_down_B": "E r D",
-}
-PAIRS = {f"lora_{part}_{a}": f"lora_{part}_{b}" for part in ("gate_and_up", "down") for a, b in ("AB", "BA")}
+HERE = (BACKENDS["loop"], BACKENDS["torch_mm"])  # on a CPU, one and the same
 
 
 def experts(
@@ -96,8 +86,11 @@ def experts(
     """
     check_config("experts", config)
     routing = as_routing(routing)
-    check_level("experts", params, ("gate_and_up_projs", "down_projs"))
-    _check_tokens(x, routing, config)
+    right = usual(params, x, routing, config)
+    if not right:
+        check_level("experts", params, ("gate_and_up_projs", "down_projs"))
+        check_tokens(x, routing, config)
+    right = right and dispatcher is local  # another one's ranks have fewer experts each
     multiply = find(backend, x.device)
     h = x.to(_product_dtype(x))
     inside, power = weighs_inside(config), None
@@ -105,14 +98,18 @@ def experts(
         power = _power(routing, config)
         routing = routing._replace(weights=routing.weights / power)
     whole = lambda y: (y if power is None else y * power).to(x.dtype)
-    coded = in_codes(params)
+    coded = {} if right else in_codes(params)
     fused = multiply if inside and dispatcher is local and not coded and not PAIRS.keys() & params.keys() else None
     with without_autocast(x.device):
         # what is computed in fp64 is computed by plain torch, whose products take it
         if isinstance(fused, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
-            _check_params(params, config, x.device, n_experts=config.n_routed_experts)
+            if not right:
+                check_experts(params, config, x.device, n_experts=config.n_routed_experts)
             how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
             return whole(fused.layer(params, h, routing, config, **how))
+        if right and inside and multiply in HERE and not batch_invariant and x.is_cpu:
+            if unwatched(h, *routing[:2], *params.values()) and (y := direct(params, h, routing, config)) is not None:
+                return whole(y)
         if coded and not takes_codes(multiply, params):
             multiply = by_expert(multiply, backend if isinstance(backend, str) else _name(backend))
         product = one_by_one(multiply) if batch_invariant else multiply
@@ -120,7 +117,8 @@ def experts(
         def layer(params: Params, h: Tensor, weights: Tensor, plan: Any) -> Tensor:
             with without_autocast(x.device):  # computed again, it may stand in another autocast
                 rows = dispatcher.dispatch(h, weights, plan)
-                _check_params(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
+                if not right:
+                    check_experts(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
                 run = product if inside else weighed_outside(product)
                 return dispatcher.combine(run(_scaled(params, lora_alpha), rows, config), plan)
 
@@ -144,18 +142,6 @@ def _power(routing: Routing, config: MoEConfig) -> Tensor:
     return most.amax(-1, keepdim=True).log2().ceil().exp2()
 
 
-def as_routing(routing: Routing) -> Routing:
-    """A Routing of such a tuple, ids in int64. Raises ValueError for anything else."""
-    if not isinstance(routing, tuple) or len(routing) not in (2, 3):
-        found = f"{type(routing).__name__} of {len(routing)}" if isinstance(routing, tuple) else type(routing).__name__
-        raise ValueError(f"experts: routing is a {found}, expected Routing(indices, weights, mask) or such a tuple")
-    for name, t in Routing(*routing)._asdict().items():
-        if not isinstance(t, Tensor) and (name, t) != ("mask", None):
-            raise ValueError(f"experts: routing.{name} is a {type(t).__name__}, expected a tensor")
-    indices, weights, mask = Routing(*routing)
-    return Routing(indices.long() if indices.dtype in INTEGERS else indices, weights, mask)
-
-
 def _product_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -165,7 +151,8 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(where: torch.device) -> AbstractContextManager[Any]:
     """A region without autocast; on `meta` there is none to begin with."""
-    return nullcontext() if where.type == "meta" else torch.autocast(where.type, enabled=False)
+    on = where.type != "meta" and torch.is_autocast_enabled(where.type)
+    return torch.autocast(where.type, enabled=False) if on else nullcontext()
 
 
 def _scaled(params: Params, alpha: float) -> Params:
@@ -175,73 +162,5 @@ def _scaled(params: Params, alpha: float) -> Params:
     return {name: wide(p) * (alpha / r[PAIRS[name]]) if PAIRS.get(name) in r else p for name, p in params.items()}
 
 
-def _computes(tensor: Tensor) -> bool:
-    """Is it a float that arithmetic takes? FP8 is stored, and never added."""
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
-def _check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
-    indices, weights, mask = routing
-    no_nested("experts", {"x": x, "routing.indices": indices, "routing.weights": weights})
-    T, D = x.shape[0] if x.ndim else 0, config.expert_dim
-    fits = {
-        "x": x.ndim == 2 and x.shape[1] == D and _computes(x),
-        "routing.indices": indices.ndim == 2 and indices.shape[0] == T and indices.dtype in INTEGERS,
-        "routing.weights": weights.shape == indices.shape and _computes(weights),
-        "routing.mask": mask is None or (mask.ndim == 1 and mask.shape[0] == T and mask.dtype == torch.bool),
-    }
-    # a size that is told is a size that torch.compile holds fixed: so only what is wrong is told
-    if wrong := [name for name, ok in fits.items() if not ok]:
-        found = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
-        expected = {
-            "x": f"floating [T, D={D}]",
-            "routing.indices": f"integer [T={T}, K]",
-            "routing.weights": f"floating {list(indices.shape)}, the shape of routing.indices",
-            "routing.mask": f"bool [T={T}]",
-        }
-        raise ValueError(
-            "\n".join(f"experts: {name} is {_say(found[name])}, expected {expected[name]}" for name in wrong)
-        )
-    given = {"x": x} | {f"routing.{name}": t for name, t in routing._asdict().items() if t is not None}
-    if strange := odd(given, x.device):
-        raise ValueError("\n".join(f"experts: {told}" for told in strange))
-
-
-def _check_params(
-    params: Params,
-    config: MoEConfig,
-    where: torch.device,
-    *,
-    n_experts: int,
-    coded: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    if named := [name for name, p in params.items() if is_dtensor(p)]:
-        told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
-        raise ValueError(f"experts: {named[0]!r} is a DTensor, {told}")
-    I = config.moe_inter_dim
-    sizes = dict(E=n_experts, D=config.expert_dim, I=I, U=2 * I if is_gated_activation(config.expert_activation) else I)
-    for name, other in PAIRS.items():
-        if name in params and other not in params:
-            raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
-    matrices = {name: p for name, p in params.items() if name in PAIRS and name.endswith("_A")}
-    sizes["r"] = next((p.shape[-1] for p in matrices.values()), 0)
-    if matrices and not sizes["r"]:
-        raise ValueError(f"experts: {next(iter(matrices))!r} has rank r=0, expected r >= 1. Fix: leave the pair out")
-    if uneven := [name for name, p in matrices.items() if p.ndim == 4 or p.shape[-1] != sizes["r"]]:
-        told = f"{list(matrices[uneven[0]].shape)}, expected [E, n, r={sizes['r']}] of one rank"
-        how = f", interleaved={is_interleaved(config.expert_activation)}" * (matrices[uneven[0]].ndim == 4)
-        raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale{how}) makes such of any others")
-    biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    axes = AXES if said(config, "expert_norm_eps") is None else AXES | {NORM: "D"}
-    sized = shapes(params, coded) if coded else {}
-    check_params("experts", params, axes, sizes, where=where, optional=(*biases, *PAIRS), coded=sized)
-    if coded and not torch.compiler.is_compiling():  # a compiler's graph finds it out when it runs
-        stacks(params, config, torch.float32)
-
-
 def _name(backend: Any) -> str:
     return str(getattr(backend, "__name__", type(backend).__name__))
-
-
-def _say(t: Tensor | None) -> str:
-    return "None" if t is None else f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"

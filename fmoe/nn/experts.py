@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from fmoe.activations import is_gated_activation
 from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher, all_gather, local
-from fmoe.layer.experts import AXES, experts
+from fmoe.layer.checks import AXES
+from fmoe.layer.experts import experts
 from fmoe.parallel import local_params
 from fmoe.shapes import check_config
 from fmoe.sharding import is_dtensor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.layer.experts import AXES
+from fmoe.layer.checks import AXES
 from fmoe.surgery.config import GATE, OF_ALL, known, resized, says_each_layer
 from fmoe.types import MoEConfig, Params, brief
 

@@ -12,7 +12,7 @@ from fmoe.backends import NAMES, find
 from fmoe.checkpoint.sides import side
 from fmoe.codecs.config import EXPORTS, exports
 from fmoe.families import FAMILIES, family
-from fmoe.layer.experts import AXES
+from fmoe.layer.checks import AXES
 from fmoe.losses import KINDS, load_balancing
 from fmoe.routing.scores import SCORES
 from fmoe.systems import SYSTEMS

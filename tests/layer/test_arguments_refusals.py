@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fmoe
 from fmoe import Routing
-from fmoe.layer.experts import AXES
+from fmoe.layer.checks import AXES
 
 BLOCK = replace(CONFIG, n_shared_experts=1, router_bias=True, moe_latent_size=6, shared_expert_gate=True)
 

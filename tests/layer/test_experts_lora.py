@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmoe.backends import BACKENDS
 from fmoe.layer.block import moe
-from fmoe.layer.experts import PAIRS, experts
+from fmoe.layer.checks import PAIRS
+from fmoe.layer.experts import experts
 from fmoe.types import MoEConfig, Routing
 
 CONFIG = MoEConfig(n_routed_experts=5, n_activated_experts=3, dim=6, moe_inter_dim=4)

@@ -4,10 +4,17 @@ Raw products, without autograd: `products.py` adds that. They wait for the devic
 touch no expert without rows. Weights are read as they are stored, in either order and any dtype.
 """
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fmoe.backends.raw.memory import empty, zeros
+
+LARGE = 1 << 19
+"""Numbers of a matrix from which on its own memory, and not a call, is what a product of few rows costs."""
 
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -19,13 +26,20 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     tensor([[ 2.],
             [30.]])
     """
-    out, multiply = empty((x.shape[0], w.shape[2]), x), _in_fp32 if widens(x) else _mm
-    sizes = [end - start for start, end in _ranges(offsets)]
-    used = [e for e, n in enumerate(sizes) if n]
+    return multiply(x, w, {e: n for e, n in enumerate(_sizes(offsets)) if n})
+
+
+def multiply(x: Tensor, w: Tensor, sizes: dict[int, int]) -> Tensor:
+    """`gmm` of the experts that have rows, in turn: how many each has."""
+    if 4 * len(sizes) >= len(w) and _at_once(x, w):
+        ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(len(w)))], dtype=torch.int32)
+        return F.grouped_mm(x.contiguous(), w, offs=ends)
+    out, by = empty((x.shape[0], w.shape[2]), x), _way(x, w)
     # one call makes all the slices: a slice at a time costs what a small product does
-    parts = [*(sizes[e] for e in used), x.shape[0] - sum(sizes)]
-    for e, rows, place in zip(used, x.split(parts), out.split(parts), strict=False):
-        multiply(rows, w[e] if w.dtype == x.dtype else w[e].to(x.dtype), place)
+    parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
+    for e, rows, place in zip(sizes, x.split(parts), out.split(parts), strict=False):
+        mine = w.select(0, e)
+        by(rows, mine if w.dtype == x.dtype else mine.to(x.dtype), place)
     return out
 
 
@@ -37,17 +51,27 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     >>> tgmm(torch.tensor([[2.0], [3.0]]), torch.ones(2, 1), torch.tensor([0, 2])).flatten().tolist()
     [0.0, 5.0]
     """
-    out, wide = zeros((offsets.shape[0], x.shape[1], y.shape[1]), x), widens(x)
-    for e, (start, end) in enumerate(_ranges(offsets)):
-        a, b = x[start:end], y[start:end]
-        if start < end and x.shape[1] == 1:
-            out[e, 0] = (a.double() * b).sum(0)
-        elif start + 1 == end:
-            torch.mul(a.mT, b, out=out[e])
-        elif start < end and wide:
-            out[e] = torch.mm(a.float().mT, b.float())
-        elif start < end:
-            torch.mm(a.mT, b, out=out[e])
+    sizes, wide = _sizes(offsets), widens(x)
+    shape, K = (len(sizes), x.shape[1], y.shape[1]), x.shape[1]
+    used = [n for n in sizes if n]
+    few = 3 * len(used) < len(sizes) or x.device.type != "cpu"
+    out = zeros(shape, x) if few else empty(shape, x)
+    large = K * y.shape[1] >= LARGE
+    parts = [*sizes, x.shape[0] - sum(used)]
+    for n, a, b, place in zip(sizes, x.split(parts), y.split(parts), out.unbind(), strict=False):
+        if not n:
+            if not few:
+                place.zero_()
+        elif K == 1:
+            place[0] = (a.double() * b).sum(0)
+        elif n == 1:
+            torch.mul(a.mT, b, out=place)
+        elif wide:
+            place.copy_(torch.mm(a.float().mT, b.float()))
+        elif large and a.dtype == torch.float32 and n < 16:
+            _outer(a, b, place)
+        else:
+            torch.mm(a.mT, b, out=place)
     return out
 
 
@@ -72,6 +96,53 @@ def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mv(w.mT, row, out=y)
 
 
-def _ranges(offsets: Tensor) -> list[tuple[int, int]]:
+def _at_once(x: Tensor, w: Tensor) -> bool:
+    """Are these matrices so small that a call for each costs more than they do, and such as torch takes at once?"""
+    if w.device.type != "cpu" or w.shape[1] * w.shape[2] >= LARGE or x.dtype != w.dtype or widens(x):
+        return False
+    aligned = not any(n % 16 for n in (*(size * x.itemsize for size in w.shape[1:]), w.data_ptr()))
+    return aligned and x.dtype != torch.float64 and (w.is_contiguous() or w.mT.is_contiguous())
+
+
+def _way(x: Tensor, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """How rows in x's dtype are multiplied by each of these matrices: what was measured to be fastest on a CPU."""
+    if x.device.type != "cpu":
+        return _mm
+    if widens(x):
+        return _in_fp32
+    large = w.shape[1] * w.shape[2] >= LARGE and w.dtype == x.dtype
+    if large and x.dtype == torch.float32 and w.stride(1) == 1:
+        return _turned
+    return _one_in_fp32 if large and x.dtype == torch.bfloat16 and w.stride(2) == 1 else _mm
+
+
+def _one_in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """x @ w of matrices stored [K, M]: of one row in fp32, since oneDNN's product in 16 bits first lays w out anew."""
+    if len(x) == 1:
+        out.copy_(x.float() @ w.float())
+    else:
+        torch.mm(x, w, out=out)
+
+
+def _turned(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """x @ w as (w^T x^T)^T where x has 2 to 5 rows: such a product takes half the time (measured, MKL)."""
+    if 1 < len(x) < 6:
+        out.copy_(torch.mm(w.mT, x.mT).mT)
+    else:
+        torch.mm(x, w, out=out)
+
+
+def _outer(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """x^T @ y of 2 to 15 rows in fp32: row by row up to 8, of more with zeros to make 16, as MKL has it fast."""
+    if len(x) > 8:
+        more = (0, 0, 0, 16 - len(x))
+        torch.mm(F.pad(x, more).mT, F.pad(y, more), out=out)
+        return
+    torch.mul(x[0, :, None], y[0], out=out)
+    for a, b in zip(x[1:].unbind(), y[1:].unbind(), strict=True):
+        out.addcmul_(a[:, None], b)
+
+
+def _sizes(offsets: Tensor) -> list[int]:
     ends = offsets.tolist()
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]

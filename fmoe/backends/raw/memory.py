@@ -7,7 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-LARGE = 1 << 22  # bytes; less is had faster from malloc
+LARGE = 1 << 22  # bytes of zeros that are written in part; less is had faster from malloc
+KEPT = 1 << 25  # bytes, from which on malloc takes memory from the system each time anew, in small pages
 
 
 def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -17,16 +18,16 @@ def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     >>> zeros((2, 1), torch.ones(1)).tolist()
     [[0.0], [0.0]]
     """
-    return like.new_zeros(*shape) if _small(shape, like) else _pages(shape, like)
+    return like.new_zeros(*shape) if _small(shape, like, LARGE) else _pages(shape, like)
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Memory of a shape, with the dtype and device of `like`, that nobody has written."""
-    return like.new_empty(*shape) if _small(shape, like) else _pages(shape, like)
+    return like.new_empty(*shape) if _small(shape, like, KEPT) else _pages(shape, like)
 
 
-def _small(shape: Sequence[int], like: Tensor) -> bool:
-    return like.device.type != "cpu" or prod(shape) * like.itemsize < LARGE or not hasattr(mmap, "MADV_HUGEPAGE")
+def _small(shape: Sequence[int], like: Tensor, than: int) -> bool:
+    return like.device.type != "cpu" or prod(shape) * like.itemsize < than or not hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def _pages(shape: Sequence[int], like: Tensor) -> Tensor:
