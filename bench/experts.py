@@ -11,6 +11,7 @@ the time of day. Weights lie as Hugging Face's files have them, [out, in], or na
 """
 
 import argparse
+import copy
 import itertools
 import json
 import random
@@ -142,21 +143,22 @@ def model(args: Any) -> Iterator[dict[str, Any]]:
     fmoe.integrations.transformers.register()
     sizes = dict(vocab_size=512, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, head_dim=32)
     sizes |= dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, num_experts=32)
-    made = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=4)).eval()
+    whole = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts_per_tok=4)).eval()
+    made = {how: copy.deepcopy(whole) for how in ("fmoe", "grouped_mm")}
+    for how, one in made.items():
+        one.set_experts_implementation(how)
     ids = torch.randint(1, 512, (4, 64))
 
     def generate(how: str) -> None:
-        made.set_experts_implementation(how)
-        made.generate(ids[:1], max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
+        made[how].generate(ids[:1], max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
 
     def train(how: str) -> None:
-        made.set_experts_implementation(how)
-        made.zero_grad(set_to_none=True)
-        made(ids, labels=ids, use_cache=False).loss.backward()
+        made[how].zero_grad(set_to_none=True)
+        made[how](ids, labels=ids, use_cache=False).loss.backward()
 
     clock = time.perf_counter if args.wall else time.process_time
     for what, call in {"generate": generate, "training step": train}.items():
-        calls = {how: (lambda how=how, call=call: call(how)) for how in ("fmoe", "grouped_mm")}
+        calls = {how: (lambda how=how, call=call: call(how)) for how in made}
         took = least(calls, clock, args.rounds, args.limit * 4)
         yield {"model": "qwen3_moe", "what": what, "ratio": took["fmoe"] / took["grouped_mm"]}
 

@@ -40,12 +40,9 @@ def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Te
     if order is None:
         return None
     slot, token, back, sizes = order
-    rows = x.expand(K, -1) if T == 1 else x.index_select(0, token)
-    w = (
-        weights.flatten()
-        .index_select(0, slot)
-        .to(torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32))[:, None]
-    )
+    rows = x.index_select(0, token)
+    wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
+    w = weights.flatten().index_select(0, slot).to(wide)[:, None]
     act, after = activation(config), config.apply_router_weight_after_down
 
     def biased(out: Tensor, name: str, w: Tensor | None = None) -> Tensor:

@@ -31,13 +31,14 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 def multiply(x: Tensor, w: Tensor, sizes: dict[int, int]) -> Tensor:
     """`gmm` of the experts that have rows, in turn: how many each has."""
-    if 4 * len(sizes) >= len(w) and _at_once(x, w):
-        ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(len(w)))], dtype=torch.int32)
+    E = w.shape[0]
+    if 4 * len(sizes) >= E and _at_once(x, *w.shape[1:], w if w.stride(2) == 1 else w.mT):
+        ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(E))], dtype=torch.int32)
         return F.grouped_mm(x.contiguous(), w, offs=ends)
     out, by = empty((x.shape[0], w.shape[2]), x), _way(x, w)
     # one call makes all the slices: a slice at a time costs what a small product does
     parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
-    for e, rows, place in zip(sizes, x.split(parts), out.split(parts), strict=False):
+    for e, rows, place in zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False):
         mine = w.select(0, e)
         by(rows, mine if w.dtype == x.dtype else mine.to(x.dtype), place)
     return out
@@ -51,14 +52,17 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     >>> tgmm(torch.tensor([[2.0], [3.0]]), torch.ones(2, 1), torch.tensor([0, 2])).flatten().tolist()
     [0.0, 5.0]
     """
+    K, M = x.shape[1], y.shape[1]
+    if K > 1 and _at_once(x, K, M, y):
+        return F.grouped_mm(x.contiguous().mT, y, offs=offsets.int())
     sizes, wide = _sizes(offsets), widens(x)
-    shape, K = (len(sizes), x.shape[1], y.shape[1]), x.shape[1]
+    shape = (len(sizes), K, M)
     used = [n for n in sizes if n]
     few = 3 * len(used) < len(sizes) or x.device.type != "cpu"
     out = zeros(shape, x) if few else empty(shape, x)
-    large = K * y.shape[1] >= LARGE
+    large = K * M >= LARGE
     parts = [*sizes, x.shape[0] - sum(used)]
-    for n, a, b, place in zip(sizes, x.split(parts), y.split(parts), out.unbind(), strict=False):
+    for n, a, b, place in zip(sizes, x.split_with_sizes(parts), y.split_with_sizes(parts), out.unbind(), strict=False):
         if not n:
             if not few:
                 place.zero_()
@@ -96,12 +100,11 @@ def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mv(w.mT, row, out=y)
 
 
-def _at_once(x: Tensor, w: Tensor) -> bool:
-    """Are these matrices so small that a call for each costs more than they do, and such as torch takes at once?"""
-    if w.device.type != "cpu" or w.shape[1] * w.shape[2] >= LARGE or x.dtype != w.dtype or widens(x):
+def _at_once(x: Tensor, K: int, M: int, other: Tensor) -> bool:
+    """Do matrices [K, M] cost less than a call for each, and does torch take all of these in one?"""
+    if K * M >= LARGE or x.device.type != "cpu" or x.dtype != other.dtype or x.dtype == torch.float64 or widens(x):
         return False
-    aligned = not any(n % 16 for n in (*(size * x.itemsize for size in w.shape[1:]), w.data_ptr()))
-    return aligned and x.dtype != torch.float64 and (w.is_contiguous() or w.mT.is_contiguous())
+    return not any(n * x.itemsize % 16 for n in (K, M)) and other.is_contiguous() and other.data_ptr() % 16 == 0
 
 
 def _way(x: Tensor, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
