@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmoe.backends.raw.memory import empty, zeros
+from fmoe.backends.raw.memory import empty, partly
 
 LARGE = 1 << 19
 """Numbers of a matrix from which on its own memory, and not a call, is what a product of few rows costs."""
@@ -56,17 +56,13 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     if K > 1 and _at_once(x, K, M, y):
         return F.grouped_mm(x.contiguous().mT, y, offs=offsets.int())
     sizes, wide = _sizes(offsets), widens(x)
-    shape = (len(sizes), K, M)
-    used = [n for n in sizes if n]
-    few = 3 * len(used) < len(sizes) or x.device.type != "cpu"
-    out = zeros(shape, x) if few else empty(shape, x)
+    out = partly((len(sizes), K, M), x, sizes)
     large = K * M >= LARGE
-    parts = [*sizes, x.shape[0] - sum(used)]
+    parts = [*sizes, x.shape[0] - sum(sizes)]
     for n, a, b, place in zip(sizes, x.split_with_sizes(parts), y.split_with_sizes(parts), out.unbind(), strict=False):
         if not n:
-            if not few:
-                place.zero_()
-        elif K == 1:
+            continue
+        if K == 1:
             place[0] = (a.double() * b).sum(0)
         elif n == 1:
             torch.mul(a.mT, b, out=place)

@@ -26,6 +26,23 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return like.new_empty(*shape) if _small(shape, like, KEPT) else _pages(shape, like)
 
 
+def partly(shape: Sequence[int], like: Tensor, used: Sequence[object]) -> Tensor:
+    """[E, ..] that is 0 where not used[e], and elsewhere whatever it is: the caller writes all of that.
+
+    Memory that malloc has at hand is zeroed in an eighth of the time that the system takes to give as much anew.
+
+    >>> partly((2, 1), torch.ones(1), [0, 5])[0].tolist()
+    [0.0]
+    """
+    idle = [e for e, n in enumerate(used) if not n]
+    if like.device.type != "cpu" or 8 * len(idle) > 7 * len(used) or not _small(shape, like, KEPT):
+        return zeros(shape, like)
+    out = like.new_empty(*shape)
+    for e in idle:
+        out[e].zero_()
+    return out
+
+
 def _small(shape: Sequence[int], like: Tensor, than: int) -> bool:
     return like.device.type != "cpu" or prod(shape) * like.itemsize < than or not hasattr(mmap, "MADV_HUGEPAGE")
 
