@@ -32,7 +32,7 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 def multiply(x: Tensor, w: Tensor, sizes: dict[int, int]) -> Tensor:
     """`gmm` of the experts that have rows, in turn: how many each has."""
     E = w.shape[0]
-    if 4 * len(sizes) >= E and _at_once(x, *w.shape[1:], w if w.stride(2) == 1 else w.mT):
+    if 4 * len(sizes) >= E and _at_once(x, w.shape[1], w.shape[2], w if w.stride(2) == 1 else w.mT):
         ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(E))], dtype=torch.int32)
         return F.grouped_mm(x.contiguous(), w, offs=ends)
     out, by = empty((x.shape[0], w.shape[2]), x), _way(x, w)
@@ -57,7 +57,7 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(x.contiguous().mT, y, offs=offsets.int())
     sizes, wide = _sizes(offsets), widens(x)
     out = partly((len(sizes), K, M), x, sizes)
-    large = K * M >= LARGE
+    large = x.is_cpu and K * M >= LARGE
     parts = [*sizes, x.shape[0] - sum(sizes)]
     for n, a, b, place in zip(sizes, x.split_with_sizes(parts), y.split_with_sizes(parts), out.unbind(), strict=False):
         if not n:
