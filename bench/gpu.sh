@@ -20,10 +20,11 @@ else
 fi
 shopt -s nullglob
 wheels=(build/wheels/*.whl)
-export FMOE_WHEELS="none in build/wheels"
-if ((${#wheels[@]})); then
-    pip=(timeout 20 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/fmoe-wheels)
-    said=$("${pip[@]}" "${wheels[@]}" 2>&1) && FMOE_WHEELS="${wheels[*]##*/}" || FMOE_WHEELS="pip failed: ${said: -200}"
-fi
+export FMOE_WHEELS=
+pip=(timeout 15 "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/fmoe-wheels)
+for wheel in "${wheels[@]}"; do
+    said=$("${pip[@]}" "$wheel" 2>&1) && said=installed
+    FMOE_WHEELS+="${wheel##*/}: $(tail -c 200 <<<"$said"); "
+done
 export FMOE_SECONDS=$((limit - SECONDS - 4))
 exec timeout --kill-after=3 "$FMOE_SECONDS" "$python" bench/gpu/run.py "$@"

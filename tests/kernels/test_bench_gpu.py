@@ -34,6 +34,7 @@ def test_gpu_sh_runs_dry(tmp_path: Path) -> None:
     assert spent.ru_utime + spent.ru_stime - before.ru_utime - before.ru_stime < 100  # of one core: half of what it may
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     found = records(tmp_path)
+    assert found[0]["step"] == "start" and found[0]["wheels"]
     assert {r["step"] for r in found} >= {*STEPS, "layers, swept tiles"}
     for r in found:
         assert any(text in r["reason"] for text in MISSING) if "reason" in r else True, r
