@@ -124,7 +124,9 @@ def main() -> None:
     began = time.monotonic()
     names = sys.argv[1:] or list(STEPS)
     cache = Path(os.environ.get("TRITON_CACHE_DIR", "/no"))
-    carried = dict(wheels=os.environ.get("FMOE_WHEELS") or "none in build/wheels", cached=len(list(cache.glob("*/*.cubin"))))
+    carried = dict(
+        wheels=os.environ.get("FMOE_WHEELS") or "none in build/wheels", cached=len(list(cache.glob("*/*.cubin")))
+    )
     records("start")(python=sys.version.split()[0], **carried)
     import fmoe_kernels.ops.layer  # noqa: F401  once, for all that are forked
     import fmoe_kernels.tools.tuning  # noqa: F401

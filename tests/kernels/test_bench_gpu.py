@@ -158,6 +158,8 @@ assert all(bound in ("tensor", "L2 feed", "issue", "epilogue", "HBM") for _, _, 
 small = model.layer(s, model.FEEDS[0], {"gmm": Config(64, 64, 64, 4, 4)})
 assert small["kernels"]["dx"][1] < low["kernels"]["dx"][1]
 assert "qwen3-30b 32k" in model.text()
+assert 564 < model.calibration(model.FEEDS[0]) < 1.02 * 628 < model.calibration(model.FEEDS[1]) < 790
+assert round(model.calibration(model.FEEDS[0])) == 635  # as its docstring says
 print("fits")
 """
     path = os.pathsep.join(map(str, (ROOT / "bench" / "gpu", ROOT, ROOT / "kernels")))
