@@ -144,5 +144,5 @@ def test_a_new_number_of_tokens_needs_no_new_binary() -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
     told = json.loads(run.stdout)
-    assert len(told) == 42 and not (bad := {n: t for n, t in told.items() if not 0 < t[0] == t[1]}), bad
+    assert len(told) >= 42 and not (bad := {n: t for n, t in told.items() if not 0 < t[0] == t[1]}), bad
     assert told["routing, 1 and more"] == told["routing, 30000 and more"] == [4, 4, 4]
