@@ -68,7 +68,8 @@ def views(m: Any, n_experts: int | None = None) -> dict[str, Tensor]:
     up = "gate_up_proj" if getattr(m, "has_gate", True) else "up_proj"
     found: dict[str, Tensor] = {}
     for name in (up, "down_proj"):
-        w = getattr(m, name)
+        if (w := getattr(m, name)) is None:
+            raise ValueError(f"{type(m).__name__}.{name} is None, expected a parameter of experts")
         if w.dtype.itemsize < 2 or not w.is_floating_point():
             raise ValueError(f"{type(m).__name__}.{name} is {w.dtype}, expected it decoded: load with dequantize=True")
         if is_dtensor(w):

@@ -109,3 +109,13 @@ def test_unbound_parts_are_refused_where_adapters_are_joined():
     for join in (lambda: base | qkv, lambda: qkv | base, lambda: base >> qkv, lambda: base >> (qkv | keep("{rest}"))):
         with pytest.raises(fmoe.AdapterError, match=r"bind q, k, v, or all but one of them"):
             join()
+
+
+def test_a_name_that_ends_in_a_number_is_refused_with_a_line_that_keeps_it():
+    table = rule("c1{k}a.{e}1 [d]", "b{k}w [e d]")
+    hf = of(*(f"c1{k}a.{e}" for k in (1, 2, 3) for e in (10, 12)))
+    with pytest.raises(fmoe.AdapterError, match=r'keep\("\{pre\}c12a.\{rest\}"\)') as error:
+        (table | keep("{rest}")).from_hf(hf)
+    assert "\0" not in str(error.value)
+    kept = table | keep("{pre}c11a.{rest}") | keep("{pre}c12a.{rest}") | keep("{pre}c13a.{rest}")
+    same(kept.to_hf(kept.from_hf(hf)), hf)

@@ -12,6 +12,7 @@ from fmoe.layout.entries import Entry, Keep, walk
 from fmoe.layout.names import Pattern, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address, Capture
+from fmoe.layout.templates import BLANK
 from fmoe.types import EXPERT_TENSORS
 
 _EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that experts stand under
@@ -56,19 +57,30 @@ def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], the
     packed = QUANTISED.search(template) or end and template.removesuffix(end) + _PAIRED[end] in there
     if packed and not any(_spells(k) or QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
         why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
-        return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{segments[-1]}")'
+        return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{_numbered(segments[-1])}")'
     near = {s: None for s in segments if _like(s)}
     near |= {region.word: None for region in regions if _begins(region.pattern, template)}
     if found := _STACKED.search(template):
         near[found[2].partition(".")[0]] = None
     if not near or any(_spells(k) or near.keys() <= set(k.spelled.split(".")) for k in keeps):
         return None
-    first = next((s for s in segments if s in near), segments[-1])
-    line = f"{{pre}}{first}" + ".{rest}" * (first != segments[-1])
+    worded = [s for s in segments if s.strip(BLANK)] or [""]
+    first = next((s for s in worded if s in near), worded[-1])
+    line = "{pre}" + _numbered(first.lstrip(BLANK)) + ".{rest}" * (first != segments[-1]) if first else "{rest}"
     if _FUSED.search(template):
         held = "no rule claims it: all experts in one tensor, as Transformers holds them in memory"
         return f'{held}. Fix: layout="fused" where the family has it; else a rule for it, or | keep("{line}")'
     return f'no rule claims it, and it looks like an expert\'s. Fix: add a rule for it, or | keep("{line}")'
+
+
+def _numbered(segment: str) -> str:
+    """A template's segment as a rule spells it: each number a capture.
+
+    >>> _numbered("expert" + BLANK)
+    'expert{n0}'
+    """
+    first, *others = segment.split(BLANK)
+    return first + "".join(f"{{n{i}}}{text}" for i, text in enumerate(others))
 
 
 @lru_cache(maxsize=1 << 14)
