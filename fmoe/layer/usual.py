@@ -38,11 +38,13 @@ def usual(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> boo
         return False
     if mask is not None and mask.device != where:
         return False
-    shapes = _shapes(config.n_routed_experts, D, config.moe_inter_dim, config.expert_activation)
+    shapes = _shapes(config.n_routed_experts, D, config.moe_inter_dim, config.expert_activation, config.expert_bias)
+    if params.keys() != shapes.keys():
+        return False
     for name, p in params.items():
-        if not (_plain(p) and p.shape == shapes.get(name) and p.dtype in FLOATS and p.device == where):
+        if not (_plain(p) and p.shape == shapes[name] and p.dtype in FLOATS and p.device == where):
             return False
-    return len(params) == (4 if config.expert_bias else 2)
+    return True
 
 
 def _plain(t: Tensor) -> bool:
@@ -50,7 +52,7 @@ def _plain(t: Tensor) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _shapes(E: int, D: int, I: int, activation: str) -> dict[str, tuple[int, ...]]:
+def _shapes(E: int, D: int, I: int, activation: str, biased: bool) -> dict[str, tuple[int, ...]]:
     U = 2 * I if is_gated_activation(activation) else I
-    shapes = {"gate_and_up_projs": (E, D, U), "down_projs": (E, I, D)}
-    return shapes | {"gate_up_proj_bias": (E, U), "down_proj_bias": (E, D)}
+    shapes: dict[str, tuple[int, ...]] = {"gate_and_up_projs": (E, D, U), "down_projs": (E, I, D)}
+    return shapes | ({"gate_up_proj_bias": (E, U), "down_proj_bias": (E, D)} if biased else {})

@@ -1,6 +1,7 @@
 """Tensors that `experts`, `route` and `moe` refuse by name: of another device, of kinds whose numbers lie elsewhere."""
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import naive
@@ -46,6 +47,22 @@ def test_an_argument_of_moe_on_another_device_is_refused_by_name(away: str) -> N
     with pytest.raises(ValueError, match=away.removeprefix("experts.")) as error:
         fmoe.moe({name: move(name, p) for name, p in params.items()}, X, BLOCK, mask=mask)
     assert "is on meta" in str(error.value) and "expected cpu" in str(error.value)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kept", [kept for n in range(4) for kept in combinations([*AXES][:4], n)])
+def test_a_parameter_that_is_missing_is_named_whatever_else_there_is(kept: tuple[str, ...], biased: bool) -> None:
+    """As many tensors as a layer has are no layer yet."""
+    needed = [*AXES][: 4 if biased else 2]
+    params = {name: PARAMS[name] for name in kept}
+    call = lambda: fmoe.experts(params, X, ROUTING, replace(CONFIG, expert_bias=biased))
+    lacking = [name for name in needed if name not in kept]
+    if not lacking:
+        assert call().shape == X.shape
+        return
+    with pytest.raises(ValueError) as error:
+        call()
+    assert any(name in str(error.value) for name in lacking)
 
 
 class Wrapped(Tensor):
