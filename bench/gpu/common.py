@@ -108,8 +108,19 @@ def tried(record: Record, measure: Callable[[], dict[str, Any]], **what: Any) ->
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         record(**what, reason=reason)
     PROGRESS.write(PROGRESS.seen, None)
-    if ("CUDA error" in reason or "Triton Error [CUDA]" in reason) and "out of memory" not in reason:
+    if reason and not takes_more(reason):
         os._exit(Progress.LOST)
+
+
+def takes_more(reason: str) -> bool:
+    """Does the device still do what it is asked, after this error?"""
+    if DRY:
+        return "CUDA error" not in reason
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
 
 
 def layer(s: Shape, dtype: torch.dtype = DTYPE, skew: bool = False) -> tuple[Tensor, ...]:
