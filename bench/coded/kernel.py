@@ -19,7 +19,7 @@ from fmoe_kernels.host import configs
 from fmoe_kernels.host.launch import Tiling
 from fmoe_kernels.programs import codes, route
 
-KINDS = ("mxfp4", "nvfp4", "int4", "fp8")
+KINDS = ("mxfp4", "nvfp4", "int4", "fp8", "int8", "signed", "points", "late")
 CLASSES = ("large", "narrow", "small", "decode")
 SHOWN = ("kind", "turned", "class", "tiles", "registers", "spills", "shared", "mma", "wgmma", "tma_load", "async_wait")
 
@@ -30,16 +30,20 @@ def new(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 
 def coded(kind: str, turned: bool) -> codes.Coded:
     E, U, D = aot.E, 2 * aot.INNER, aot.WIDTH
-    words = new(E, U, D // 8, dtype=torch.int32) if kind == "int4" else new(E, U, D // (1 if kind == "fp8" else 2))
+    packed = {"int4": 8, "points": 8, "int8": 4, "fp8": 1, "signed": 1}.get(kind, 2)
+    words = new(E, U, D // packed, dtype=torch.int32 if packed > 2 else torch.uint8)
     scale, second, block = new(E, U, D // 32), None, (32, 1)
-    if kind == "nvfp4":
+    if kind in ("nvfp4", "late"):
         scale, second, block = new(E, U, D // 16), new(E, 1, U, dtype=torch.float32), (16, 1)
-    elif kind == "int4":
+    elif kind == "signed":
+        scale, block = new(E, U, 1, dtype=torch.bfloat16), (0, 1)
+    elif packed > 2:
         scale = new(E, U, D // 32, dtype=torch.bfloat16)
+        second = new(E, U, D // 32).mT if kind == "points" else None
     elif kind == "fp8":
         scale, block = new(E, U // 128, D // 128, dtype=torch.float32), (128, 128)
-    code = {"int4": "int4", "fp8": "e4m3"}.get(kind, "e2m1")
-    return codes.Coded(words.mT, scale.mT, second, code, block, turned=turned)
+    code = {"points": "int4", "fp8": "e4m3"}.get(kind, kind if kind in ("int4", "int8", "signed") else "e2m1")
+    return codes.Coded(words.mT, scale.mT, second, code, block, late=kind == "late", turned=turned)
 
 
 def records(arch: str, kinds: tuple[str, ...] = KINDS, classes: tuple[str, ...] = CLASSES) -> Iterator[dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 As `products.py`, and never with a gradient for codes and scales. Nothing decoded is kept: backward decodes again. The
 host reads where each expert ends, so that only what is used is decoded; triton's kernel decodes the tile that it
-multiplies and waits for nothing (but of int8, of zero points and of blocks that are no powers of two, which it does not
-know).
+multiplies and waits for nothing (but of blocks that are no powers of two, which it does not know).
 """
 
 from dataclasses import replace
@@ -56,8 +55,7 @@ def _multiply(
     alternate: bool, turned: bool, by: str,
 ) -> Tensor:  # fmt: skip
     w = replace(held(codes, scale, second, name, suffix, alternate, x.dtype), turned=turned)
-    if by == "loop" or x.dtype == torch.float64 or (by == "torch_mm" and x.device.type == "cpu"):
-        return RAW["loop"].gmm(x, w, offsets)
+    by = "loop" if x.dtype == torch.float64 or (by == "torch_mm" and x.device.type == "cpu") else by
     if by == "triton" and (tiles := in_tiles(w)) is not None:
         return fmoe_kernels.products.gmm_codes(x, tiles, offsets)
     out, start = empty((x.shape[0], w.shape[2]), x), 0
@@ -71,15 +69,17 @@ def _multiply(
 def in_tiles(w: Codes) -> Any:
     """The same matrices for the kernel that decodes tile by tile; None where it does not know the format."""
     f, M = w.format, w.codes.shape[2]
-    if f.code == "int8" or f.zeros or any(side & (side - 1) for side in f.block):
+    if any(side & (side - 1) for side in f.block):
         return None
     bytes_ = lambda t: t.view(torch.uint8) if t.dtype.itemsize == 1 else t
     scale = w.spread(w.scale) if f.block[0] == 1 else w.scale
-    second = None if w.second is None else w.spread(w.second).float().expand(-1, 1, M)
-    how = dict(zero=f.zero, divides=f.divides, turned=w.turned)
+    second = None if w.second is None else w.spread(w.second)
+    second = second if second is None or f.zeros else second.float().expand(-1, 1, M)
+    how = dict(zero=f.zero, divides=f.divides, late=f.late, turned=w.turned)
+    code = "signed" if f.code == "int8" and f.stored == torch.int8 else f.code
     from fmoe_kernels.programs import codes as kernel  # on first use: it imports triton
 
-    return kernel.Coded(bytes_(w.codes), bytes_(scale), second, f.code, f.block[::-1], **how)
+    return kernel.Coded(bytes_(w.codes), bytes_(scale), second, code, f.block[::-1], **how)
 
 
 @torch.library.custom_op("fmoe::gmm_codes", mutates_args=())

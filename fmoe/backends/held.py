@@ -49,7 +49,9 @@ def parts(params: Params, name: str, config: MoEConfig) -> tuple[Tensor, Tensor,
     """(codes, scale, second, name, suffix, whether columns of gate and up take turns) of a weight."""
     suffix = suffix_of(name, params) or ""
     alternate = is_interleaved(config.expert_activation) and name == WEIGHTS[0]
-    return params[name], params[name + suffix], params.get(f"{name}{suffix}_second"), name, suffix, alternate
+    second, third = (params.get(f"{name}{suffix}_{end}") for end in ("second", "third"))
+    second = second if second is None or third is None else second.float() / third.float()
+    return params[name], params[name + suffix], second, name, suffix, alternate
 
 
 def held(

@@ -52,6 +52,8 @@ def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts |
     made = as_named(x, f, shape)
     if made is None or specs[scale].dtype not in f.scales:
         return None
+    if made.third and made.third[1] not in specs:
+        return None
     if made.second and (made.second[1] not in specs or f.zeros and specs[made.second[1]] != f.held_second(shape)):
         return None
     if f.order and (order := spell(f.order, x)) in specs:
@@ -74,7 +76,12 @@ def _blocks(f: Format) -> str:
 
 def renamed(names: Names, formats: tuple[Format, ...], fresh: Fresh) -> Iterator[str]:
     """What a file's names become, as far as names can tell."""
-    pairs = lambda f: ((f.scale, f.beside), (f.weight, ""), (f.second or "{X}", f"{f.beside}_second"))
+    pairs = lambda f: (
+        (f.scale, f.beside),
+        (f.weight, ""),
+        (f.second or "{X}", f"{f.beside}_second"),
+        (f.third or "{X}", f"{f.beside}_third"),
+    )
     templates = [(t, s, f) for f in formats for t, s in pairs(f) if own(t)]
     templates = [(t, s, f) for t, s, f in templates if t != "{X}" + s]
     tails = tuple(dict.fromkeys(t.partition("}")[2] for t, _, _ in templates))

@@ -16,6 +16,9 @@ from fmoe.types import AdapterError, Problem
 def rows(p: Parts) -> dict[str, int]:
     """How many rows of each part go together; nothing of one scale for all."""
     side = 1 if len(p.shape) > 2 else p.format.block[0]
+    if p.format.stack and p.second:
+        whole = {name: 1 if shape else 0 for there, here, shape, _ in p.kept for name in (there, here)}
+        return dict.fromkeys((p.name, p.codes), 1) | whole
     if not side or p.second or p.format.form or p.format.shards > 1:
         return {}
     scale = 0 if p.format.rank == 0 else 1
@@ -37,7 +40,7 @@ def decoding(p: Parts, dtype: torch.dtype) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
             held = p.here(params)
-            second = held[p.second[1]] if p.second else None
+            second = _second(p, held)
             how = {"order": held[p.order]} if p.order else {}
             weight = p.format.decode(held[p.name], held[p.beside], dtype, second=second, **how)
             _leads_back(p, weight, held)
@@ -47,6 +50,13 @@ def decoding(p: Parts, dtype: torch.dtype) -> Change:
         return held | {p.name: weight}
 
     return change
+
+
+def _second(p: Parts, held: Mapping[str, Tensor]) -> Tensor | None:
+    """The scale of scales that the format's `decode` takes."""
+    second = held.get(p.second[1]) if p.second else None
+    third = held.get(p.third[1]) if p.third else None
+    return second if second is None or third is None else second.float() / third.float()
 
 
 def _leads_back(p: Parts, weight: Tensor, held: Mapping[str, Tensor]) -> None:
@@ -79,11 +89,14 @@ def _encoded(p: Parts, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     if not p.second:
         codes, scale = p.format.encode(params[p.name], was)
         return {p.name: codes, p.beside: scale}, scale, was
-    before = params.get(p.second[1])
-    codes, scale, second = twofold.encode(p.format, params[p.name], was, before)
-    used = p.format.folded(scale, second)
-    was = None if was is None or before is None else p.format.folded(was, before)
-    return {p.name: codes, p.beside: scale, p.second[1]: second}, used, was
+    before, under = params.get(p.second[1]), (params.get(p.third[1]) if p.third else None)
+    codes, scale, second = twofold.encode(p.format, params[p.name], was, before, under)
+    made = {p.name: codes, p.beside: scale, p.second[1]: second}
+    made |= {p.third[1]: twofold.third(second) if under is None else under} if p.third else {}
+    now, then = _second(p, made), _second(p, params)
+    assert now is not None
+    was = None if was is None or then is None else p.format.folded(was, then)
+    return made, p.format.folded(scale, now), was
 
 
 def _under_zeros(p: Parts, params: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:

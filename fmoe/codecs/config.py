@@ -58,13 +58,17 @@ def weight_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
 
 EXPORTS = {"fp8": "fp8 blocks", "mxfp8": "mxfp8", "mxfp4": "mxfp4 packed", "int4": "int4", "nvfp4": "nvfp4 packed"}
 """What `quantize=` may name -> the format that is written where a family has published none of that kind."""
+ACROSS = {"nvfp4": "nvfp4 stack"}
+"""The same of experts in stacks of matrices [in, out]."""
 EXPERTS = r".*\.experts\.(\d+\.\w+\.weight|(gate_up|up|down)_proj)"
 
 EXAMPLES = ("a.mlp.experts.0.up_proj.weight", "a.ffn.experts.0.w1.weight", "a.mlp.experts.gate_up_proj")
 
 
-def exports(fresh: Fresh, quantize: str) -> Fresh:
+def exports(fresh: Fresh, quantize: str, *, across: bool = False) -> Fresh:
     """The formats of a family, those of one kind first and no others to be written.
+
+    across: its experts are stacks of matrices [in, out].
 
     >>> exports((("mxfp4 blocks", ".*"), ("fp8 blocks", None)), "mxfp4")
     (('mxfp4 blocks', '.*'), ('fp8 blocks', None))
@@ -74,7 +78,7 @@ def exports(fresh: Fresh, quantize: str) -> Fresh:
             f"quantize={quantize!r}: expected one of {', '.join(map(repr, EXPORTS))}{meant(quantize, EXPORTS)}"
         )
     own = [(name, pattern) for name, pattern in fresh if name.startswith(quantize) and pattern is not None]
-    written = own or [(EXPORTS[quantize], EXPERTS)]
+    written = own or [(ACROSS.get(quantize, EXPORTS[quantize]) if across else EXPORTS[quantize], EXPERTS)]
     if not any(re.fullmatch(pattern or "", n) for _, pattern in written for n in EXAMPLES):
         written = [(name, f"{pattern}|{EXPERTS}") for name, pattern in written]
     read = [(name, None) for name, _ in fresh if name not in dict(written)]
@@ -157,7 +161,8 @@ def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Ma
         return _without(made) if before is not None else made
     if before is not None and _speaks_of(before, {p.format.name: p.format for p in found.values()}):
         return made
-    return _without(made) | {"quantization_config": quantization_config(specs, found)}
+    told = quantization_config(specs, found)
+    return _without(made) | ({"quantization_config": told} if told["quant_method"] else {})
 
 
 def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
@@ -193,6 +198,9 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
         head = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": how}
         return head | {"config_groups": {"group_0": group}, "ignore": rest}
     told: dict[str, Any] = {"quant_method": method.partition(" ")[0]}
+    if method.startswith("modelopt"):
+        group = {"targets": ["Linear"], "weights": weights(leader.format.along)}
+        return told | {"quant_algo": method.partition(" ")[2], "config_groups": {"group_0": group}, "ignore": rest}
     if method in ("gptq", "awq"):
         return told | calibrated(leader.format, [p.format.block[1] for p in found.values()], leader.order, rest)
     if method == "mxfp4":

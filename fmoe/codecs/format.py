@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmoe.codecs import blocks, values
 from fmoe.codecs.foreign import affine
+from fmoe.codecs.foreign.late import twice
 from fmoe.codecs.stored import FLOATS, SHAPES, Stored
 from fmoe.codecs.values import MOST
 from fmoe.types import TensorSpec
@@ -37,7 +38,11 @@ class Format(Stored):
         """
         if self.shards > 1 and out is None:
             return self._alone().decode(self._sharded(codes), self._sharded(scale), dtype).flatten(0, 1)
+        if self.across:
+            made = self.along.decode(codes.mT, scale.mT, dtype, second=second).mT
+            return made if out is None else out.copy_(made)
         shape = self.decoded(TensorSpec(tuple(codes.shape), codes.dtype))
+        first = scale
         scale = scale if second is None or self.zeros else self.folded(scale, second)
         if shape is None:
             raise ValueError(f"codes {list(codes.shape)} {codes.dtype}, expected those of {self.name}")
@@ -57,12 +62,20 @@ class Format(Stored):
                 raise ValueError(f"zero points {None if second is None else list(second.shape)}, expected one a scale")
             least = self.least(dtype)
             return affine.decode(flat, scale, second, self.code, self.block, dtype, least=least, order=order, out=out)
+        if self.late and second is not None:
+            return twice(flat, first, second, self.code, self.block, dtype, out=out)
         made = values.decode(flat, wide, self.code, self.block, dtype, zero=self.zero, out=into)
         return made.mT if self.transposed else made
 
     def folded(self, scale: Tensor, second: Tensor) -> Tensor:
         """Both scales as one, in fp32."""
-        return scale.float() / second.float() if self.divides else scale.float() * second.float()
+        second = second.float().view(-1, 1, 1) if self.stack and second.ndim else second.float()
+        return scale.float() / second if self.divides else scale.float() * second
+
+    @property
+    def along(self) -> "Format":
+        """The format of the transposed matrices, where this one is `across`."""
+        return replace(self, across=False, block=self.block[::-1]) if self.across else self
 
     def encode(self, weight: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(codes, scale) with decode(codes, scale) nearest to weight; encode(decode(q, s), s) == (q, s), bit for bit.

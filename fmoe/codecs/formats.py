@@ -36,6 +36,9 @@ _GPTQ = dict(block=(1, 32), stored=torch.int32, scales=(torch.float16, torch.bfl
 _ONE = _GPTQ | dict(words="gptq", zeros="gptq", order="{S}.g_idx", method="gptq", source="GPTQModel, AutoGPTQ")
 _TWO = _ONE | dict(zeros="gptq_v2", source="GPTQModel")
 _AWQ = _GPTQ | dict(words="awq", zeros="awq", method="awq", source="AutoAWQ")
+_STACK = dict(stack=True, scale="{X}_weight_scale", activation=("{X}_input_scale",), source="ModelOpt")
+_INKLING = dict(stack=True, code="e2m1", block=(1, 16), stored=torch.uint8, scales=(E4M3,), lone="[E]")
+_INKLING |= dict(method=_MODELOPT + "NVFP4")
 _OFF = dict(second="{S}.weight_zero_point", source="compressed-tensors")
 
 OWN = _formats(
@@ -80,6 +83,21 @@ FOREIGN = _formats(
     dict(name="gptq_v2 int4", code="int4", **_TWO),
     dict(name="gptq_v2 int8", code="int8", **_TWO),
     dict(name="awq int4", code="int4", **_AWQ),
+    dict(_STACK, name="nvfp4 stack", code="e2m1", block=(16, 1), stored=torch.uint8, scales=(E4M3,), across=True,
+         second="{X}_weight_scale_2", method=_MODELOPT + "NVFP4"),
+    dict(_INKLING, name="nvfp4 stack .scale", scale="{X}.scale", second="{X}.scale2", source="Inkling"),
+    dict(_INKLING, name="nvfp4 stack amax", scale="{W}_weight_scale", second="{W}_weight_amax", late=True, method="",
+         third="{W}_weight_outer_scale_denominator", source="Inkling-2-Mini"),
+    dict(_STACK, name="mxfp8 stack", code="e4m3", block=(1, 32), scales=(torch.uint8, E8M0), scale="{W}_weight_scale",
+         method="mxfp8", source="Inkling-2-Small-MXFP8"),
+    dict(_STACK, name="mxfp8 stack side", code="e4m3", block=(1, 32), scales=(torch.uint8, E8M0),
+         method=_MODELOPT + "MXFP8"),
+    dict(_MXFP4, name="mxfp4 stack side", method=_MODELOPT + "MXFP4") | _STACK,
+    dict(_STACK, name="fp8 stack rows", code="e4m3", block=(1, 0), scales=FLOATS, scale="{W}_weight_scale",
+         method=_CT + "float-quantized", source="compressed-tensors"),
+    dict(_STACK, name="fp8 stack experts", code="e4m3", block=(0, 0), rank=1, scales=FLOATS,
+         method=_MODELOPT + "FP8_PER_CHANNEL_PER_TOKEN"),
+    dict(_STACK, name="fp8 stack tensor", code="e4m3", block=(0, 0), rank=0, scales=FLOATS, method=_MODELOPT + "FP8"),
     dict(name="fp8 side channel", block=(1, 0), method=_CT + "float-quantized", source="compressed-tensors, fbgemm",
          **_FP8_SIDE),
     dict(name="fp8 side row", block=(1, 0), form="[o]", method=_MODELOPT + "FP8_PER_CHANNEL_PER_TOKEN",
@@ -99,6 +117,8 @@ ACTIVATIONS = ("input_scale", "input_global_scale", "input_scale_ub", "k_scale",
 """Parts that mean nothing for weights, and may be there for some experts only."""
 APART = (*ACTIVATIONS, "g_idx")
 """Parts that keep their names: those, and GPTQ's group of each column, which decoding looks at."""
+OF_STACKS = ("original_shape", "input_amax")
+"""The same of Inkling's stacks: X.original_shape."""
 
 
 def _suffix(name: str) -> str:

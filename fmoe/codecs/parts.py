@@ -38,10 +38,12 @@ class Parts:
     activation: tuple[str, str] | None = None
     second: tuple[str, str] | None = None
     order: str | None = None
+    third: tuple[str, str] | None = None
 
     @property
     def stored(self) -> list[str]:
-        return [n for n in (self.codes, self.scale, self.extent, self.second and self.second[0], self.order) if n]
+        more = (self.second and self.second[0], self.third and self.third[0], self.order)
+        return [n for n in (self.codes, self.scale, self.extent, *more) if n]
 
     @property
     def kept(self) -> list[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
@@ -50,6 +52,8 @@ class Parts:
         made = [(self.scale, self.beside, f.spelled(grid), grid)]
         if self.second:
             made.append((*self.second, f.second_spec(self.shape).shape, f.held_second(self.shape).shape))
+        if self.third:
+            made.append((*self.third, (), ()))
         if self.order:
             made.append((self.order, self.order, self.shape[-1:], self.shape[-1:]))
         return made
@@ -66,6 +70,7 @@ class Parts:
         kind = lambda name: specs[name].dtype if name in specs else self.format.scales[0]
         made = {there: TensorSpec(shape, kind(here)) for there, here, shape, _ in self.kept}
         made |= {self.second[0]: self.format.second_spec(self.shape)} if self.second else {}
+        made |= {self.third[0]: TensorSpec((), torch.float32)} if self.third else {}
         made |= {self.extent: TensorSpec((len(self.shape),), torch.int64)} if self.extent else {}
         return {self.codes: self.format.file_spec(self.shape)} | made
 
@@ -98,10 +103,10 @@ class Parts:
 
 def spell(template: str, name: str) -> str | None:
     """The name of a part of the tensor X of this name; None where X has no stem S."""
-    if "{S}" not in template:
+    if "{X}" in template:
         return template.replace("{X}", name)
-    stem = name.removesuffix(".weight")
-    return template.replace("{S}", stem) if stem != name else None
+    stem, end = ("{S}", ".weight") if "{S}" in template else ("{W}", "_weight")
+    return template.replace(stem, name.removesuffix(end)) if name.endswith(end) else None
 
 
 def read(template: str, name: str) -> str | None:
@@ -109,7 +114,7 @@ def read(template: str, name: str) -> str | None:
     head, _, tail = template.partition("}")
     if not name.endswith(tail) or len(name) == len(tail):
         return None
-    return name[: len(name) - len(tail)] + (".weight" if head == "{S" else "")
+    return name[: len(name) - len(tail)] + {"{S": ".weight", "{W": "_weight"}.get(head, "")
 
 
 def own(template: str) -> bool:
@@ -124,6 +129,8 @@ def _eight_bits(dtype: torch.dtype, formats: Iterable[Format]) -> bool:
 
 def is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fresh) -> bool:
     """Whether a name that a template reads as a part of x is one: `.scale` is also a word for other things."""
+    if f.stack and x not in names:
+        return template == "{X}_weight_scale" and f"{x}_weight" not in names
     if template not in ("{S}.scale", "{S}.scales") or spell(f.weight, x) in names:
         return True
     pattern = dict(fresh).get(f.name)
@@ -135,7 +142,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
     candidates: dict[str, dict[str, Format]] = {}
     by_tail: dict[str, list[tuple[str, Format]]] = {}
     for f in formats:
-        for template in (f.scale, f.weight, f.shape, f.second):
+        for template in (f.scale, f.weight, f.shape, f.second, f.third):
             if template and own(template):
                 by_tail.setdefault(template.partition("}")[2], []).append((template, f))
     for name in names.ending(tuple(by_tail)):
@@ -151,7 +158,8 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
         scales = {m.scale for m in made}
         if not made:
             wrong = [(f, t) for f, t in zip(fits.values(), told, strict=True) if isinstance(t, Problem)]
-            far = lambda f: getattr(specs.get(spell(f.weight, x) or ""), "dtype", None) != f.stored  # noqa: B023
+            kind = lambda part: getattr(specs.get(spell(part, x) or ""), "dtype", None)  # noqa: B023
+            far = lambda f: (kind(f.weight) != f.stored, kind(f.scale) not in (None, *f.scales))  # noqa: B023
             problems.append(min(wrong, key=lambda w: (far(w[0]), w[1].keys[0] not in specs))[1])  # noqa: B023
         elif len(scales) > 1:
             problems.append(Problem(f"{x!r} has two scales: {', '.join(map(repr, scales))}", (x, *scales)))
@@ -198,8 +206,12 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     f = f.named(x).sized(shape, specs[scale].shape)
     if not f.fits(shape):
         return Problem(f"{scale!r} is {list(specs[scale].shape)}, no scales of {codes!r} {list(shape)}", (scale, codes))
+    if (third := spell(f.third, x) if f.third else None) and specs.get(third) != TensorSpec((), torch.float32):
+        text = f"{third!r} is {specs.get(third, 'missing')}, expected one number in float32 beside {second!r}"
+        return Problem(text, (third, codes))
     if second and specs[second] != (wanted_ := f.second_spec(shape)):
-        what = f"{list(wanted_.shape)} {wanted_.dtype}" if f.zeros else "one number in float32"
+        many = f.zeros or wanted_.shape[:1] > (1,)
+        what = f"{list(wanted_.shape)} {wanted_.dtype}" if many else "one number in float32"
         return Problem(f"{second!r} is {specs[second]}, expected {what}", (second, scale))
     if specs[scale].shape != f.spelled(f.scale_shape(shape)) or specs[scale].dtype not in f.scales:
         told, kinds = specs[scale], ", ".join(str(d).removeprefix("torch.") for d in f.scales)
@@ -222,7 +234,8 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     if order and order in specs and specs[order] != TensorSpec(shape[-1:], torch.int32):
         text = f"{order!r} is {specs[order]}, expected int32 {list(shape[-1:])}: the group of each column of {x!r}"
         return Problem(text, (order, codes))
-    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair, order if order in specs else None)
+    last, order = (third, f"{x}{f.beside}_third") if third else None, order if order in specs else None
+    return Parts(x, f, shape, codes, scale, x + f.beside, extent, activation, pair, order, last)
 
 
 def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
@@ -232,4 +245,6 @@ def as_named(x: str, f: Format, shape: tuple[int, ...]) -> Parts | None:
         return None
     second = spell(f.second, x) if f.second else None
     pair = (second, f"{x}{f.beside}_second") if second else None
-    return Parts(x, f, shape, codes, scale, x + f.beside, spell(f.shape, x) if f.shape else None, second=pair)
+    third = (spell(f.third, x) or "", f"{x}{f.beside}_third") if f.third else None
+    extent = f.shape and spell(f.shape, x)
+    return Parts(x, f, shape, codes, scale, x + f.beside, extent, second=pair, third=third)

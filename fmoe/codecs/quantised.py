@@ -15,9 +15,9 @@ from fmoe.codecs import Changed, CodecPlan
 from fmoe.codecs.carried import activations, beside, renamed
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.config import is_ignored
-from fmoe.codecs.foreign.undecoded import lone, stacked, unread
+from fmoe.codecs.foreign.undecoded import lone, unread
 from fmoe.codecs.format import Format
-from fmoe.codecs.formats import APART, FORMATS, elsewhere
+from fmoe.codecs.formats import APART, FORMATS, OF_STACKS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
@@ -117,8 +117,9 @@ class Quantised:
             if (x := name.removesuffix(suffix)) != name:
                 return [n for f in self.formats for t in f.activation if (n := spell(t, x))][:1] or [name]
         for f in self.formats[len(self.own) :]:
-            x = name.removesuffix(f"{f.beside}_second").removesuffix(f.beside)
-            part = f.second if name.endswith(f"{f.beside}_second") else f.scale
+            ends = {f"{f.beside}_third": f.third, f"{f.beside}_second": f.second, f.beside: f.scale}
+            end = next((e for e in ends if name.endswith(e)), "")
+            x, part = name.removesuffix(end), ends.get(end)
             if x != name and part and f.beside != "_scale_inv" and (new := spell(part, x)) is not None:
                 return [new]
         for f, (_, pattern) in zip(self.own, self.fresh, strict=True):
@@ -133,8 +134,8 @@ class Quantised:
         there = lambda: in_file(specs, names, self.readable, self.fresh)
         found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
         said = None if self.flipped else self.undecoded
-        whole = [] if self.flipped else [*stacked(specs, names), *lone(names, found)]
-        problems = [*unread(said, specs, found), *whole, *problems, *cut_across(found, window)]
+        alone = [] if self.flipped else lone(names, found)
+        problems = [*unread(said, specs, found), *alone, *problems, *cut_across(found, window)]
         problems += unscaled(specs, found, self.experts)
         if self.keep:
             problems += [p for seam in self.seams for p in seam.problems(specs, found)]
@@ -167,7 +168,8 @@ class Quantised:
     def _encoding(self, specs: Specs, carried: Mapping[str, Parts]) -> CodecPlan:
         gone = {here for p in carried.values() for _, here, _, _ in p.kept} | activations(carried, 1)
         if self.quantization is False:
-            gone |= {n for p in carried.values() for part in APART if (n := spell(f"{{S}}.{part}", p.name))}
+            apart = (*(f"{{S}}.{part}" for part in APART), *(f"{{X}}.{part}" for part in OF_STACKS))
+            gone |= {n for p in carried.values() for part in apart if (n := spell(part, p.name))}
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
         if self.alone:
             ours = {name for name, pattern in self.fresh if pattern is not None}

@@ -7,13 +7,15 @@ blocks there are fewer; all else, experts and halves above all, they share.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fmoe.codecs.formats import APART, Format
+from fmoe.codecs.formats import APART, OF_STACKS, Format
 from fmoe.codecs.parts import ACTIVATION, Parts
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Either, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address, Capture
+from fmoe.layout.stage import Stage
+from fmoe.layout.table import Table
 from fmoe.types import Problem, TensorSpec
 
 _INPUT = {"gate_and_up_projs": "d", "down_projs": "i"}  # the letter that products sum over
@@ -35,8 +37,9 @@ def with_scales(
     flip: which is `turned`. Scales of activations, which may be there for some experts only, keep their names.
     """
     every = [*walk(entries)]
-    passed = [k for e in every if isinstance(e, Rule) and matrix(e) for k in _passed(e)]
-    if passed and any(isinstance(e, Keep) and str(e.pattern) == "{rest}" for e in every):
+    rules = [e for e in every if isinstance(e, Rule) and matrix(e)]
+    passed = [k for rule in rules for k in _passed(rule)]
+    if rules and any(isinstance(e, Keep) and str(e.pattern) == "{rest}" for e in every):
         passed += [Keep(Address((Capture("rest"), f".{part}"))) for part in APART]
     return (*_with(entries, formats, keep, flip), *dict.fromkeys(passed))
 
@@ -45,6 +48,8 @@ def _passed(rule: Rule) -> Iterable[Keep]:
     *stem, last = rule.source.parts
     if isinstance(last, str) and last.endswith(".weight"):
         yield from (Keep(Address((*stem, last.removesuffix("weight") + part))) for part in APART)
+    elif isinstance(last, str) and last.endswith("_weight"):
+        yield from (Keep(Address((*stem, f"{last}.{part}"))) for part in OF_STACKS)
 
 
 def _with(entries: Iterable[Entry], formats: tuple[Format, ...], keep: bool, flip: bool) -> tuple[Entry, ...]:
@@ -72,13 +77,24 @@ def matrix(rule: Rule) -> str | None:
     return last if last in _INPUT and rule.source.axes and {"i", "d"} <= set(rule.source.atoms) else None
 
 
+def in_out(stages: Iterable[Stage]) -> bool:
+    """Whether a file's experts are stacks of matrices [in, out], and in no layout others."""
+    rules = [e for s in stages if isinstance(s, Table) for e in walk(s.entries) if isinstance(e, Rule) and matrix(e)]
+    return bool(rules) and all(_INPUT[matrix(r) or ""] in (*((), ()), *(r.source.axes or ()))[-2] for r in rules)
+
+
 def _kinds(formats: tuple[Format, ...]) -> list[tuple[tuple[str, ...], str, bool]]:
     """(suffixes, what they have a number for, whether the weight is stored transposed)"""
     found: dict[tuple[str, bool], dict[str, None]] = {}
     more = lambda kind, turned, *names: found.setdefault((kind, turned), {}).update(dict.fromkeys(names))
     for f in formats:
         kind = "tensor" if f.rank == 0 else "experts" if f.rank == 1 else "each" if f.each else "blocks"
-        more(kind, f.transposed, f.beside, *([f"{f.beside}_second"] if f.second else []))
+        more(kind, f.transposed, f.beside)
+        if f.second:
+            lone = "tensor" if f.lone == "()" else "experts"
+            more(lone if f.stack else kind, f.transposed, f"{f.beside}_second")
+        if f.third:
+            more("tensor", False, f"{f.beside}_third")
         if f.activation:
             more("tensor", False, ACTIVATION[0])
             more("experts", False, ACTIVATION[1])
@@ -93,16 +109,17 @@ def _scales(rule: Rule, suffixes: tuple[str, ...], kind: str, transposed: bool) 
         return Rule(replace(source, axes=None), replace(target, axes=None)) if shared else None
     if kind in ("experts", "each"):
         alone = [d for d in here if not {"i", "d"} & set(d)]
-        if not alone or len(here) != len(alone) + 2:
+        named = {c for c in source.captures if c not in target.captures} - {"scale"}
+        if not alone or len(here) != len(alone) + 2 or any((c,) not in alone for c in named - {"e"}):
             return None
         ones = (("1",), ("1",)) if kind == "each" else ()
         return Rule(replace(source, axes=(*alone, *ones)), replace(target, axes=(*alone, *ones)))
     here = _turned(here) if transposed else here
     letters = dict(_BLOCKS[matrix(rule) or ""])
     both = [d for d in here if len(d) > 1 and d in there]  # joined alike on both sides: of blocks, one dimension
-    return Rule(
-        replace(source, axes=_lettered(here, letters, both)), replace(target, axes=_lettered(there, letters, both))
-    )
+    source = replace(source, axes=_lettered(here, letters, both))
+    bounds = tuple(b for b in rule.bounds if b[0] not in letters)
+    return Rule(source, replace(target, axes=_lettered(there, letters, both)), bounds)
 
 
 def _lettered(dims: Dims, letters: Mapping[str, str], both: list[tuple[str, ...]]) -> Dims:
@@ -158,6 +175,7 @@ class Seam:
                 fix = f"Fix: quant_method {method!r} there, or decode it, without quantized='keep'"
                 wrong.append(Problem(f"{told}codes of the two lie otherwise. {fix}", (n,)))
             if self.dim is None or n not in found:
+                wrong += self._along(n, found[n].format) if n in found and self.turned is None else []
                 continue
             side, size = found[n].format.block[self.dim], found[n].format.as_stored(found[n].shape)[self.dim]
             if side > 1 and (size % side or not self.last):
@@ -165,6 +183,14 @@ class Seam:
                 text = f"{n!r} {list(found[n].shape)}: {how}, so blocks of {side} would not stay whole where "
                 wrong.append(Problem(f"{text}{self.rule.target} joins them: decode it, without quantized='keep'", (n,)))
         return wrong
+
+    def _along(self, name: str, f: Format) -> list[Problem]:
+        """A problem where several codes of one stored element are summed over by no product."""
+        letter, dims = _INPUT[matrix(self.rule) or ""], self.rule.source.axes or ()
+        if f.packed == 1 or f.transposed or letter in dims[-2 if f.across else -1]:
+            return []
+        text = f"{name!r} is in {f.name}, several codes an element along an axis that no product sums over"
+        return [Problem(f"{text}. Fix: decode it, without quantized='keep'", (name,))]
 
 
 def seams(entries: Iterable[Entry], formats: tuple[Format, ...], flip: bool) -> tuple[Seam, ...]:
@@ -179,6 +205,7 @@ def seams(entries: Iterable[Entry], formats: tuple[Format, ...], flip: bool) -> 
                 continue
             here, there = rule.source.axes or (), rule.target.axes or ()
             here = _turned(here) if flip else here
+            found += [Seam(rule, None)] if here else []
             found += [Seam(rule, None, turned=flip)] if any(f.transposed for f in formats) else []
             for dim in (-1, -2):
                 for letter in (a for a in here[dim] if a in ("i", "d")):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs.format import Format
-from fmoe.codecs.formats import APART, FORMATS, elsewhere
+from fmoe.codecs.formats import APART, FORMATS, OF_STACKS, elsewhere
 
-UNUSED = ("_activation_tensor", "_activation_expert", *(f".{part}" for part in APART))
+UNUSED = ("_activation_tensor", "_activation_expert", *(f".{part}" for part in (*APART, *OF_STACKS)))
 """How the names of scales of activations end, which mean nothing for weights."""
 
 
@@ -88,7 +88,7 @@ def is_beside(name: str, names: Container[str]) -> bool:
     """
     if name.endswith(UNUSED):
         return True
-    parts = (suffix + end for suffix in BESIDE for end in ("", "_second"))
+    parts = (suffix + end for suffix in BESIDE for end in ("", "_second", "_third"))
     return any(name.endswith(part) and name.removesuffix(part) in names for part in parts)
 
 
@@ -117,7 +117,9 @@ def stack(
     >>> stack(codes, scale, None, "_scale_inv", torch.float32)[0][:3].mT[0]  # 0.5 and 1, times 2^(128 - 127)
     tensor([1., 2., 1.])
     """
-    wide = scale.view(-1, 1, 1).expand(len(codes), 1, 1) if scale.ndim < 2 else scale
+    stacked = lambda t: t if t is None or t.ndim > 1 else t.view(-1, 1, 1).expand(len(codes), 1, 1)
+    wide, second = stacked(scale), stacked(second)
+    assert wide is not None
     kinds = {f.stored for f in BESIDE[suffix]}
     for f in BESIDE[suffix]:
         at = _block(f, codes, scale, wide)
@@ -126,6 +128,7 @@ def stack(
             paired = second is not None and second.shape == wide.shape and second.dtype == torch.uint8
         if at is not None and (f.second is not None) == (second is not None) and paired:
             f = replace(f, rank=None, grouped=False, transposed=False, flat=True, form="", sizes="", block=at)
+            f = replace(f, stack=False, across=False)
             if at == (0, 0) and wide.shape[2] == 2:  # of gate, and of up
                 f = replace(f, block=(1, 0))
             return Codes(codes, wide, second, f, dtype, alternate)
@@ -138,6 +141,7 @@ def stack(
 
 def _block(f: Format, codes: Tensor, scale: Tensor, wide: Tensor) -> tuple[int, int] | None:
     """The rows and columns of a matrix [M, K] that share a scale; None where these are no codes and scales of f."""
+    f = replace(f.along, stack=False)
     if codes.dtype != f.stored or scale.dtype not in f.scales or codes.ndim != 3 or wide.shape[0] != codes.shape[0]:
         return None
     if wide.ndim != 3 or f.rank != (scale.ndim if scale.ndim < 2 else None):

@@ -34,6 +34,7 @@ SHAPES: Mapping[str, Callable[[Shape], Shape]] = {
     "[o]": lambda s: s[:-1],
     "[i o]": lambda s: (*s[:-2], s[-1], s[-2]),
     "[o 1 i 1]": lambda s: (s[-2], 1, s[-1], 1),
+    "[E]": lambda s: s[:1],
 }
 """How a file shapes a scale of some rows and columns."""
 
@@ -53,10 +54,12 @@ class Stored:
     scale of scales, which multiplies them (divides: which divides them), or the zero points; zeros: how these are
     stored, and words: how codes are, a name in `foreign/words.py`. order: the part, if it is there, that says the
     group of each column. form: the shape of the scale's part where it is none of rows and columns, "()", "[1]", "[o]",
-    "[o 1 i 1]" or "[i o]"; lone: the same of second. sizes: the block is what codes and scales say,
-    "groups" of columns, or "squares" of powers of two. restarts: (R, n) of matrices with R rows that are n of equal
-    size, one after the other, each with blocks of its own; shards: that n. method: the quant_method of its
-    config, and for compressed-tensors the format. source: who publishes it.
+    "[o 1 i 1]" or "[i o]"; lone: the same of second, or "[E]". third: the part that holds what second is divided by.
+    late: the scale of scales multiplies what the scale has made of a code. stack: only tensors of three dimensions.
+    across: neighbours in a column, not in a row, are stored in one element and share a scale. sizes: the block is what
+    codes and scales say, "groups" of columns, or "squares" of powers of two. restarts: (R, n) of matrices with R rows
+    that are n of equal size, one after the other, each with blocks of its own; shards: that n. method: the quant_method
+    of its config, and for compressed-tensors the format. source: who publishes it.
     """
 
     name: str
@@ -74,7 +77,11 @@ class Stored:
     shape: str | None = None
     activation: tuple[str, ...] = ()
     second: str | None = None
+    third: str | None = None
     divides: bool = False
+    late: bool = False
+    stack: bool = False
+    across: bool = False
     form: str = ""
     lone: str = "()"
     zeros: str = ""
@@ -133,6 +140,8 @@ class Stored:
 
     def codes_spec(self, shape: tuple[int, ...]) -> TensorSpec:
         """What stores the codes of a tensor of that shape."""
+        if self.across:
+            return TensorSpec((*shape[:-2], shape[-2] // self.packed, shape[-1]), self.stored)
         *lead, rows, columns = self.as_stored(shape)
         last = (columns // 32, 16) if self.grouped else (columns // self.packed,)
         return TensorSpec((*lead, rows, *last), self.stored)
@@ -145,10 +154,12 @@ class Stored:
         """What a file has in second beside codes of a tensor of that shape."""
         if self.zeros:
             return zeros_spec(self.zeros, self.scale_shape(shape), self.packed)
-        return TensorSpec(SHAPES[self.lone]((1, 1)), torch.float32)
+        return TensorSpec(SHAPES[self.lone](shape if self.stack else (1, 1)), torch.float32)
 
     def held_second(self, shape: tuple[int, ...]) -> TensorSpec:
         """What second is beside a tensor of that shape."""
+        if self.stack:
+            return self.second_spec(shape)
         return TensorSpec(self.scale_shape(shape), torch.uint8) if self.zeros else TensorSpec((1, 1), torch.float32)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -164,7 +175,9 @@ class Stored:
         if codes.dtype != self.stored or len(shape) < 2 + self.grouped or self.grouped and shape[-1] != 16:
             return None
         flat = (*shape[:-2], shape[-2] * 16) if self.grouped else shape
+        flat = (*shape[:-2], shape[-1], shape[-2]) if self.across else flat
         made = self.as_stored((*flat[:-1], flat[-1] * self.packed))
+        made = (*made[:-2], made[-1], made[-2]) if self.across else made
         return made if self.sizes == "groups" or self.fits(made) else None
 
     def kept_spec(self, shape: tuple[int, ...]) -> TensorSpec:
@@ -183,6 +196,8 @@ class Stored:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a tensor of that shape can be stored so: a matrix or more; 4-bit and 1x32 in whole groups."""
         if len(shape) < 2 or self.each and len(shape) != 3 and not self.flat or self.flat and len(shape) != 2:
+            return False
+        if self.stack and len(shape) != 3 or self.across and shape[-2] % self.block[0]:
             return False
         return not self.grouped_by_row or self.as_stored(shape)[-1] % self.block[1] == 0
 

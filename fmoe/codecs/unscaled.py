@@ -44,7 +44,7 @@ def left_plain(specs: Specs, done: Collection[str], written: Sequence[tuple[Form
     named = {n: s for n, s in left.items() if len(s) in (2, 3) and any(re.fullmatch(p, n) for _, p in written)}
     ragged = tuple(n for n, s in named.items() if not any(_in_groups(f, s) for f, _ in written))
     if ragged:
-        wide = " or ".join(str(f.block[1]) for f, _ in written if f.grouped_by_row)
+        wide = " or ".join(str(f.along.block[1]) for f, _ in written if f.along.grouped_by_row)
         found = f"{some(ragged)}: {list(left[ragged[0]])} cannot be written in {told}"
         fix = "Fix: choose another format; blocks of fp8 may be of any size"
         yield Problem(f"{found}, expected whole groups of {wide} columns. {fix}", ragged)
@@ -55,4 +55,4 @@ def left_plain(specs: Specs, done: Collection[str], written: Sequence[tuple[Form
 
 def _in_groups(f: Format, shape: tuple[int, ...]) -> bool:
     """Whether rows are whole groups, if the format has any."""
-    return not f.grouped_by_row or f.as_stored(shape)[-1] % f.block[1] == 0
+    return not f.along.grouped_by_row or f.as_stored(shape)[-2 if f.across else -1] % f.along.block[1] == 0

@@ -10,7 +10,7 @@ from fmoe.codecs.config import exports, ignored, quantization_of, ruled_out, wei
 from fmoe.codecs.foreign.restarts import restarts
 from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
-from fmoe.codecs.scales import matrix, seams, turned, with_scales
+from fmoe.codecs.scales import in_out, matrix, seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
 from fmoe.families.defaults import DEFAULTS
 from fmoe.families.router import spoken, unheard, unsaid
@@ -128,7 +128,7 @@ class Family:
             raise AdapterError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
         codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
-            exports(self.fresh, quantize) if quantize else self.fresh,
+            exports(self.fresh, quantize, across=in_out(tables)) if quantize else self.fresh,
             block=weight_block(given),
             restarts=restarts(given),
             quantization=True if quantize else None,

@@ -193,18 +193,25 @@ def decode(
 ) -> Tensor:
     """The matrices [E, K, N] in fp32 that `programs.codes.Coded` holds: value(code) * scale, block by block.
 
-    how: zero, divides.
+    how: zero, divides, late.
     """
-    packed = {"e4m3": 1, "e2m1": 2, "int4": 8}[code]
-    places = 4 * torch.arange(packed, device=words.device).view(1, 1, -1, 1)
-    nibbles = (words[:, :, None].int() >> places & 15).flatten(1, 2)
+    packed = {"e4m3": 1, "signed": 1, "e2m1": 2, "int8": 4, "int4": 8}[code]
+    bits = 8 if code == "int8" else 4
+    places = bits * torch.arange(packed, device=words.device).view(1, 1, -1, 1)
+    nibbles = (words[:, :, None].int() >> places & 2**bits - 1).flatten(1, 2)
     if code == "e4m3":
         value = words.view(torch.float8_e4m3fn).float()
     elif code == "e2m1":
         half = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6], device=words.device)
         value = torch.cat([half, -half])[nibbles]
     else:
-        value = nibbles.float() - 8
+        value = (words.int() ^ 128 if code == "signed" else nibbles).float()
+        point: Tensor | int = 8 if code == "int4" else 128
+        if second is not None:
+            point, second = _spread(second, block, value), None
+        value = value - point
+    if second is not None and how.get("late"):
+        return value * _spread(scale.view(torch.float8_e4m3fn).float(), block, value) * second
     if second is not None:
         whole = scale.view(torch.float8_e4m3fn).float()
         factor = whole / second if how.get("divides") else whole * second
@@ -213,6 +220,10 @@ def decode(
         factor = factor.masked_fill(scale == 255, torch.nan).masked_fill((scale == 0) & how.get("zero", False), 0.0)
     else:
         factor = scale.float()
+    return value * _spread(factor, block, value)
+
+
+def _spread(each: Tensor, block: tuple[int, int], like: Tensor) -> Tensor:
     for axis, side in zip((1, 2), block, strict=True):
-        factor = factor.repeat_interleave(side or value.shape[axis], axis).narrow(axis, 0, value.shape[axis])
-    return value * factor
+        each = each.repeat_interleave(side or like.shape[axis], axis).narrow(axis, 0, like.shape[axis])
+    return each

@@ -90,7 +90,7 @@ def one_of(f: Format, shape: tuple[int, ...], scale: Tensor) -> tuple[Tensor, Te
 @ALL
 def test_a_changed_block_gets_a_scale_of_its_own_and_the_others_keep_theirs(name):
     f = FORMATS[name]
-    shape = f.as_stored((2, 256, 256)) if f.each or f.grouped else (256, 256)
+    shape = f.as_stored((2, 256, 256)) if f.each or f.grouped or f.stack else (256, 256)
     made = torch.Generator().manual_seed(1)
     dtype = f.scales[0]
     codes, _ = f.encode(torch.randn(shape, generator=made))
@@ -111,7 +111,7 @@ def test_a_changed_block_gets_a_scale_of_its_own_and_the_others_keep_theirs(name
 def test_every_format_encodes_in_parts_as_in_whole(monkeypatch):
     torch.manual_seed(0)
     for f in FORMATS.values():
-        weight = torch.randn(f.as_stored((3, 300, 160)) if f.each or f.grouped else (300, 160))
+        weight = torch.randn(f.as_stored((3, 300, 160)) if f.each or f.grouped or f.stack else (300, 160))
         whole = f.encode(weight)
         decoded = f.decode(*whole)
         monkeypatch.setattr(blocks, "_PART", 1)

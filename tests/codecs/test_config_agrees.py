@@ -79,7 +79,7 @@ def test_a_plain_checkpoint_becomes_a_quantised_one_whose_config_says_so(name, q
     assert held(tmp_path / "plain").keys() == tensors.keys() and says(tmp_path / "plain") is None
 
 
-STACKED = {("gpt_oss", "int4"), ("gpt_oss", "nvfp4")}  # whose files hold matrices
+STACKED = {("gpt_oss", "int4")}  # whose files hold matrices
 
 
 @pytest.mark.parametrize("quantize", [*EXPORTS, *FORMATS])

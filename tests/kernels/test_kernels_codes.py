@@ -18,12 +18,14 @@ from fmoe.backends.mlp import mlp
 
 BENCH = Path(__file__).parents[2] / "bench"
 SHARED = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-KINDS = ("mxfp4", "nvfp4", "int4", "fp8")
+KINDS = ("mxfp4", "nvfp4", "int4", "fp8", "int8", "signed", "points", "late")
 CLASSES = ("large", "narrow", "small", "decode")
 
 
 @pytest.mark.slow  # the cheap row is in test_kernels_fp8.py
-@pytest.mark.parametrize("fmt", ["mxfp4 blocks", "nvfp4", "fp8 side one", "int4 pack"])
+@pytest.mark.parametrize(
+    "fmt", ["mxfp4 blocks", "nvfp4", "fp8 side one", "int4 pack", "int8 pack zeros", "nvfp4 stack amax"]
+)
 def test_triton_decodes_what_it_multiplies(fmt: str) -> None:
     codes, decoded, config = layer(fmt)
     codes, decoded = ({n: t.to(cases.DEVICE) for n, t in p.items()} for p in (codes, decoded))

@@ -13,29 +13,37 @@ E, M = 3, 40
 def coded(kind: str, K: int) -> Coded:
     """Every code and scale there is, of one kind."""
     g = torch.Generator().manual_seed(0)
-    code, packed = {"int4": ("int4", 8)}.get(kind, ("e2m1", 2) if "fp4" in kind else ("e4m3", 1))
+    code, packed = {"int4": ("int4", 8), "int8": ("int8", 4), "sign": ("signed", 1)}.get(
+        kind[:4], ("e2m1", 2) if "fp4" in kind else ("e4m3", 1)
+    )
     draw = lambda most, *shape: torch.randint(0, most, shape, generator=g)
     words = draw(127, E, M, K // packed).byte() | draw(2, E, M, K // packed).byte() << 7
-    if code == "int4":
+    if code in ("int4", "int8"):
         words = draw(2**32, E, M, K // packed).sub(2**31).int()
     side = {"mxfp4": (32, 1), "mxfp8": (32, 1), "nvfp4": (16, 1), "int4": (32, 1), "fp8 blocks": (128, 128)}
     side |= {"fp8 small blocks": (16, 16), "fp8 channel": (0, 1), "fp8 tensor": (0, 0)}
-    block = side[kind]
+    side |= {"int8": (32, 1), "signed": (0, 1), "nvfp4 late": (16, 1), "int4 points": (16, 1), "int8 points": (32, 1)}
+    block = (side | {"signed points": (0, 1)})[kind]
     grid = E, *(-(-n // (b or n)) for n, b in zip((M, K), block[::-1], strict=True))
     scale, second = torch.rand(grid, generator=g) + 0.5, None
     if "mx" in kind:
         scale = draw(8, *grid).add(123).byte()
-    if kind == "nvfp4":
+    if "points" in kind:
+        second = draw(2**4 if code == "int4" else 2**8, *grid).byte().to(cases.DEVICE).mT
+    if "nvfp4" in kind:
         scale, second = draw(100, *grid).add(8).byte(), (torch.rand(E, 1, M, generator=g) + 0.5).to(cases.DEVICE)
     words, scale = words.to(cases.DEVICE).mT, scale.to(cases.DEVICE).mT  # stored as [E, M, K]
-    return Coded(words, scale, second, code, block)
+    if "late" in kind:
+        second = second[:, :, :1].expand(E, 1, M)
+    return Coded(words, scale, second, code, block, late="late" in kind)
 
 
 def said(w: Coded) -> Tensor:
-    return reference.decode(*w[:5], zero=w.zero, divides=w.divides)
+    return reference.decode(*w[:5], zero=w.zero, divides=w.divides, late=w.late)
 
 
 KINDS = ["mxfp4", "nvfp4", "int4", "fp8 blocks", "fp8 small blocks", "mxfp8", "fp8 channel", "fp8 tensor"]
+KINDS += ["int8", "signed", "nvfp4 late", "int4 points", "int8 points", "signed points"]
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -90,6 +98,9 @@ def test_what_does_not_fit_is_refused() -> None:
         (dict(words=[1]), "words is of type list"),
         (dict(nvfp4._asdict(), scale=nvfp4.scale.float()), "scale is torch.float32 .* expected uint8"),
         (dict(second=two, block=(32, 2)), "second stands beside blocks"),
+        (dict(late=1), "late is 1, expected True or False"),
+        (dict(coded("int4 points", 64)._asdict(), second=two), r"second is torch.float32 .* expected uint8"),
+        (dict(coded("int4 points", 64)._asdict(), scale=w.scale), r"scale is torch.uint8 .* expected float"),
         (dict(scale=w.scale[:, :1]), r"scale is \[3, 1, 40\], expected \[E a b\] = \[3, 2, 40\]"),
         (dict(words=w.words[:, :16]), r"words is \[3, 16, 40\]"),
         (dict(words=w.words.int()), "words is torch.int32"),

@@ -7,7 +7,6 @@ import torch
 
 from fmoe.codecs.config import bits, quantization_of
 from fmoe.codecs.parts import Parts
-from fmoe.codecs.values import E4M3
 from fmoe.layout.claims import some
 from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec, brief
@@ -80,22 +79,6 @@ def lone(names: Names, found: Mapping[str, Parts]) -> list[Problem]:
     scales = [n for n in names.ending((".input_scale",)) if "experts" not in n.split(".")]
     text = "{!r}: part of a quantised tensor, whose codes are not there"
     return [Problem(text.format(n), (n,)) for n in scales if n.removesuffix("input_scale") + "weight" not in found]
-
-
-def stacked(specs: Mapping[str, TensorSpec], names: Names) -> list[Problem]:
-    """A problem for each stack of experts in codes of which ModelOpt and Inkling-2 store the scales as stacks too."""
-    found = []
-    for name in names.ending(("_weight_scale",)):
-        stem = name.removesuffix("_scale")
-        codes = stem if stem in specs else stem.removesuffix("_weight")
-        if codes in specs and len(specs[codes].shape) == 3 and _narrow(specs[codes].dtype):
-            small = specs[codes].dtype.is_floating_point
-            kind = "NVFP4" if specs[name].dtype == E4M3 else "MXFP8" if small else "codes"
-            text = (
-                f"{codes!r}: {kind} of stacked experts, a format that fmoe does not decode. Fix: one tensor an expert"
-            )
-            found.append(Problem(text, (codes, name)))
-    return found
 
 
 def _narrow(dtype: torch.dtype) -> bool:

@@ -14,8 +14,9 @@ from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.route import sorted_route
 from fmoe_kernels.programs.sums import bias_gradient
 
-KINDS = {"e4m3": torch.uint8, "e2m1": torch.uint8, "int4": torch.int32}
-"""What words of each code are."""
+POINTED = {"int4": torch.int32, "int8": torch.int32, "signed": torch.uint8}
+KINDS = {"e4m3": torch.uint8, "e2m1": torch.uint8} | POINTED
+"""What words of each code are; those of integers may have zero points."""
 
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -50,9 +51,11 @@ def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     if not turned and x.shape[1] != sizes["K"]:
         raise ValueError(f"products.gmm_codes: x is {list(x.shape)}, expected [N, K={sizes['K']}], as words say")
     grid = {a: -(-sizes[n] // (side or max(sizes[n], 1))) for a, n, side in zip("ab", "KM", block, strict=True)}
-    factors = (torch.uint8,) if second is not None else (torch.uint8, *FLOATS)
+    points = code in POINTED and second is not None
+    factors = FLOATS if points else (torch.uint8,) if second is not None else (torch.uint8, *FLOATS)
     beside = {"x": given["x"], "scale": (scale, "E a b", factors)}
-    beside |= {"second": (second, "E one M", (torch.float32,))} if second is not None else {}
+    if second is not None:
+        beside["second"] = (second, "E a b", (torch.uint8,)) if points else (second, "E one M", (torch.float32,))
     check("products.gmm_codes", beside, **{n: sizes[n] for n in "EKM"}, **grid, one=1)
     check_runs(x)
     few_enough("products.gmm_codes", "x", len(x))
@@ -71,10 +74,10 @@ def _check_coded(w: codes.Coded) -> None:
     sides = w.block if isinstance(w.block, tuple) and len(w.block) == 2 else (None,)
     if not all(type(side) is int and side >= 0 and not side & (side - 1) for side in sides):
         raise ValueError(f"{who}: block is {w.block!r}, expected powers of two, or 0")
-    for name in ("zero", "divides", "turned"):
+    for name in ("zero", "divides", "late", "turned"):
         if not isinstance(getattr(w, name), bool):
             raise ValueError(f"{who}: {name} is {getattr(w, name)!r}, expected True or False")
-    if w.second is not None and w.block[1] != 1:
+    if w.second is not None and w.block[1] != 1 and w.code not in POINTED:
         raise ValueError(f"{who}: second stands beside blocks {w.block!r}, expected blocks of one column")
 
 

@@ -1,10 +1,12 @@
 """The grouped product with matrices that are codes: out[n] = a[n] @ w[e], each tile of w decoded as it is loaded.
 
     w[k, n] = value(code[k, n]) * scale[k // SK, n // SN]          (NVFP4: * second[n], or / second[n])
+    w[k, n] = (code[k, n] - second[k // SK, n // SN]) * scale[..]   (zero points)
 
-Codes are e4m3, or several to a word along one axis, from the low end: e2m1 (two a byte), int4 (eight in 32 bits). They
-become numbers by integer arithmetic, the same on every device and in the interpreter, in fp32, and are rounded to a's
-dtype once, as decoding before would. The host looks at nothing: a NaN among scales is NaN in the result.
+Codes are e4m3 or int8, or several to a word along one axis, from the low end: e2m1 (two a byte), int4 and int8 (eight
+and four in 32 bits). They become numbers by integer arithmetic, the same on every device and in the interpreter, in
+fp32, and are rounded to a's dtype once, as decoding before would. The host looks at nothing: a NaN among scales is NaN
+in the result.
 The eager twin is `reference.decode`.
 """
 
@@ -28,8 +30,10 @@ class Coded(NamedTuple):
     """Matrices w [E, K, N] as codes.
 
     words [E, K / packed, N], uint8 or int32; scale [E, K / block[0], N / block[1]] (powers of two, or 0 for all), uint8
-    where it is 2^(s - 127), or a float; second [E, 1, N] or None. code: e4m3, e2m1 or int4. zero: a scale byte 0 is the
-    factor 0. turned: what is multiplied is w[e]^T.
+    where it is 2^(s - 127), or a float; second [E, 1, N] or None, or, uint8 and of scale's shape, zero points, which
+    count from the least code. code: e4m3, e2m1, int4, int8 (from -128 on), or signed: bytes in two's complement. zero:
+    a scale byte 0 is the factor 0. late: second, one number for each matrix, multiplies last. turned: what is
+    multiplied is w[e]^T.
     """
 
     words: Tensor
@@ -39,11 +43,19 @@ class Coded(NamedTuple):
     block: tuple[int, int]
     zero: bool = False
     divides: bool = False
+    late: bool = False
     turned: bool = False
 
     @property
     def packed(self) -> int:
-        return {"e4m3": 1, "e2m1": 2, "int4": 8}[self.code]
+        return {"e4m3": 1, "signed": 1, "e2m1": 2, "int8": 4, "int4": 8}[self.code]
+
+    @property
+    def how(self) -> int:
+        """What second is: 0 nothing, 1 multiplies, 2 divides, 3 multiplies last, 4 zero points."""
+        if self.second is None or self.second.dtype == torch.uint8:
+            return 0 if self.second is None else 4
+        return 3 if self.late else 2 if self.divides else 1
 
 
 @triton.jit
@@ -79,7 +91,7 @@ def spread(x, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.
 
 @triton.jit
 def load_decoded(
-    w, scale, second, e, k, n, se, sk, sn, ce, ck, cn, te, tn, K, N,
+    w, scale, second, e, k, n, se, sk, sn, ce, ck, cn, te, tk, tn, K, N,
     CODE: tl.constexpr, PACKED: tl.constexpr, ALONG: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr,
     BYTES: tl.constexpr, ZERO: tl.constexpr, SECOND: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -93,31 +105,46 @@ def load_decoded(
     word = spread(tl.load(pointers, mask=inside, other=0).to(tl.int32), BK // PK, BN // PN, BK, BN)
     if CODE == "e4m3":
         value = from_e4m3(word)
+    elif CODE == "signed":
+        code = word ^ 128
     else:
         if ALONG == 0:
             place = (tl.arange(0, BK) % PACKED)[:, None]
         else:
             place = (tl.arange(0, BN) % PACKED)[None, :]
-        nibble = (word >> (4 * place)) & 15
-        if CODE == "e2m1":
-            value = from_e2m1(nibble)
+        if CODE == "int8":
+            code = (word >> (8 * place)) & 255
         else:
-            value = (nibble - 8).to(tl.float32)
+            code = (word >> (4 * place)) & 15
+        if CODE == "e2m1":
+            value = from_e2m1(code)
     RK: tl.constexpr = BK // SK if SK < BK else 1
     RN: tl.constexpr = BN // SN if SN < BN else 1
     rows, columns = k // SK + tl.arange(0, RK), n // SN + tl.arange(0, RN)
     inside = (rows * SK < K)[:, None] & (columns * SN < N)[None, :]
     pointers = scale + e.to(tl.int64) * ce + rows.to(tl.int64)[:, None] * ck + columns.to(tl.int64)[None, :] * cn
+    if SECOND == 4:
+        points = second + e.to(tl.int64) * te + rows.to(tl.int64)[:, None] * tk + columns.to(tl.int64)[None, :] * tn
+        point = tl.load(points, mask=inside, other=0).to(tl.int32)
+        value = (code - spread(point, RK, RN, BK, BN)).to(tl.float32)
+    elif CODE == "int4":
+        value = (code - 8).to(tl.float32)
+    elif CODE == "int8" or CODE == "signed":
+        value = (code - 128).to(tl.float32)
     if BYTES == 0:
         factor = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     elif SECOND == 0:
         factor = from_e8m0(tl.load(pointers, mask=inside, other=127).to(tl.int32), ZERO)
     else:
         factor = from_e4m3(tl.load(pointers, mask=inside, other=0).to(tl.int32))
-        if ALONG == 0:
+        if SECOND == 3:
+            whole = tl.load(second + e * te)
+        elif ALONG == 0:
             whole = tl.load(second + e * te + columns * tn, mask=columns < N, other=1.0)[None, :]
         else:
-            whole = tl.load(second + e * te + rows * tn, mask=rows < K, other=1.0)[:, None]
+            whole = tl.load(second + e * te + rows * tk, mask=rows < K, other=1.0)[:, None]
+        if SECOND == 3:
+            return value * spread(factor, RK, RN, BK, BN) * whole
         if SECOND == 1:
             factor = factor * whole
         else:
@@ -128,7 +155,7 @@ def load_decoded(
 @triton.jit
 def gmm_codes_kernel(
     a, w, scale, second, out, tiles, n_tiles, offsets,
-    stride_a, se, sk, sn, ce, ck, cn, te, tn, stride_out, K, N,
+    stride_a, se, sk, sn, ce, ck, cn, te, tk, tn, stride_out, K, N,
     CODE: tl.constexpr, PACKED: tl.constexpr, ALONG: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr,
     BYTES: tl.constexpr, ZERO: tl.constexpr, SECOND: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr,
@@ -144,7 +171,7 @@ def gmm_codes_kernel(
         for k in tl.range(0, K, BK):
             a_tile = load_rows(a, row, end, k, K, stride_a, TMA, BM, BK)
             w_tile = load_decoded(
-                w, scale, second, e, k, n, se, sk, sn, ce, ck, cn, te, tn, K, N,
+                w, scale, second, e, k, n, se, sk, sn, ce, ck, cn, te, tk, tn, K, N,
                 CODE, PACKED, ALONG, SK, SN, BYTES, ZERO, SECOND, BK, BN,
             )  # fmt: skip
             acc = multiply(a_tile, w_tile.to(a_tile.dtype), acc, SWAP)
@@ -161,10 +188,8 @@ def tiles_of(c: Config) -> Config:
 def gmm(a: Tensor, w: Coded, r: Route, tiling: Tiling) -> Tensor:
     """out [N', N] = a [N', K] @ w[e] [K, N], or with w.turned out [N', K] = a [N', N] @ w[e]^T."""
     turn = (lambda s: (s[0], s[2], s[1])) if w.turned else tuple
-    words, scale = (
-        w.words.stride(),
-        tuple(0 if n == 1 else s for n, s in zip(w.scale.shape, w.scale.stride(), strict=True)),
-    )
+    strides = lambda t: tuple(0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True))
+    words, scale, second = w.words.stride(), strides(w.scale), (0, 0, 0) if w.second is None else strides(w.second)
     shape = (len(w.words), w.words.shape[1] * w.packed, w.words.shape[2])
     _, K, N = turn(shape)
     sides = turn((0, *(side or WHOLE for side in w.block)))[1:]
@@ -175,14 +200,13 @@ def gmm(a: Tensor, w: Coded, r: Route, tiling: Tiling) -> Tensor:
     )
     a_arg = TensorDescriptor(a, a.shape, a.stride(), [c.rows, c.depth]) if tma else a
     tiles, n_tiles = r.tiles(c.rows)
-    second = (0, 0) if w.second is None else (w.second.stride(0), w.second.stride(2))
     run(
         gmm_codes_kernel, grid_of(a, c, len(tiles) * triton.cdiv(N, c.columns)),
         a_arg, w.words, w.scale, w.second, rows["out"], tiles, n_tiles, r.offsets,
-        a.stride(0), *turn(words), *turn(scale), *second, N, K, N,
+        a.stride(0), *turn(words), *turn(scale), *turn(second), N, K, N,
         CODE=w.code, PACKED=w.packed, ALONG=int(w.turned), SK=sides[0], SN=sides[1],
         BYTES=int(w.scale.dtype == torch.uint8), ZERO=w.zero,
-        SECOND=0 if w.second is None else 2 if w.divides else 1, TMA=tma, SWAP=c.swap,
+        SECOND=w.how, TMA=tma, SWAP=c.swap,
         BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out

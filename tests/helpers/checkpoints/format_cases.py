@@ -15,7 +15,7 @@ ALL = pytest.mark.parametrize("name", FORMATS)
 def shape_of(f: Format, rows: int, columns: int) -> tuple[int, ...]:
     """A shape that the format can have, from small numbers."""
     columns = columns * 32 if f.block[1] == 32 else columns
-    stored = (2, rows, columns) if f.each or f.grouped else (rows, columns)
+    stored = (2, rows, columns) if f.each or f.grouped or f.stack else (rows, columns)
     return f.as_stored(stored)
 
 

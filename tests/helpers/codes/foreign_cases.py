@@ -21,7 +21,7 @@ NAMES = {
     "deepseek_v4": ("layers.0.ffn.experts", ("w1", "w3", "w2"), "n_routed_experts"),
     "nemotron_h": ("backbone.layers.0.mixer.experts", ("up_proj", "down_proj"), "n_routed_experts"),
 }
-READ = [*FOREIGN, "fp8 blocks", "mxfp8", "mxfp4 packed", "int4"]
+READ = [*(n for n, f in FOREIGN.items() if not f.stack), "fp8 blocks", "mxfp8", "mxfp4 packed", "int4"]
 
 
 def parts(fmt: str, name: str, weight: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -6,6 +6,7 @@ from functools import cache
 
 import codec_cases
 import foreign_cases
+import stack_cases
 import torch
 from torch import Tensor
 
@@ -32,6 +33,9 @@ def layer(fmt: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tenso
     if fmt in OWN:
         family, config = OWN[fmt][0], codec_cases.config(OWN[fmt][0], D, I)
         _, hf = codec_cases.made(OWN[fmt], D, I)
+    elif fmt in stack_cases.FAMILIES:
+        family = stack_cases.FAMILIES[fmt][-1]  # whose codes lie as decoding lays numbers: products round alike
+        config, hf, _ = stack_cases.checkpoint(family, fmt)
     else:
         family, (config, hf, _) = "qwen3_moe", foreign_cases.checkpoint("qwen3_moe", fmt)
         config |= {"hidden_act": "silu"}

@@ -7,10 +7,13 @@ import kept
 import pytest
 import torch
 from coded_cases import equal, every_backend, every_format, few_formats, mine
+from fmoe_kernels import reference
 from kept import layer, lora, results, tokens
 from torch import Tensor
 
 import fmoe
+from fmoe.backends.coded import in_tiles
+from fmoe.backends.held import stacks
 from fmoe.codecs.formats import FORMATS as FORMATS_OF
 from fmoe.codecs.stacks import Codes, stack
 from fmoe.types import MoEConfig, Routing
@@ -24,6 +27,17 @@ def test_codes_give_what_decoding_all_first_gives(fmt: str, backend: Any, dtype:
     x, routing = tokens(config, dtype)
     expected = results(decoded, x, routing, config, backend="loop" if backend is mine else backend)
     equal(results(codes, x, routing, config, backend=backend), expected)
+
+
+@every_format
+def test_the_kernel_that_decodes_its_tiles_knows_every_format(fmt: str) -> None:
+    """As its eager twin says, bit for bit; tests/kernels holds the kernel to that."""
+    codes, _, config = layer(fmt)
+    for name, w in stacks(codes, config, torch.float32).items():
+        tiles = in_tiles(w)
+        assert tiles is not None, name
+        said = reference.decode(*tiles[:5], zero=tiles.zero, divides=tiles.divides, late=tiles.late)
+        assert all(torch.equal(said[e], w[e]) for e in range(len(said))), name
 
 
 @few_formats
