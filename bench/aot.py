@@ -1,6 +1,6 @@
 """Compile every kernel with every shipped tile for GPUs that are not here, and read what the compiler made of it.
 
-    python bench/aot.py [--arch sm_90] [--hot | --brief] [--json [FILE]]
+    python bench/aot.py [--arch sm_90] [--hot | --brief] [--fits] [--json [FILE]]
 
 A launch on `meta` tensors is caught before it reaches a device, so what is compiled is what would run, specialisations
 included. Columns: registers of a thread, bytes spilled, bytes of shared memory, and how often the code has: a matrix
@@ -124,15 +124,15 @@ def rows(archs: list[str], hot_only: bool = False) -> Iterator[Row]:
 
 
 def record(
-    arch: str, kernel: str, config: Config | None, hot: bool, variant: str, dtype: torch.dtype
+    arch: str, kernel: str, config: Config | None, hot: bool, variant: str, dtype: torch.dtype, spent: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """The record of a row: one for each kernel launched that has not been seen in another row."""
+    """The record of a row: one for each kernel launched that has not been seen in another row; see `measure`."""
     with caught(arch) as found:
         (launches(kernel, variant, dtype, config) if config else small(arch)[kernel])()
     for fn, args, options in found:
         if config is None or fn.__name__ == f"{kernel}_kernel":
             name = kernel if config else fn.__name__.removesuffix("_kernel")
-            measured = measure(compiled(fn, args, options, arch), arch)
+            measured = measure(compiled(fn, args, options, arch), spent and arch == "sm_90")
             if config and arch == "sm_90":
                 measured["ctas"] = at_once(measured["registers"], measured["shared"], config.warps)
             yield dict(
@@ -145,8 +145,8 @@ def record(
             )
 
 
-def measure(kernel: Any, arch: str) -> dict[str, Any]:
-    """What the machine code needs and has; on Hopper also what it spends, by `sass.counts`."""
+def measure(kernel: Any, spent: bool) -> dict[str, Any]:
+    """What the machine code needs and has; on Hopper also what it is found to spend, by `sass.counts`."""
     asm = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     count = lambda pattern: len(re.findall(pattern, asm))
     registers, spills = _nvidia(kernel.asm["cubin"]) if "ptx" in kernel.asm else _amd(asm)
@@ -159,7 +159,7 @@ def measure(kernel: Any, arch: str) -> dict[str, Any]:
         tma_load=count(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global"),
         tma_store=count(r"cp\.async\.bulk\.tensor\S*\.global\.shared::"),
         async_wait=count(r"(?:wgmma|cp\.async)\.wait_group\S*\s+[1-9]"),
-        **(counts(kernel.asm["cubin"]) if arch == "sm_90" else {}),
+        **(counts(kernel.asm["cubin"]) if spent else {}),
     )
 
 
@@ -189,10 +189,11 @@ def main() -> None:
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
     parser.add_argument("--hot", action="store_true", help="only tiles of large shapes")
     parser.add_argument("--brief", action="store_true", help="few kernels on Hopper: what the tests compile")
+    parser.add_argument("--fits", action="store_true", help="what code needs and has, not what it spends")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="records instead of a table")
     options = parser.parse_args()
     chosen = brief() if options.brief else rows(options.arch or list(TARGETS), options.hot)
-    found = [r | {"triton": triton.__version__} for row in chosen for r in record(*row)]
+    found = [r | {"triton": triton.__version__} for row in chosen for r in record(*row, not options.fits)]
     if options.json:
         print(lines(found), end="") if options.json == "-" else Path(options.json).write_text(lines(found))
         return

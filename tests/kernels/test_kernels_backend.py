@@ -18,13 +18,8 @@ from fmoe.types import MoEConfig, Routing
 
 CONFIG = MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=12, moe_inter_dim=9, activation_limit=1.5)
 ACTS = [dict(expert_activation=name) for name in ACTIVATIONS] + [dict(swiglu_limit=0.7)]
-SLOW = pytest.mark.slow  # seconds each; biases alone are rows of the kernels' own tests
 MODES = [
-    pytest.param(
-        replace(CONFIG, **act, expert_bias=bias, apply_router_weight_after_down=after),
-        id=f"{i}{bias}{after}",
-        marks=SLOW if bias > after else (),
-    )
+    pytest.param(replace(CONFIG, **act, expert_bias=bias, apply_router_weight_after_down=after), id=f"{i}{bias}{after}")
     for (i, act), (bias, after) in product(enumerate(ACTS), [(False, False), (True, False), (True, True)])
 ]
 

@@ -33,9 +33,6 @@ CASES = {name: Case(activation=name) for name in SCALARS} | {
 }
 
 
-SLOW = pytest.mark.slow
-
-
 @DTYPES
 @pytest.mark.parametrize("name", CASES)
 def test_against_fp64(name: str, dtype: torch.dtype) -> None:
@@ -47,7 +44,6 @@ def test_bf16_against_fp64(name: str) -> None:
     no_worse(run(fmoe_kernels.experts, CASES[name], torch.bfloat16), CASES[name], torch.bfloat16)
 
 
-@SLOW  # a minute for each dtype
 @DTYPES
 def test_on_average_errors_are_no_larger_than_the_twins(dtype: torch.dtype) -> None:
     """Without a factor: over draws of several layers, the mean square error of every tensor."""
@@ -72,11 +68,8 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [pytest.param(n, d, marks=() if d == torch.float16 else SLOW) for n in TILES for d in kernel_cases.DTYPES],
-    ids=str,
-)
+@DTYPES
+@pytest.mark.parametrize("name", TILES)
 def test_every_path_is_no_worse(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     table = kernel_cases.table(tmp_path, **TILES[name])
     even = Case(D=24, I=16, bias=True)  # rows of 16 bytes: descriptors can be made

@@ -94,7 +94,7 @@ def test_derivative_of_a_derivative_says_that_it_is_not_there() -> None:
 
 
 @LAYERS
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend: str, recompute: bool) -> None:
     f = partial(loss, recompute=recompute)
     near(backward(torch.compile(f, fullgraph=True, backend=backend)))

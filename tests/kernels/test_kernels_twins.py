@@ -27,15 +27,8 @@ def example(T: int, K: int, E: int) -> tuple[Tensor, Tensor]:
     return torch.randint(-1, E + 1, (T, K)), torch.rand(T) > 0.3
 
 
-SLOW = pytest.mark.slow
-PLAIN = [  # always: float32 without biases, and bfloat16 with them, whose program holds the other's
-    pytest.param(bias, dtype, marks=() if (bias, dtype) in ((False, torch.float32), (True, torch.bfloat16)) else SLOW)
-    for bias in (False, True)
-    for dtype in kernel_cases.ALL_DTYPES
-]
-
-
-@pytest.mark.parametrize("bias, dtype", PLAIN, ids=str)
+@pytest.mark.parametrize("dtype", kernel_cases.ALL_DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", SCALARS)
 def test_up_and_dact_are_their_twins(name: str, bias: bool, dtype: torch.dtype) -> None:
     (T, K, E, D, I), act = (20, 3, 4, 24, 18), Act(name, 1.5, 2.0)

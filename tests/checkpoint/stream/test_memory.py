@@ -84,9 +84,8 @@ def grown(*jobs: tuple[object, ...]) -> list[float]:
 @pytest.mark.parametrize(
     "layout, layers",
     [
-        ("per_expert", (3, 6)),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in (("fused", (3, 6)), ("fused", (4, 14)))),
-        pytest.param("per_expert", (4, 14), marks=pytest.mark.slow),
+        *((layout, (3, 6)) for layout in ("per_expert", "fused")),
+        *(pytest.param(layout, (4, 14), marks=pytest.mark.slow) for layout in ("per_expert", "fused")),
     ],
     ids=str,
 )

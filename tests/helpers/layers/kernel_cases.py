@@ -21,6 +21,7 @@ from torch import Tensor
 
 if os.environ["TRITON_INTERPRET"] == "1":
     interpreted.bf16_products()
+    interpreted.patched_once()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")

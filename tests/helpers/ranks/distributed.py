@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = ["distributed", "processes", "fmoe.nn", "fmoe.parallel", "fmoe.checkpoint.convert"]
-PRELOADED += ["fmoe.cli.app", "fmoe.checkpoint.verify", "typer._adapters", "pydantic"]
+PRELOADED += ["fmoe.cli.change", "fmoe.cli.compare", "fmoe.cli.look", "rich.progress", "rich.traceback"]
+PRELOADED += ["fmoe.checkpoint.verify", "typer._adapters", "pydantic"]
 """One server forks for a whole test process: of ranks, and of programs that are killed."""
 
 

@@ -55,7 +55,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "kind, every",
-    [("none", 6), *(pytest.param(kind, 1, marks=SLOW) for kind in ("none", "more", "same", "one"))],
+    [("none", 6), ("more", 12), *(pytest.param(kind, 1, marks=SLOW) for kind in ("none", "more", "same", "one"))],
 )
 def test_killed_before_any_change_of_the_disk_it_goes_on(kind, every, source, new, older, tmp_path):
     old, dst, notes = older(kind), tmp_path / "out", tmp_path / "notes"
@@ -78,7 +78,7 @@ def test_killed_before_any_change_of_the_disk_it_goes_on(kind, every, source, ne
 
 
 @pytest.mark.parametrize(
-    "notes_last, every", [(True, 10), *(pytest.param(last, 1, marks=SLOW) for last in (True, False))]
+    "notes_last, every", [(True, 10), (False, 10), *(pytest.param(last, 1, marks=SLOW) for last in (True, False))]
 )
 def test_of_a_power_failure_only_what_was_synced_counts(notes_last, every, source, new, tmp_path):
     dst, notes, again = tmp_path / "out", tmp_path / "notes", tmp_path / "again"
@@ -120,9 +120,8 @@ def test_without_waiting_for_the_disk_nothing_counts_after_a_power_failure(sourc
         assert (ended.code, files(dst)) == (0, new) and json.loads(ended.out)["resumed"] == 0
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(50, marks=pytest.mark.slow)])
-def test_random_kills_leave_every_time_the_same(source, new, tmp_path, kills):
-    dst, notes, rng, runs, hit = tmp_path / "out", tmp_path / "notes", random.Random(3), 0, 0
+def test_50_random_kills_leave_50_times_the_same(source, new, tmp_path):
+    dst, notes, rng, runs, hit, kills = tmp_path / "out", tmp_path / "notes", random.Random(3), 0, 0, 50
     call = ["convert", source, dst, "--max-shard-size", "100KB"]  # on several threads
     for _ in range(2):  # the second one tells how long it takes
         shutil.rmtree(dst, ignore_errors=True)
