@@ -1,9 +1,10 @@
 """Directories of other systems: fmoe from one to another against cp, and against torch's own dcp.load of the whole.
 
-    python bench/systems/directories.py --gb 2.4 --rounds 3 --json bench/results/systems.json
+    python bench/systems/directories.py --gb 4 --rounds 2 --folder /dev/shm --json bench/results/systems.json
 
-As `convert.py`: rounds are interleaved, times are medians of what a process measures of itself, sources are written by
-fmoe before anything is measured and lie in the page cache, nothing waits for the disk. memory: the peak of anonymous
+As `convert.py`: rounds are interleaved with cp, times are medians of what a process measures of itself, nothing waits
+for the disk, which is idle when a method begins. One source after the other is written by fmoe, measured and taken
+away, so that it lies in the page cache: three times the size is all it takes. memory: the peak of anonymous
 memory over what the imports took. A row's `needed` is the bytes that it must read: of all experts, or of a range.
 """
 
@@ -24,6 +25,8 @@ from methods import METHODS, cp, method  # noqa: E402
 KIND = "qwen3_moe"
 METHODS.clear()
 METHODS["cp"] = cp
+SOURCE: dict[str, str] = {}
+"""What each method reads."""
 
 
 def made(src: Path, to: str) -> Path:
@@ -32,7 +35,7 @@ def made(src: Path, to: str) -> Path:
 
     there = src.with_name(f"{src.name}-{to}")
     if not there.exists():
-        fmoe.convert(src, there, to, **({"like": like(src)} if to == "gguf" else {}))
+        fmoe.convert(src, there, to, fsync=False, **({"like": like(src)} if to == "gguf" else {}))
     return there
 
 
@@ -61,7 +64,7 @@ def row(name: str, here: str, to: str, **how: Any) -> None:
         more = {"like": src.with_name("like.gguf")} if to == "gguf" else {}
         fmoe.convert(made(src, here) if here != "hf" else src, dst, to, fsync=False, **how, **more)
 
-    METHODS[name] = run
+    METHODS[name], SOURCE[name] = run, here
 
 
 row("HF to torchtitan (moves)", "hf", "torchtitan")
@@ -75,7 +78,7 @@ row("HF to native (transposes)", "hf", "native")
 row("torchtitan to native (transposes)", "torchtitan", "native")
 row("native to torch_dist (transposes)", "native", "megatron_dist")
 row("HF to MaxText (transposes)", "hf", "maxtext")
-row("MaxText to HF (transposes; laid out first)", "maxtext", "hf")
+row("MaxText to HF (transposes)", "maxtext", "hf")
 row("experts 1 of 8 of torchtitan to native", "torchtitan", "native", e=range(16, 32))
 row("experts 1 of 8 of torch_dist to native", "megatron_dist", "native", e=range(16, 32))
 row("experts 1 of 8 of GGUF to native", "gguf", "native", e=range(16, 32))
@@ -106,6 +109,9 @@ def by_hand(src: Path, dst: Path) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, dst / "model.safetensors")
 
 
+SOURCE |= {name: "torchtitan" for name in METHODS if name.startswith("torch: ")}
+
+
 def needed(src: Path, name: str) -> int:
     """Bytes of the tensors that a row has to read."""
     import fmoe
@@ -119,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to work; it needs six times the size")
+    parser.add_argument("--folder", type=Path, help="where to work; it needs three times the size")
     parser.add_argument("--only", default="", help="methods with this in their name, and cp")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -127,17 +133,20 @@ def main() -> None:
     if args.child:
         child(args.child[0], Path(args.child[1]), Path(args.child[2]))
         return
-    names = [n for n in METHODS if args.only in n or n == "cp"]
+    asked = [n for n in SOURCE if args.only in n]
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="fmoe-bench-") as folder:
         src = Path(folder) / "src"
         size = source(KIND, args.gb, src)
-        for to in ("torchtitan", "megatron_dist", "gguf", "native", "maxtext"):
-            made(src, to)
-        rounds = [{name: measure(name, src, __file__) for name in names} for _ in range(args.rounds)]
-        found = report_convert.rows(KIND, size, rounds)
-        for line in found:
-            line["needed"] = needed(src, line["what"])
-        shutil.rmtree(folder, ignore_errors=True)
+        like(src)
+        for here in dict.fromkeys(SOURCE[n] for n in asked):
+            there = made(src, here) if here != "hf" else None
+            names = ["cp", *(n for n in asked if SOURCE[n] == here)]
+            rounds = [{name: measure(name, src, __file__) for name in names} for _ in range(args.rounds)]
+            rows = report_convert.rows(KIND, size, rounds)
+            found += [{**line, "needed": needed(src, line["what"])} for line in rows[bool(found) :]]
+            if there is not None:
+                shutil.rmtree(there)
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
     report_convert.show(found)

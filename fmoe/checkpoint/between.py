@@ -13,7 +13,7 @@ import torch
 
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.containers.gguf_written import Like
-from fmoe.checkpoint.files.containers.orbax import Orbax
+from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax
 from fmoe.checkpoint.files.containers.orbax_written import chunked
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
 from fmoe.checkpoint.files.origin import origin_text, with_checksums
@@ -29,7 +29,8 @@ from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.digests import sums_text
-from fmoe.checkpoint.stream.engine import Engine
+from fmoe.checkpoint.stream.engine import LIMIT, Engine
+from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.cast import CastExperts
@@ -84,13 +85,15 @@ def convert_between(
         index = None if ranges else held.index
         small[NATIVE] = origin_text(held.files, sum(s.nbytes for s in hf.values()), index, choices)
     laid = source.raw(dst) if isinstance(source, Orbax) else source
-    engine = Engine(laid, plan, {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()})
+    packed = sum(source.specs[n].nbytes for n in source.arrays) if isinstance(source, Orbax) else 0
+    limit = LIMIT // 16 if packed else LIMIT  # what tensorstore has decompressed with, it keeps
+    starts = {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
+    engine = Engine(laid, plan, starts, limit)
     work = _work(source, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
     claim = lambda: replaced(dst, home, force, work=work)
     former = of_the_former(dst, claim(), {*layout.heads, *small})
-    beside_it = source.nbytes if laid is not source else 0
-    check_space(dst, sum(size for _, size in layout.heads.values()) + sum(map(len, small.values())) + beside_it)
+    check_space(dst, sum(size for _, size in layout.heads.values()) + sum(map(len, small.values())) + packed)
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(made), adapter, len(layout.heads),
         lost=(*_lost(plan), *(p.text for p in missing.problems)),
@@ -108,7 +111,7 @@ def convert_between(
         if stage.stale is None:
             framed(stage, layout)
             resumed = sum(item.nbytes for item in engine.items[: stage.done])
-            with source.unpacked(laid) if isinstance(source, Orbax) and isinstance(laid, Foreign) else nullcontext():
+            with source.unpacked(dst, laid, needed(engine, UNPACKED)) if isinstance(source, Orbax) else nullcontext():
                 carry_out(stage, engine, threads or source.readers, resumed, carried)
             for name, given in small.items():
                 stage.fill(name, given)
@@ -169,6 +172,9 @@ def _notes(source: Checkpoint, to: str, made: Specs, model: Like | None) -> tupl
     more = model.notes(made) if model is not None else ()
     if to == "megatron":
         more = (LIVE,)
+    if isinstance(source, Orbax) and source.largest > LIMIT:
+        text = f"decompressed a chunk at a time, the largest of {source.largest / 1e6:,.0f} MB: memory holds two of it"
+        more = (text, *more)
     left = source.left_out if isinstance(source, Foreign) else ()
     if to == "hf" and isinstance(source, Foreign) and source.container == "gguf":
         wide = [n for n, spec in made.items() if spec.dtype == torch.float32]

@@ -186,6 +186,6 @@ megatron = System(
     container="memory",
     verified="Megatron-Bridge's mappings run on its tensors, local specs on models that Megatron-Core built; "
     "Transformer Engine's names by Megatron-Bridge's tables alone; Qwen3-Next all but a norm whose values change; "
-    "mp_rank_* by files made by hand after its source",
-    source="megatron-core 0.19.2, Megatron-Bridge 0.6.2 (067f987)",
+    "mp_rank_* of Qwen3-MoE by Megatron-LM's own save_checkpoint, others by hand",
+    source="megatron-core 0.19.2, Megatron-LM d98e8a6, Megatron-Bridge 0.6.2 (067f987)",
 )

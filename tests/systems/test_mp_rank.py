@@ -13,6 +13,7 @@ from systems_zoo import model
 
 import fmoe
 from fmoe import AdapterError
+from fmoe.checkpoint.files.containers import pickles
 
 CUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 3, 1, 1), (1, 1, 2, 1), (2, 3, 2, 1), (2, 1, 2, 1), (1, 1, 1, 3)]
 CASES = [("qwen3_moe alike", cut) for cut in CUTS]
@@ -99,6 +100,18 @@ def test_foreign_names_are_refused_and_nothing_runs(tmp_path, monkeypatch, funct
     with pytest.raises(AdapterError, match=match):
         fmoe.convert(tmp_path / "old", tmp_path / "hf", to="hf", trust_pickle=True)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "hf").exists()
+
+
+THEIRS = """_codecs.encode argparse.Namespace collections.OrderedDict numpy.dtype numpy.ndarray signal.Signals
+numpy._core.multiarray._reconstruct megatron.core.transformer.enums.AttnBackend
+megatron.core.transformer.enums.InferenceCudaGraphScope torch.bfloat16 torch._utils._rebuild_tensor_v2"""
+
+
+@pytest.mark.parametrize("name", THEIRS.split())
+def test_every_name_in_what_megatron_lm_saves_is_read(name):
+    """Of a model_optim_rng.pt that its own save_checkpoint wrote (bench/peers/with_megatron_lm.py)."""
+    module, _, last = name.rpartition(".")
+    assert pickles.read(f"c{module}\n{last}\n.".encode(), "a file", tensors=True, training=True) is not None
 
 
 def _rewritten(file, edit):

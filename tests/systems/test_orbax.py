@@ -185,9 +185,17 @@ def test_a_store_cut_short_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_unpacked_goes_whatever_happens(hf, tmp_path, monkeypatch):
-    path, _, _ = hf("qwen3_moe alike")
-    fmoe.convert(path, tmp_path / "there", to="maxtext", fsync=False)
+def compressed(path, **how):
+    """A directory in which every array is compressed, its config, and its tensors as Hugging Face has them."""
+    config, tensors = model("qwen3_moe alike")
+    theirs = fmoe.adapter("qwen3_moe", config, system="maxtext", scan=True).from_hf(tensors)
+    saved(path, theirs, **how)
+    (path / "config.json").write_text(json.dumps(config, default=str))
+    return config, tensors
+
+
+def test_what_is_unpacked_goes_whatever_happens(tmp_path, monkeypatch):
+    compressed(tmp_path / "there")
     import fmoe.checkpoint.between as between
 
     def stopped(*_):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from grown import grown
 from hf import save
-from test_memory import grown
 
 import fmoe
 

@@ -25,7 +25,7 @@ class Foreign(Checkpoint):
     """
 
     container: str = "dcp"
-    cut: Mapping[str, tuple[Copy, ...]] = field(default_factory=dict, repr=False)
+    cut: dict[str, tuple[Copy, ...]] = field(default_factory=dict, repr=False)
     left_out: tuple[str, ...] = ()
     given: Path | None = None
     lead: Adapter = Adapter()
@@ -51,14 +51,22 @@ class Foreign(Checkpoint):
         return super().others() if self.given is None else []
 
     def read(self, names: Iterable[str], parts: Mapping[str, Spans] = MappingProxyType({})) -> dict[str, Tensor]:
-        """As `Checkpoint.read`; a tensor in several chunks is put together."""
+        """As `Checkpoint.read`; a tensor in several chunks is put together, of those that hold a byte of the parts."""
         names = list(names)
         whole = super().read([n for n in names if n not in self.cut], parts)
         for name in (n for n in names if n in self.cut):
             shape, dtype = self.specs[name]
             whole[name] = torch.empty(shape, dtype=dtype)
             for piece in self.cut[name]:
+                if not touched(piece.shape, piece.target_strides, piece.target_offset, dtype.itemsize, parts.get(name)):
+                    continue
                 alone = replace(self, specs={piece.source: TensorSpec(piece.shape, dtype)}, cut={})
                 there = whole[name].as_strided(piece.shape, piece.target_strides, piece.target_offset)
                 there.copy_(alone.read([piece.source])[piece.source])
         return {n: whole[n] for n in names}
+
+
+def touched(shape: Iterable[int], strides: Iterable[int], start: int, item: int, spans: Spans | None) -> bool:
+    """Whether a part of a tensor that begins at that number has its bytes, from first to last, in the spans."""
+    last = start + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return spans is None or any(at < (last + 1) * item and start * item < at + size for at, size in spans)

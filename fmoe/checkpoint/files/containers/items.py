@@ -114,13 +114,13 @@ def spec_of(found: pickles.Rebuilt, where: str) -> TensorSpec:
     if not all(type(n) is int and n >= 0 for n in (*found.shape, found.offset)):
         raise AdapterError(f"{where} has shape {list(found.shape)} from {found.offset}: no numbers")
     spec = TensorSpec(found.shape, dtype)
-    if spec.numel > 1 and found.strides != _strides(spec.shape):
+    if spec.numel > 1 and found.strides != strides_of(spec.shape):
         text = f"{where} is not contiguous: strides {list(found.strides)} from {found.offset}"
         raise AdapterError(f"{text}. Fix: save what tensor.contiguous() gives")
     return spec
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     steps, step = [], 1
     for n in reversed(shape):
         steps.append(step)
@@ -235,7 +235,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _Tensor):
             return NotImplemented
         spec = obj.spec
-        args: tuple[Any, ...] = (_Storage(spec), 0, spec.shape, _strides(spec.shape), False, OrderedDict())
+        args: tuple[Any, ...] = (_Storage(spec), 0, spec.shape, strides_of(spec.shape), False, OrderedDict())
         if spec.dtype in _NAMES:
             return torch._utils._rebuild_tensor_v2, args
         return torch._utils._rebuild_tensor_v3, (*args, spec.dtype)

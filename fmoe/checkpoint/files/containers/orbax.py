@@ -1,8 +1,9 @@
-"""A checkpoint of Orbax (MaxText's): arrays in compressed chunks, read by tensorstore, an extra (`fmoe[orbax]`).
+"""A checkpoint of Orbax (MaxText's): arrays in chunks, opened by tensorstore, an extra (`fmoe[orbax]`).
 
-A compressed chunk has no byte ranges, so a conversion first lays every array out once, chunk by chunk, in one file
-beside what it writes (`Orbax.unpacked`), which the engine then reads as any other. Opened, no chunk is read:
-`_METADATA` and the arrays say the same names, and every chunk of each is there.
+A chunk that is stored as it is, in a file of its own, is read by byte ranges as any other file. A compressed one has
+none, so a conversion first lays those arrays out once, chunk by chunk, in one file beside what it writes
+(`Orbax.unpacked`), which the engine then reads. Opened, no chunk is read: `_METADATA` and the arrays say the same
+names, and every chunk of each is there.
 """
 
 import os
@@ -21,13 +22,18 @@ from torch import Tensor
 
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.containers import orbax_tree
-from fmoe.checkpoint.files.containers.foreign import Foreign, Spans
+from fmoe.checkpoint.files.containers.foreign import Foreign, touched
+from fmoe.checkpoint.files.containers.items import strides_of
+from fmoe.checkpoint.files.directory import Checkpoint, Spans
 from fmoe.checkpoint.files.weights import TREE
+from fmoe.layout.axes import Copy
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 EXTRA = 'MaxText\'s checkpoints are read with tensorstore: pip install "fmoe[orbax]"'
 UNPACKED = "fmoe.unpacked.part"
+ONE = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
+"""Of tensorstore: a chunk at a time, so that memory holds no more of them."""
 DTYPES = {
     n: getattr(torch, n)
     for n in "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split()
@@ -36,49 +42,109 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Orbax(Foreign):
-    """arrays: tensorstore's handle of each tensor."""
+    """arrays: tensorstore's handle of each tensor that only it can read: compressed, or of several machines."""
 
-    arrays: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    arrays: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def placed(self, name: str, key: str, array: Any, plain: bool) -> str:
+        """Takes an array in, by its chunks' files where these hold its bytes as they are; what is wrong with those."""
+        self.files[name], self.offsets[name] = TREE, 0
+        if not plain or not orbax_tree.plain(array):
+            self.arrays[name] = array
+            return ""
+        shape, dtype = self.specs[name]
+        sizes, pieces = orbax_tree.written(array), []
+        here, there = strides_of(sizes), strides_of(shape)
+        for word, first in orbax_tree.chunks(array):
+            file, part = f"{key}/{word}", f"{name}\0{word}"
+            start = sum(i * s for i, s in zip(first, there, strict=True))
+            pieces.append(Copy(part, name, sizes, 0, here, start, there, dtype))
+            self.files[part], self.offsets[part] = file, 0
+            if (size := self.stamps[file].size) != pieces[-1].nbytes:
+                return f"cannot be read: {file} has {size:,} bytes, expected {pieces[-1].nbytes:,}"
+        self.cut[name] = tuple(pieces)
+        return ""
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest chunk that is decompressed, of which memory holds two, and it compressed."""
+        sizes = (prod(orbax_tree.written(a)) * self.specs[n].dtype.itemsize for n, a in self.arrays.items())
+        return max(sizes, default=0)
 
     def read(self, names: Iterable[str], parts: Mapping[str, Spans] = MappingProxyType({})) -> dict[str, Tensor]:
-        """As `Checkpoint.read`, whole tensors; parts are of no use to what is compressed."""
-        made = {}
-        for name in names:
+        """As `Checkpoint.read`; of what is compressed, the chunks that hold a byte of the parts."""
+        names = list(names)
+        made = super().read([n for n in names if n not in self.arrays], parts)
+        for name in (n for n in names if n in self.arrays):
             spec = self.specs[name]
-            data = np.ascontiguousarray(self._chunk(name, ())).reshape(-1).view(np.uint8)
-            made[name] = torch.from_numpy(data.copy()).view(spec.dtype).view(spec.shape)
-        return made
+            made[name] = torch.empty(spec.shape, dtype=spec.dtype)
+            whole = self._view(name, made[name].reshape(-1).view(torch.uint8), spec.shape)
+            for box in self._chunks(name, parts.get(name)):
+                self._take(name, box, whole[box])
+        return {n: made[n] for n in names}
 
-    def _chunk(self, name: str, box: tuple[slice, ...]) -> Any:
+    def _view(self, name: str, data: Tensor, shape: tuple[int, ...]) -> Any:
+        """The bytes as an array of what tensorstore calls its numbers."""
+        return data.numpy().view(self.arrays[name].dtype.numpy_dtype).reshape(shape)
+
+    def _chunks(self, name: str, spans: Spans | None) -> Iterator[tuple[slice, ...]]:
+        """Those of an array that have a byte in the spans."""
+        shape, dtype = self.specs[name]
+        for box in _boxes(shape, orbax_tree.written(self.arrays[name])):
+            there = strides_of(shape)
+            start = sum(b.start * s for b, s in zip(box, there, strict=True))
+            if touched([b.stop - b.start for b in box], there, start, dtype.itemsize, spans):
+                yield box
+
+    def _take(self, name: str, box: tuple[slice, ...], into: Any) -> None:
+        import tensorstore
+
         try:
-            return self.arrays[name][box].read().result()
+            tensorstore.array(into).write(self.arrays[name][box]).result()
         except Exception as error:  # whatever a broken store does
             raise _broken(self.path, name, error) from None
 
     def raw(self, path: Path) -> Foreign:
-        """The same tensors as they will lie in that directory's one file, once they are unpacked."""
-        offsets, at = dict[str, int](), 0
-        for name, spec in self.specs.items():
-            offsets[name] = at
-            at += spec.nbytes
-        return Foreign(path, self.config, self.specs, dict.fromkeys(self.specs, UNPACKED), offsets, {})
+        """The same tensors, those that are compressed as they will lie in that directory's one file, unpacked."""
+        here = Path(os.path.abspath(self.path))
+        files = {n: str(here / file) for n, file in self.files.items() if n not in self.arrays}
+        stamps = {file: self.stamps[self.files[n]] for n, file in files.items()}
+        offsets, at = {n: self.offsets[n] for n in files}, 0
+        for name in self.arrays:
+            files[name], offsets[name] = UNPACKED, at
+            at += self.specs[name].nbytes
+        return Foreign(path, self.config, self.specs, files, offsets, stamps, cut=self.cut)
 
     @contextmanager
-    def unpacked(self, raw: Foreign) -> Iterator[None]:
-        """While inside, every array lies in that file, written chunk by chunk: memory holds one chunk."""
-        path = Path(str(raw.path)) / UNPACKED
+    def unpacked(self, folder: Path, raw: Checkpoint, spans: Spans) -> Iterator[None]:
+        """While inside, those arrays lie in that file, written chunk by chunk: memory holds one chunk.
+
+        spans: of that file, what will be read of it; without any it is not made.
+        """
+        if not spans:
+            yield
+            return
+        path = folder / UNPACKED
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(descriptor, self.nbytes)
-            for name, spec in self.specs.items():
-                for box in _boxes(spec.shape, orbax_tree.written(self.arrays[name])):
-                    for at, data in _runs(spec.shape, box, self._chunk(name, box)):
-                        _all(descriptor, data, raw.offsets[name] + at)
+            os.ftruncate(descriptor, sum(self.specs[n].nbytes for n in self.arrays))
+            buffer = torch.empty(self.largest, dtype=torch.uint8)
+            for name in self.arrays:
+                self._unpack(name, buffer, descriptor, raw.offsets[name], spans)
             raw.stamps[UNPACKED] = disk.Stamp.of(descriptor)
             yield
         finally:
             os.close(descriptor)
             path.unlink(missing_ok=True)
+
+    def _unpack(self, name: str, buffer: Tensor, descriptor: int, begin: int, spans: Spans) -> None:
+        shape, dtype = self.specs[name]
+        for box in self._chunks(name, [(at - begin, size) for at, size in spans]):
+            sizes = tuple(b.stop - b.start for b in box)
+            values = self._view(name, buffer[: prod(sizes) * dtype.itemsize], sizes)
+            self._take(name, box, values)
+            for at, data in _runs(shape, box, values):
+                _all(descriptor, data, begin + at)
 
 
 def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -131,31 +197,28 @@ def open_orbax(path: Path, config: dict[str, Any]) -> Orbax:
         raise _broken(home, "manifest.ocdbt", error) from None
     there = {k.removesuffix(f"/{entry}") for k in keys if k.endswith(f"/{entry}")}
     orbax_tree.same(home, named, {k for k in there if k.split(".")[0] == orbax_tree.PARAMS})
-    specs, arrays, problems = dict[str, TensorSpec](), dict[str, Any](), list[Problem]()
+    made = Orbax(home, config, {}, {}, {}, stamps, left_out=left_out, container="orbax", arrays={})
+    one, problems = tensorstore.Context(ONE), list[Problem]()
     for name, key in named.items():
+        store = {"driver": driver, "kvstore": {**where, "path": f"{where.get('path', '')}{key}/"}}
         try:
-            store = {**where, "path": f"{where.get('path', '')}{key}/"}
-            array = tensorstore.open({"driver": driver, "kvstore": store}, open=True, read=True).result()
+            array = tensorstore.open(store, open=True, read=True, context=one).result()
         except Exception as error:
             raise _broken(home, name, error) from None
+        lost = orbax_tree.lost(array, key, keys)
         if (dtype := DTYPES.get(array.dtype.name)) is None:
-            problems.append(
-                Problem(f"{home}: {name!r} is {array.dtype.name}, expected one of {', '.join(DTYPES)}", (name,))
-            )
-            continue
-        arrays[name], specs[name] = array, TensorSpec(tuple(array.shape), dtype)
-        if tree.get("store_array_data_equal_to_fill_value", True) and (
-            lost := orbax_tree.lost(array, key, driver, keys)
-        ):
-            problems.append(Problem(f"{home}: {name!r} lacks the chunks {some(lost)}", (name,)))
+            text = f"is {array.dtype.name}, expected one of {', '.join(DTYPES)}"
+        elif lost and tree.get("store_array_data_equal_to_fill_value", True):
+            text = f"lacks the chunks {some(lost)}"
+        else:
+            made.specs[name] = TensorSpec(tuple(array.shape), dtype)
+            text = made.placed(name, key, array, plain=not lost and where["driver"] == "file")
+        problems += [Problem(f"{home}: {name!r} {text}", (name,))] if text else []
     if problems:
         raise AdapterError(problems)
-    if not specs:
+    if not made.specs:
         raise AdapterError(f"{home} holds no params, but {some(left_out)}")
-    files = dict.fromkeys(specs, TREE)
-    return Orbax(
-        home, config, specs, files, dict.fromkeys(specs, 0), stamps, left_out=left_out, container="orbax", arrays=arrays
-    )
+    return made
 
 
 def _broken(home: Any, name: str, error: Exception) -> AdapterError:

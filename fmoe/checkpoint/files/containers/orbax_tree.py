@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -92,17 +92,40 @@ def same(home: Path, named: Mapping[str, str], there: Collection[str]) -> None:
         raise AdapterError(problems)
 
 
-def lost(array: Any, key: str, driver: str, keys: Collection[str]) -> list[str]:
+def lost(array: Any, key: str, keys: Collection[str]) -> list[str]:
     """The chunks of an array that are not there: tensorstore would make them up."""
-    said = array.spec().to_json()["metadata"]
-    chunk = written(array)
-    counts = [-(-n // max(1, c)) for n, c in zip(array.shape, chunk, strict=True)]
+    counts = _counts(array)
     if prod(counts) > len(keys):
         return [f"of {prod(counts):,}, where the store has {len(keys):,} in all"]
-    if driver == "zarr":
-        spell = lambda at: said.get("dimension_separator", ".").join(map(str, at)) or "0"
-    else:
-        kind = said.get("chunk_key_encoding", {})
-        mark = kind.get("configuration", {}).get("separator", "/")
-        spell = lambda at: mark.join(["c", *map(str, at)])
+    spell = _spelling(array)
     return [spell(at) for at in product(*map(range, counts)) if f"{key}/{spell(at)}" not in keys]
+
+
+def plain(array: Any) -> bool:
+    """Whether every chunk holds its numbers as they are, one behind the other, and none reaches over the edge."""
+    said = array.spec().to_json()["metadata"]
+    if any(n % max(1, c) for n, c in zip(array.shape, written(array), strict=True)):
+        return False
+    if "codecs" in said:
+        return said["codecs"] == [{"name": "bytes", "configuration": {"endian": "little"}}]
+    as_they_are = said.get("compressor") is None and not said.get("filters") and said.get("order", "C") == "C"
+    return as_they_are and not str(said.get("dtype")).startswith(">")
+
+
+def chunks(array: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The file of each chunk below its array's key, and the index of its first number."""
+    spell, size = _spelling(array), written(array)
+    for at in product(*map(range, _counts(array))):
+        yield spell(at), tuple(i * n for i, n in zip(at, size, strict=True))
+
+
+def _counts(array: Any) -> list[int]:
+    return [-(-n // max(1, c)) for n, c in zip(array.shape, written(array), strict=True)]
+
+
+def _spelling(array: Any) -> Callable[[tuple[int, ...]], str]:
+    said = array.spec().to_json()["metadata"]
+    if "zarr_format" in said and said["zarr_format"] == 2:
+        return lambda at: said.get("dimension_separator", ".").join(map(str, at)) or "0"
+    mark = said.get("chunk_key_encoding", {}).get("configuration", {}).get("separator", "/")
+    return lambda at: mark.join(["c", *map(str, at)])

@@ -92,11 +92,15 @@ TRAINING = {
     ("argparse", "Namespace"),
     *((module, "set") for module in ("builtins", "__builtin__")),
     ("io", "BytesIO"),
+    ("signal", "Signals"),
     ("_codecs", "encode"),
     *((m, n) for m in ("numpy.core.multiarray", "numpy._core.multiarray") for n in ("_reconstruct", "scalar")),
     *(("numpy", n) for n in ("ndarray", "dtype")),
     *(("megatron.core.enums", n) for n in ("ModelType", "Fp8Recipe", "Fp4Recipe")),
-    *((_ENUMS, n) for n in "ModelType LayerType AttnType AttnMaskType AttnBackend CudaGraphScope".split()),
+    *(
+        (_ENUMS, n)
+        for n in "ModelType LayerType AttnType AttnMaskType AttnBackend CudaGraphScope InferenceCudaGraphScope".split()
+    ),
     *(("megatron.core.rerun_state_machine", f"Rerun{n}") for n in ("Diagnostic", "Mode", "State", "ValidationStatus")),
 }
 """What a training state of Megatron's names beside tensors (arguments, random numbers): inert here, as the others."""

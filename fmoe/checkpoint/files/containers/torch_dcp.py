@@ -225,7 +225,7 @@ def _opened(
         key = item.name if whole else f"{item.name}\0{','.join(map(str, item.offsets))}"
         files[key], offsets[key] = item.file, at
         if not whole:
-            here, there = items._strides(item.sizes), items._strides(spec.shape)
+            here, there = items.strides_of(item.sizes), items.strides_of(spec.shape)
             start = sum(o * s for o, s in zip(item.offsets, there, strict=True))
             pieces.setdefault(item.name, []).append(Copy(key, item.name, item.sizes, 0, here, start, there, spec.dtype))
     if not specs:

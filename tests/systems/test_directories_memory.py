@@ -1,0 +1,64 @@
+"""Every system's directory, to it and from it: under 100 MB of memory beyond the import, of a larger model."""
+
+import json
+
+import hf
+import hf_synthetic as synthetic
+import pytest
+import torch
+from gguf_writer import write
+from grown import grown
+
+import fmoe
+from fmoe.systems import SYSTEMS
+
+MB = 10**6
+WIDE = dict(num_experts_per_tok=2, hidden_size=512, moe_intermediate_size=1024, vocab_size=4096)
+
+
+def qwen3_moe(path):
+    hf.write("qwen3_moe", path, torch.bfloat16, "1GB", **WIDE, num_experts=40, mlp_only_layers=[])
+
+
+def deepseek_v3(path):
+    wide = WIDE | dict(n_routed_experts=40, num_nextn_predict_layers=0, n_group=1, topk_group=1)
+    config, tensors = synthetic.deepseek_v3(**wide)
+    kept = {n: t for n, t in tensors.items() if not n.endswith("shared_head.head.weight")}
+    hf.save(config, kept, path, "1GB")
+
+
+def gpt_oss(path):
+    sizes = dict(WIDE, intermediate_size=1024)
+    hf.write("gpt_oss", path, torch.bfloat16, "1GB", **sizes, num_local_experts=40)
+
+
+MODELS = {"qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss}
+
+
+FIRST = {s.container: s for s in reversed(SYSTEMS.values()) if s.knows("qwen3_moe")}.values()
+"""Of each container one system."""
+ALL = {name: [s for s in SYSTEMS.values() if name == next(m for m in MODELS if s.knows(m))] for name in MODELS}
+CASES = [("qwen3_moe", FIRST)]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ALL.items()]  # a minute of every system's
+
+
+@pytest.mark.parametrize("name,systems", CASES, ids=["each container", *MODELS])
+def test_memory_is_bounded_whatever_the_container(name, systems, tmp_path):
+    MODELS[name](tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    source = fmoe.checkpoint.open_checkpoint(tmp_path / "hf")
+    assert source.nbytes >= 120 * MB
+    jobs = []
+    for system in systems:
+        how = {"fsync": False, "to": system.name}
+        if system.container == "gguf":
+            specs = fmoe.adapter(name, config, system="gguf").plan(source.specs).targets
+            write(tmp_path / "like.gguf", {n: torch.zeros(s.shape, dtype=s.dtype) for n, s in specs.items()})
+            how["like"] = str(tmp_path / "like.gguf")
+        for choice in [{"scan": False}, {"scan": True}] if system.container == "orbax" else [{}]:
+            there = tmp_path / f"{system.name}{choice}"
+            back = {"fsync": False, "to": "hf", "from_": system.name}
+            jobs.append(("convert", tmp_path / "hf", there, how | choice))
+            jobs.append(("convert", there, there.with_name(f"{there.name} to hf"), back))
+    found = dict(zip([job[2].name for job in jobs], grown(*jobs), strict=True))
+    assert max(found.values()) <= 100, found
