@@ -53,6 +53,9 @@ def convert_between(
     """`fmoe.convert`, where another system is on either side: memory does not grow with the source, and it resumes."""
     if to not in ("hf", "native", *SYSTEMS):
         raise AdapterError(f"to={to!r}: expected hf, native or one of {', '.join(SYSTEMS)}")
+    if "cast" in choices:
+        text = f"cast={choices['cast']!r} with to={to!r}: what is not quantised keeps its dtype between systems"
+        raise AdapterError(f"{text}. Fix: convert to 'hf', and that with dtype= and cast=")
     model = model_of(to, dst, like)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     source = open_source(src, config, trust_pickle=trust_pickle)
@@ -65,6 +68,7 @@ def convert_between(
         if "dtype" in choices:
             plain = {n: v for n, v in choices.items() if n not in ranges and n != "dtype"}
             _told(plan, adapters(source, here, to, lossy, **plain)[1].plan(source.specs), choices["dtype"], to)
+    wider: Collection[str] = ()
     if model is not None and (wider := model.wider(plan.targets)):
         there = there >> Adapter((CastExperts(torch.float32, wider),))
         plan = plan_from(source, there, **ranges)
@@ -86,9 +90,9 @@ def convert_between(
         small[NATIVE] = origin_text(held.files, sum(s.nbytes for s in hf.values()), index, choices)
     laid = source.raw(dst) if isinstance(source, Orbax) else source
     packed = sum(source.specs[n].nbytes for n in source.arrays) if isinstance(source, Orbax) else 0
-    limit = LIMIT // 16 if packed else LIMIT  # what tensorstore has decompressed with, it keeps
+    small_jobs = (LIMIT // 16,) if packed else ()  # what tensorstore has decompressed with, it keeps
     starts = {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
-    engine = Engine(laid, plan, starts, limit)
+    engine = Engine(laid, plan, starts, *small_jobs)
     work = _work(source, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
     claim = lambda: replaced(dst, home, force, work=work)
@@ -97,7 +101,7 @@ def convert_between(
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(made), adapter, len(layout.heads),
         lost=(*_lost(plan), *(p.text for p in missing.problems)),
-        notes=(*missing.notes, *_notes(source, to, made, model), *_stay(source, along), *former),
+        notes=(*missing.notes, *_notes(source, to, made, model, wider), *_stay(source, along), *former),
         sides=_sides(source, here, to, layout, made))  # fmt: skip
     if dry_run:
         return report
@@ -168,8 +172,10 @@ def _lost(plan: Plan) -> tuple[str, ...]:
     return (f"left out: {some(dropped)}",) if dropped else ()
 
 
-def _notes(source: Checkpoint, to: str, made: Specs, model: Like | None) -> tuple[str, ...]:
+def _notes(source: Checkpoint, to: str, made: Specs, model: Like | None, wider: Collection[str]) -> tuple[str, ...]:
     more = model.notes(made) if model is not None else ()
+    if model is not None and wider:
+        more = (f"in F32, as {model.files[0].path.name} has them, no value changed: {some(sorted(wider))}", *more)
     if to == "megatron":
         more = (LIVE,)
     if isinstance(source, Orbax) and source.largest > LIMIT:

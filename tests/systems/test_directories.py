@@ -8,6 +8,7 @@ from system_directories import files, same, saved
 
 import fmoe
 from fmoe import AdapterError
+from fmoe.systems import SYSTEMS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -122,3 +123,11 @@ def test_parameters_by_name_are_told_from_a_trainers_directory(hf, tmp_path):
     notes = fmoe.convert(path, tmp_path / "there", to="megatron", dry_run=True).notes
     assert any("a trainer's directory is --to megatron_dist" in note for note in notes)
     assert not any("megatron_dist" in n for n in fmoe.convert(path, tmp_path / "d", to="mlx", dry_run=True).notes)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_between_systems_no_dtype_changes_and_cast_says_where_it_does(tmp_path, system):
+    for to, from_ in ((system, "hf"), ("hf", system), ("native", system)):
+        with pytest.raises(AdapterError, match="cast='all' with to='.*keeps its dtype.*convert to 'hf', and that with"):
+            fmoe.convert(tmp_path, tmp_path / "there", to=to, from_=from_, dtype="bfloat16", cast="all")
+    assert not (tmp_path / "there").exists()

@@ -82,6 +82,7 @@ def test_norms_are_f32_where_they_are_there_and_what_is_otherwise_is_told(tmp_pa
     report = fmoe.convert(src, tmp_path / "there", to="gguf", like=write(tmp_path / "like.gguf", like))
     told = " ".join(report.notes)
     assert "own types (BF16), not in those of like.gguf" in told and "rope_freqs.weight" in told
+    assert "in F32, as like.gguf has them, no value changed: 'blk.0.attn_k_norm.weight'" in told
     made = read_file(tmp_path / "there" / "model.gguf")
     assert made.tensors["blk.0.attn_norm.weight"].type.name == "F32"
     assert made.tensors["token_embd.weight"].type.name == "BF16" and made.keys["general.file_type"].value == 32
