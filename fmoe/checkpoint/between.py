@@ -58,7 +58,7 @@ def convert_between(
         raise AdapterError(f"{text}. Fix: convert to 'hf', and that with dtype= and cast=")
     model = model_of(to, dst, like)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
-    source = open_source(src, config, trust_pickle=trust_pickle)
+    source = open_source(src, config, trust_pickle=trust_pickle, from_=from_)
     here = side(source, from_)
     adapter, there = adapters(source, here, to, lossy, **{n: v for n, v in choices.items() if n not in ranges})
     plan = plan_between(source, to, there, **ranges)

@@ -50,7 +50,7 @@ def inspect(
             f"inspect: {told}, expected no choice: it looks at all of {path}. Fix: fmoe.load takes {told}"
         )
     own = {} if adapter is None else {"adapter": adapter}
-    source = open_source(path, config, bool(own), trust_pickle)
+    source = open_source(path, config, bool(own), trust_pickle, from_)
     here = ("native" if source.native else "hf") if own else side(source, from_)
     dtypes: Counter[str] = Counter()
     for spec in source.specs.values():

@@ -27,6 +27,8 @@ from fmoe.layout.proved.suspects import QUANTISED
 from fmoe.systems import SYSTEMS
 from fmoe.types import EXPERT_TENSORS, AdapterError, Problem
 
+NO_CONFIG = "has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON"
+
 
 def of_systems(src: Where | str, to: str, config: Any, from_: str | None, own: bool = False) -> bool:
     """Whether another system is on either side. own: rules of one's own read the source, and know of none."""
@@ -57,21 +59,26 @@ def config_of(config: Any) -> dict[str, Any] | None:
         raise AdapterError(f"{path} is no config: {error}") from None
 
 
-def open_source(src: Where | str, config: Any = None, own: bool = False, trust_pickle: bool = False) -> Checkpoint:
+def open_source(
+    src: Where | str, config: Any = None, own: bool = False, trust_pickle: bool = False, from_: str | None = None
+) -> Checkpoint:
     """The checkpoint of a directory in any container that is read, with its own config or the one given.
 
-    own: rules of one's own read it: as `open_checkpoint` has it. trust_pickle: whole training states too.
+    own: rules of one's own read it: as `open_checkpoint` has it. trust_pickle: whole training states too. from_: the
+    system that it is said to be of, whose own directories have no config.
     """
     given = config_of(config)
     path = Path(str(src))
     if "://" in str(src) or not container_of(path):
+        if from_ in SYSTEMS and given is None and path.is_dir() and not isfile(path / "config.json"):
+            raise AdapterError(f"{path} {NO_CONFIG}")
         return open_checkpoint(src, given, own=own)
     if container_of(path) == "mp_rank" and not trust_pickle:
         raise AdapterError(f"{path} {UNTRUSTED}")
     if given is None:
         beside = [p for p in (path, path.parent) if isfile(p / "config.json")]
         if not beside:
-            raise AdapterError(f"{path} has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON")
+            raise AdapterError(f"{path} {NO_CONFIG}")
         given = config_of(beside[0])
     return open_foreign(path, given or {})
 

@@ -54,7 +54,7 @@ def verify(
     12
     """
     own = "adapter" in choices
-    source = open_source(path, config, own, trust_pickle)
+    source = open_source(path, config, own, trust_pickle, from_)
     adapter, there = forth(source, from_, **choices)
     plan = plan_from(source, there)
     here = "hf" if own else side(source, from_)

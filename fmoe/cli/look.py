@@ -70,7 +70,7 @@ def plan(
         from fmoe import checkpoint
         from fmoe.checkpoint.sides import forth, open_source
 
-        source = open_source(path, config, adapter is not None, trust_pickle)
+        source = open_source(path, config, adapter is not None, trust_pickle, from_)
         made = checkpoint.plan_from(source, forth(source, from_, **own(adapter))[1], **ranges(experts))
     if as_json:
         targets = {
