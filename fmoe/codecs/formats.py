@@ -105,6 +105,8 @@ FOREIGN = _formats(
     dict(name="fp8 side one", block=(0, 0), form="[1]", method=_CT + "float-quantized", source="compressed-tensors",
          **_FP8_SIDE),
     dict(name="fp8 side tensor", block=(0, 0), form="()", method=_MODELOPT + "FP8", source="ModelOpt", **_FP8_SIDE),
+    dict(name="fp8 side groups", block=(1, 32), sizes="groups", method=_CT + "float-quantized",
+         source="compressed-tensors", **_FP8_SIDE),
     dict(name="fp8 side blocks", block=(128, 128), sizes="squares", method=_CT + "float-quantized",
          source="compressed-tensors", **_FP8_SIDE),
     dict(name="fp8 side blocks [o 1 i 1]", block=(128, 128), sizes="squares", form="[o 1 i 1]",

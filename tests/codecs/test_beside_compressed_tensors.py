@@ -47,6 +47,7 @@ CASES = {
         FP8 | dict(strategy="block", block_structure=[128, 128]),
         lambda o, i: (-(-o // 128), -(-i // 128)),
     ),
+    "fp8 group of 64": ("float-quantized", FP8 | dict(strategy="group", group_size=64), lambda o, i: (o, i // 64)),
     "nvfp4": ("nvfp4-pack-quantized", dict(type="float", num_bits=4, strategy="tensor_group", group_size=16,
                                            symmetric=True), lambda o, i: (o, i // 16)),
     "mxfp4": ("mxfp4-pack-quantized", MX | dict(num_bits=4), lambda o, i: (o, i // 32)),

@@ -47,6 +47,7 @@ def parts(fmt: str, name: str, weight: Tensor, group: int) -> tuple[dict[str, Te
 
 def checkpoint(family: str, fmt: str, group: int = 32) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
     torch.manual_seed(0)
+    group = 16 if fmt == "fp8 side groups" else group  # one group a row is one a channel
     stem, names, counted = NAMES[family]
     config = dict(model_type=family, hidden_size=D, moe_intermediate_size=I, num_hidden_layers=1, num_experts_per_tok=1)
     config |= {counted: E, "intermediate_size": I, "torch_dtype": "float32", "mlp_hidden_act": "relu2"}
