@@ -56,7 +56,7 @@ NORMS = {
 def _moe(block: str, experts: str = "mlp.experts.{e}.{p=gate_proj|up_proj|down_proj}", gate: str = "mlp.gate") -> Names:
     return {
         f"{experts}.weight [a b]": block + "-{p=wi_0|wi_1|wo} [e b a]",
-        f"{gate}.weight [e d]": block + "-gate-kernel [d e]",
+        f"{gate}.weight [u d]": block + "-gate-kernel [d u]",
     }
 
 
@@ -98,7 +98,7 @@ def deepseek_v3(facts: Facts) -> Adapter:
         "mlp.shared_experts.{p=gate_proj|up_proj|down_proj}.weight [a b]": B
         + "shared_experts-{p=wi_0|wi_1|wo}-kernel [b a]"
     }
-    moe = _moe(B + "MoeBlock_0") | shared | {"mlp.gate.e_score_correction_bias [e]": B + "MoeBlock_0-gate-bias [e]"}
+    moe = _moe(B + "MoeBlock_0") | shared | {"mlp.gate.e_score_correction_bias [u]": B + "MoeBlock_0-gate-bias [u]"}
     made = _top(facts)
     first = len(facts.dense)
     for name, own, layers, shift in (("dense_layers", mlp, facts.dense, 0), ("moe_layers", moe, facts.sparse, first)):
@@ -118,8 +118,8 @@ def gpt_oss(facts: Facts) -> Adapter:
         "self_attn.o_proj.weight [d (h c)]": A + "out-kernel [h c d]",
         "self_attn.o_proj.bias [d]": A + "out-bias [d]",
         "self_attn.sinks [h]": A + "sinks [h]",
-        "mlp.router.weight [e d]": B + "gate-kernel [d e]",
-        "mlp.router.bias [e]": B + "gate-bias [e]",
+        "mlp.router.weight [u d]": B + "gate-kernel [d u]",
+        "mlp.router.bias [u]": B + "gate-bias [u]",
         "mlp.experts.gate_up_proj [e d (i g)]": B + "{g=wi_0|wi_1} [e d i]",
         "mlp.experts.gate_up_proj_bias [e (i g)]": B + "{g=wi_0_bias|wi_1_bias} [e i]",
         "mlp.experts.down_proj [e i d]": B + "wo [e i d]",

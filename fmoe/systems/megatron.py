@@ -63,7 +63,7 @@ DENSE = {
     "mlp.{g=gate_proj|up_proj}.weight [i d]": "mlp.linear_fc1.weight [(g i) d]",
     "mlp.down_proj.weight [d i]": "mlp.linear_fc2.weight [d i]",
 }
-ROUTER = {"mlp.gate.weight [e d]": "mlp.router.weight [e d]"}
+ROUTER = {"mlp.gate.weight [u d]": "mlp.router.weight [u d]"}
 
 
 def input_norm(facts: Facts, layer: str = "linear_qkv") -> Names:
@@ -114,13 +114,13 @@ def oss_experts(facts: Facts) -> Names:
         "mlp.experts.gate_up_proj_bias [e (i g)]": say("linear_fc1", "bias") + " [(g i)]",
         "mlp.experts.down_proj [e i d]": say("linear_fc2", "weight") + " [d i]",
         "mlp.experts.down_proj_bias [e d]": say("linear_fc2", "bias") + " [d]",
-        "mlp.router.weight [e d]": "mlp.router.weight [e d]",
-        "mlp.router.bias [e]": "mlp.router.bias [e]",
+        "mlp.router.weight [u d]": "mlp.router.weight [u d]",
+        "mlp.router.bias [u]": "mlp.router.bias [u]",
     }
 
 
 W1, W2 = "block_sparse_moe.experts.{e}.{g=w1|w3}", "block_sparse_moe.experts.{e}.w2"
-MIXTRAL = {"block_sparse_moe.gate.weight [e d]": "mlp.router.weight [e d]"}
+MIXTRAL = {"block_sparse_moe.gate.weight [u d]": "mlp.router.weight [u d]"}
 
 
 def qwen3_moe(facts: Facts) -> Adapter:
@@ -143,7 +143,7 @@ def gpt_oss(facts: Facts) -> Adapter:
     return joined(top(facts), qkv(facts, L, M), pairs(L, M, names, g=2)) >> padded(facts)
 
 
-BIAS = {"mlp.gate.e_score_correction_bias [e]": "mlp.router.expert_bias [e]"}
+BIAS = {"mlp.gate.e_score_correction_bias [u]": "mlp.router.expert_bias [u]"}
 MTP = {f"{n}.weight": f"{n}.weight" for n in ("enorm", "hnorm", "eh_proj")} | {
     "shared_head.norm.weight": "final_layernorm.weight"
 }

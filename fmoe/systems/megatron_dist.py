@@ -42,8 +42,8 @@ OSS = {
     "mlp.experts.gate_up_proj_bias [e (i g)]": X + "linear_fc1.bias [e (g i)]",
     "mlp.experts.down_proj [e i d]": X + "linear_fc2.weight [e d i]",
     "mlp.experts.down_proj_bias [e d]": X + "linear_fc2.bias [e d]",
-    "mlp.router.weight [e d]": "mlp.router.weight [e d]",
-    "mlp.router.bias [e]": "mlp.router.bias [e]",
+    "mlp.router.weight [u d]": "mlp.router.weight [u d]",
+    "mlp.router.bias [u]": "mlp.router.bias [u]",
     "self_attn.sinks [h]": "self_attention.core_attention.softmax_offset [h]",
 }
 

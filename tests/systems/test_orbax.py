@@ -13,7 +13,7 @@ from systems_zoo import model
 
 import fmoe
 from fmoe import AdapterError
-from fmoe.checkpoint.files.containers.orbax import UNPACKED, _boxes, _runs, open_orbax
+from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax, _boxes, _runs, open_orbax
 
 if not os.environ.get("CI"):
     pytest.importorskip("tensorstore")  # of the extra `test`: in CI it is there, or this fails
@@ -209,3 +209,17 @@ def test_what_is_unpacked_goes_whatever_happens(tmp_path, monkeypatch):
     monkeypatch.undo()
     fmoe.convert(tmp_path / "there", tmp_path / "back", to="hf")
     assert not list((tmp_path / "back").glob("*.part"))
+
+
+def test_of_a_range_of_experts_only_their_chunks_are_decompressed(tmp_path, monkeypatch):
+    config, tensors = compressed(tmp_path / "there", chunk=lambda shape: [1, *shape[1:]] if len(shape) == 4 else shape)
+    (tmp_path / "hf").mkdir()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config, default=str))
+    taken, take = [], Orbax._take
+    monkeypatch.setattr(Orbax, "_take", lambda self, name, box, into: (taken.append(name), take(self, name, box, into)))
+    fmoe.convert(tmp_path / "there", tmp_path / "part", e=range(2, 5))
+    assert [n.rpartition("-")[2] for n in taken if "wi_" in n or "wo" in n].count("wi_0") == 3
+    fmoe.convert(tmp_path / "hf", tmp_path / "want", e=range(2, 5))
+    same(files(tmp_path / "part"), files(tmp_path / "want"))
+    assert fmoe.verify(tmp_path / "there").made

@@ -129,3 +129,20 @@ def test_fused_experts_are_read_and_given_back():
 def test_a_ragged_tensor_is_taken_apart_while_another_capture_is_stacked():
     rule = fmoe.rule("{r}:a [(h q|k|v) d]", "b.{p=q|k|v} [(r h p) d]", h=2, q=4, k=1, v=1)
     assert_laws(rule, {f"{r}:a": TensorSpec((12, 3), torch.float32) for r in range(2)})
+
+
+@pytest.mark.parametrize("system,name,choice", cases(), ids=str)
+def test_of_a_range_of_experts_the_router_stays_whole(system, name, choice):
+    """As from Hugging Face: a rank has some experts, and sends tokens to all of them."""
+    config, hf = model(name)
+    specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in hf.items()}
+    native = fmoe.adapter(config["model_type"], config)
+    made = fmoe.adapter(config["model_type"], config, system=system, **choice)
+    back = (made.inverse >> native).resolve(made.plan(specs).targets)
+    try:
+        part = back.plan(made.plan(specs).targets, e=range(1, 3)).targets
+    except AdapterError as refused:  # these move gpt-oss's biases whole
+        assert name == "gpt_oss" and "proj_bias" in str(refused)
+    else:
+        want = native.resolve(specs).plan(specs, e=range(1, 3)).targets
+        assert {n: want[n] for n in part if n in want} == part
