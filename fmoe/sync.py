@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import as_adapter
 from fmoe.types import Params
 
 
@@ -24,7 +25,7 @@ def bridge(trainer: Adapter, engine: Adapter) -> Adapter:
     >>
     w.{e}  <->  theirs.{e}
     """
-    return trainer.inverse >> engine
+    return as_adapter(trainer, "trainer").inverse >> as_adapter(engine, "engine")
 
 
 def stream(

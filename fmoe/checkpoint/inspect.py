@@ -7,7 +7,7 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.look.sizes import by_kind, by_layer, names_of, parameters
-from fmoe.checkpoint.open import adapter_of, hf_names, plan_from
+from fmoe.checkpoint.open import adapter_of, as_own, hf_names, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.sides import adapters, gaps_between, open_source, side
 from fmoe.checkpoint.stream.slices import groups
@@ -49,7 +49,7 @@ def inspect(
         raise AdapterError(
             f"inspect: {told}, expected no choice: it looks at all of {path}. Fix: fmoe.load takes {told}"
         )
-    own = {} if adapter is None else {"adapter": adapter}
+    own = {} if adapter is None else {"adapter": as_own(adapter)}
     source = open_source(path, config, bool(own), trust_pickle, from_)
     here = ("native" if source.native else "hf") if own else side(source, from_)
     dtypes: Counter[str] = Counter()

@@ -20,6 +20,7 @@ from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.targets import here
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
 from fmoe.lowrank.complete import missing
 from fmoe.lowrank.config import LoraConfig
@@ -134,7 +135,7 @@ def save(
     ...     save(lora, path, adapter, lora_alpha=8).r
     4
     """
-    path = here(path, "adapters")
+    path, adapter = here(path, "adapters"), as_adapter(adapter)
     if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:
         raise AdapterError(
             [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]

@@ -16,7 +16,7 @@ from fmoe.families.cross import Crossing, cross
 from fmoe.families.kind import Family, as_dict
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
-from fmoe.layout.build import table
+from fmoe.layout.build import as_adapter, table
 from fmoe.layout.pipeline import Plan
 from fmoe.systems import SYSTEMS
 from fmoe.systems import adapter as of_system
@@ -73,13 +73,9 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
     8
     """
     if (own := choices.pop("adapter", None)) is not None:
+        own = as_own(own)
         if isinstance(own, Family):
             own = own.adapter(checkpoint.config)
-        if not isinstance(own, Adapter):
-            kind = type(own).__name__
-            told = f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
-            fits = "an fmoe.Adapter, as fmoe.rule(...) | fmoe.keep(...)"
-            raise AdapterError(f"adapter= is {told}, expected {fits}, or an fmoe.families.Family")
         if choices or config is not None or system != "native":
             told = ", ".join(choices) or ("a config" if config is not None else f"system={system!r}")
             raise AdapterError(f"adapter= comes with {told}, expected it alone. Fix: adapter.choose(...)")
@@ -94,6 +90,16 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
         where = "" if config is not None or choices else f"{checkpoint.path / 'config.json'}: "
         raise AdapterError(f"{where}{error}") from None
     return made.resolve(hf_names(checkpoint))
+
+
+def as_own(found: object) -> Adapter | Family:
+    """What `adapter=` takes: an adapter, or a Family. Raises AdapterError for anything else.
+
+    >>> as_own(table([])) == table([])
+    True
+    """
+    also = "rule(...) | fmoe.keep(...), or an fmoe.families.Family"
+    return found if isinstance(found, Family) else as_adapter(found, also=also)
 
 
 def made_with(checkpoint: Checkpoint) -> dict[str, str]:

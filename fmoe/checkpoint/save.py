@@ -11,6 +11,7 @@ from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
 from fmoe.checkpoint.files.origin import FORMAT, OWN
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
+from fmoe.checkpoint.open import as_own
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.staging.journal import ONCE
@@ -207,6 +208,7 @@ def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
 
 
 def _adapter(path: Path, adapter: Adapter | Family | None) -> Adapter:
+    adapter = None if adapter is None else as_own(adapter)
     if isinstance(adapter, Family):
         return adapter.adapter(_json(path / CONFIG) if (path / CONFIG).exists() else None)
     if adapter is not None:

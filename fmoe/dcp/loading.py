@@ -23,6 +23,7 @@ from fmoe.checkpoint.stream.slices import read
 from fmoe.checkpoint.whole import whole
 from fmoe.dcp.boxes import pieces, surfacing
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import as_adapter
 from fmoe.layout.sharded.placements import indices_of
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec
@@ -74,7 +75,7 @@ class Planner(LoadPlanner):
     reader: "Reader | None" = None
 
     def __init__(self, params: Params, adapter: Adapter | None = None):
-        self.params, self.adapter = params, adapter
+        self.params, self.adapter = params, None if adapter is None else as_adapter(adapter)
 
     def set_up_planner(
         self, state_dict: Mapping[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False

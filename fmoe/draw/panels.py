@@ -7,6 +7,7 @@ from typing import Any
 
 from fmoe.families import FAMILIES, family
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import as_adapter
 from fmoe.layout.entries import Either, Entry, walk
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address
@@ -40,7 +41,7 @@ def panels(adapter: Adapter) -> list[Panel]:
 
     Raises AdapterError where the adapter knows no sizes (it was made without a config).
     """
-    config = adapter.moe_config
+    config = as_adapter(adapter).moe_config
     model_type = str((adapter.config or {}).get("model_type", ""))
     whole = family(model_type).rules if model_type in FAMILIES else adapter
     held = [n for n in EXPERT_TENSORS if config.expert_bias or not n.endswith("bias")]

@@ -139,6 +139,21 @@ def table(adapters: Iterable[Adapter]) -> Adapter:
     return Adapter((Table(tuple(dict.fromkeys(e for a in adapters for e in _entries(a)))),))
 
 
+def as_adapter(found: object, name: str = "adapter", also: str = "") -> Adapter:
+    """`found`, if it is an adapter. Raises AdapterError, which says what the argument `name` is instead.
+
+    >>> as_adapter({}, "trainer")
+    Traceback (most recent call last):
+        ...
+    fmoe.types.AdapterError: trainer= is a dict, expected an fmoe.Adapter, as fmoe.adapter(...) gives it
+    """
+    if isinstance(found, Adapter):
+        return found
+    kind = type(found).__name__
+    told = f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+    raise AdapterError(f"{name}= is {told}, expected an fmoe.Adapter, as fmoe.{also or 'adapter(...) gives it'}")
+
+
 def _entries(adapter: Adapter) -> tuple[Entry, ...]:
     if not isinstance(adapter, Adapter):
         raise AdapterError(f"{brief(adapter)} is no adapter: expected what rule, keep, drop, alias or either return")
