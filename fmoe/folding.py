@@ -1,10 +1,12 @@
-"""Many names, or many problems of one kind, in a line, and the name that was meant: for messages."""
+"""Many names, or many problems of one kind, in a line, the name or the kind of value that was meant: for messages."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from itertools import groupby
 from math import prod
+from typing import Any
 
 _LINES = 18
 
@@ -180,3 +182,40 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     return f"{nbytes:.1f} TB"
+
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "int": ((int,), "an int from 0 on"),
+    "float": ((int, float), "a number"),
+    "bool": ((int,), "True or False"),
+    "str": ((str,), "a name"),
+}
+"""An annotation -> what a value may be, and how that is said: a bool is a number too, and 0 and 1 are bools."""
+
+
+def check_fields(config: Any) -> None:
+    """Raises ValueError, naming the field, for a value of another kind than its field's, and for a count below 0.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Sizes:
+    ...     width: "int | None" = None
+    >>> check_fields(Sizes(3)), check_fields(Sizes())
+    (None, None)
+    >>> check_fields(Sizes("3"))
+    Traceback (most recent call last):
+    ValueError: Sizes.width is '3', expected an int from 0 on, or None
+    """
+    for f in fields(config):
+        value: Any = getattr(config, f.name)
+        kind, _, none = _named(f.type).partition(" | ")
+        if kind not in KINDS or (value is None and none):
+            continue
+        taken, told = KINDS[kind]
+        if not isinstance(value, taken) or (kind == "int" and value < 0) or (kind == "bool" and value not in (0, 1)):
+            end = ", or None" if none else ""
+            raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {told}{end}")
+
+
+def _named(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)

@@ -39,9 +39,7 @@ def check_params(
     Traceback (most recent call last):
     ValueError: experts: parameter 'down_projs' has shape [2, 5, 3], expected [E=2, I=4, D=3]
     """
-    if foreign := [f"parameter {n!r} is a {type(p).__name__}" for n, p in params.items() if not isinstance(p, Tensor)]:
-        raise ValueError("\n".join(f"{owner}: {told}, expected a tensor" for told in foreign))
-    no_nested(owner, params)
+    all_tensors(owner, params)
     taken = ", ".join([*beside, *axes])
     unknown = [
         f"unknown parameter {name!r}, expected only {taken}{meant(name, [*beside, *axes])}"
@@ -132,8 +130,22 @@ def computed_with(owner: str, name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{owner}: {name} is a {type(tensor).__name__}, expected a tensor")
     no_nested(owner, {name: tensor})
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{owner}: {name} is {tensor.layout}, expected a strided tensor. Fix: .to_dense()")
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
         raise ValueError(f"{owner}: {name} is {tensor.dtype}, expected floating, of 16 bits or more")
+
+
+def all_tensors(owner: str, given: Mapping[str, Any], what: str = "parameter ") -> None:
+    """Raises ValueError for what is no tensor, or a nested one.
+
+    >>> all_tensors("moe", {"mask": [True]}, "")
+    Traceback (most recent call last):
+    ValueError: moe: 'mask' is a list, expected a tensor
+    """
+    if foreign := [f"{n!r} is a {type(p).__name__}" for n, p in given.items() if not isinstance(p, Tensor)]:
+        raise ValueError("\n".join(f"{owner}: {what}{told}, expected a tensor" for told in foreign))
+    no_nested(owner, given)
 
 
 def no_nested(owner: str, tensors: Mapping[str, Tensor]) -> None:

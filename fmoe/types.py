@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmoe.folding import brief, human, lines, meant  # noqa: F401  (messages of everyone: found here)
+from fmoe.folding import brief, check_fields, human, lines, meant  # noqa: F401  (messages of everyone: found here)
 
 Params = Mapping[str, Tensor]
 
@@ -31,7 +31,7 @@ EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_
 EXPERT_ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2", "situ")
 """What a config may call an expert activation; `activations.py` says what each computes."""
 
-LATENT_NORMS = ("", "before", "after")
+LATENT_NORMS, LIMITS = ("", "before", "after"), ("swiglu_limit", "shared_swiglu_limit")
 
 
 def subtree(params: Params, prefix: str) -> dict[str, Tensor]:
@@ -198,10 +198,10 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
-        limits = "swiglu_limit shared_swiglu_limit"
-        for name in f"gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter {limits}".split():
+        for name in (*"gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter".split(), *LIMITS):
             if not (isinstance(v := getattr(self, name) or 0, int | float) and (v >= 0 or v < 0 and "limit" in name)):
                 raise ValueError(f"MoEConfig.{name} is {v!r}, expected a number{' from 0 on' * ('limit' not in name)}")
+        check_fields(self)
         if (K := self.n_activated_experts) > (E := self.n_routed_experts):
             raise ValueError(f"MoEConfig.n_activated_experts is {K} with n_routed_experts={E}, expected E >= K={K}")
         for name in ("expert_activation", "shared_expert_activation"):

@@ -21,7 +21,17 @@ from fmoe.layer.latent import around, latent_axes
 from fmoe.routing import count, route, routed
 from fmoe.routing.gate import WEIGHTS
 from fmoe.routing.usage import slots
-from fmoe.shapes import check_config, check_level, check_params, computed_with, in_shape, n_ranked, odd, said
+from fmoe.shapes import (
+    all_tensors,
+    check_config,
+    check_level,
+    check_params,
+    computed_with,
+    in_shape,
+    n_ranked,
+    odd,
+    said,
+)
 from fmoe.types import MoEConfig, Params, Routed, Routing
 
 SHARED_ACTIVATIONS = ("swiglu", "relu2", "swigluoai", "situ")
@@ -117,6 +127,10 @@ def block(
     route(x [T, D], indices, mask): a Routing, or where return_routed a Routed.
     """
     _check_tokens(x, config, mask)
+    if indices is not None:
+        all_tensors("moe", {"indices": indices}, "")
+        if indices.ndim < 2:
+            raise ValueError(f"moe: indices are {list(indices.shape)}, expected [.., K={config.n_activated_experts}]")
     if routing is not None and indices is not None:
         raise ValueError("moe: a routing and indices are given, expected one of them: a routing has its indices")
     tokens, mask = x.reshape(-1, config.dim), None if mask is None else mask.flatten()
@@ -188,6 +202,7 @@ def _below(params: Params, prefix: str) -> dict[str, Tensor]:
 
 def _check_tokens(x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
     computed_with("moe", "x", x)
+    all_tensors("moe", {} if mask is None else {"mask": mask}, "")
     if x.ndim < 1 or x.shape[-1] != config.dim:
         raise ValueError(f"moe: x has shape {list(x.shape)}, expected [.., D={config.dim}]")
     if mask is not None and (mask.shape != x.shape[:-1] or mask.dtype != torch.bool):
@@ -198,6 +213,7 @@ def _check_tokens(x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
 
 def _check(params: Params, config: MoEConfig, where: torch.device) -> None:
     rest = {name: p for name, p in params.items() if not name.startswith(("gate.", "experts."))}
+    all_tensors("moe", rest)
     weights = latent_axes(rest, config) | _shared_axes(rest, config)
     biases = {n.removesuffix("weight") + "bias": axes.split()[0] for n, axes in weights.items() if " " in axes}
     gate = () if config.shared_expert_gate else ("shared_expert_gate.weight",)

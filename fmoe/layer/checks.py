@@ -9,7 +9,7 @@ from torch import Tensor
 from fmoe.activations import is_gated_activation, is_interleaved
 from fmoe.backends.held import shapes, stacks
 from fmoe.layer.outside import NORM
-from fmoe.shapes import check_params, no_nested, odd, said
+from fmoe.shapes import all_tensors, check_params, odd, said
 from fmoe.sharding import is_dtensor
 from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 
@@ -46,7 +46,8 @@ def _computes(tensor: Tensor) -> bool:
 
 def check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
     indices, weights, mask = routing
-    no_nested("experts", {"x": x, "routing.indices": indices, "routing.weights": weights})
+    every = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
+    all_tensors("experts", {name: t for name, t in every.items() if t is not None or name == "x"}, "")
     T, D = x.shape[0] if x.ndim else 0, config.expert_dim
     fits = {
         "x": x.ndim == 2 and x.shape[1] == D and _computes(x),

@@ -24,7 +24,12 @@ def usual(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> boo
     >>> usual(params, torch.ones(1, 3), routing, config), usual(params, torch.ones(1, 4), routing, config)
     (True, False)
     """
-    if torch.compiler.is_compiling() or type(params) is not dict or said(config, "expert_norm_eps") is not None:
+    if (
+        torch.compiler.is_compiling()
+        or type(params) is not dict
+        or not _plain(x)
+        or said(config, "expert_norm_eps") is not None
+    ):
         return False
     indices, weights, mask = routing
     where, ids, D = x.device, indices.shape if _plain(indices) else (), config.expert_dim

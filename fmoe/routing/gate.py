@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmoe.shapes import check_config, check_level, check_params, n_ranked, odd, said
+from fmoe.shapes import all_tensors, check_config, check_level, check_params, computed_with, n_ranked, odd, said
 from fmoe.types import INTEGERS, MoEConfig, Params
 
 WEIGHTS = ("gate.weight", "gate.proj.weight")
@@ -60,6 +60,8 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
 
 
 def _check(gate: dict[str, Tensor], x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:
+    computed_with("route", "x", x)
+    all_tensors("route", {n: t for n, t in given.items() if t is not None}, "")
     if x.ndim != 2 or x.shape[1] != config.dim:
         raise ValueError(f"route: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
     T, K = x.shape[0], config.n_activated_experts

@@ -152,3 +152,20 @@ def test_nested_tensors_and_fp8_tokens_are_refused_by_name():
         for block in (lambda x: fmoe.moe(block_params(), x, BLOCK), fmoe.nn.MoE(BLOCK)):
             with pytest.raises(ValueError, match="moe: '?x'? is"):
                 block(odd)
+
+
+@pytest.mark.parametrize("given", [[[1.0]], None, "x", 3, torch.ones(3, 3).to_sparse(), torch.ones(3, 3).cfloat()])
+def test_what_is_no_dense_tensor_is_refused_by_name_wherever_it_is_given(given: Any) -> None:
+    params, x = block_params(), torch.ones(3, BLOCK.dim)
+    shared = next(n for n in params if n.startswith("shared_experts"))
+    calls = {
+        "moe: x": lambda: fmoe.moe(params, given, BLOCK),
+        f"moe: parameter '{shared}'": lambda: fmoe.moe(params | {shared: given}, x, BLOCK),
+        "route: x": lambda: fmoe.route({n: t for n, t in params.items() if "gate.w" in n}, given, BLOCK),
+        "experts: '?x": lambda: fmoe.experts(fmoe.subtree(params, "experts"), given, ROUTING, CONFIG),
+    }
+    calls |= {"moe: '?indices": lambda: fmoe.moe(params, x, BLOCK, indices=given)} if given is not None else {}
+    calls |= {"moe: '?mask": lambda: fmoe.moe(params, x, BLOCK, mask=given)} if given is not None else {}
+    for told, call in calls.items():
+        with pytest.raises(ValueError, match=told + "|route: '?indices"):
+            call()

@@ -71,6 +71,12 @@ REFUSED = {
     "latent_norm": ["before", "between"],
     "logit_softcap": [-1.0],
     "input_jitter": [-0.5],
+    "route_scale": [None, "a"],
+    "n_expert_groups": [None, 2.0, -1],
+    "score_func": [None, 3, ["softmax"]],
+    "n_shared_experts": [-1, 1.5],
+    "moe_latent_size": [-1, "4"],
+    "norm_topk_prob": ["yes", 2],
 }
 NO_MODULE = {"router_norm": True, "expert_norm_eps": 1e-8}
 """What `fmoe.moe` takes parameters for and no module makes: fmoe.nn.MoE refuses it by its name."""
