@@ -4,7 +4,7 @@ DEFAULTS[model type][a field of MoEConfig]. Tests compare them with the classes.
 how wide, is no field of these: a checkpoint's tensors say it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _V3 = dict(n_expert_groups=8, n_limited_groups=4, route_scale=2.5)
@@ -43,3 +43,17 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp_text": _NORMED,
     "muse_spark_text": dict(norm_eps=1e-5),
 }
+
+
+def left_out(model_types: Iterable[str], n_experts: Any) -> dict[str, Any]:
+    """The defaults of the first of these model types that has any; no groups where a class cannot have that many.
+
+    A group's score is the sum of its two best: the class itself fails where a group would have fewer.
+
+    >>> left_out(["mistral4", "mixtral"], 8), left_out(["deepseek_v3"], 8)
+    ({'norm_topk_prob': True}, {'route_scale': 2.5})
+    """
+    found = dict(next((DEFAULTS[kind] for kind in model_types if kind in DEFAULTS), {}))
+    if isinstance(n_experts, int) and "n_expert_groups" in found and n_experts < 2 * found["n_expert_groups"]:
+        del found["n_expert_groups"], found["n_limited_groups"]
+    return found

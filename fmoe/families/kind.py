@@ -12,7 +12,7 @@ from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import in_out, matrix, seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
-from fmoe.families.defaults import DEFAULTS
+from fmoe.families.defaults import left_out
 from fmoe.families.router import spoken, unheard, unsaid
 from fmoe.families.sparse import ANY
 from fmoe.folding import meant
@@ -154,8 +154,8 @@ class Family:
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them; of what it leaves out, Transformers' defaults."""
         said = {f: next(_said(config, names), None) for f, names in self.fields.items()}
-        left_out = DEFAULTS.get(str(config.get("model_type")), DEFAULTS.get(self.model_types[0], {}))
-        return {**self.fixed, **left_out} | {f: value for f, value in said.items() if value is not None}
+        kinds = str(config.get("model_type")), self.model_types[0]
+        return {**self.fixed, **left_out(kinds, said.get("n_routed_experts"))} | {f: value for f, value in said.items() if value is not None}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
         missing = [
