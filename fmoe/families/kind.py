@@ -154,8 +154,8 @@ class Family:
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them; of what it leaves out, Transformers' defaults."""
         said = {f: next(_said(config, names), None) for f, names in self.fields.items()}
-        kinds = str(config.get("model_type")), self.model_types[0]
-        return {**self.fixed, **left_out(kinds, said.get("n_routed_experts"))} | {f: value for f, value in said.items() if value is not None}
+        kinds, E = (str(config.get("model_type")), self.model_types[0]), said.get("n_routed_experts")
+        return {**self.fixed, **left_out(kinds, E)} | {f: value for f, value in said.items() if value is not None}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
         missing = [
