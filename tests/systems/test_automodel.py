@@ -1,4 +1,4 @@
-"""x"""
+"""Automodel's own names: what its loader looks up, of ten families, and back; by hand and through the integration."""
 
 import pytest
 import torch
