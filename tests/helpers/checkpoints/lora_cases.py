@@ -18,7 +18,7 @@ PREFIX = "base_model.model.model."
 
 def sized(name: str, E: int, D: int, I: int, **_: int) -> dict[str, Any]:
     """A config that says these sizes under the family's own names."""
-    fields, sizes = FAMILIES[name].fields, dict(n_routed_experts=E, dim=D, moe_inter_dim=I, n_activated_experts=1)
+    fields, sizes = FAMILIES[name].fields, dict(n_routed_experts=E, dim=D, moe_inter_dim=I, n_activated_experts=2)
     sizes |= {"moe_latent_size": D} if FAMILIES[name].fixed.get("latent_norm") else {}
     said = {fields[f].split()[0]: n for f, n in sizes.items() if f in fields}
     return {f.partition(".")[0]: [n, n] if "." in f else n for f, n in said.items()}
