@@ -102,7 +102,7 @@ class Quantised:
         if not self.flipped:
             tails += tuple(t.partition("}")[2] for t in parts)
         found = any(template.endswith(tails) for template in names.rows)
-        if found and "{S}.scale" in parts and not self.flipped:  # which may be another word
+        if found and {"{S}.scale", "{X}.scale"} & parts and not self.flipped:  # which may be another word
             found = list(renamed(names, self.formats, self.fresh)) != names.names
         return replace(self, declared=found)
 

@@ -11,7 +11,8 @@ from fmoe.families import FAMILIES
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "qwen3_5_moe", "step3p5", "nemotron_h"])
 def test_panels_are_the_layouts_that_the_rules_name(name):
     """The sizes of every panel are one layer's: as many numbers on disk as natively."""
-    config = {"model_type": name} | {f: 4 for names in FAMILIES[name].fields.values() for f in names.split()[:1]}
+    said = {field: names.split()[0] for field, names in FAMILIES[name].fields.items()}
+    config = {"model_type": name} | {n: True if getattr(fmoe.MoEConfig, f, 4) is False else 4 for f, n in said.items()}
     config |= {FAMILIES[name].fields["n_activated_experts"].split()[0]: 1}
     try:
         adapter = fmoe.adapter(name, config)
