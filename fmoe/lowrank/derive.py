@@ -60,7 +60,7 @@ class Forms:
 
     per_expert: a matrix for each expert and projection; A of gate and up apart, `[e d g r]`. wrappers: what PEFT can
     wrap. no_peft: why it can wrap nothing. marked: whether Transformers' module says `is_transposed` where it is.
-    rank: that of all, where experts are not counted: PEFT has both in one dimension. grouped: B is `[out (e r)]`.
+    rank: of all, where experts are not counted. grouped: B is `[out (e r)]`. joined: gate and up are one file's matrix.
     """
 
     per_expert: tuple[Rule, ...] = ()
@@ -69,6 +69,7 @@ class Forms:
     marked: bool = True
     rank: int | None = None
     grouped: bool = False
+    joined: bool = False
 
     @property
     def nested(self) -> bool:
@@ -184,9 +185,8 @@ def _one_by_one(rules: Iterable[Rule]) -> Iterator[Rule]:
 
 
 def _wrapper(rule: Rule) -> Wrapper:
-    last = str(rule.source.parts[-1])
-    module = _end(rule.source.parts, "", drop="." + last.rpartition(".")[2])
-    return Wrapper(rule, module, last.rpartition(".")[2])
+    parameter = _last(rule.source.parts)
+    return Wrapper(rule, _end(rule.source.parts, "", drop=f".{parameter}"), parameter)
 
 
 def _takes_last(version: str, marked: bool) -> bool:

@@ -12,6 +12,7 @@ from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.plan import TablePlan
 from fmoe.lowrank.derive import NATIVE, Forms, part, shared
+from fmoe.lowrank.pairs import Pair
 from fmoe.types import AdapterError, Problem
 
 WRAPPED = "base_model.model."
@@ -22,11 +23,12 @@ _ASK = "pass target_parameters= as in its adapter_config.json, or load the direc
 
 
 class Job(NamedTuple):
-    """Names, and the entries that they go through. twins: one matrix A stands under the names of gate and of up."""
+    """Names, and the entries that they go through, those of a pair. twins: gate and up have one matrix A."""
 
     entries: tuple[Entry, ...]
     names: list[str]
     twins: bool = False
+    pair: Pair | None = None
 
 
 @dataclass
@@ -79,6 +81,10 @@ def sort_native(forms: Forms, mine: Names, specs: Specs, form: str | None, versi
         if own and plain:
             text = f"{own[0]!r} is [E, D, 2, r] and {plain[0]!r} is [E, D, r]: expected all of one kind"
             found.problems.append(Problem(text, (own[0], plain[0])))
+        if own and forms.joined:
+            text = f"{some(own)}: [E, D, 2, r], and files have gate and up in one matrix, with one A for both."
+            text += " Fix: fmoe.lora.lift(params) is exact with rank 2r"
+            found.problems.append(Problem(text, tuple(own)))
         rules = tuple(r.inverse if own else shared(r).inverse for r in forms.per_expert)
         jobs = [(rules, ours, not own)]
     else:
@@ -99,6 +105,22 @@ def sort_native(forms: Forms, mine: Names, specs: Specs, form: str | None, versi
         if lost := tuple(n for n in names if n not in known):
             found.problems.append(Problem(f"{some(lost)}: the family has no {found.form} form for it", lost))
         found.jobs += [Job(rules, [*known], has_twins)] if known else []
+    return found
+
+
+def sort_pairs(pairs: Iterable[Pair], found: Sorted, form: str | None, flipped: bool) -> Sorted:
+    """What is left, with the LoRA of matrices of gate and up in jobs of their own; of the form "apart" in none."""
+    for pair in pairs:
+        halves = pair.hit(Names(found.rest), True)
+        joined = halves if flipped else pair.hit(Names(found.rest), False)
+        if not flipped and joined and halves:
+            text = f"two forms of LoRA at once: {joined[0]!r} is of gate and up together, {halves[0]!r} of one"
+            found.problems.append(Problem(text, (joined[0], halves[0])))
+        elif joined and form != "apart":
+            found.jobs.append(Job(pair.rules(flipped)[:2], joined, pair=pair))
+            found.rest = [n for n in found.rest if n not in {*joined}]
+        elif halves:
+            found.form = "apart"
     return found
 
 

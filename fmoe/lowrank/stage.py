@@ -22,7 +22,8 @@ from fmoe.layout.spelled.alias import Alias
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.derive import CURRENT, Forms, derive, shared
-from fmoe.lowrank.sorting import Job, Sorted, paired, sort_files, sort_native, twins
+from fmoe.lowrank.pairs import Pair, pairs_of
+from fmoe.lowrank.sorting import Job, Sorted, paired, sort_files, sort_native, sort_pairs, twins
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, bits
 
@@ -66,7 +67,7 @@ def carry(
     for stage in stages:
         if isinstance(stage, Table):
             forms = derive(stage.entries, why, marked=not types & UNMARKED)
-            forms = replace(forms, rank=lora_r)
+            forms = replace(forms, rank=lora_r, joined=any(s.pairs for s in made if isinstance(s, LoraTable)))
             forms.peft(peft_version or CURRENT, "both")
             stage = LoraTable(stage.entries, forms, version=peft_version or CURRENT, targets=targets)
         made.append(stage)
@@ -105,6 +106,10 @@ class LoraTable(Table):
     flipped: bool = False
     heard: bool = field(default=False, compare=False, repr=False, kw_only=True)
 
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        return pairs_of(super().inverse.entries if self.flipped else self.entries)
+
     @property
     def inverse(self) -> "LoraTable":
         return replace(self, entries=super().inverse.entries, flipped=not self.flipped)
@@ -122,7 +127,7 @@ class LoraTable(Table):
     def choices(self) -> dict[str, tuple[str, ...]]:
         known = FORMS if self.forms.wrappers else FORMS[1:]
         found = super().choices() | ({"lora": known} if self.form is None and self.forms.per_expert else {})
-        apart = any(shared(rule) != rule for rule in self.forms.per_expert)
+        apart = not self.forms.joined and any(shared(rule) != rule for rule in self.forms.per_expert)
         return found | ({"lora_A": ("shared", "separate")} if self.shared is None and apart else {})
 
     def choose(self, choices: Mapping[str, Any]) -> "LoraTable":
@@ -181,6 +186,7 @@ class LoraTable(Table):
         mine, others = _apart(names)
         found = self._sorted(mine, {}) if mine.names else Sorted()
         made = [n for job in found.jobs for n in Table(job.entries).rename(Names(job.names))]
+        made += [n for j in found.jobs if j.pair for n in j.pair.seconds(Names(j.names), self.flipped)]
         return super().rename(others) + made + found.rest
 
     def claimed(self, names: Names) -> list[str]:
@@ -201,8 +207,10 @@ class LoraTable(Table):
 
     def _sorted(self, mine: Names, specs: Specs) -> Sorted:
         if self.flipped:
-            return sort_native(self.forms, mine, specs, self.form, self.version)
-        return sort_files(self.forms, mine, self.form, self.version, self.targets)
+            found = sort_native(self.forms, mine, specs, self.form, self.version)
+        else:
+            found = sort_files(self.forms, mine, self.form, self.version, self.targets)
+        return sort_pairs(self.pairs, found, self.form, self.flipped)
 
     def _rest(self) -> tuple[Entry, ...]:
         """What keeps LoRA tensors that are no expert's: beside the rules, so that what looks like one is refused."""
@@ -211,7 +219,12 @@ class LoraTable(Table):
 
     def _planned(self, job: Job, specs: Specs, window: Window, local: frozenset[str]) -> TablePlan:
         """A job's plan. With one A for gate and up, the tensor under up's name is an alias of that under gate's."""
-        plan = plan_table(job.entries, specs, Names(job.names), window, local, self.guards)
+        again = job.pair.aliases(Names(job.names), self.flipped) if job.pair else []
+        names = [n for n in job.names if n not in {a.name for a in again}]
+        plan = plan_table(job.entries, specs, Names(names), window, local, self.guards)
+        if job.pair:
+            more = {a.name: plan.targets[a.of] for a in again if a.flipped and a.of in plan.targets}
+            return replace(plan, aliases=tuple(again), targets=plan.targets | more)
         if not job.twins or not self.flipped and self.shared is False:
             return plan
         if self.flipped:
@@ -230,11 +243,6 @@ class LoraTable(Table):
 def _apart(names: Names) -> tuple[Names, Names]:
     """LoRA names, and all others."""
     mine = {n for template, rows in names.rows.items() if is_lora(template) for n in rows.names}
-    return (
-        (Names([]), names)
-        if not mine
-        else (
-            Names([n for n in names.names if n in mine]),
-            Names([n for n in names.names if n not in mine]),
-        )
-    )
+    if not mine:
+        return Names([]), names
+    return Names([n for n in names.names if n in mine]), Names([n for n in names.names if n not in mine])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_cases import SIZES, adapter_of, native, stems
+from lora_cases import SIZES, adapter_of, kinds, native
 from safetensors.torch import load_file
 
 import fmoe
@@ -27,7 +27,7 @@ def zeros(tuned) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scales_of_every_family_say_how_its_activation_reads_b(name, tmp_path):
-    for apart in (True, False)[not stems(name)[0][1] :]:
+    for apart in kinds(name):
         lora = {n: t for n, t in native(name, apart=apart).items() if "self_attn" not in n}
         fmoe.lora.save(lora, tmp_path / str(apart), adapter_of(name, lora="per-expert"), lora_alpha=2 * r)
         tuned = fmoe.lora.load(tmp_path / str(apart), adapter_of(name))

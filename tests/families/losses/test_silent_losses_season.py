@@ -122,14 +122,14 @@ def codes_beside_the_experts_of_glm_5(tmp_path) -> None:
 def biases_of_hunyuan_image(tmp_path) -> None:
     sizes = dict(num_experts=2, moe_topk=1, hidden_size=5, moe_intermediate_size=3)
     adapter = fmoe.adapter("hunyuan_image_3_moe", sizes)
-    parts = {"gate_and_up_proj": torch.ones(6, 5), "down_proj": torch.ones(5, 3)}
-    tensors = {f"{HEAD}{e}.{n}.weight": t for e in range(2) for n, t in parts.items()}
+    shapes = dict(gate_and_up_proj=(6, 5), down_proj=(5, 3))
+    tensors = {f"{HEAD}{e}.{n}.weight": torch.ones(s) for e in range(2) for n, s in shapes.items()}
     tensors |= {f"{tower}.x.weight": torch.ones(2) for tower in ("vae", "vision_model", "vision_aligner")}
     same(adapter.to_hf(adapter.from_hf(tensors)), tensors)
-    for n, t in parts.items():
+    for n, (o, _) in shapes.items():
         key = f"{HEAD}1.{n}.bias"
         with refused(key):
-            adapter.from_hf(tensors | {key: torch.ones(len(t))})
+            adapter.from_hf(tensors | {key: torch.ones(o)})
 
 
 @case("3.9")

@@ -33,6 +33,11 @@ def forms(name: str) -> list[str]:
     return ["peft", "per-expert"] if table_of(adapter_of(name)).forms.wrappers else ["per-expert"]
 
 
+def kinds(name: str) -> tuple[bool, ...]:
+    """Whether gate and up have matrices A of their own: where files hold both as one matrix they have not."""
+    return (False, True) if "lora_A" in table_of(adapter_of(name)).choices() else (False,)
+
+
 @cache
 def stems(name: str, form: str = "per-expert") -> tuple[tuple[str, bool], ...]:
     """The native prefixes that a form of a family's LoRA matrices goes to, for layer 3; and whether they are gated."""
