@@ -21,7 +21,7 @@ from fmoe.systems.wording.stages import Fill, Stateless
 from fmoe.types import TensorSpec
 
 LAYER = "{pre}layers.{l}."
-TEXT = "{p=layers|embed_tokens|norm}.{rest}"
+TOP = {"embed.{rest}": "model.embed_tokens.{rest}", "head.{rest}": "lm_head.{rest}"}
 
 
 def qwen3_omni_moe(facts: Facts) -> Adapter:
@@ -120,6 +120,38 @@ def minimax_m3(facts: Facts) -> Adapter:
     return joined(pairs("", "", strip | towers), [rest()]) >> made
 
 
+def deepseek_v4(facts: Facts) -> Adapter:
+    """The indexer inside the compressor, and the draft's stages as layers."""
+    parts = "{p=wq_a|wq_b|wkv|wo_a|wo_b|q_norm|kv_norm}.{rest}"
+    layer = {
+        "attn.attn_sink": "self_attn.sinks_param.weight",
+        "attn." + parts: "self_attn." + parts,
+        "attn.indexer.{p=wq_b|weights_proj}.{rest}": "self_attn.compressor.indexer.{p=wq_b|weights_proj}.{rest}",
+        "{p=attn_norm|ffn_norm}.weight": "{p=input_layernorm|post_attention_layernorm}.weight",
+        "hc_{m=attn|ffn}_{p=fn|base|scale}": "{m=attn|ffn}_hc.{p=fn|base|scale}",
+        "mlp.{rest}": "mlp.{rest}",
+    }
+    for here, there in {"attn.": "self_attn.compressor.", "attn.indexer.": "self_attn.compressor.indexer."}.items():
+        layer[here + "compressor.{p=wkv|wgate}.{rest}"] = there + "{p=wkv|wgate}.{rest}"
+        layer[here + "compressor.norm.weight"] = there + "kv_norm.weight"
+        layer[here + "compressor.ape"] = there + "ape_param.weight"
+    head = {"hc_head_{p=fn|base|scale}": "hc_head.hc_{p=fn|base|scale}", "norm.weight": "norm.weight"}
+    stage = "{p=e_proj|h_proj|enorm|hnorm}.{rest}"
+    return joined(
+        pairs("", "", TOP),
+        pairs("", "model.", head),
+        pairs("layers.{l}.", "model.layers.{l}.", layer),
+        pairs("mtp.{l}.", "mtp.layers.{l}.", layer | head | {stage: stage}),
+        [rest()],
+    )
+
+
+def deepseek_v41(facts: Facts) -> Adapter:
+    """The model's names below `model.`; the draft's (`mtp`) as on disk, where its adapter of its own looks."""
+    inside = ("{p=layers|norm|vision|aligner}.{rest}", "{p=image_start|image_end|image_newline}")
+    return joined(pairs("", "", TOP), pairs("", "model.", {name: name for name in inside}), [rest()])
+
+
 def gemma4(facts: Facts) -> Adapter:
     """The scale of each expert multiplied into its down matrix."""
     return Adapter((Folded(r"(.*\.moe\.)experts\.down_projs", r"\1gate.per_expert_scale"),))
@@ -184,9 +216,13 @@ automodel = System(
         minimax_m3_vl=minimax_m3,
         gemma4_text=gemma4,
         gemma4=gemma4,
+        deepseek_v4=deepseek_v4,
+        deepseek_v41=deepseek_v41,
+        deepseek_v41_text=deepseek_v41,
     ),
     native=True,
     container="safetensors",
-    verified="tensors made by hand after the research page, which was read off Automodel's adapters; not run",
+    verified="DeepSeek-V4, V4.1 and its draft by Automodel's own adapters, run beside ours; the others by tensors made "
+    "by hand after the research page, which was read off them",
     source="NeMo Automodel 0.5.0 and 0.7.0",
 )

@@ -176,6 +176,20 @@ def test_the_draft_of_deepseek_v41_has_experts_of_its_own_number():
         adapter.from_hf(missing)
 
 
+@pytest.mark.parametrize("pre", ["model.language_model.", "model."])
+def test_the_table_of_ngrams_of_qwen3_8_is_one_tensor_of_as_many_shards_as_its_config_says(pre):
+    at = pre + "layers.3.ple.ple_embedding.ngram_embedding."
+    shards = {f"{at}shard_{k}.weight": torch.randn(3, 2) for k in range(12)}  # 2 before 10
+    adapter = fmoe.adapter("qwen3_8_flash_next", dict(text_config=dict(split_ngram_parts=12)))
+    native = adapter.from_hf(shards)
+    assert native.keys() == {at + "weight"} and torch.equal(native[at + "weight"], torch.cat([*shards.values()]))
+    same(adapter.to_hf(native), shards)
+    assert len(fmoe.adapter("qwen3_8_flash_next").to_hf({at + "weight": torch.zeros(256, 2)})) == 128
+    del shards[at + "shard_11.weight"]  # the last: no other name shows that it was there
+    with pytest.raises(fmoe.AdapterError, match="shard_11.weight.*expected k < 12"):
+        adapter.from_hf(shards)
+
+
 def test_what_a_family_says_of_its_verification_is_what_these_tests_do():
     by_model = {hf.build(n).config.model_type for n in hf.MODELS} | {"step3p5"}
     assert not by_model & zoo.MODELS.keys()

@@ -10,6 +10,8 @@ import pytest
 from loader_cases import saved
 
 FAMILIES = ["qwen3_moe", "qwen3_5_moe", "deepseek_v3", "gpt_oss", "mixtral", "glm4_moe"]
+SCALES = ("weight_scale_inv", "projs_scale_inv", "weight_scale_mxfp8")
+"""Beside what it was decoded from, which alone goes back; the reference drops it."""
 LOADER = Path(__file__).parents[1] / "helpers" / "vendors" / "automodel_loader.py"
 
 
@@ -23,6 +25,11 @@ def test_L2_automodels_own_loader_fills_and_saves_every_family_through_views_of_
     run = subprocess.run(call, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
+    adapters = told.pop("adapters")  # of the reference, beside ours: the same names and numbers
+    assert adapters.keys() >= {"deepseek_v4", "deepseek_v41 in codes", "deepseek_v41's draft in codes"}
+    for case, found in adapters.items():
+        beside = [n for n in found["not"] if not (case.endswith("in codes") and n.endswith(SCALES))]
+        assert found["same"] > 10 and not beside, case
     for name, found in told.items():
         load, save = found["asked"]
         assert found["known"] and load["load"] is True and save["load"] is None

@@ -1,4 +1,7 @@
-"""Qwen3.5-MoE: experts fused [E, out, in] in the decoder; in MTP fused or one by one; both one by one in FP8."""
+"""Qwen3.5-MoE: experts fused [E, out, in] in the decoder; in MTP fused or one by one; both one by one in FP8.
+
+Qwen3.8-Flash-Next: its table of n-grams is one tensor natively, and on disk as many shards of rows as its config says.
+"""
 
 from dataclasses import replace
 
@@ -41,9 +44,13 @@ qwen3_5_moe = Family(
     verified="block",
 )
 
-qwen3_8_flash_next = replace(  # the shards of its table of n-grams pass as they are
+NGRAMS = "{pre}layers.{l}.ple.ple_embedding.ngram_embedding."
+
+qwen3_8_flash_next = replace(
     qwen3_5_moe,
     model_types=("qwen3_8_flash_next", "qwen3_8_flash_next_text"),
+    rules=rule(NGRAMS + "shard_{k}.weight [r w]", NGRAMS + "weight [(k r) w]", k=128) | qwen3_5_moe.rules,
+    sizes=dict(k="split_ngram_parts"),
     source="Qwen3.8-Flash-Next, as Automodel 0.7.0 reads it",
     verified="keys",
 )

@@ -1,4 +1,4 @@
-"""The names that Automodel's loader looks up, of ten families: published names, written down by hand."""
+"""The names that Automodel's loader looks up, of twelve families: published names, written down by hand."""
 
 import torch
 
@@ -160,5 +160,61 @@ ROWS = {
         model.language_model.norm.weight model.language_model.norm.weight
         """,
         "model.language_model.layers.1.moe.experts.",
+    ),
+    "deepseek_v4": (
+        SIZES | dict(n_routed_experts=E),
+        experts("layers.1.ffn.experts.", W123),
+        """
+        embed.weight model.embed_tokens.weight
+        norm.weight model.norm.weight
+        head.weight lm_head.weight
+        hc_head_fn model.hc_head.hc_fn
+        layers.0.attn_norm.weight model.layers.0.input_layernorm.weight
+        layers.0.ffn_norm.weight model.layers.0.post_attention_layernorm.weight
+        layers.0.hc_attn_base model.layers.0.attn_hc.base
+        layers.0.attn.attn_sink model.layers.0.self_attn.sinks_param.weight
+        layers.0.attn.kv_norm.weight model.layers.0.self_attn.kv_norm.weight
+        layers.0.attn.compressor.wgate.weight model.layers.0.self_attn.compressor.wgate.weight
+        layers.0.attn.compressor.norm.weight model.layers.0.self_attn.compressor.kv_norm.weight
+        layers.0.attn.compressor.ape model.layers.0.self_attn.compressor.ape_param.weight
+        layers.0.attn.indexer.wq_b.weight model.layers.0.self_attn.compressor.indexer.wq_b.weight
+        layers.0.attn.indexer.weights_proj.weight model.layers.0.self_attn.compressor.indexer.weights_proj.weight
+        layers.0.attn.indexer.compressor.wkv.weight model.layers.0.self_attn.compressor.indexer.wkv.weight
+        layers.0.attn.indexer.compressor.norm.weight model.layers.0.self_attn.compressor.indexer.kv_norm.weight
+        layers.0.attn.indexer.compressor.ape model.layers.0.self_attn.compressor.indexer.ape_param.weight
+        layers.0.ffn.gate.tid2eid model.layers.0.mlp.gate.tid2eid
+        layers.1.ffn.gate.bias model.layers.1.mlp.gate.e_score_correction_bias
+        layers.1.ffn.shared_experts.w2.weight model.layers.1.mlp.shared_experts.down_proj.weight
+        mtp.0.e_proj.weight mtp.layers.0.e_proj.weight
+        mtp.0.attn.wo_a.weight mtp.layers.0.self_attn.wo_a.weight
+        mtp.0.ffn.gate.bias mtp.layers.0.mlp.gate.e_score_correction_bias
+        mtp.0.hc_head_scale mtp.layers.0.hc_head.hc_scale
+        mtp.0.norm.weight mtp.layers.0.norm.weight
+        """,
+        "model.layers.1.mlp.experts.",
+    ),
+    "deepseek_v41": (
+        dict(text_config=SIZES | dict(n_routed_experts=E)),
+        experts("layers.1.ffn.experts.", W123),
+        """
+        embed.weight model.embed_tokens.weight
+        norm.weight model.norm.weight
+        head.weight lm_head.weight
+        image_start model.image_start
+        vision.blocks.0.attn.wqkv.bias model.vision.blocks.0.attn.wqkv.bias
+        aligner.w1.weight model.aligner.w1.weight
+        layers.0.attn.wq_a.weight model.layers.0.attn.wq_a.weight
+        layers.0.attn.attn_sink model.layers.0.attn.sinks_param.weight
+        layers.0.hc_ffn_scale model.layers.0.ffn_hc.scale
+        layers.1.engram.embed.weight model.layers.1.engram.embed.weight
+        layers.1.ffn.gate.weight model.layers.1.ffn.gate.weight
+        layers.1.ffn.gate.bias model.layers.1.ffn.gate.e_score_correction_bias
+        layers.1.ffn.gate.bias_vl model.layers.1.ffn.gate.bias_vl
+        layers.1.ffn.shared_experts.w3.weight model.layers.1.ffn.shared_experts.up_proj.weight
+        mtp.0.main_proj.weight mtp.0.main_proj.weight
+        mtp.0.hc_attn_fn mtp.0.attn_hc.fn
+        mtp.0.ffn.gate.bias mtp.0.ffn.gate.e_score_correction_bias
+        """,
+        "model.layers.1.ffn.experts.",
     ),
 }

@@ -1,5 +1,7 @@
 """In a process of its own: Automodel's published checkpoint loader fills models through fmoe's adapter, and saves them.
 
+Its own adapters are compared with ours beside that, see `automodel_adapters.py`.
+
 python automodel_loader.py WHERE DIRECTORY ...    # prints one JSON object, of what has become of each
 """
 
@@ -12,6 +14,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from automodel_adapters import compared
 from nemo_automodel.components.checkpoint import state_dict_adapter
 from nemo_automodel.components.checkpoint.checkpointing import Checkpointer
 from nemo_automodel.components.checkpoint.config import CheckpointingConfig
@@ -82,4 +85,5 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    print(json.dumps({Path(name).name: run(Path(name), folder / Path(name).name) for name in sys.argv[2:]}))
+    told = {Path(name).name: run(Path(name), folder / Path(name).name) for name in sys.argv[2:]}
+    print(json.dumps(told | {"adapters": compared()}))
