@@ -120,9 +120,9 @@ def gpt_oss(facts: Facts) -> Adapter:
         "self_attn.sinks": "attn.sinks",
         "mlp.router.{s=weight|bias}": "mlp.router.{s=weight|bias}",
         "mlp.experts.gate_up_proj [e d u]": "mlp.experts.w13_weight [e u d]",
-        "mlp.experts.gate_up_proj_bias": "mlp.experts.w13_bias",
+        "mlp.experts.gate_up_proj_bias [e u]": "mlp.experts.w13_bias [e u]",
         "mlp.experts.down_proj [e i d]": "mlp.experts.w2_weight [e d i]",
-        "mlp.experts.down_proj_bias": "mlp.experts.w2_bias",
+        "mlp.experts.down_proj_bias [e d]": "mlp.experts.w2_bias [e d]",
     }
     top = {
         "model.embed_tokens.weight": "model.embedding.weight",

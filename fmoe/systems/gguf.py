@@ -79,12 +79,12 @@ def gpt_oss(facts: Facts) -> Adapter:
         "self_attn.sinks": "attn_sinks.weight",
         "mlp.router.{s=weight|bias}": "ffn_gate_inp.{s=weight|bias}",
         "mlp.experts.gate_up_proj_bias [e (i g)]": "ffn_{g=gate|up}_exps.bias [e i]",
-        "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
+        "mlp.experts.down_proj_bias [e d]": "ffn_down_exps.bias [e d]",
     }
     if facts.keep:
         names |= {
             "mlp.experts.gate_up_proj_packed [e (i g) b]": "ffn_{g=gate|up}_exps.weight [e i b]",
-            "mlp.experts.down_proj_packed": "ffn_down_exps.weight",
+            "mlp.experts.down_proj_packed [e d b]": "ffn_down_exps.weight [e d b]",
         }
     else:
         names |= {

@@ -17,7 +17,7 @@ NAMES = {
     "self_attn.sinks": "attn.sinks",
     "post_attention_layernorm.weight": "mlp.norm.scale",
     "mlp.router.{s=weight|bias}": "mlp.gate.{s=weight|bias}",
-    "mlp.experts.{p=gate_up_proj_bias|down_proj_bias}": "mlp.{p=mlp1_bias|mlp2_bias}",
+    "mlp.experts.{p=gate_up_proj_bias|down_proj_bias} [e u]": "mlp.{p=mlp1_bias|mlp2_bias} [e u]",
 }
 QKV = {
     "self_attn.{p=q|k|v}_proj.weight [p d]": "attn.qkv.weight [(q|k|v) d]",
@@ -28,7 +28,8 @@ PLAIN = {
     "mlp.experts.down_proj [e i d]": "mlp.mlp2_weight [e d i]",
 }
 MXFP4 = {
-    "mlp.experts.{p=gate_up_proj|down_proj}_{s=blocks|scales}": "mlp.{p=mlp1_weight|mlp2_weight}.{s=blocks|scales}"
+    f"mlp.experts.{{p=gate_up_proj|down_proj}}_{kind} {axes}": f"mlp.{{p=mlp1_weight|mlp2_weight}}.{kind} {axes}"
+    for kind, axes in (("blocks", "[e u n b]"), ("scales", "[e u n]"))
 }
 
 

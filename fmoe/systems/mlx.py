@@ -72,9 +72,9 @@ def gpt_oss(facts: Facts) -> Adapter:
         X + "gate_up_proj_blocks [e (i g) w]": X + "{g=gate_proj|up_proj}.weight [e i w]",
         X + "gate_up_proj_scales [e (i g) n]": X + "{g=gate_proj|up_proj}.scales [e i n]",
         X + "gate_up_proj_bias [e (i g)]": X + "{g=gate_proj|up_proj}.bias [e i]",
-        X + "down_proj_blocks": X + "down_proj.weight",
-        X + "down_proj_scales": X + "down_proj.scales",
-        X + "down_proj_bias": X + "down_proj.bias",
+        X + "down_proj_blocks [e d w]": X + "down_proj.weight [e d w]",
+        X + "down_proj_scales [e d n]": X + "down_proj.scales [e d n]",
+        X + "down_proj_bias [e d]": X + "down_proj.bias [e d]",
         "mlp.router.{s=weight|bias}": "mlp.router.{s=weight|bias}",
         "self_attn.sinks": "self_attn.sinks",
     }

@@ -95,7 +95,8 @@ def gpt_oss(facts: Facts) -> Adapter:
         "mlp.router.{s=weight|bias}": "moe.router.gate.{s=weight|bias}",
         "mlp.experts.gate_up_proj [e d u]": "moe.routed_experts.inner_experts.mlp1_weight_EGD [e u d]",
         "mlp.experts.down_proj [e i d]": "moe.routed_experts.inner_experts.mlp2_weight_EDF [e d i]",
-        "mlp.experts.{p=gate_up_proj|down_proj}_bias": "moe.routed_experts.inner_experts.{p=mlp1_bias_EG|mlp2_bias_ED}",
+        "mlp.experts.{p=gate_up_proj|down_proj}_bias [e u]": "moe.routed_experts.inner_experts"
+        ".{p=mlp1_bias_EG|mlp2_bias_ED} [e u]",
     }
     return joined(_top(facts), pairs(L, T, NORMS | attention)) >> _bias(facts)
 

@@ -159,6 +159,10 @@ def test_mxfp4_moves_as_it_is():
         there = adapter.from_hf(hf)
         back = adapter.to_hf(there)
         assert back.keys() == hf.keys() and all(torch.equal(back[n], t) for n, t in hf.items()), system
+        native = fmoe.adapter("gpt_oss", config, quantized="keep")
+        part = (adapter.inverse >> native).from_hf(there, e=range(2, 5))
+        want = native.from_hf(hf, e=range(2, 5))
+        assert part.keys() == want.keys() and all(torch.equal(part[n], t) for n, t in want.items()), system
         if system == "gguf":
             found = there["blk.0.ffn_down_exps.weight"].view(8, 32, 2, 17)
             assert torch.equal(found[..., 0], hf[L + "mlp.experts.down_proj_scales"])
