@@ -8,12 +8,14 @@ from typing import Any
 from fmoe.codecs.quantised import Quantised
 from fmoe.families import family
 from fmoe.families.kind import KEPT, as_dict
+from fmoe.families.known import class_of
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.planning import asked_as
 from fmoe.layout.table import Table
 from fmoe.systems.wording.complete import Complete
 from fmoe.systems.wording.facts import Facts
+from fmoe.systems.wording.known_names import KnownNames
 from fmoe.systems.wording.published import published
 from fmoe.types import AdapterError, brief
 
@@ -89,6 +91,7 @@ class System:
         kind = family(model_type)
         made = kind.adapter(config, **{n: v for n, v in choices.items() if n != "lossy"})
         facts = Facts(self.name, kind, as_dict(config), choices)
+        made = made >> Adapter((KnownNames(model_type, class_of(facts.config)),))
         return made >> _whole(self.tables[model_type](facts)) if model_type in self.tables else made
 
     def _chosen(self, choices: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,10 @@ from automodel_names import GATED, ROWS, W123, D, E, I, drawn
 from torch import cat, stack
 
 import fmoe
+from fmoe.families.known import known
 from fmoe.integrations import automodel
+from fmoe.layout.names import Names
+from fmoe.systems.wording.known_names import KnownNames
 
 
 def row(config, hf, names, at):
@@ -102,3 +105,19 @@ def test_the_talker_of_qwen3_omni_is_refused_unless_lossy():
     config = {"model_type": "qwen3_omni_moe"} | FAMILIES["qwen3_omni_moe"][0]
     lossy = fmoe.adapter("qwen3_omni_moe", config, system="automodel", lossy=True)
     assert "talker.x" not in lossy.from_hf(hf)
+
+
+@pytest.mark.parametrize("model_type", known())
+def test_a_name_that_the_class_has_not_is_refused_and_all_of_its_own_pass(model_type):
+    entry, spec = known()[model_type], fmoe.TensorSpec((1,), torch.float32)
+    (stage,) = (s for s in fmoe.adapter(model_type, system="automodel").stages if isinstance(s, KnownNames))
+    for form in entry["forms"]:
+        names = {*form["root"]} | {f"{form['stem']}layers.1.{n}" for n in form["others"]}
+        names |= {f"{at}.1.{n}" for at, groups in form["stacks"].items() for sets in groups for s in sets for n in s}
+        names |= {n + "_scale_inv" for n in names} | {"mtp.fc.weight", "model.layers.9.enorm.weight"}
+        specs = dict.fromkeys(names, spec)
+        assert stage.plan(specs, Names(specs), {}, frozenset()).targets == specs
+        for odd in ("something", f"{form['stem']}layers.1.something.weight"):
+            more = {**specs, odd: spec}
+            with pytest.raises(fmoe.AdapterError, match=f"{odd}'.*{entry['class']}"):
+                stage.plan(more, Names(more), {}, frozenset())
