@@ -11,6 +11,9 @@ from directories import files
 from killed import JOURNAL, command, lay
 from processes import Started, calls, start
 
+ON_DISK = True
+"""Unlike its neighbours, this file writes to a real disk."""
+
 
 def stopped(run: Started) -> None:
     for _ in range(1000):
