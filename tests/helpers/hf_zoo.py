@@ -193,6 +193,8 @@ MODELS |= {
 LATER = {name for name, entry in MODELS.items() if entry[0] not in THERE}
 MODELS = {name: entry for name, entry in MODELS.items() if name not in LATER}
 """Of this Transformers: some models came with its last releases."""
+BORROWED = ("sarvam_mla", "sarvam_moe")
+"""Model types that Transformers builds with a class of another."""
 
 
 def build(name: str, seed: int = 0) -> Any:

@@ -72,6 +72,4 @@ mimo_v2 = replace(  # QKV of attention, fused and quantised shard by shard, is p
     verified="keys",
 )
 
-sarvam_mla = replace(
-    deepseek_v3, model_types=("sarvam_mla",), source="the class sarvam_mla of Transformers 5.24", verified="keys"
-)
+sarvam_mla = replace(deepseek_v3, model_types=("sarvam_mla",), source="the class sarvam_mla of Transformers 5.24")

@@ -105,6 +105,7 @@ sarvam_moe = replace(  # Bailing's names: `mlp.gate.expert_bias`, `word_embeddin
     model_types=("sarvam_moe",),
     fields=ling_v2.fields | dict(n_routed_experts="num_experts n_routed_experts"),
     source="the class sarvam_moe of Transformers 5.24",
+    verified="block",
 )
 
 kolibri1 = replace(
