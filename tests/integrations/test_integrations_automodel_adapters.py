@@ -14,7 +14,7 @@ import fmoe
 from fmoe.integrations import automodel
 from fmoe.testing import same
 
-THEIRS = Path(__file__).parents[1] / "helpers" / "vendors" / "automodel_adapters.py"
+THEIRS = Path(__file__).parents[1] / "helpers" / "vendors" / "automodel_made.py"
 SIZES = dict(num_experts=4, num_experts_per_tok=1, hidden_size=5, moe_intermediate_size=3)
 QWEN = ("qwen3_moe", "Qwen3MoeStateDictAdapter", dict(num_hidden_layers=1), (4, 5, 3))
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
