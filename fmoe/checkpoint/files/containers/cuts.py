@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fmoe.families import family
+from fmoe.families.kind import as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import rule, table
 from fmoe.layout.claims import some
@@ -28,6 +30,8 @@ EITHER = {
     r".*\.eh_proj\.weight": ("hidden_size",),
 }
 """Cut by rows, or whole on every rank, as the run's layers are; the config says how many rows that is."""
+EXPERTS = r".*\.experts\.(local_experts\.\d+\.)?linear_fc([12])\.(weight|bias)\d*"
+"""Cut like other layers, or, with an expert-tensor-parallel size of 1, whole on the rank that has the expert."""
 _NUMBERS = re.compile(r"(?<=\.layers\.)\d+|(?<=weight)\d+$|(?<=bias)\d+$|(?<=local_experts\.)\d+")
 
 
@@ -36,6 +40,9 @@ def replicated(name: str, spec: TensorSpec, config: Mapping[str, Any]) -> bool:
     for pattern, fields in EITHER.items():
         if re.fullmatch(pattern, name):
             return spec.shape[:1] == (sum(int(config.get(field) or 0) for field in fields),)
+    if (expert := re.fullmatch(EXPERTS, name)) and (expert[2], expert[3]) != ("2", "bias"):
+        inner = family(str(config.get("model_type"))).values(as_dict(config)).get("moe_inter_dim")
+        return inner is not None and (2 * inner == spec.shape[0] if expert[2] == "1" else inner == spec.shape[1])
     return bool(re.fullmatch(WHOLE, name))
 
 

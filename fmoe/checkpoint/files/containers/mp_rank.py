@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,9 @@ def open_mp_rank(path: Path, config: dict[str, Any]) -> Foreign:
     states = {name: _chunks(saved) for name, saved in found.items()}
     places = _places(home, states)
     parts = list(_parts(found, states, places))
+    cut = lambda p: re.fullmatch(cuts.EXPERTS, p.name) and not cuts.replicated(p.name, p.held.spec, config)
+    if (lost := _lost(places)) and any(map(cut, parts)):
+        raise AdapterError(_missing(home, places, lost))
     return _opened(home, config, found, parts, 1 + max(t for t, _, _ in places.values()))
 
 
@@ -98,7 +102,10 @@ def _chunks(saved: Saved) -> list[dict[str, Any]]:
 
 
 def _places(home: Path, states: dict[str, list[dict[str, Any]]]) -> dict[str, Place]:
-    """The ranks of each file. A second number is the pipeline's, but where every file has the model's both ends."""
+    """The ranks of each file. A second number is the pipeline's, but where every file has the model's both ends.
+
+    Where experts are spread over tensor ranks, there is a file for every tensor and every expert rank, not for pairs.
+    """
     numbers = {n: [int(i) for i in found.groups() if i] for n in states if (found := _RANK.match(n))}
     if len({len(n) for n in numbers.values()}) > 1:
         raise AdapterError(f"{home}: {some(list(numbers))}: ranks of one run have as many numbers each")
@@ -107,14 +114,32 @@ def _places(home: Path, states: dict[str, list[dict[str, Any]]]) -> dict[str, Pl
     for name, (t, *more) in numbers.items():
         p, e = (more if len(more) == 2 else [0, *more] if whole else [*more, 0]) if more else (0, 0)
         made[name] = (t, p, e)
-    sizes = [1 + max(place[i] for place in made.values()) for i in range(3)]
-    there = set(made.values())
-    if sizes[0] * sizes[1] * sizes[2] > 100_000 or (
-        lost := [at for at in product(*map(range, sizes)) if at not in there]
-    ):
-        told = "many" if sizes[0] * sizes[1] * sizes[2] > 100_000 else some([f"mp_rank {at}" for at in lost])
-        raise AdapterError(f"{home}: missing {told} of (tensor, pipeline, expert) ranks {tuple(sizes)}")
+    every = lambda i, j: len({(at[i], at[j]) for at in made.values()}) == prod(_sizes(made)[k] for k in (i, j))
+    if prod(_sizes(made)) > 100_000 or not every(0, 1) or not every(1, 2):
+        raise AdapterError(_missing(home, made, _lost(made)))
     return made
+
+
+def _sizes(places: dict[str, Place]) -> Place:
+    t, p, e = (1 + max(place[i] for place in places.values()) for i in range(3))
+    return t, p, e
+
+
+def _lost(places: dict[str, Place]) -> list[Place]:
+    """The ranks of the whole grid that have no file."""
+    sizes, there = _sizes(places), set(places.values())
+    return (
+        [(t, p, e) for t, p, e in product(*map(range, sizes)) if (t, p, e) not in there]
+        if prod(sizes) <= 100_000
+        else []
+    )
+
+
+def _missing(home: Path, places: dict[str, Place], lost: list[Place]) -> str:
+    pairs = {(at[i], at[j], i) for at in places.values() for i, j in ((0, 1), (1, 2))}
+    none = [at for at in lost if (at[0], at[1], 0) not in pairs or (at[1], at[2], 1) not in pairs]  # of no file at all
+    told = some([f"mp_rank {at}" for at in none or lost]) if lost else "many"
+    return f"{home}: missing {told} of (tensor, pipeline, expert) ranks {_sizes(places)}"
 
 
 def _parts(
