@@ -33,7 +33,7 @@ from fmoe.checkpoint.stream.engine import LIMIT, Engine
 from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
 from fmoe.checkpoint.whole import narrowed, no_part
-from fmoe.codecs.cast import CastExperts
+from fmoe.codecs.cast import CastExperts, not_cast
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs
@@ -68,6 +68,10 @@ def convert_between(
         if "dtype" in choices:
             plain = {n: v for n, v in choices.items() if n not in ranges and n != "dtype"}
             _told(plan, adapters(source, here, to, lossy, **plain)[1].plan(source.specs), choices["dtype"], to)
+    cast: list[str] = []
+    if "dtype" in choices:
+        what = "experts are" if to == "native" or to in SYSTEMS and SYSTEMS[to].native else "what was quantised is"
+        cast = not_cast(plan.targets, choices["dtype"], source.config, to, what)
     wider: Collection[str] = ()
     if model is not None and (wider := model.wider(plan.targets)):
         there = there >> Adapter((CastExperts(torch.float32, wider),))
@@ -101,7 +105,7 @@ def convert_between(
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(made), adapter, len(layout.heads),
         lost=(*_lost(plan), *(p.text for p in missing.problems)),
-        notes=(*missing.notes, *_notes(source, to, made, model, wider), *_stay(source, along), *former),
+        notes=(*missing.notes, *cast, *_notes(source, to, made, model, wider), *_stay(source, along), *former),
         sides=_sides(source, here, to, layout, made))  # fmt: skip
     if dry_run:
         return report

@@ -139,11 +139,11 @@ def convert(
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
     if config is not None:
         others["config.json"] = json.dumps(source.config, indent=2, default=str).encode() + b"\n"
+    if "dtype" in how and crossing is None and source.config:
+        notes += not_cast(plan.targets, how["dtype"], source.config, to)
     if to != "native" and source.config:
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
-        if "dtype" in how and crossing is None:
-            notes += not_cast(plan.targets, how["dtype"], config)
         if crossing or agreed != config:
             others["config.json"] = json.dumps(agreed, indent=2, default=str).encode() + b"\n"
         if quantization_of(agreed) is None and QUANT in others:

@@ -71,8 +71,12 @@ def _said(config: Mapping[str, Any]) -> torch.dtype | None:
     return as_dtype(said) if said else None
 
 
-def not_cast(specs: Specs, dtype: Any, config: Mapping[str, Any]) -> list[str]:
+def not_cast(
+    specs: Specs, dtype: Any, config: Mapping[str, Any], to: str = "hf", what: str = "experts are"
+) -> list[str]:
     """A note on what is not in the dtype that experts were cast to, and that config.json says.
+
+    to: where else they went, which takes no cast=. what: what has that dtype there.
 
     >>> not_cast({"norm.weight": TensorSpec((2,), torch.float32)}, "bfloat16", {})
     ["experts are bfloat16, config.json says so, and 'norm.weight' stays as it was. Fix: cast='all' (--cast all)"]
@@ -84,8 +88,11 @@ def not_cast(specs: Specs, dtype: Any, config: Mapping[str, Any]) -> list[str]:
         str(as_dtype(dtype)).removeprefix("torch."),
         "stays as it was" if len(left) == 1 else "stay as they were",
     )
-    told = f"experts are {kind}, config.json says so, and {some(sorted(left))} {verb}"
-    return [f"{told}. Fix: cast='all' (--cast all)"]
+    rest = f"{some(sorted(left))} {verb}"
+    if to == "hf":
+        return [f"{what} {kind}, config.json says so, and {rest}. Fix: cast='all' (--cast all)"]
+    fix = f"convert to 'hf' with dtype={kind!r}, cast='all' (--cast all), and that to {to!r}"
+    return [f"{what} {kind}, and {rest}. Fix: {fix}"]
 
 
 def wider_than_said(specs: Specs, config: Mapping[str, Any]) -> list[str]:

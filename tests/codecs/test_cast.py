@@ -89,6 +89,10 @@ def test_a_conversion_casts_all_if_asked_and_else_names_what_is_not_what_its_con
     )
     assert "lm_head.weight" in next(n for n in some.notes if "cast='all'" in n)
     assert not any("cast='all'" in n for n in whole.notes)
+    for to in ("native", "automodel"):
+        notes = fmoe.convert(path, tmp_path / to, to, dtype="bfloat16", dry_run=True).notes
+        (note,) = (n for n in notes if f"cast='all' (--cast all), and that to {to!r}" in n)
+        assert "experts are bfloat16, and " in note and "lm_head.weight" in note
     before, after = (
         {n: t for f in p.glob("*.safetensors") for n, t in load_file(f).items()} for p in (path, tmp_path / "whole")
     )
