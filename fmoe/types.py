@@ -201,7 +201,8 @@ class MoEConfig:
         for name in (*"gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter".split(), *LIMITS):
             if not (isinstance(v := getattr(self, name) or 0, int | float) and (v >= 0 or v < 0 and "limit" in name)):
                 raise ValueError(f"MoEConfig.{name} is {v!r}, expected a number{' from 0 on' * ('limit' not in name)}")
-        check_fields(self)
+        if not torch.compiler.is_compiling():  # inside a graph sizes are tensors'; torch 2.11 cannot trace this
+            check_fields(self)
         if (K := self.n_activated_experts) > (E := self.n_routed_experts):
             raise ValueError(f"MoEConfig.n_activated_experts is {K} with n_routed_experts={E}, expected E >= K={K}")
         for name in ("expert_activation", "shared_expert_activation"):
