@@ -67,17 +67,19 @@ def load(
     adapter = _casting(adapter, source, specs, cast, choices.get("dtype"))
     if source.native:
         whole(source, source.specs, specs, **choices)
+        adapter = adapter if "dtype" in choices else _as_stored(adapter, source, specs)
     stacks: dict[str, TensorSpec] = {}
     if device_mesh is not None:
         if ranges or out is not None:
             raise AdapterError(f"{', '.join(ranges) or 'out'}: the device mesh says what is this rank's")
         stacks, mine = experts_of_rank(adapter.plan(specs), device_mesh)
         ranges = {"e": mine} if stacks else {}
-    held = (source.origin or {}).get("ranges")
+    held = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
     if held and ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     if source.native:
-        plan = Plan((), source.specs) if held else adapter.plan(specs, **ranges)
+        part = adapter._plan(specs, held, frozenset(held)).targets if held else {}
+        plan = Plan((), part) if held else adapter.plan(specs, **ranges)
     else:
         plan = plan_from(source, adapter, **ranges)
         whole(source, plan.targets, **choices)
@@ -108,6 +110,19 @@ def _casting(adapter: Adapter, source: Checkpoint, specs: Specs, cast: str, dtyp
     if dtype is None:
         raise AdapterError("cast='all' says what to cast, and no dtype= says to which. Fix: dtype='bfloat16'")
     return adapter >> Adapter((CastExperts(as_dtype(dtype), names),))
+
+
+def _as_stored(adapter: Adapter, source: Checkpoint, specs: Specs) -> Adapter:
+    """The adapter, and after it the dtypes that a native directory's tensors lie in, where nobody asks for others."""
+    if all(spec.dtype.is_floating_point and spec.dtype.itemsize > 1 for spec in specs.values()):
+        return adapter  # nothing is decoded, so nothing gets another dtype
+    ranges = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
+    made = adapter._plan(specs, ranges, frozenset(ranges)).targets
+    other = [n for n, spec in source.specs.items() if n in made and made[n].dtype != spec.dtype]
+    for dtype in sorted({source.specs[n].dtype for n in other}, key=str):
+        names = frozenset(n for n in other if source.specs[n].dtype == dtype)
+        adapter = adapter >> Adapter((CastExperts(dtype, names),))
+    return adapter
 
 
 def inputs(source: Checkpoint, plan: Plan, names: list[str], maps: Maps | None) -> dict[str, Tensor]:

@@ -132,7 +132,8 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
             raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
         made = adapter_of(source, **choices)
         return made, made.inverse if source.native else made
-    how = {n: v for n, v in (made_with(source) | choices).items() if n in VALUES}
+    before = {n: v for n, v in made_with(source).items() if n != "dtype"}  # which is of the tensors as they lie there
+    how = {n: v for n, v in (before | choices).items() if n in VALUES}
     layout = {n: v for n, v in choices.items() if n not in how}
     quantize, cast = how.pop("quantize", None), how.pop("cast", "experts")
     if cast != "experts" and (source.native or to == "native" or layout or "dtype" not in how):

@@ -47,8 +47,11 @@ def gaps_of(
 
 
 def narrowed(model_type: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, range]:
-    """The ranges among choices, less those of all experts."""
+    """The ranges among choices, less those of all experts. Raises AdapterError for one of none: nothing reads that."""
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
+    if empty := [n for n, v in ranges.items() if not v]:
+        told = f"{empty[0]}={ranges[empty[0]]}: expected a range of one or more"
+        raise AdapterError(f"{told}, since a directory of none is no checkpoint. Fix: write nothing for it")
     kind = FAMILIES.get(model_type)
     count = kind.values(as_dict(config)).get("n_routed_experts") if kind else None
     return {n: v for n, v in ranges.items() if (n, v) != ("e", range(count or 0))}

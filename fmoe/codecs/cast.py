@@ -139,7 +139,8 @@ class CastExperts:
             raise AdapterError([Problem(text, odd)])
         targets = dict(specs) | {n: TensorSpec(specs[n].shape, self.dtype) for n in mine}
         cast = lambda params: {n: held(n, t, self.dtype) for n, t in params.items()}
-        return CodecPlan(targets, tuple(Changed([n], [n], cast, {n: 1}) for n in mine), str(self))
+        rows = lambda n: {n: 1 if specs[n].shape else 0}  # a scalar is made whole
+        return CodecPlan(targets, tuple(Changed([n], [n], cast, rows(n)) for n in mine), str(self))
 
     def choices(self) -> dict[str, tuple[str, ...]]:
         return {}

@@ -10,7 +10,7 @@ from typing import Any
 from fmoe.checkpoint.files.header import PICKLE, described
 from fmoe.checkpoint.files.strict import parse, short, too_long
 from fmoe.checkpoint.remote.address import Where
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, as_dtype
 
 # weight_map, metadata, index, bytes: of the source. headers: its files' headers that are not as fmoe writes them.
 # checksums: sha256 of the native directory's own files.
@@ -86,7 +86,8 @@ def origin_text(
 ) -> bytes:
     """`fmoe.json` of a native directory that was made from HF tensors in these files, by these choices."""
     ranges = {n: [v.start, v.stop] for n, v in choices.items() if isinstance(v, range)}
-    named = {n: v for n, v in choices.items() if isinstance(v, str) and n != "dtype"}
+    named = {n: v for n, v in choices.items() if isinstance(v, str)}
+    named |= {"dtype": str(as_dtype(choices["dtype"])).removeprefix("torch.")} if choices.get("dtype") else {}
     named |= OWN if "adapter" in choices else {}
     facts: dict[str, Any] = {"weight_map": dict(files), "metadata": dict(metadata), "index": index, "bytes": nbytes}
     more = {"headers": dict(headers), "choices": named, "ranges": ranges}

@@ -57,7 +57,8 @@ def opened(path: Path, flags: int) -> int:
     """A descriptor of the journal in this directory. Raises AdapterError where that name is no file; OSError."""
     journal = path / JOURNAL
     with suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.lstat(journal).st_mode):
+        found = os.lstat(journal)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:  # under another name it may be anybody's
             raise AdapterError(f"{journal} is a link, or no file: fmoe writes to nothing but a file there: remove it")
     return os.open(journal, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
