@@ -144,10 +144,12 @@ def plan_between(source: Checkpoint, to: str, there: Adapter, **ranges: range) -
     try:
         return plan_from(source, there, **ranges)
     except AdapterError as error:
-        if to not in SYSTEMS or not any(map(QUANTISED.search, error.keys)):
+        codes = lambda n: QUANTISED.search(n) or n.endswith(("_blocks", "_scales"))
+        if to not in SYSTEMS or not any(map(codes, error.keys)):
             raise
         how = (quantization_of(source.config) or {}).get("quant_method", "codes and scales")
         fix = f"Fix: fmoe convert {source.path} BF16 --to hf --dtype bfloat16, then BF16"
+        fix += ", or quantized='keep'" * (source.model_type in SYSTEMS[to].kept)
         found = f"{to}'s tables take decoded weights: found codes and scales, expected floats"
         text = f"{source.path} is quantised with {how}, and {found}. {fix}"
         raise AdapterError([Problem(text, error.keys)]) from None

@@ -8,6 +8,7 @@ import torch
 from codec_cases import CASES, config, made
 from hf import save
 from safetensors.torch import load_file
+from systems_zoo import model
 
 import fmoe
 from fmoe.codecs.config import FIELDS, coded, decoded
@@ -89,3 +90,17 @@ def test_what_decoded_moves_coded_puts_back(field):
 
 def says_any(told: dict) -> bool:
     return any(f in inside for f in FIELDS for inside in (told, told.get("text_config", {})))
+
+
+def test_mxfp4_for_a_table_of_numbers_says_how_it_becomes_some_and_where_it_may_stay(tmp_path):
+    told, tensors = model("gpt_oss")
+    for n in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        rows = tensors[n].shape[2]
+        parts = {f"{n}_blocks": torch.zeros(8, rows, 1, 16), f"{n}_scales": torch.zeros(8, rows, 1)}
+        tensors = {k: t for k, t in tensors.items() if k != n} | {k: t.to(torch.uint8) for k, t in parts.items()}
+    save(told | {"quantization_config": {"quant_method": "mxfp4"}}, tensors, tmp_path / "hf")
+    for to, end in (("torchtitan", "then BF16$"), ("gpt_oss_original", "then BF16, or quantized='keep'$")):
+        with pytest.raises(
+            fmoe.AdapterError, match=f"quantised with mxfp4, and {to}'s tables.*--dtype bfloat16, {end}"
+        ):
+            fmoe.convert(tmp_path / "hf", tmp_path / to, to=to)
