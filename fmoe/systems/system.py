@@ -11,6 +11,8 @@ from fmoe.families.kind import KEPT, as_dict
 from fmoe.families.known import class_of
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.entries import walk
+from fmoe.layout.notation import Rule
 from fmoe.layout.planning import asked_as
 from fmoe.layout.table import Table
 from fmoe.systems.wording.complete import Complete
@@ -91,8 +93,10 @@ class System:
         kind = family(model_type)
         made = kind.adapter(config, **{n: v for n, v in choices.items() if n != "lossy"})
         facts = Facts(self.name, kind, as_dict(config), choices)
-        made = made >> Adapter((KnownNames(model_type, class_of(facts.config)),))
-        return made >> _whole(self.tables[model_type](facts)) if model_type in self.tables else made
+        table = _whole(self.tables[model_type](facts)) if model_type in self.tables else Adapter()
+        entries = (e for s in table.stages if isinstance(s, Table) for e in walk(s.entries))
+        rules = tuple(e for e in entries if isinstance(e, Rule))
+        return made >> Adapter((KnownNames(model_type, class_of(facts.config), rules),)) >> table
 
     def _chosen(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         made = {n: options[0] if options else None for n, options in self.choices.items()}

@@ -7,7 +7,8 @@ from fmoe.codecs import CodecPlan
 from fmoe.families.known import NUMBERED, class_names, known
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
-from fmoe.layout.names import Names
+from fmoe.layout.names import Names, hits
+from fmoe.layout.notation import Rule
 from fmoe.systems.wording.stages import Stateless
 from fmoe.types import AdapterError, Problem
 
@@ -16,6 +17,7 @@ _BESIDE = re.compile(
     r"|(inv_freq|freqs_cis|_extra_state\w*)$"
 )
 """What Transformers' class may leave out: layers that predict further tokens, towers, what a model makes anew."""
+_SCALE = re.compile(r"_scale\w*$")
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class KnownNames(Stateless):
     """x <-> x, where every native name is of a module that the model type's class has.
 
     A class that is not known passes all, and so does a model that has hardly any of the class's names: another's.
-    architecture: the class that the config names, if any.
+    architecture: the class that the config names, if any. after: rules of what comes next: what one claims passes.
     """
 
     model_type: str
     architecture: str | None = None
+    after: tuple[Rule, ...] = ()
     lossless: bool = True
 
     @property
@@ -41,6 +44,10 @@ class KnownNames(Stateless):
             modules = _modules(inside)
             bare = tuple("." + m for m in _modules(set(tails)))
             odd = tuple(n for n in specs if not _BESIDE.search(n) and not _held(n, modules, bare))
+            plain = {n: _SCALE.sub("", n) for n in odd}
+            there = Names(list(dict.fromkeys(plain.values())))
+            next_ = {n for rule in self.after for _, _, rows in hits(rule, there) for n in rows.names}
+            odd = tuple(n for n in odd if plain[n] not in next_)
             if odd and 2 * len(odd) < len(specs):
                 text = f"{some(odd)}: no rule claims it, and {entry['class']} has no such parameter"
                 raise AdapterError([Problem(f"{text}. Fix: leave it out of what is converted", odd)])
