@@ -38,11 +38,12 @@ MODELS = {"qwen3_moe": qwen3_moe, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss
 FIRST = {s.container: s for s in reversed(SYSTEMS.values()) if s.knows("qwen3_moe")}.values()
 """Of each container one system."""
 ALL = {name: [s for s in SYSTEMS.values() if name == next(m for m in MODELS if s.knows(m))] for name in MODELS}
-CASES = [("qwen3_moe", FIRST)]
-CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in ALL.items()]  # a minute of every system's
+CASES = [("qwen3_moe", [s for s in FIRST if s.container == "orbax"])]
+"""What holds most, and was over it once; the others' containers go the same way, under `slow`."""
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3_moe", FIRST), *ALL.items())]  # a minute
 
 
-@pytest.mark.parametrize("name,systems", CASES, ids=["each container", *MODELS])
+@pytest.mark.parametrize("name,systems", CASES, ids=["orbax", "each container", *MODELS])
 def test_memory_is_bounded_whatever_the_container(name, systems, tmp_path):
     MODELS[name](tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -55,7 +56,7 @@ def test_memory_is_bounded_whatever_the_container(name, systems, tmp_path):
             specs = fmoe.adapter(name, config, system="gguf").plan(source.specs).targets
             write(tmp_path / "like.gguf", {n: torch.zeros(s.shape, dtype=s.dtype) for n, s in specs.items()})
             how["like"] = str(tmp_path / "like.gguf")
-        for choice in [{"scan": False}, {"scan": True}] if system.container == "orbax" else [{}]:
+        for choice in [{"scan": False}, {"scan": True}][len(systems) == 1 :] if system.container == "orbax" else [{}]:
             there = tmp_path / f"{system.name}{choice}"
             back = {"fsync": False, "to": "hf", "from_": system.name}
             jobs.append(("convert", tmp_path / "hf", there, how | choice))
