@@ -20,7 +20,7 @@ from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, views_of, w
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
-from fmoe.layout.planning import check_ranges, chosen_stages, plan_stages, resolve_stages
+from fmoe.layout.planning import check_cut, check_ranges, chosen_stages, plan_stages, resolve_stages
 from fmoe.layout.stage import Stage
 from fmoe.types import AdapterError, MoEConfig, Params
 
@@ -129,7 +129,7 @@ class Adapter:
     def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
         check_ranges(self.stages, window)
         stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
-        return plan_stages(stages, specs_of(values), window, local)
+        return check_cut(plan_stages(stages, specs_of(values), window, local), window.keys() - local)
 
     # eager
 

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from fmoe.layout.axes import Copy, Group
 from fmoe.layout.eager.html import table_of
+from fmoe.layout.entries import walk
 from fmoe.layout.grouping import Specs
+from fmoe.layout.names import Names, hits
+from fmoe.layout.notation import Rule
 from fmoe.layout.plan import TablePlan
 from fmoe.layout.proved.idle import idle
 from fmoe.layout.stage import Stage, StagePlan
@@ -124,6 +127,23 @@ class Plan:
         ['w.0', 'w.1']
         """
         return self._inputs(lambda group: axis in group.sizes)
+
+    def numbered(self, axis: str) -> set[str]:
+        """The inputs that are read whole whatever range of this axis is asked for: names number it on both sides.
+
+        >>> import fmoe, torch
+        >>> plan = fmoe.rule("w.{e} [d]", "v.{e} [d]").plan({"w.0": torch.ones(3), "w.1": torch.ones(3)})
+        >>> sorted(plan.numbered("e")), sorted(plan.numbered("d"))
+        (['w.0', 'w.1'], [])
+        """
+        found, into = set[str](), [self.specs, *(plan.targets for plan in self.stages)]
+        for k, stage in reversed(list(enumerate(self.made_of))):
+            found = {s for t in found for s in self._back[k].get(t, [])}
+            rules = [e for e in walk(getattr(stage, "entries", ())) if isinstance(e, Rule) and axis in e.shared]
+            names = Names(into[k]) if rules else Names(())
+            found |= {n for rule in rules for _, _, rows in hits(rule, names) for n in rows.names}
+            found |= {n for side in _sides(self.stages[k]) for n in side.numbered(axis)}
+        return (found & set(self.sources)) - self.touching(axis) if found else found
 
     def _inputs(self, choose: Callable[[Group], bool]) -> set[str]:
         found: set[str] = set()

@@ -115,6 +115,16 @@ def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
             raise AdapterError(f"{axis}={brief(asked)}: {told}")
 
 
+def check_cut(plan: Plan, asked: Collection[str]) -> Plan:
+    """The plan. Raises AdapterError where a range of these axes would leave tensors whole, numbered by their names."""
+    for axis in asked:
+        numbered = plan.numbered(axis)
+        if lost := tuple(n for n in plan.specs if n in numbered):
+            text = f"{some(lost)}: a range of {axis} is asked for, and names number it on both sides: nothing is cut"
+            raise AdapterError([Problem(f"{text}. Fix: pass the tensors of those numbers alone, and no range", lost)])
+    return plan
+
+
 def asked_as(name: str, asked: Any, axes: Collection[str]) -> str:
     """How one asks for what `name=asked` means, where that is a part of an axis but not said so; else "".
 

@@ -10,7 +10,7 @@ from fmoe.layer.block import block
 from fmoe.layer.recompute import recomputing
 from fmoe.losses import attach, load_balancing
 from fmoe.nn.experts import GroupedExperts
-from fmoe.nn.linear import Gate, LatentNorm, Linear, SharedExperts
+from fmoe.nn.linear import Gate, LatentNorm, Linear, SharedExperts, trained_dtype
 from fmoe.routing import routed_of, update_bias
 from fmoe.routing.usage import summed
 from fmoe.shapes import check_config, n_ranked, said
@@ -44,6 +44,7 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         check_config("MoE", config)
+        trained_dtype("MoE", config)
         self.config, c = config, config
         if c.router_norm or c.expert_norm_eps is not None:
             name = "router_norm" if c.router_norm else "expert_norm_eps"

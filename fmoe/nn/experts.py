@@ -10,6 +10,7 @@ from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher, all_gather, local
 from fmoe.layer.checks import AXES
 from fmoe.layer.experts import experts
+from fmoe.nn.linear import trained_dtype
 from fmoe.parallel import local_params
 from fmoe.shapes import check_config
 from fmoe.sharding import is_dtensor
@@ -52,7 +53,7 @@ class GroupedExperts(nn.Module):
         U = 2 * I if is_gated_activation(config.expert_activation) else I
         shapes = {"gate_and_up_projs": (E, D, U), "down_projs": (E, I, D)}
         biases = {"gate_up_proj_bias": (E, U), "down_proj_bias": (E, D)}
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else None
+        dtype = trained_dtype(type(self).__name__, config)
         made = lambda shape: nn.Parameter(torch.empty(shape, dtype=dtype))
         for name, sizes in shapes.items():
             for part, p in self._weight(name, *sizes, made).items():

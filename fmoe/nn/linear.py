@@ -15,6 +15,19 @@ from fmoe.shapes import n_ranked
 from fmoe.types import MoEConfig, as_dtype
 
 
+def trained_dtype(what: str, config: MoEConfig) -> torch.dtype:
+    """The dtype of a module's parameters. Raises ValueError for one that no gradient is of: integers, and FP8.
+
+    >>> trained_dtype("MoE", MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=4, moe_inter_dim=3, dtype="int8"))
+    Traceback (most recent call last):
+    ValueError: MoE: config.dtype is torch.int8, expected one that gradients take, such as bfloat16
+    """
+    dtype = as_dtype(config.dtype)
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise ValueError(f"{what}: config.dtype is {dtype}, expected one that gradients take, such as bfloat16")
+    return dtype
+
+
 class Linear(nn.Linear):
     """x @ weight^T + bias in x's dtype, whatever that of the parameters."""
 

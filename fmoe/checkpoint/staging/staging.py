@@ -58,6 +58,7 @@ class Staging:
         """
         self.sizes = {name: size for name, (_, size) in heads.items()}
         self.names = [*heads, *small]
+        self._no_folders()
         self.begun = True
         found = lines(self.path)
         os.write(self._journal, b"\n")  # what an interruption cut short ends here
@@ -149,6 +150,13 @@ class Staging:
             (self.path / JOURNAL).unlink(missing_ok=True)
         if self._fresh:
             _prune(self.path)
+
+    def _no_folders(self) -> None:
+        """Raises AdapterError where a folder has the name of a file to come: nothing is written over it."""
+        ours = [p for n in self.names for p in (self.path / n, self._part(n))]
+        for path in (*ours, *self.path.glob("*.safetensors.part")):
+            if path.is_dir() and not path.is_symlink():
+                raise AdapterError(f"{path} is a folder, expected no more than a file of that name: move it away")
 
     def _part(self, name: str) -> Path:
         return self.path / f"{name}.part"

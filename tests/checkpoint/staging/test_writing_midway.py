@@ -106,3 +106,17 @@ def test_a_source_that_cannot_be_read_just_now_can_be_gone_on_from(source, tmp_p
     assert (dst / JOURNAL).exists() and INDEX not in files(dst)
     assert convert(source, dst).resumed > 0
     assert files(dst) == expected(source)
+
+
+@pytest.mark.parametrize("name", ["config.json", "fmoe.json", "model.safetensors"])
+@pytest.mark.parametrize("end", ["", ".part"])
+def test_a_folder_where_a_file_is_to_come_is_refused_before_anything_is_written(name, end, source, tmp_path):
+    dst = tmp_path / "dst"
+    fmoe.convert(source, dst)
+    (dst / name).unlink() if not end else None
+    (dst / f"{name}{end}").mkdir()
+    (dst / f"{name}{end}" / "mine").write_text("mine")
+    before = files(dst)
+    with pytest.raises(AdapterError, match=f"{name}{end}"):
+        fmoe.convert(source, dst, force=True)
+    assert files(dst) == before
