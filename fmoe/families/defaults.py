@@ -41,7 +41,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": _NORMED,
     "qwen3_omni_moe_text": _NORMED,
     "qwen4_exp_text": _NORMED,
-    "muse_spark_text": dict(norm_eps=1e-5),
+    "muse_spark_text": dict(norm_eps=1e-5, logit_scale=0.1767766952966369),
 }
 
 

@@ -47,7 +47,8 @@ def _computes(tensor: Tensor) -> bool:
 def check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
     indices, weights, mask = routing
     every = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
-    all_tensors("experts", {name: t for name, t in every.items() if t is not None or name == "x"}, "")
+    given = {name: t for name, t in every.items() if t is not None}
+    all_tensors("experts", {"x": x, **given}, "")
     T, D = x.shape[0] if x.ndim else 0, config.expert_dim
     fits = {
         "x": x.ndim == 2 and x.shape[1] == D and _computes(x),
@@ -57,7 +58,6 @@ def check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
     }
     # a size that is told is a size that torch.compile holds fixed: so only what is wrong is told
     if wrong := [name for name, ok in fits.items() if not ok]:
-        found = {"x": x, "routing.indices": indices, "routing.weights": weights, "routing.mask": mask}
         expected = {
             "x": f"floating [T, D={D}]",
             "routing.indices": f"integer [T={T}, K]",
@@ -65,9 +65,8 @@ def check_tokens(x: Tensor, routing: Routing, config: MoEConfig) -> None:
             "routing.mask": f"bool [T={T}]",
         }
         raise ValueError(
-            "\n".join(f"experts: {name} is {_say(found[name])}, expected {expected[name]}" for name in wrong)
+            "\n".join(f"experts: {name} is {_say(every[name])}, expected {expected[name]}" for name in wrong)
         )
-    given = {"x": x} | {f"routing.{name}": t for name, t in routing._asdict().items() if t is not None}
     if strange := odd(given, x.device):
         raise ValueError("\n".join(f"experts: {told}" for told in strange))
 

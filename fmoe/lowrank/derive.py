@@ -38,20 +38,20 @@ class Wrapper:
 
     def rules(self, version: str, marked: bool, inner: bool, grouped: bool = False) -> tuple[Rule, Rule]:
         """Its A and B, as a version of PEFT lays them. inner: another wrapper is around it; grouped: see `Forms`."""
-        stem = _end(self.module, ".base_layer" if inner else "")
+        stem = ended(self.module, ".base_layer" if inner else "")
         (e,), first, last = self.weight.source.axes or ()
         one, other = (last, first) if _takes_last(version, marked) else (first, last)
         made, packed = [], (e, "r") if grouped else ("r", e)
         for name, dim, axes in (("A", one, ((e, "r"), one)), ("B", other, (other, packed))):
             matrix = "A" if set(dim) == set(_native_dims(self.weight)[0]) else "B"
-            made.append(_rule(self.weight, Address(_end(stem, f".lora_{name}.weight"), axes), matrix))
+            made.append(_rule(self.weight, Address(ended(stem, f".lora_{name}.weight"), axes), matrix))
         return made[0], made[1]
 
     def naming(self) -> Rule:
         """The name of its native matrix A <-> its own in Transformers' model."""
         bare = _last(self.weight.target.parts)
-        native = _end(self.weight.target.parts, f"{NATIVE[bare]}_A", drop=bare)
-        return Rule(Address(_anywhere(native)), Address(_anywhere(_end(self.module, f".{self.parameter}"))))
+        native = ended(self.weight.target.parts, f"{NATIVE[bare]}_A", drop=bare)
+        return Rule(Address(_anywhere(native)), Address(_anywhere(ended(self.module, f".{self.parameter}"))))
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def shared(rule: Rule) -> Rule:
     g = next((c for c in rule.source.captures.values() if c.name in rule.stacked and c.choices), None)
     if g is None or not _last(rule.target.parts).endswith("_A"):
         return rule
-    source = replace(rule.source, parts=_joined(g.choices[0] if p is g else p for p in rule.source.parts))
+    source = replace(rule.source, parts=merged(g.choices[0] if p is g else p for p in rule.source.parts))
     axes = tuple(dim for dim in rule.target.axes or () if dim != (g.name,))
     return Rule(source, replace(rule.target, axes=axes), tuple(b for b in rule.bounds if b[0] != g.name))
 
@@ -149,20 +149,20 @@ def _labelled(entries: Iterable[Entry], label: str = "") -> Iterator[tuple[str, 
 def _matrices(rule: Rule) -> tuple[Rule, Rule]:
     """A and B of a per-expert weight rule."""
     inward, _ = _native_dims(rule)
-    stem = _end(rule.source.parts, "", drop=".weight")
+    stem = ended(rule.source.parts, "", drop=".weight")
     dims = rule.source.axes or ()
     into = next(dim for dim in dims if set(dim) == set(inward))
     out = next(dim for dim in dims if dim != into)
     own = tuple((c,) for c in rule.stacked if c != _experts(rule))
-    a = _rule(rule, Address(_end(stem, ".lora_A.weight"), (("r",), into)), "A", own)
-    return a, _rule(rule, Address(_end(stem, ".lora_B.weight"), (out, ("r",))), "B")
+    a = _rule(rule, Address(ended(stem, ".lora_A.weight"), (("r",), into)), "A", own)
+    return a, _rule(rule, Address(ended(stem, ".lora_B.weight"), (out, ("r",))), "B")
 
 
 def _rule(weight: Rule, source: Address, matrix: str, own: tuple[Dim, ...] = ()) -> Rule:
     """source <-> the native matrix A [e in r] (with axes of its own before r) or B [e r out] of a weight."""
     inward, out = _native_dims(weight)
     bare = _last(weight.target.parts)
-    target = _end(weight.target.parts, f"{NATIVE[bare]}_{matrix}", drop=bare)
+    target = ended(weight.target.parts, f"{NATIVE[bare]}_{matrix}", drop=bare)
     e = (_experts(weight),)
     axes = (e, inward, *own, ("r",)) if matrix == "A" else (e, ("r",), out)
     source = replace(source, parts=_anywhere(source.parts))
@@ -175,18 +175,18 @@ def _one_by_one(rules: Iterable[Rule]) -> Iterator[Rule]:
     for rule in rules:
         inward, out = _native_dims(rule)
         bare = _last(rule.target.parts)
-        stem: Parts = (*_end(rule.target.parts, "", drop=bare), Capture(_experts(rule)), ".")
+        stem: Parts = (*ended(rule.target.parts, "", drop=bare), Capture(_experts(rule)), ".")
         gates = Capture("g", ("gate_proj", "up_proj"))
         name: Parts = ("down_proj",) if bare == "down_projs" else (gates,) if "g" in out else ("up_proj",)
         axes = (tuple(a for a in out if a != "g"), inward)
         yield Rule(
-            Address(_joined((*stem, *name, ".weight")), axes), rule.target, tuple(b for b in rule.bounds if b[0] != "g")
+            Address(merged((*stem, *name, ".weight")), axes), rule.target, tuple(b for b in rule.bounds if b[0] != "g")
         )
 
 
 def _wrapper(rule: Rule) -> Wrapper:
     parameter = _last(rule.source.parts)
-    return Wrapper(rule, _end(rule.source.parts, "", drop=f".{parameter}"), parameter)
+    return Wrapper(rule, ended(rule.source.parts, "", drop=f".{parameter}"), parameter)
 
 
 def _takes_last(version: str, marked: bool) -> bool:
@@ -223,10 +223,10 @@ def _last(parts: Parts) -> str:
     return str(parts[-1]).rpartition(".")[2]
 
 
-def _end(parts: Parts, suffix: str, drop: str = "") -> Parts:
+def ended(parts: Parts, suffix: str, drop: str = "") -> Parts:
     """The parts with another end."""
     *rest, last = parts
-    return _joined((*rest, last, suffix) if isinstance(last, Capture) else (*rest, last.removesuffix(drop) + suffix))
+    return merged((*rest, last, suffix) if isinstance(last, Capture) else (*rest, last.removesuffix(drop) + suffix))
 
 
 def _anywhere(parts: Parts) -> Parts:
@@ -239,7 +239,7 @@ def _anywhere(parts: Parts) -> Parts:
     return (Capture("pre"), text[len(head) + 1 if head else 0 :], *rest[1:])
 
 
-def _joined(parts: Iterable[str | Capture]) -> Parts:
+def merged(parts: Iterable[str | Capture]) -> Parts:
     """Neighbouring texts as one; no empty ones."""
     made: list[str | Capture] = []
     for part in parts:

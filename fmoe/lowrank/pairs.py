@@ -13,7 +13,7 @@ from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address
 from fmoe.layout.spelled.alias import Alias
-from fmoe.lowrank.derive import _end, _joined
+from fmoe.lowrank.derive import ended, merged
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def _pair(rule: Rule) -> Pair | None:
     g = rule.target.captures.get(first[0]) if len(first) == 2 and len(rest) == 1 else None
     if g is None or not g.choices or g.name in rule.source.captures or "e" not in rule.shared:
         return None
-    here, there = (_end(side.parts, "", drop=".weight") for side in (rule.source, rule.target))
+    here, there = (ended(side.parts, "", drop=".weight") for side in (rule.source, rule.target))
     bounds = tuple(b for b in rule.bounds if b[0] not in rest[0])
     b = Rule(
-        Address(_end(here, ".lora_B.weight"), (first, ("r",))),
-        Address(_end(there, ".lora_B.weight"), (first[1:], ("r",))),
+        Address(ended(here, ".lora_B.weight"), (first, ("r",))),
+        Address(ended(there, ".lora_B.weight"), (first[1:], ("r",))),
         bounds,
     )
-    halves = (_joined(choice if p is g else p for p in there) for choice in g.choices)
+    halves = (merged(choice if p is g else p for p in there) for choice in g.choices)
     kept = tuple(bound for bound in bounds if bound[0] in rule.shared)
-    a, again = (Rule(Address(_end(here, ".lora_A.weight")), Address(_end(h, ".lora_A.weight")), kept) for h in halves)
+    a, again = (Rule(Address(ended(here, ".lora_A.weight")), Address(ended(h, ".lora_A.weight")), kept) for h in halves)
     return Pair(b, a, again)

@@ -137,6 +137,17 @@ def read_at(path: Where, descriptor: Opened, into: memoryview, at: int) -> None:
         raise Unreadable(f"{path} cannot be read at byte {at + done:,}: {error.strerror}") from None
 
 
+def write_at(path: Path, descriptor: int, data: memoryview, at: int) -> None:
+    """All the bytes, to the file from at on. Raises OSError that names it."""
+    done = 0
+    try:
+        while done < len(data):
+            done += os.pwrite(descriptor, data[done:], at + done)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _open(path: Path) -> int:
     if stat.S_ISLNK(os.lstat(path).st_mode):
         inside(path)

@@ -17,7 +17,6 @@ from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.checkpoint.remote.spans import Gate
-from fmoe.checkpoint.staging.staging import naming
 from fmoe.checkpoint.stream.ahead import fetched
 from fmoe.checkpoint.stream.arrange import frame, move, ranges
 from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, bundled, jobs
@@ -242,7 +241,4 @@ def _writing(path: Path) -> Iterator[int]:
 
 def write_at(path: Path, descriptor: int, data: Tensor, at: int) -> None:
     """All the bytes [n] uint8, to the file at path from `at` on. Raises OSError that names it."""
-    done, view = 0, data.numpy().data
-    with naming(path):
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], at + done)
+    disk.write_at(path, descriptor, data.numpy().data, at)

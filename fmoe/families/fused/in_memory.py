@@ -44,7 +44,6 @@ muse_spark = Family(
     ),
     fixed=dict(
         score_func="sigmoid",
-        logit_scale=0.1767766952966369,
         norm_topk_prob=True,
         norm_topk_eps=1e-15,
         router_weights_fp32=True,

@@ -1,7 +1,9 @@
 """A stage that changes nothing, and refuses what the family's class in Transformers has in none of its forms."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from fmoe.codecs import CodecPlan
 from fmoe.families.known import NUMBERED, class_names, known
@@ -40,21 +42,28 @@ class KnownNames(Stateless):
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
         entry = known().get(self.model_type)
         if entry is not None and self.architecture in (None, entry["class"]):
-            inside, tails = class_names(entry["forms"])
-            modules = _modules(inside)
-            bare = tuple("." + m for m in _modules(set(tails)))
-            odd = tuple(n for n in specs if not _BESIDE.search(n) and not _held(n, modules, bare))
-            plain = {n: _SCALE.sub("", n) for n in odd}
-            there = Names(list(dict.fromkeys(plain.values())))
-            next_ = {n for rule in self.after for _, _, rows in hits(rule, there) for n in rows.names}
-            odd = tuple(n for n in odd if plain[n] not in next_)
+            odd = self._claimed_by_none(_strangers(specs, entry["forms"]))
             if odd and 2 * len(odd) < len(specs):
                 text = f"{some(odd)}: no rule claims it, and {entry['class']} has no such parameter"
                 raise AdapterError([Problem(f"{text}. Fix: leave it out of what is converted", odd)])
         return CodecPlan(dict(specs), (), str(self))
 
+    def _claimed_by_none(self, names: list[str]) -> tuple[str, ...]:
+        """Those that no rule of what comes next claims, a scale as the tensor that it is of."""
+        plain = {n: _SCALE.sub("", n) for n in names}
+        there = Names(list(dict.fromkeys(plain.values())))
+        claimed = {n for rule in self.after for _, _, rows in hits(rule, there) for n in rows.names}
+        return tuple(n for n in names if plain[n] not in claimed)
+
     def __str__(self) -> str:
         return f"known: names of modules that {self.model_type} has"
+
+
+def _strangers(names: Iterable[str], forms: Any) -> list[str]:
+    """The names that lie in no module of the class, in none of its forms."""
+    inside, tails = class_names(forms)
+    modules, bare = _modules(inside), tuple("." + m for m in _modules(set(tails)))
+    return [n for n in names if not _BESIDE.search(n) and not _held(n, modules, bare)]
 
 
 def _modules(names: set[str]) -> set[str]:

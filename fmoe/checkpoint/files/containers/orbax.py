@@ -130,21 +130,21 @@ class Orbax(Foreign):
             os.ftruncate(descriptor, sum(self.specs[n].nbytes for n in self.arrays))
             buffer = torch.empty(self.largest, dtype=torch.uint8)
             for name in self.arrays:
-                self._unpack(name, buffer, descriptor, raw.offsets[name], spans)
+                self._unpack(name, buffer, path, descriptor, raw.offsets[name], spans)
             raw.stamps[UNPACKED] = disk.Stamp.of(descriptor)
             yield
         finally:
             os.close(descriptor)
             path.unlink(missing_ok=True)
 
-    def _unpack(self, name: str, buffer: Tensor, descriptor: int, begin: int, spans: Spans) -> None:
+    def _unpack(self, name: str, buffer: Tensor, path: Path, descriptor: int, begin: int, spans: Spans) -> None:
         shape, dtype = self.specs[name]
         for box in self._chunks(name, [(at - begin, size) for at, size in spans]):
             sizes = tuple(b.stop - b.start for b in box)
             values = self._view(name, buffer[: prod(sizes) * dtype.itemsize], sizes)
             self._take(name, box, values)
             for at, data in _runs(shape, box, values):
-                _all(descriptor, data, begin + at)
+                disk.write_at(path, descriptor, data, begin + at)
 
 
 def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
@@ -166,12 +166,6 @@ def _runs(shape: tuple[int, ...], box: tuple[slice, ...], values: Any) -> Iterat
         place = [*at, *([0] * (len(shape) - len(outer)))]
         start = sum((b.start + i) * s for b, i, s in zip(box, place, steps, strict=True))
         yield start * item, row.data
-
-
-def _all(descriptor: int, data: memoryview, at: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], at + done)
 
 
 def open_orbax(path: Path, config: dict[str, Any]) -> Orbax:
