@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
+from fmoe.checkpoint.files.origin import held_ranges
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
@@ -65,16 +66,16 @@ def load(
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
     specs = plan_from(source, adapter.inverse).targets if source.native else source.specs
     adapter = _casting(adapter, source, specs, cast, choices.get("dtype"))
+    held = held_ranges(source.origin)
     if source.native:
         whole(source, source.specs, specs, **choices)
-        adapter = adapter if "dtype" in choices else _as_stored(adapter, source, specs)
+        adapter = adapter if "dtype" in choices else _as_stored(adapter, source, specs, held)
     stacks: dict[str, TensorSpec] = {}
     if device_mesh is not None:
         if ranges or out is not None:
             raise AdapterError(f"{', '.join(ranges) or 'out'}: the device mesh says what is this rank's")
         stacks, mine = experts_of_rank(adapter.plan(specs), device_mesh)
         ranges = {"e": mine} if stacks else {}
-    held = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
     if held and ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     if source.native:
@@ -112,12 +113,11 @@ def _casting(adapter: Adapter, source: Checkpoint, specs: Specs, cast: str, dtyp
     return adapter >> Adapter((CastExperts(as_dtype(dtype), names),))
 
 
-def _as_stored(adapter: Adapter, source: Checkpoint, specs: Specs) -> Adapter:
+def _as_stored(adapter: Adapter, source: Checkpoint, specs: Specs, held: Mapping[str, range]) -> Adapter:
     """The adapter, and after it the dtypes that a native directory's tensors lie in, where nobody asks for others."""
     if all(spec.dtype.is_floating_point and spec.dtype.itemsize > 1 for spec in specs.values()):
         return adapter  # nothing is decoded, so nothing gets another dtype
-    ranges = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
-    made = adapter._plan(specs, ranges, frozenset(ranges)).targets
+    made = adapter._plan(specs, held, frozenset(held)).targets
     other = [n for n, spec in source.specs.items() if n in made and made[n].dtype != spec.dtype]
     for dtype in sorted({source.specs[n].dtype for n in other}, key=str):
         names = frozenset(n for n in other if source.specs[n].dtype == dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
-from fmoe.checkpoint.files.origin import OWN
+from fmoe.checkpoint.files.origin import OWN, held_ranges
 from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
@@ -210,7 +210,7 @@ def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
     >>> len(source.specs), len(plan_from(source, adapter_of(source)).targets)
     (52, 8)
     """
-    held = {n: range(*ends) for n, ends in (source.origin or {}).get("ranges", {}).items()}
+    held = held_ranges(source.origin)
     if held and axis_ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     try:

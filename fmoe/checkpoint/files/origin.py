@@ -76,6 +76,15 @@ def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def held_ranges(origin: Mapping[str, Any] | None) -> dict[str, range]:
+    """The ranges of axes that a native directory holds; {}: all of them.
+
+    >>> held_ranges({"ranges": {"e": [0, 2]}}), held_ranges(None)
+    ({'e': range(0, 2)}, {})
+    """
+    return {n: range(*ends) for n, ends in (origin or {}).get("ranges", {}).items()}
+
+
 def origin_text(
     files: Mapping[str, str],
     nbytes: int,
