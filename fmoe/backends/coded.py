@@ -75,7 +75,7 @@ def in_tiles(w: Codes) -> Any:
     scale = w.spread(w.scale) if f.block[0] == 1 else w.scale
     second = None if w.second is None else w.spread(w.second)
     second = second if second is None or f.zeros else second.float().expand(-1, 1, M)
-    how = dict(zero=f.zero, divides=f.divides, late=f.late, turned=w.turned)
+    how = dict(divides=f.divides, late=f.late, turned=w.turned)
     code = "signed" if f.code == "int8" and f.stored == torch.int8 else f.code
     from fmoe_kernels.programs import codes as kernel  # on first use: it imports triton
 

@@ -23,9 +23,9 @@ def unblocked(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]]
 
 
-def encode(weight: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool = False) -> Tensor:
+def encode(weight: Tensor, scale: Tensor, code: str, block: Block) -> Tensor:
     """The codes nearest to weight under these scales, ties to even: e4m3, or 4-bit codes in pairs, uint8."""
-    step = as_number(scale.expand(grid(weight.shape, block)), zero=zero)[..., :, None, :, None]
+    step = as_number(scale.expand(grid(weight.shape, block)))[..., :, None, :, None]
     x = blocks_of(weight, block)
     none = step == 0
     x = torch.where(none, x.mul(0.0), x / step) if bool(none.any()) else x / step
@@ -49,9 +49,9 @@ def encode(weight: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool
     return found[..., 0::2] | found[..., 1::2] << 4
 
 
-def steps(value: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool = False) -> Tensor:
+def steps(value: Tensor, scale: Tensor, code: str, block: Block) -> Tensor:
     """How far the next code's value is from each of these values, under their scales."""
-    factor = as_number(scale.expand(grid(value.shape, block)), zero=zero)[..., :, None, :, None]
+    factor = as_number(scale.expand(grid(value.shape, block)))[..., :, None, :, None]
     x = blocks_of(value, block)
     at = torch.where(factor == 0, 0.0, x.abs() / factor)
     if code == "e4m3":
@@ -64,7 +64,7 @@ def steps(value: Tensor, scale: Tensor, code: str, block: Block, *, zero: bool =
 
 
 def quantise(
-    weight: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype, *, zero: bool = False
+    weight: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Codes, and a scale [.., R / r, C / c]: the given one in every block where it gives weight back, else a fresh one.
 
@@ -86,38 +86,34 @@ def quantise(
     for m, matrix in enumerate(matrices):
         mine = None if held is None else held[m]
         if block[0] == 0:
-            codes[m], used[m] = _whole(matrix, mine, code, block, dtype, zero)
+            codes[m], used[m] = _whole(matrix, mine, code, block, dtype)
             continue
         for first in range(0, len(matrix), step):
             part, blocks = slice(first, first + step), slice(first // side, -(-(first + step) // side))
             some = None if mine is None else mine[blocks]
-            codes[m, part], used[m, blocks] = _quantised(matrix[part], some, code, block, dtype, zero)
+            codes[m, part], used[m, blocks] = _quantised(matrix[part], some, code, block, dtype)
     return codes.view(*lead, rows, -1), used.view(full)
 
 
-def _whole(
-    w: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype, zero: bool
-) -> tuple[Tensor, Tensor]:
+def _whole(w: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A matrix of one scale: some rows after others, all with the given one, or all with a fresh one."""
     parts = w.split(max(1, _PART // w.shape[1]))
     if scale is not None:
-        tried = [_quantised(part, scale, code, block, dtype, zero) for part in parts]
+        tried = [_quantised(part, scale, code, block, dtype) for part in parts]
         if all(torch.equal(as_number(used), as_number(scale)) for _, used in tried):
             return torch.cat([codes for codes, _ in tried]), scale
     most = torch.stack([part.float().nan_to_num(nan=0.0).abs().amax() for part in parts]).amax().view(1, 1)
     used = fresh_scale(most, code, block, dtype)
     if not bool(as_number(used).isfinite().all()):
         raise ValueError(f"{most.item()} is too large for a scale in {dtype}")
-    return torch.cat([encode(part, used, code, block, zero=zero) for part in parts]), used
+    return torch.cat([encode(part, used, code, block) for part in parts]), used
 
 
-def _quantised(
-    w: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype, zero: bool
-) -> tuple[Tensor, Tensor]:
+def _quantised(w: Tensor, scale: Tensor | None, code: str, block: Block, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     same = None
     if scale is not None:
-        codes = encode(w, scale, code, block, zero=zero)
-        again = decode(codes, scale, code, block, w.dtype, zero=zero)
+        codes = encode(w, scale, code, block)
+        again = decode(codes, scale, code, block, w.dtype)
         same = (again == w) | (again.isnan() & w.isnan())
         if bool(same.all()):
             return codes, scale
@@ -128,7 +124,7 @@ def _quantised(
         kept = blocks_of(same, block, fill=True).amin(dim=(-3, -1))
         bits = lambda s: s.view(torch.uint8) if s.dtype == E8M0 else s
         used = torch.where(kept, bits(scale), bits(used)).view(dtype)
-    return encode(w, used, code, block, zero=zero), used
+    return encode(w, used, code, block), used
 
 
 def fresh_scale(weight: Tensor, code: str, block: Block, dtype: torch.dtype) -> Tensor:

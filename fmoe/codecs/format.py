@@ -64,7 +64,7 @@ class Format(Stored):
             return affine.decode(flat, scale, second, self.code, self.block, dtype, least=least, order=order, out=out)
         if self.late and second is not None:
             return twice(flat, first, second, self.code, self.block, dtype, out=out)
-        made = values.decode(flat, wide, self.code, self.block, dtype, zero=self.zero, out=into)
+        made = values.decode(flat, wide, self.code, self.block, dtype, out=into)
         return made.mT if self.transposed else made
 
     def folded(self, scale: Tensor, second: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Format(Stored):
             none = "infinity" if self.code == "e4m3" else "NaN and no infinity"
             raise ValueError(f"{w[tuple(at)].item()} at {at}, expected finite values: {self.code} has no {none}")
         carried = None if scale is None else self._wide(scale)
-        codes, used = blocks.quantise(self._whole(w), carried, self.code, self.block, dtype, zero=self.zero)
+        codes, used = blocks.quantise(self._whole(w), carried, self.code, self.block, dtype)
         used = used.reshape(self.scale_shape(tuple(weight.shape)))
         return self._stored(codes.view(*w.shape[:-1], -1)), used
 
@@ -128,9 +128,9 @@ class Format(Stored):
             value, step = self._alone().nearest(self._sharded(weight), self._sharded(scale))
             return value.flatten(0, 1), step.flatten(0, 1)
         w, wide = self._whole(weight.mT if self.transposed else weight), self._wide(scale)
-        codes = blocks.encode(w, wide, self.code, self.block, zero=self.zero)
-        value = values.decode(codes, wide, self.code, self.block, weight.dtype, zero=self.zero)
-        step = blocks.steps(value, wide, self.code, self.block, zero=self.zero)
+        codes = blocks.encode(w, wide, self.code, self.block)
+        value = values.decode(codes, wide, self.code, self.block, weight.dtype)
+        step = blocks.steps(value, wide, self.code, self.block)
         back = lambda t: t.view(weight.mT.shape).mT if self.transposed else t.view(weight.shape)
         return back(value), back(step)
 
@@ -142,10 +142,10 @@ class Format(Stored):
 
     def _check(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         most = min(torch.finfo(torch.bfloat16).max, torch.finfo(dtype).max) / MOST[self.code]
-        least, largest = values.bounds(scale, zero=self.zero)
+        least, largest = values.bounds(scale)
         if least >= self.least(dtype) and largest <= most:
             return
-        factor = values.as_number(scale, zero=self.zero)
+        factor = values.as_number(scale)
         if not (least >= 0 and largest <= most):  # NaN compares false
             worst = factor.flatten()[~((factor >= 0) & (factor <= most)).flatten()][0].item()
             raise ValueError(f"a scale is {worst}, expected finite scales from 0 to {most:.4g}")

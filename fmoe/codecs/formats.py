@@ -55,7 +55,7 @@ OWN = _formats(
          method="mxfp4", source="gpt-oss"),
     dict(_DOT, name="mxfp8 .scale", code="e4m3", block=(1, 32), scales=(E8M0,), beside="_scale_mxfp8",
          source="DeepSeek-V4.1's tables"),
-    dict(_MXFP4, name="mxfp4 .scale", **_DOT) | dict(stored=torch.int8, scales=(E8M0,), zero=True),
+    dict(_MXFP4, name="mxfp4 .scale", **_DOT) | dict(stored=torch.int8, scales=(E8M0,)),
     dict(_MXFP4, name="mxfp4 packed", method="compressed-tensors mxfp4-pack-quantized", source="Kimi-K3", **_PACKED),
     dict(name="int4", code="int4", block=(1, 32), stored=torch.int32, scales=(torch.bfloat16, torch.float16),
          shape="{S}.weight_shape", method="compressed-tensors pack-quantized", source="Kimi-K2.5", **_PACKED),

@@ -47,19 +47,19 @@ class Stored:
 
     code: what one number is stored as: e4m3, e2m1 or int4. block: rows and columns that share a scale, 0 for all.
     weight, scale: names of the parts. scales: their dtypes, the one first that a fresh export writes; uint8 and e8m0
-    are 2^(s - 127). stored: the dtype that holds the codes. beside: what the scales are called once decoded.
-    rank: of the scales, where it is not the tensor's. transposed: the tensor's last two dimensions are stored swapped.
-    grouped: codes are [.., R, C / 32, 16]. zero: a scale byte 0 is the factor 0. shape: the part that holds the
-    tensor's. activation: the part, if it is there, that holds a scale of activations. second: the part that holds a
-    scale of scales, which multiplies them (divides: which divides them), or the zero points; zeros: how these are
-    stored, and words: how codes are, a name in `foreign/words.py`. order: the part, if it is there, that says the
-    group of each column. form: the shape of the scale's part where it is none of rows and columns, "()", "[1]", "[o]",
-    "[o 1 i 1]" or "[i o]"; lone: the same of second, or "[E]". third: the part that holds what second is divided by.
-    late: the scale of scales multiplies what the scale has made of a code. stack: only tensors of three dimensions.
-    across: neighbours in a column, not in a row, are stored in one element and share a scale. sizes: the block is what
-    codes and scales say, "groups" of columns, or "squares" of powers of two. restarts: (R, n) of matrices with R rows
-    that are n of equal size, one after the other, each with blocks of its own; shards: that n. method: the quant_method
-    of its config, and for compressed-tensors the format. source: who publishes it.
+    are 2^(s - 127). stored: the dtype that holds the codes. beside: what the scales are called once decoded. rank: of
+    the scales, where it is not the tensor's. transposed: the tensor's last two dimensions are stored swapped. grouped:
+    codes are [.., R, C / 32, 16]. shape: the part that holds the tensor's. activation: the part, if it is there, that
+    holds a scale of activations. second: the part that holds a scale of scales, which multiplies them (divides: which
+    divides them), or the zero points; zeros: how these are stored, and words: how codes are, a name in
+    `foreign/words.py`. order: the part, if it is there, that says the group of each column. form: the shape of the
+    scale's part where it is none of rows and columns, "()", "[1]", "[o]", "[o 1 i 1]" or "[i o]"; lone: the same of
+    second, or "[E]". third: the part that holds what second is divided by. late: the scale of scales multiplies what
+    the scale has made of a code. stack: only tensors of three dimensions. across: neighbours in a column, not in a row,
+    are stored in one element and share a scale. sizes: the block is what codes and scales say, "groups" of columns, or
+    "squares" of powers of two. restarts: (R, n) of matrices with R rows that are n of equal size, one after the other,
+    each with blocks of its own; shards: that n. method: the quant_method of its config, and for compressed-tensors the
+    format. source: who publishes it.
     """
 
     name: str
@@ -73,7 +73,6 @@ class Stored:
     rank: int | None = None
     transposed: bool = False
     grouped: bool = False
-    zero: bool = False
     shape: str | None = None
     activation: tuple[str, ...] = ()
     second: str | None = None
@@ -113,7 +112,8 @@ class Stored:
         """The least scale under which every code comes back from this dtype."""
         if dtype == torch.float16:  # 2^-24 is its least number, and half of it must be less than half a code
             return {"e4m3": 2.0**-14, "e2m1": 2.0**-22, "int4": 2.0**-23, "int8": 2.0**-23}[self.code]
-        return 2.0**-127 if self.code == "e2m1" else LEAST
+        wide = self.code == "e2m1" or self.code == "e4m3" and dtype != torch.bfloat16
+        return 2.0**-127 if wide else LEAST
 
     # names, shapes and dtypes
 

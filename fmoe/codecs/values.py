@@ -31,20 +31,20 @@ def exponential(scale: Tensor) -> bool:
     return scale.dtype in (torch.uint8, E8M0)
 
 
-def as_number(scale: Tensor, *, zero: bool = False) -> Tensor:
-    """The factors that a scale says, in fp32. zero: a byte 0 is the factor 0."""
+def as_number(scale: Tensor) -> Tensor:
+    """The factors that a scale says, in fp32."""
     if not exponential(scale):
         return scale.float()
     places = scale.view(torch.uint8).int()
-    return torch.index_select(_powers(zero).to(scale.device), 0, places.flatten()).view(scale.shape)
+    return torch.index_select(_powers().to(scale.device), 0, places.flatten()).view(scale.shape)
 
 
-def bounds(scale: Tensor, *, zero: bool = False) -> tuple[float, float]:
+def bounds(scale: Tensor) -> tuple[float, float]:
     """The least and the largest factor; NaN where one is."""
     if not scale.numel():
         return 0.0, 0.0
     told = scale.view(torch.uint8) if exponential(scale) else scale.float()
-    least, most = (as_number(t, zero=zero) for t in told.aminmax())
+    least, most = (as_number(t) for t in told.aminmax())
     return float(least), float(most)
 
 
@@ -65,7 +65,6 @@ def decode(
     block: Block,
     dtype: torch.dtype,
     *,
-    zero: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """w[.., r, c] = value(codes[.., r, c]) * factor(scale[.., r // R, c // C]) in fp32, rounded to dtype.
@@ -83,16 +82,16 @@ def decode(
     at = torch.arange(count, device=codes.device)
     which = at if side == 1 else at // rows * -(-rows // side) + at % rows // side
     packed = code == "e2m1" and exponential(scale) and dtype in (torch.bfloat16, torch.float32)
-    moved = code == "e4m3" and bounds(spread, zero=zero)[1] <= 64.0 and not _flushes()
+    moved = code == "e4m3" and bounds(spread)[1] <= 64.0 and not _flushes()
     spread = spread.view(torch.uint8) if exponential(scale) else spread
     step = max(1, _CHUNK * torch.get_num_threads() // columns)
     for first in range(0, count, step):
         part = slice(first, min(first + step, count))
         mine = spread[part] if side == 1 else spread[which[part]]
-        mine = mine.int().mul_(256) if packed else as_number(mine, zero=zero)
+        mine = mine.int().mul_(256) if packed else as_number(mine)
         mine = mine * 2.0**120 if moved else mine
         if packed:
-            _looked_up(flat[part], mine, into[part], block[1], zero)
+            _looked_up(flat[part], mine, into[part], block[1])
         elif moved:
             _from_e4m3(flat[part], mine, into[part], block[1] or columns)
         else:
@@ -138,23 +137,22 @@ def _multiplied(values: Tensor, factor: Tensor, side: int) -> Tensor:
     return values
 
 
-def _looked_up(codes: Tensor, scale: Tensor, into: Tensor, side: int, zero: bool) -> None:
+def _looked_up(codes: Tensor, scale: Tensor, into: Tensor, side: int) -> None:
     """Two numbers at a time out of a table of all (scale, byte)."""
     n, columns = into.shape
     places = torch.empty(n, columns // side, side // 2, dtype=torch.int32, device=codes.device)
     torch.add(codes.view(places.shape), scale[:, :, None], out=places)
     two = torch.int32 if into.dtype == torch.bfloat16 else torch.int64
-    table = _scaled_pairs(into.dtype, zero).view(two).view(-1).to(codes.device)
+    table = _scaled_pairs(into.dtype).view(two).view(-1).to(codes.device)
     torch.index_select(table, 0, places.view(-1), out=into.view(two).view(-1))
 
 
 @lru_cache
-def _powers(zero: bool) -> Tensor:
-    """[256]: what every byte of a scale stands for."""
-    made = torch.ldexp(torch.ones(256), torch.arange(256).int() - 127)
-    made[255] = torch.nan
-    made[0] = 0.0 if zero else made[0]
-    return made
+def _powers() -> Tensor:
+    """[256]: what every byte of a scale stands for; as bits, which no thread takes for zero."""
+    bits = torch.arange(256, dtype=torch.int32) << 23
+    bits[0], bits[255] = 1 << 22, 0x7FC0 << 16
+    return bits.view(torch.float32)
 
 
 @lru_cache
@@ -174,7 +172,15 @@ def _pairs(code: str) -> Tensor:
 
 
 @lru_cache
-def _scaled_pairs(dtype: torch.dtype, zero: bool) -> Tensor:
-    """[256 * 256, 2]: the two values of every byte under every scale."""
-    factors = as_number(torch.arange(256, dtype=torch.uint8), zero=zero).double()
-    return (_pairs("e2m1").double() * factors[:, None, None]).to(dtype).view(-1, 2).contiguous()
+def _scaled_pairs(dtype: torch.dtype) -> Tensor:
+    """[256 * 256, 2]: the two values of every byte under every scale; as bits, like `_powers`."""
+    scale, m = torch.arange(256)[:, None], torch.arange(8)
+    exponent = scale + m // 2 - 1  # of 2^(m // 2 - 1) * (1 or 1.5), and of 0.5, as fp32 has it
+    digits = 1 << 23 | (m % 2 * (m > 1)) << 22
+    small, large = digits >> (1 - exponent).clamp(min=0), digits + ((exponent - 1) << 23)
+    bits = torch.where(exponent < 1, small, large).clamp(max=0x7F80 << 16) * (m > 0)
+    bits[255] = 0x7FC0 << 16
+    bits = torch.cat([bits, bits - 2**31], 1).int()
+    byte, wide = torch.arange(256), dtype == torch.float32
+    values = bits.view(torch.float32) if wide else (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.stack([values[:, byte % 16], values[:, byte // 16]], -1).view(-1, 2).contiguous()

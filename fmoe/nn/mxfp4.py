@@ -23,8 +23,7 @@ class GroupedExpertsMXFP4(GroupedExperts):
     [E, U, D / 32], `down_projs_packed` [E, D, I / 2] and `down_projs_scales` [E, D, I / 32]: as files have them, the
     low half of a byte first, gate's rows before up's, frozen whatever is cast. With `config.expert_bias` biases, in
     config.dtype. LoRA matrices registered under the names of `fmoe.experts` count, and train. Only used experts are
-    decoded. A scale byte of 0 is the factor 0, as DeepSeek-V4 has it. Raises ValueError for D or I not in whole groups
-    of 32.
+    decoded. Raises ValueError for D or I not in whole groups of 32.
 
     Source: NeMo Automodel 0.7.0 (names, shapes, dtypes). Its encoder clips what lies above six scales, this one never.
 
@@ -49,7 +48,7 @@ class GroupedExpertsMXFP4(GroupedExperts):
     def from_native(cls, params: Params, config: MoEConfig, backend: "str | Backend | Any | None" = None) -> Self:
         """The module of one layer as `fmoe.load(quantized="keep")` gives it, in any MXFP4, sharing its memory.
 
-        Raises ValueError for weights in another format, and for bytes 0 among scales that other MXFP4s read as 2^-127.
+        Raises ValueError for weights in another format.
 
         >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=32, moe_inter_dim=32, dtype="float32")
         >>> codes = {"gate_and_up_projs": torch.zeros(2, 16, 64).byte(), "down_projs": torch.zeros(2, 16, 32).byte()}
@@ -70,8 +69,6 @@ class GroupedExpertsMXFP4(GroupedExperts):
                 raise ValueError(
                     f"GroupedExpertsMXFP4: the scales of {name!r} are {_say(scale)}, expected powers of two"
                 )
-            if codes.dtype != MXFP4.stored and bool((scale.view(torch.uint8) == 0).any()):
-                raise ValueError(f"GroupedExpertsMXFP4: a scale of {name!r} is byte 0, here the factor 0, there 2^-127")
             state[f"{name}_packed"] = codes.view(MXFP4.stored).mT
             state[f"{name}_scales"] = scale.view(MXFP4.scales[0]).mT
         made.load_state_dict(state, assign=True)

@@ -193,7 +193,7 @@ def decode(
 ) -> Tensor:
     """The matrices [E, K, N] in fp32 that `programs.codes.Coded` holds: value(code) * scale, block by block.
 
-    how: zero, divides, late.
+    how: divides, late.
     """
     packed = {"e4m3": 1, "signed": 1, "e2m1": 2, "int8": 4, "int4": 8}[code]
     bits = 8 if code == "int8" else 4
@@ -217,7 +217,7 @@ def decode(
         factor = whole / second if how.get("divides") else whole * second
     elif scale.dtype == torch.uint8:
         factor = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
-        factor = factor.masked_fill(scale == 255, torch.nan).masked_fill((scale == 0) & how.get("zero", False), 0.0)
+        factor = factor.masked_fill(scale == 255, torch.nan)
     else:
         factor = scale.float()
     return value * _spread(factor, block, value)

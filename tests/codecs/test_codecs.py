@@ -21,7 +21,7 @@ SHAPES = st.sampled_from([(1, 1), (3, 5), (7, 11), (4, 1), (6, 10), (1, 13)])
 
 def exponents(f: Format) -> tuple[int, int]:
     """The least and the largest k for which every code under 2^k comes back from bf16."""
-    return (-126 if f.zero else -127, 125) if f.code == "e2m1" else (-120, 118)
+    return (-127, 125) if f.code == "e2m1" else (-120, 118)
 
 
 def drawn(f: Format, shape: tuple[int, ...], seed: int, dtype: torch.dtype, spread: int) -> tuple[Tensor, Tensor]:
@@ -123,16 +123,44 @@ def test_every_format_encodes_in_parts_as_in_whole(monkeypatch):
 
 
 def test_numbers_do_not_depend_on_how_a_thread_treats_subnormal_ones():
-    f = FORMATS["fp8 blocks"]
-    codes = torch.arange(256, dtype=torch.uint8).view(values.E4M3).view(16, 16)
-    expected = f.decode(codes, torch.ones(1, 1))
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    small = ("fp8 blocks", codes.view(values.E4M3), torch.ones(1, 1)), ("mxfp4 packed", codes, codes[:, :1] % 2)
+    tell = lambda: [FORMATS[n].decode(c, s, d) for n, c, s in small for d in (torch.float32, torch.bfloat16)]
+    expected = tell()
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such mode")
     try:
-        found = f.decode(codes, torch.ones(1, 1))
+        values._powers.cache_clear(), values._scaled_pairs.cache_clear()
+        found = tell()
     finally:
         torch.set_flush_denormal(False)
-    assert torch.equal(bits(found), bits(expected))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if {torch.uint8, values.E8M0} & {*f.scales}])
+def test_every_byte_of_a_scale_is_the_power_of_two_that_torch_has_or_it_is_refused(name, dtype):
+    """0 is 2^-127, 254 is 2^127, 255 NaN: what is decoded comes back, and what is refused could not."""
+    f = FORMATS[name]
+    shape = f.as_stored((1, 32, 32)) if f.grouped or f.stack else (32, 32)
+    spec, kind = f.codes_spec(shape), next(s for s in f.scales if s in (torch.uint8, values.E8M0))
+    every = torch.arange(spec.nbytes) % (256 if f.code == "e2m1" else 127)  # of e4m3 without NaN
+    codes = every.to(torch.uint8).view(spec.dtype).view(spec.shape)
+    scales = lambda byte: torch.full(f.scale_shape(shape), byte, dtype=torch.uint8).view(kind)
+    said, refused = f.decode(codes, scales(127), torch.float32), []
+    assert torch.equal(said.double(), by_hand(f, codes, scales(127)))
+    for byte in (*range(10), 127, *range(243, 256)):
+        wanted = said.double() * torch.tensor(byte, dtype=torch.uint8).view(values.E8M0).double()
+        try:
+            found = f.decode(codes, scales(byte), dtype)
+        except ValueError as error:
+            assert "a scale is" in str(error) or "codes under a scale of" in str(error)
+            assert 2.0 ** (byte - 127) < f.least(dtype) or not torch.equal(wanted.to(dtype).double(), wanted)
+            refused.append(byte)
+            continue
+        assert torch.equal(found.double(), wanted) and torch.equal(found.signbit(), said.signbit())
+        exactly(f.encode(found, scales(byte)), (codes, scales(byte)))
+    assert 255 in refused and (0 in refused) == (dtype != torch.float32 and (f.code, dtype) != ("e2m1", torch.bfloat16))
 
 
 def test_ties_go_to_the_even_code():

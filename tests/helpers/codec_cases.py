@@ -32,10 +32,9 @@ def e2m1(nibble: int) -> float:
     return sign * (mantissa / 2 if not exponent else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
 
 
-def factor(scale: Tensor, zero: bool) -> float:
+def factor(scale: Tensor) -> float:
     if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
-        byte = int(scale.view(torch.uint8))
-        return 0.0 if zero and byte == 0 else 2.0 ** (byte - 127)
+        return 2.0 ** (int(scale.view(torch.uint8)) - 127)
     return float(scale)
 
 
@@ -48,7 +47,7 @@ def by_hand(f: Format, codes: Tensor, scale: Tensor) -> Tensor:
     rows = [row.flatten() for row in codes]
     R, C = len(rows), rows[0].numel() * per_word
     out = [[0.0] * C for _ in range(R)]
-    factors = [factor(s, f.zero) for s in scale.flatten()]
+    factors = [factor(s) for s in scale.flatten()]
     across = scale.shape[1] if scale.ndim == 2 else 1
     for r in range(R):
         words = rows[r].view(torch.int32 if f.stored == torch.int32 else torch.uint8).tolist()

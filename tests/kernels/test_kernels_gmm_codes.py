@@ -39,7 +39,7 @@ def coded(kind: str, K: int) -> Coded:
 
 
 def said(w: Coded) -> Tensor:
-    return reference.decode(*w[:5], zero=w.zero, divides=w.divides, late=w.late)
+    return reference.decode(*w[:5], divides=w.divides, late=w.late)
 
 
 KINDS = ["mxfp4", "nvfp4", "int4", "fp8 blocks", "fp8 small blocks", "mxfp8", "fp8 channel", "fp8 tensor"]
@@ -74,8 +74,11 @@ def test_what_is_decoded_is_rounded_once_to_the_dtype_of_rows(kind: str, dtype: 
 def test_zero_scales_divisors_and_nan() -> None:
     x, offsets = torch.randn(4, 64, device=cases.DEVICE), torch.tensor([4, 4, 4], device=cases.DEVICE).int()
     w = coded("mxfp4", 64)
-    none = w._replace(scale=torch.zeros_like(w.scale), zero=True)
-    assert not products.gmm_codes(x, none, offsets).any()
+    least = w._replace(scale=torch.zeros_like(w.scale))  # 2^-127
+    assert (
+        torch.equal(products.gmm_codes(x, least, offsets), products.gmm(x, said(least), offsets))
+    assert said(least).any()
+    )
     bad = w._replace(scale=torch.full_like(w.scale, 255))
     assert products.gmm_codes(x, bad, offsets).isnan().all()
     w = coded("nvfp4", 64)._replace(divides=True)
@@ -93,7 +96,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (dict(block=(-2, 1)), "block is"),
         (dict(block=(2.0, 1)), "block is"),
         (dict(block=(32, 1, 1)), "block is"),
-        (dict(zero=None), "zero is None, expected True or False"),
+        (dict(divides=None), "divides is None, expected True or False"),
         (dict(turned=3), "turned is 3"),
         (dict(words=[1]), "words is of type list"),
         (dict(nvfp4._asdict(), scale=nvfp4.scale.float()), "scale is torch.float32 .* expected uint8"),

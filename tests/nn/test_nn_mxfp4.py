@@ -90,8 +90,8 @@ def test_what_is_no_mxfp4_is_refused_by_name() -> None:
             GroupedExpertsMXFP4.from_native(codes, config)
     codes, _, config = kept.layer("mxfp4 packed")
     name = next(n for n in codes if n.startswith("down_projs_scale"))
-    with pytest.raises(ValueError, match="a scale of 'down_projs' is byte 0"):
-        GroupedExpertsMXFP4.from_native(codes | {name: torch.zeros_like(codes[name])}, config)
+    least = codes | {name: torch.zeros_like(codes[name])}  # 2^-127
+    assert not GroupedExpertsMXFP4.from_native(least, config).down_projs_scales.view(torch.uint8).any()
     with pytest.raises(ValueError, match="is missing, expected MXFP4"):
         GroupedExpertsMXFP4.from_native({}, config)
 

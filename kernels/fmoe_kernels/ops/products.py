@@ -74,7 +74,7 @@ def _check_coded(w: codes.Coded) -> None:
     sides = w.block if isinstance(w.block, tuple) and len(w.block) == 2 else (None,)
     if not all(type(side) is int and side >= 0 and not side & (side - 1) for side in sides):
         raise ValueError(f"{who}: block is {w.block!r}, expected powers of two, or 0")
-    for name in ("zero", "divides", "late", "turned"):
+    for name in ("divides", "late", "turned"):
         if not isinstance(getattr(w, name), bool):
             raise ValueError(f"{who}: {name} is {getattr(w, name)!r}, expected True or False")
     if w.second is not None and w.block[1] != 1 and w.code not in POINTED:

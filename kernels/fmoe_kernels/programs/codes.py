@@ -31,9 +31,8 @@ class Coded(NamedTuple):
 
     words [E, K / packed, N], uint8 or int32; scale [E, K / block[0], N / block[1]] (powers of two, or 0 for all), uint8
     where it is 2^(s - 127), or a float; second [E, 1, N] or None, or, uint8 and of scale's shape, zero points, which
-    count from the least code. code: e4m3, e2m1, int4, int8 (from -128 on), or signed: bytes in two's complement. zero:
-    a scale byte 0 is the factor 0. late: second, one number for each matrix, multiplies last. turned: what is
-    multiplied is w[e]^T.
+    count from the least code. code: e4m3, e2m1, int4, int8 (from -128 on), or signed: bytes in two's complement. late:
+    second, one number for each matrix, multiplies last. turned: what is multiplied is w[e]^T.
     """
 
     words: Tensor
@@ -41,7 +40,6 @@ class Coded(NamedTuple):
     second: Tensor | None
     code: str
     block: tuple[int, int]
-    zero: bool = False
     divides: bool = False
     late: bool = False
     turned: bool = False
@@ -76,10 +74,8 @@ def from_e2m1(nibble):
 
 
 @triton.jit
-def from_e8m0(byte, ZERO: tl.constexpr):
-    bits = byte << 23
-    if not ZERO:
-        bits = tl.where(byte == 0, 1 << 22, bits)
+def from_e8m0(byte):
+    bits = tl.where(byte == 0, 1 << 22, byte << 23)
     return tl.where(byte == 255, float("nan"), bits.to(tl.float32, bitcast=True))
 
 
@@ -93,7 +89,7 @@ def spread(x, R: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.
 def load_decoded(
     w, scale, second, e, k, n, se, sk, sn, ce, ck, cn, te, tk, tn, K, N,
     CODE: tl.constexpr, PACKED: tl.constexpr, ALONG: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr,
-    BYTES: tl.constexpr, ZERO: tl.constexpr, SECOND: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    BYTES: tl.constexpr, SECOND: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """w[e, k : k + BK, n : n + BN] in fp32, and zero past its edges. ALONG: the axis that words hold several of."""
     PK: tl.constexpr = PACKED if ALONG == 0 else 1
@@ -134,7 +130,7 @@ def load_decoded(
     if BYTES == 0:
         factor = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     elif SECOND == 0:
-        factor = from_e8m0(tl.load(pointers, mask=inside, other=127).to(tl.int32), ZERO)
+        factor = from_e8m0(tl.load(pointers, mask=inside, other=127).to(tl.int32))
     else:
         factor = from_e4m3(tl.load(pointers, mask=inside, other=0).to(tl.int32))
         if SECOND == 3:
@@ -157,7 +153,7 @@ def gmm_codes_kernel(
     a, w, scale, second, out, tiles, n_tiles, offsets,
     stride_a, se, sk, sn, ce, ck, cn, te, tk, tn, stride_out, K, N,
     CODE: tl.constexpr, PACKED: tl.constexpr, ALONG: tl.constexpr, SK: tl.constexpr, SN: tl.constexpr,
-    BYTES: tl.constexpr, ZERO: tl.constexpr, SECOND: tl.constexpr,
+    BYTES: tl.constexpr, SECOND: tl.constexpr,
     TMA: tl.constexpr, SWAP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +168,7 @@ def gmm_codes_kernel(
             a_tile = load_rows(a, row, end, k, K, stride_a, TMA, BM, BK)
             w_tile = load_decoded(
                 w, scale, second, e, k, n, se, sk, sn, ce, ck, cn, te, tk, tn, K, N,
-                CODE, PACKED, ALONG, SK, SN, BYTES, ZERO, SECOND, BK, BN,
+                CODE, PACKED, ALONG, SK, SN, BYTES, SECOND, BK, BN,
             )  # fmt: skip
             acc = multiply(a_tile, w_tile.to(a_tile.dtype), acc, SWAP)
         parts = columns_of(finish(acc, SWAP), BM, BN, PARTS)
@@ -205,7 +201,7 @@ def gmm(a: Tensor, w: Coded, r: Route, tiling: Tiling) -> Tensor:
         a_arg, w.words, w.scale, w.second, rows["out"], tiles, n_tiles, r.offsets,
         a.stride(0), *turn(words), *turn(scale), *turn(second), N, K, N,
         CODE=w.code, PACKED=w.packed, ALONG=int(w.turned), SK=sides[0], SN=sides[1],
-        BYTES=int(w.scale.dtype == torch.uint8), ZERO=w.zero,
+        BYTES=int(w.scale.dtype == torch.uint8),
         SECOND=w.how, TMA=tma, SWAP=c.swap,
         BM=c.rows, BN=c.columns, BK=c.depth, GROUP=c.group, PARTS=c.parts, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip

@@ -56,6 +56,7 @@ def quantised(hf: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             continue
         scale = torch.randint(120, 134, (-(-rows // side), columns // 32), dtype=torch.uint8)
+        scale[0, 0] = 0  # 2^-127
         made[name.removesuffix("weight") + "scale"] = scale.view(torch.float8_e8m0fnu)
     return made
 
