@@ -75,10 +75,8 @@ def test_zero_scales_divisors_and_nan() -> None:
     x, offsets = torch.randn(4, 64, device=cases.DEVICE), torch.tensor([4, 4, 4], device=cases.DEVICE).int()
     w = coded("mxfp4", 64)
     least = w._replace(scale=torch.zeros_like(w.scale))  # 2^-127
-    assert (
-        torch.equal(products.gmm_codes(x, least, offsets), products.gmm(x, said(least), offsets))
+    assert torch.equal(products.gmm_codes(x, least, offsets), products.gmm(x, said(least), offsets))
     assert said(least).any()
-    )
     bad = w._replace(scale=torch.full_like(w.scale, 255))
     assert products.gmm_codes(x, bad, offsets).isnan().all()
     w = coded("nvfp4", 64)._replace(divides=True)
