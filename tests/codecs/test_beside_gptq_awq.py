@@ -1,7 +1,7 @@
 """Beside the packages that write GPTQ and AWQ: what they decode, we decode alike, bit for bit in fp32.
 
-.ci/run installs AutoGPTQ and AutoAWQ without what they ask for, other versions of torch and Transformers; GPTQModel is
-run by hand. Their files are run alone where the package's own import asks for libraries that are gone.
+.ci/run installs them without what they ask for, other versions of torch and Transformers. AutoGPTQ's and AutoAWQ's
+files are run alone, since those packages' own imports ask for libraries that are gone.
 """
 
 import affine_cases
