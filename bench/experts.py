@@ -6,7 +6,7 @@
     python bench/experts.py --codes --tokens 1 16 512                  experts in codes against decoding all first
 
 Weights and routing are the same; all run in one process in turns, and what counts is the ratio of their least times;
-`products` is that of torch.mm alone (`floor.py`).
+`products` is that of torch.mm alone (`layer/floor.py`).
 Clock: processor time of one thread, since a machine that others use too counts what they take as ours; `--wall` takes
 the time of day. Weights lie as Hugging Face's files have them, [out, in], or natively, [in, out].
 """
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coded import layer
-from floor import products
+from layer import codes
+from layer.floor import products
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16)
     if args.codes:
         clock = time.perf_counter if args.wall else time.process_time
-        finish(list(layer.rows(args, least, clock)), "time on codes over that of decoding everything first", args.json)
+        finish(list(codes.rows(args, least, clock)), "time on codes over that of decoding everything first", args.json)
         return
     cells = itertools.product(args.tokens, args.experts, args.chosen, dtypes, (False, True))
     rows: list[dict[str, Any]] = []

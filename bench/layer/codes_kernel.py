@@ -1,6 +1,6 @@
 """What compilers make of the product that decodes its tiles (`gmm_codes`), on GPUs that are not here: as `aot.py`.
 
-    cd bench && python -m coded.kernel [--arch sm_90] [--kind mxfp4] [--json FILE]
+    cd bench && python -m layer.codes_kernel [--arch sm_90] [--kind mxfp4] [--json FILE]
 
 Every format, forward and turned (the gradient of rows), with the tiles that the table of `gmm` gives it. Turned: by the
 transposed matrices, whose packed axis is that of the columns.
