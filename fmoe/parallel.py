@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fmoe.shapes import NORM
 from fmoe.sharding import is_dtensor
 from fmoe.types import Params
 
@@ -25,7 +26,8 @@ def local_params(params: Params) -> tuple[dict[str, Tensor], ProcessGroup | None
     they are (Shard(0)). Along others they are gathered; in backward the gradients are summed over these and cut again.
     Tokens of all ranks of the group reach their experts through the dispatcher. So the gradient of a parameter is the
     sum over all ranks of its mesh, each with the tokens that it has: divide by their number where a loss is a mean over
-    ranks, and where ranks have the same tokens. Plain tensors stay as they are.
+    ranks, and where ranks have the same tokens. Plain tensors stay as they are; a norm that serves all experts is whole
+    on every rank.
 
     Raises ValueError where `ep` cuts another dim than that of the experts, or not all DTensors alike.
 
@@ -44,6 +46,10 @@ def local_params(params: Params) -> tuple[dict[str, Tensor], ProcessGroup | None
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         mesh, ep = p.device_mesh, ep_dim(p.device_mesh)
+        if name == NORM:  # of no expert: whole on every rank, and its gradient a sum over all of them
+            whole = p.redistribute(placements=[Replicate()] * mesh.ndim)
+            out[name] = whole.to_local(grad_placements=[Partial()] * mesh.ndim)
+            continue
         here = [i == ep and p.placements[i] == Shard(0) for i in range(mesh.ndim)]
         if ep is not None and not here[ep] and not p.placements[ep].is_replicate():
             found = f"{p.placements[ep]} along {mesh.mesh_dim_names or 'the mesh'}"

@@ -12,6 +12,9 @@ from fmoe.codecs.stacks import is_beside, is_code
 from fmoe.folding import meant
 from fmoe.types import MoEConfig, Params, brief
 
+NORM = "post_expert_norm.weight"
+"""The one parameter of `fmoe.experts` that is of all experts together."""
+
 
 def check_params(
     owner: str,

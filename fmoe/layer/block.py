@@ -18,8 +18,8 @@ from fmoe.folding import meant
 from fmoe.layer.checks import as_routing
 from fmoe.layer.experts import experts
 from fmoe.layer.latent import around, latent_axes
-from fmoe.routing import count, route, routed
-from fmoe.routing.gate import WEIGHTS
+from fmoe.routing import count, routed_of, routing_of
+from fmoe.routing.gate import WEIGHTS, logits_of
 from fmoe.routing.usage import slots
 from fmoe.shapes import (
     all_tensors,
@@ -90,14 +90,19 @@ def moe(
     _check(params, config, x.device)
     held = partial(_linear, params)
     below = _below(params, "experts.")
+
+    def gate(x: Tensor, indices: Tensor | None, mask: Tensor | None) -> Routing | Routed:
+        logits, correction, scale = logits_of(params, x, config, indices, None)  # what is masked is zeros by now
+        if return_routed:
+            return routed_of(logits, x.dtype, config, correction, indices, mask, scale)
+        return routing_of(logits, x.dtype, config, correction, indices, scale)._replace(mask=mask)
+
     how: Any = dict(backend=backend, dispatcher=dispatcher, recompute=recompute, lora_alpha=lora_alpha)
     return block(
         x,
         config,
         mask,
-        route=lambda x, indices, mask: (routed if return_routed else route)(
-            params, x, config, indices=indices, mask=mask
-        ),
+        route=gate,
         experts=lambda x, routing: experts(below, x, routing, config, **how),
         shared=(lambda x: shared(x, config, held)) if "shared_experts.up_proj.weight" in params else None,
         shared_gate=partial(held, "shared_expert_gate") if "shared_expert_gate.weight" in params else None,

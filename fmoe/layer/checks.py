@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fmoe.activations import is_gated_activation, is_interleaved
 from fmoe.backends.held import shapes, stacks
-from fmoe.layer.outside import NORM
-from fmoe.shapes import all_tensors, check_params, odd, said
+from fmoe.shapes import NORM, all_tensors, check_params, odd, said
 from fmoe.sharding import is_dtensor
 from fmoe.types import INTEGERS, MoEConfig, Params, Routing
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from fmoe.backends import Backend
 from fmoe.dispatch import Rows
@@ -24,7 +25,8 @@ def one_by_one(backend: Backend) -> Backend:
 
     def alone(params: Params, rows: Rows, config: MoEConfig) -> Tensor:
         N, E = len(rows.x), len(rows.counts)
-        if N == 0:
+        bare = rows.x.is_meta or (isinstance(rows.x, FakeTensor) and not torch.compiler.is_compiling())
+        if N == 0 or bare:  # without data there is nothing to depend on
             return backend(params, rows, config)
         ids = torch.arange(E, device=rows.x.device)
         # the expert of each row; E, which is none, for those after the last expert's

@@ -5,10 +5,8 @@ from torch import Tensor
 
 from fmoe.backends import Backend
 from fmoe.dispatch import Rows
-from fmoe.shapes import said
+from fmoe.shapes import NORM, said
 from fmoe.types import MoEConfig, Params
-
-NORM = "post_expert_norm.weight"
 
 
 def weighs_inside(config: MoEConfig) -> bool:

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from fmoe.backends import Backend
 from fmoe.layer.block import block
+from fmoe.layer.latent import LATENT
 from fmoe.layer.recompute import recomputing
 from fmoe.losses import attach, load_balancing
 from fmoe.nn.experts import GroupedExperts
-from fmoe.nn.linear import Gate, LatentNorm, Linear, SharedExperts, trained_dtype
+from fmoe.nn.linear import Gate, LatentNorm, Linear, NormedGate, NormWeight, SharedExperts, trained_dtype
 from fmoe.routing import routed_of, update_bias
+from fmoe.routing.gate import check_chosen
 from fmoe.routing.usage import summed
 from fmoe.shapes import check_config, n_ranked, said
 from fmoe.types import MoEConfig, Routed, Routing
@@ -29,7 +31,8 @@ class MoE(nn.Module):
     whole on every rank, or `fully_shard`ed.
 
     Every part is called as the module that it is: hooks fire, and `fully_shard`, LoRA and parametrisations of a part
-    are heard. The correction bias stays fp32 whatever the block is cast to.
+    are heard. The correction bias stays fp32 whatever the block is cast to. load_state_dict takes what `fmoe.moe`
+    takes: its other names for a part, and what config does not promise, a bias or a table of experts by token id.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=4, moe_inter_dim=3, n_shared_experts=1)
     >>> layer = MoE(config)
@@ -46,13 +49,8 @@ class MoE(nn.Module):
         check_config("MoE", config)
         trained_dtype("MoE", config)
         self.config, c = config, config
-        if c.router_norm or c.expert_norm_eps is not None:
-            name = "router_norm" if c.router_norm else "expert_norm_eps"
-            raise ValueError(
-                f"MoE: {name} is {getattr(c, name)!r}, which no module here has. Fix: fmoe.moe(params, x, config)"
-            )
         self.experts: Any = GroupedExperts(config, backend) if experts is None else experts
-        self.gate = Gate(c)
+        self.gate = NormedGate(c) if c.router_norm else Gate(c)
         if c.n_shared_experts:
             self.shared_experts = SharedExperts(c)
             if c.shared_expert_gate:
@@ -65,6 +63,7 @@ class MoE(nn.Module):
         if c.gate_bias_update_factor > 0:
             zeros = torch.zeros(n_ranked(c), dtype=torch.int64)
             self.register_buffer("expert_counts", zeros, persistent=False)
+        self.register_load_state_dict_pre_hook(_as_moe_takes_it)
         self.init_weights()
 
     def forward(
@@ -116,7 +115,10 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor, indices: Tensor | None = None, mask: Tensor | None = None) -> Routed:
         """`fmoe.routing.routed` of x [T, D], by the gate as it is: wrapped, hooked or not."""
-        return routed_of(self.gate(x), x.dtype, self.config, self._correction(), indices, mask)
+        check_chosen(next((t for n, t in self.gate.named_buffers() if n.endswith("tid2eid")), None), indices)
+        found = self.gate(x)
+        logits, scale = found if isinstance(found, tuple) else (found, None)
+        return routed_of(logits, x.dtype, self.config, self._correction(), indices, mask, scale)
 
     @torch.no_grad()
     def update_gate_bias(self, group: "ProcessGroup | None" = None) -> None:
@@ -150,9 +152,30 @@ class MoE(nn.Module):
         if (counts := self._buffers.get("expert_counts")) is not None:
             counts.zero_()
         for module in self.modules():
-            if isinstance(module, LatentNorm):
+            if isinstance(module, NormWeight | NormedGate):
                 module.reset_parameters()
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, init_std)
                 if module.bias is not None:
                     module.bias.zero_()
+
+
+def _as_moe_takes_it(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The dict that load_state_dict is about to read, under the module's names, and the module with what it lacks.
+
+    What `fmoe.moe` takes where it is present, and no config promises: biases, a table of experts by token id.
+    """
+    names = {theirs: ours for ours, theirs in LATENT.items()}
+    names |= {"gate": "gate.proj"} if module.config.router_norm else {"gate.proj": "gate"}
+    parts = dict(module.named_modules())
+    for name in [n for n in state if n.startswith(prefix)]:
+        path, dot, leaf = name.removeprefix(prefix).rpartition(".")
+        ours = names.get(path, path) if leaf in ("weight", "bias") else path
+        t = state[f"{prefix}{ours}{dot}{leaf}"] = state.pop(name)
+        part = parts.get(ours) if dot else None
+        if part is not None and part._parameters.get(leaf, t) is None:
+            like = next(part.parameters())
+            part._parameters[leaf] = nn.Parameter(like.new_empty(t.shape), like.requires_grad)
+        if part is not None and part._buffers.get(leaf, t) is None:
+            dtype = torch.float32 if t.is_floating_point() else t.dtype
+            part._buffers[leaf] = next(part.parameters()).new_empty(t.shape, dtype=dtype)

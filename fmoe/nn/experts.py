@@ -10,9 +10,9 @@ from fmoe.backends import Backend
 from fmoe.dispatch import Dispatcher, all_gather, local
 from fmoe.layer.checks import AXES
 from fmoe.layer.experts import experts
-from fmoe.nn.linear import trained_dtype
+from fmoe.nn.linear import NormWeight, trained_dtype
 from fmoe.parallel import local_params
-from fmoe.shapes import check_config
+from fmoe.shapes import NORM, check_config
 from fmoe.sharding import is_dtensor
 from fmoe.types import MoEConfig, Routing
 
@@ -23,9 +23,10 @@ class GroupedExperts(nn.Module):
     """forward(x, token_mask, weights, indices) = experts(parameters, x, Routing(indices, weights, token_mask), config).
 
     Parameters, and the names of the state dict: `gate_and_up_projs` [E, D, U], `down_projs` [E, I, D], with
-    `config.expert_bias` also `gate_up_proj_bias` [E, U] and `down_proj_bias` [E, D] (else None), in config.dtype,
-    drawn as by `init_weights`. LoRA matrices registered under the names of `fmoe.experts` count. backend: as in
-    `fmoe.experts`, or an object whose `experts` is a name, NeMo Automodel's "torch" and "gmm" among them.
+    `config.expert_bias` also `gate_up_proj_bias` [E, U] and `down_proj_bias` [E, D] (else None), with
+    `config.expert_norm_eps` `post_expert_norm.weight` [D], in config.dtype, drawn as by `init_weights`. LoRA matrices
+    registered under the names of `fmoe.experts` count. backend: as in `fmoe.experts`, or an object whose `experts` is a
+    name, NeMo Automodel's "torch" and "gmm" among them.
 
     Where the parameters are DTensors (`fully_shard` and `distribute_tensor` make them), each rank passes its own tokens
     and has its own experts along the mesh dim `ep`, or the only one, and `fmoe.dispatch.all_gather` moves the tokens;
@@ -60,6 +61,8 @@ class GroupedExperts(nn.Module):
                 self.register_parameter(part, p)
         for name, shape in biases.items():
             self.register_parameter(name, made(shape) if config.expert_bias else None)
+        if config.expert_norm_eps is not None:
+            self.post_expert_norm = NormWeight(config)
         self.init_weights()
 
     def _weight(self, name: str, E: int, K: int, M: int, made: Any) -> dict[str, nn.Parameter]:
@@ -82,6 +85,8 @@ class GroupedExperts(nn.Module):
         """
         named = (*AXES, *(name for name in self._parameters if name.startswith("lora_")))
         held = {name: getattr(self, name, None) for name in named}
+        if "post_expert_norm" in self._modules:
+            held[NORM] = self.post_expert_norm.weight
         return {name: p for name, p in held.items() if p is not None}
 
     def _dispatcher(self, group: Any) -> Dispatcher:
@@ -90,11 +95,12 @@ class GroupedExperts(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None, init_std: float = 0.02) -> None:
-        """Weights ~ Normal(0, init_std), biases 0; on `meta` nothing.
+        """Weights ~ Normal(0, init_std), biases 0, a norm's weight such that it leaves it; on `meta` nothing.
 
         DTensors get the numbers of one device, whatever their placements, where all ranks have drawn as much from the
         same seed before. buffer_device is the seed's; there are no buffers.
         """
+        self._reset_norm()
         for name, p in self.named_parameters(recurse=False):
             if name.endswith("_bias"):
                 p.zero_()
@@ -105,6 +111,10 @@ class GroupedExperts(nn.Module):
                 p.copy_(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
             else:
                 p.normal_(0.0, init_std)
+
+    def _reset_norm(self) -> None:
+        if "post_expert_norm" in self._modules:
+            self.post_expert_norm.reset_parameters()
 
     def extra_repr(self) -> str:
         c = self.config

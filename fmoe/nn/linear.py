@@ -1,6 +1,7 @@
 """The linear maps of a block, each a module of its own: hooks fire, FSDP2, LoRA and parametrisations take it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -11,6 +12,7 @@ from fmoe.activations import is_gated_activation
 from fmoe.layer.block import shared
 from fmoe.layer.latent import latent_norm
 from fmoe.routing import gate_logits
+from fmoe.routing.gate import is_corrected, rms_norm
 from fmoe.shapes import n_ranked
 from fmoe.types import MoEConfig, as_dtype
 
@@ -35,24 +37,17 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class Gate(nn.Linear):
-    """The logits [T, E] of x [T, D], in the dtype that `fmoe.route` takes them in.
+class Corrected(nn.Module):
+    """What a gate holds that nothing trains: buffers, None where there is none of them.
 
-    The buffer `e_score_correction_bias` [E], where config asks for it, stays fp32 whatever the module is cast to: its
-    steps are smaller than what 16 bits can tell apart. `train_gate=False` freezes weight and bias.
+    `e_score_correction_bias` [E], where config asks for it, stays fp32 whatever the module is cast to: its steps are
+    smaller than what 16 bits can tell apart. `tid2eid` [vocabulary, K]: experts by token id, of a state dict's size.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
-        stored = as_dtype(config.gate_dtype or config.dtype)
-        super().__init__(config.dim, n_ranked(config), bias=config.router_bias, dtype=stored)
-        self.config = config
-        self.requires_grad_(config.train_gate)
-        if config.gate_bias_update_factor > 0 or config.force_e_score_correction_bias:
-            zeros = torch.zeros(n_ranked(config), dtype=torch.float32)
-            self.register_buffer("e_score_correction_bias", zeros)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gate_logits(x, self.weight, self.bias, self.config)
+    def corrected_as(self, config: MoEConfig) -> None:
+        zeros = torch.zeros(n_ranked(config), dtype=torch.float32) if is_corrected(config) else None
+        self.register_buffer("e_score_correction_bias", zeros)
+        self.register_buffer("tid2eid", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self._buffers.get("e_score_correction_bias")
@@ -63,8 +58,51 @@ class Gate(nn.Linear):
         return self
 
 
-class LatentNorm(nn.Module):
-    """The RMS norm of x [T, L] times weight + config.norm_offset; as made, the weight leaves the norm as it is."""
+class Gate(Corrected, nn.Linear):
+    """The logits [T, E] of x [T, D], in the dtype that `fmoe.route` takes them in.
+
+    `train_gate=False` freezes weight and bias.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        stored = as_dtype(config.gate_dtype or config.dtype)
+        super().__init__(config.dim, n_ranked(config), bias=config.router_bias, dtype=stored)
+        self.config = config
+        self.requires_grad_(config.train_gate)
+        self.corrected_as(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gate_logits(x, self.weight, self.bias, self.config)
+
+
+class NormedGate(Corrected):
+    """`config.router_norm`: the logits of the RMS norm of x, and what the weights of each expert are multiplied by.
+
+    forward(x [T, D]) = (proj(norm(x) * scale), per_expert_scale [E]): the second is given out here, where FSDP2 has
+    gathered it. proj is a linear map of its own, as LoRA wants it.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        plain = replace(config, force_e_score_correction_bias=False, gate_bias_update_factor=0.0)
+        self.config, self.proj = config, Gate(replace(plain, score_func="sigmoid"))
+        ones = lambda size: nn.Parameter(torch.ones(size, dtype=self.proj.weight.dtype))
+        self.scale, self.per_expert_scale = ones(config.dim), ones(n_ranked(config))
+        self.requires_grad_(config.train_gate)
+        self.corrected_as(config)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.scale.fill_(1.0)
+        self.per_expert_scale.fill_(1.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.proj(rms_norm(x, self.scale, self.config.norm_eps))
+        return logits, self.per_expert_scale * 1  # memory that FSDP2 does not take back
+
+
+class NormWeight(nn.Module):
+    """The weight [D] that is added to config.norm_offset and multiplies an RMS norm; as made, it leaves it as it is."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -75,6 +113,10 @@ class LatentNorm(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.weight.fill_(1.0 - self.config.norm_offset)
+
+
+class LatentNorm(NormWeight):
+    """The RMS norm of x [T, L] times weight + config.norm_offset."""
 
     def forward(self, x: Tensor) -> Tensor:
         return latent_norm(self.weight, self.config, x)

@@ -58,7 +58,7 @@ class GroupedExpertsMXFP4(GroupedExperts):
         """
         with torch.device("meta"):
             made = cls(config, backend)
-        state = {name: t for name, t in params.items() if name in made._parameters}
+        state = {name: t for name, t in params.items() if name in made.state_dict()}
         for name in WEIGHTS:
             codes, scale = params.get(name), next((params[n] for n in params if n.startswith(f"{name}_scale_")), None)
             if codes is None or scale is None or codes.dtype not in (torch.uint8, torch.int8):
@@ -89,6 +89,7 @@ class GroupedExpertsMXFP4(GroupedExperts):
                 raise ValueError(f"GroupedExpertsMXFP4: {name!r} is a DTensor, expected it loaded: codes are not drawn")
             if name.endswith("_bias"):
                 p.zero_()
+        self._reset_norm()
         for name in WEIGHTS if not self.down_projs_packed.is_meta else ():
             packed, scales = getattr(self, f"{name}_packed"), getattr(self, f"{name}_scales")
             E, rows, columns = packed.shape

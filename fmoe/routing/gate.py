@@ -20,15 +20,26 @@ def logits_of(
     gate = {name: p for name, p in params.items() if name.startswith("gate.")}
     _check(dict(gate), x, config, {"indices": indices, "mask": mask})
     seen = x if mask is None else x.masked_fill(~mask[:, None], 0)
-    if "gate.tid2eid" in gate and indices is None:
-        fix = "Fix: indices=params['gate.tid2eid'][token_ids]"
-        raise ValueError(f"route: experts are chosen by 'gate.tid2eid', of token ids that are not here.\n{fix}")
+    check_chosen(gate.get("gate.tid2eid"), indices)
     weight = next(gate[name] for name in WEIGHTS if name in gate)
     kept = lambda t: t if t is None or config.train_gate else t.detach()
     if said(config, "router_norm"):
         seen = rms_norm(seen, kept(gate["gate.scale"]), config.norm_eps)
-    logits = gate_logits(seen, weight, gate.get("gate.bias"), config)
+    logits = gate_logits(seen, weight, gate.get("gate.bias", gate.get("gate.proj.bias")), config)
     return logits, gate.get("gate.e_score_correction_bias"), kept(gate.get("gate.per_expert_scale"))
+
+
+def check_chosen(table: Tensor | None, indices: Tensor | None) -> None:
+    """Raises ValueError for a gate that has a table of experts by token id, and no indices from it."""
+    if table is not None and indices is None:
+        fix = "Fix: indices=params['gate.tid2eid'][token_ids]"
+        raise ValueError(f"route: experts are chosen by 'gate.tid2eid', of token ids that are not here.\n{fix}")
+
+
+def is_corrected(config: MoEConfig) -> bool:
+    """Whether a config promises an `e_score_correction_bias`."""
+    asked = config.force_e_score_correction_bias or config.gate_bias_update_factor > 0
+    return asked or config.score_func.endswith("_with_bias")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,12 +84,14 @@ def _check(gate: dict[str, Tensor], x: Tensor, config: MoEConfig, given: dict[st
     if strange := odd({name: t for name, t in given.items() if t is not None}, x.device):
         raise ValueError("\n".join(f"route: {told}" for told in strange))
     weight = next((name for name in WEIGHTS if name in gate), WEIGHTS[0])
-    axes = {weight: "E D", "gate.bias": "E", "gate.e_score_correction_bias": "E"}
+    bias = weight.replace("weight", "bias")
+    axes = {weight: "E D", bias: "E", "gate.e_score_correction_bias": "E"}
     normed = {"gate.scale": "D", "gate.per_expert_scale": "E"}
     axes |= normed if said(config, "router_norm") else {}
-    corrected = config.force_e_score_correction_bias or config.gate_bias_update_factor > 0
-    corrected = corrected or config.score_func.endswith("_with_bias")
-    promised = {"gate.bias": config.router_bias, "gate.e_score_correction_bias": corrected}
+    promised = {
+        bias: config.router_bias,
+        "gate.e_score_correction_bias": is_corrected(config),
+    }
     sizes = {"E": n_ranked(config), "D": config.dim}
     optional = [name for name, asked in promised.items() if not asked]
     if (table := gate.pop("gate.tid2eid", None)) is not None and table.dtype not in INTEGERS:

@@ -93,7 +93,7 @@ def _check(native: Params, config: Mapping[str, Any], n_experts: int, n_activate
         raise ValueError(f"upcycle: {source} to {to}: norms of q and k would be lost or missing: choose the other")
     if odd := [n for n in native if n.endswith(("_proj.bias", "_proj.weight_scale_inv"))]:
         raise ValueError(f"upcycle: {odd[0]!r}: {to} has no such tensor")
-    found = {(m[1], m[2]) for n in native if (m := MLP.fullmatch(n))}
+    found = {match.groups()[:2] for match in map(MLP.fullmatch, native) if match}
     layers = {layer for layer, _ in found}
     if not layers or len(found) != 3 * len(layers):
         raise ValueError("upcycle: expected gate_proj, up_proj and down_proj under 'layers.{l}.mlp.' of every layer")

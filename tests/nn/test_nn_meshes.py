@@ -1,5 +1,6 @@
 """GroupedExperts on meshes of real processes: every gradient is that of one process, and shards are drawn as one."""
 
+from dataclasses import replace
 from typing import Any
 
 import dispatchers
@@ -75,6 +76,33 @@ def test_on_meshes_every_gradient_is_that_of_one_process() -> None:
             for name, value in found.items():
                 exact = right[name] if name in NAMES else of_rank([right[name]], lengths, rank)[0]
                 assert float((value - exact).norm()) <= 1e-12 * max(1.0, float(right[name].norm())), (rank, mesh, name)
+
+
+def normed(where: list[Any] | None = None, ep: Any = None) -> dict[str, Tensor]:
+    """With a norm that serves all experts: of one process, or of this rank, experts cut along ep and the norm so."""
+    torch.manual_seed(5)
+    layer = GroupedExperts(replace(CONFIG, expert_norm_eps=1e-6))
+    lengths, x, routing, r = batch("uneven", 2)
+    if where is not None:
+        norm = layer.post_expert_norm
+        for part, placements in ((layer, [Shard(0)]), (norm, where)):
+            for key, p in list(part.named_parameters(recurse=False)):
+                part.register_parameter(key, torch.nn.Parameter(distribute_tensor(p.data, ep, placements)))
+        x, r, *parts = of_rank((x, r, *routing), lengths, dist.get_rank())
+        routing = Routing(*parts)
+    return run(layer, x, routing, r)
+
+
+def both_normed() -> list[dict[str, Tensor]]:
+    ep = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    return [normed(where, ep) for where in ([Replicate()], [Shard(0)])]
+
+
+def test_a_norm_of_all_experts_gets_the_gradient_of_all_ranks() -> None:
+    right = normed()
+    for found in distributed.run(both_normed, 2)[1]:
+        for name in right.keys() - {"x", "w", "y"}:
+            assert float((found[name] - right[name]).norm()) <= 1e-12 * float(right[name].norm()), name
 
 
 def drawn_and_refused() -> tuple[dict[str, Tensor], list[str]]:

@@ -29,7 +29,9 @@ WHOLE = replace(
     expert_bias=True,
     score_func="sigmoid_with_bias",
     force_e_score_correction_bias=True,
+    expert_norm_eps=1e-6,
 )
+NORMED = replace(WHOLE, router_norm=True)
 PARTS = ("gate", "experts", "shared_experts", "shared_expert_gate", "fc1_latent_proj", "fc2_latent_proj")
 MATRICES = (
     "gate.weight",
@@ -41,6 +43,8 @@ MATRICES = (
     "fc1_latent_proj.weight",
     "fc2_latent_proj.weight",
 )
+VECTORS = ("gate.bias", "gate.e_score_correction_bias", "experts.down_proj_bias", "experts.post_expert_norm.weight")
+NORMS = ("gate.scale", "gate.per_expert_scale")
 
 
 def drawn(config: fmoe.MoEConfig = WHOLE) -> nn.Sequential:
@@ -77,24 +81,24 @@ SHARDED = [
     *((f"1.{part}",) for part in PARTS),
     ("1.shared_experts.up_proj", *(f"1.{part}" for part in PARTS), "1", "model"),
 ]
+SHARDED_NORMS = [("model",), ("1.gate",), ("1.gate.proj", "1.gate", "1.experts", "model")]
 
 
-def sharded() -> dict[tuple[str, ...], dict[str, Tensor]]:
+def sharded() -> list[tuple[bool, tuple[str, ...], dict[str, Tensor]]]:
     mesh, x = init_device_mesh("cpu", (2,)), tokens()
     mine = x[:, :4] if dist.get_rank() == 0 else x[:, 4:]
-    found = {}
-    for parts in SHARDED:
-        if "model" in parts:  # what no group holds is not summed over ranks
-            found[parts] = gradients(drawn(), mine, parts, mesh)
-        else:
-            found[parts] = gradients(drawn(), x if dist.get_rank() == 0 else x[:, :0], parts, mesh)
+    found = []
+    for normed, parts in [*((False, p) for p in SHARDED), *((True, p) for p in SHARDED_NORMS)]:
+        # what no group holds is not summed over ranks
+        seen = mine if "model" in parts else x if dist.get_rank() == 0 else x[:, :0]
+        found.append((normed, parts, gradients(drawn(NORMED if normed else WHOLE), seen, parts, mesh)))
     return found
 
 
 def test_each_part_under_fsdp2_on_two_ranks() -> None:
-    right = gradients(drawn(), tokens())
-    for parts, found in distributed.run(sharded, 2)[0].items():
-        for name, g in right.items():
+    right = {normed: gradients(drawn(NORMED if normed else WHOLE), tokens()) for normed in (False, True)}
+    for normed, parts, found in distributed.run(sharded, 2)[0]:
+        for name, g in right[normed].items():
             assert float((found[name] - g).norm()) <= 1e-12 * float(g.norm()), (parts, name)
 
 
@@ -122,14 +126,15 @@ class Twice(nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize("name", (*MATRICES, "gate.bias", "experts.down_proj_bias", "gate.e_score_correction_bias"))
+@pytest.mark.parametrize("name", (*MATRICES, *VECTORS, *NORMS))
 def test_a_parametrised_tensor_is_the_one_that_computes(name: str) -> None:
-    model, plain = drawn()[1], drawn()[1]
+    config = NORMED if name in NORMS else WHOLE
+    model, plain = drawn(config)[1], drawn(config)[1]
     part, _, tensor = name.rpartition(".")
     parametrize.register_parametrization(model.get_submodule(part), tensor, Twice())
     getattr(plain.get_submodule(part), tensor).data.mul_(2)
     assert torch.equal(model(tokens()), plain(tokens()))
-    assert not torch.equal(model(tokens()), drawn()[1](tokens()))
+    assert not torch.equal(model(tokens()), drawn(config)[1](tokens()))
 
 
 def test_other_buffers_parameters_and_modules_may_be_added() -> None:
@@ -145,10 +150,10 @@ def test_other_buffers_parameters_and_modules_may_be_added() -> None:
         model(tokens())
 
 
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("name", (*MATRICES, "gate.proj.weight"))
 def test_lora_of_peft_on_every_matrix(name: str) -> None:
     peft = pytest.importorskip("peft")
-    config = replace(WHOLE, dtype="float32")
+    config = replace(NORMED if name == "gate.proj.weight" else WHOLE, dtype="float32")
     part, _, tensor = f"1.{name}".rpartition(".")
     where = dict(target_modules=[], target_parameters=[f"1.{name}"]) if "experts." in name[:8] else {}
     with warnings.catch_warnings():
@@ -176,14 +181,15 @@ CASTS = {
 @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
 @pytest.mark.parametrize("asked", [{}, dict(force_e_score_correction_bias=False, gate_bias_update_factor=1e-3)])
 def test_the_correction_bias_stays_fp32(cast: Any, asked: dict[str, Any]) -> None:
-    layer = MoE(replace(WHOLE, **asked))
+    layer = MoE(replace(NORMED if asked else WHOLE, **asked))
     layer.gate.e_score_correction_bias.copy_(6.9 + torch.rand(WHOLE.n_routed_experts) / 4)
     before = layer.gate.e_score_correction_bias.clone()
     layer = cast(layer)
-    assert layer.gate.weight.dtype.itemsize == layer.experts.down_projs.dtype.itemsize == 2
+    weight = layer.gate.proj.weight if asked else layer.gate.weight
+    assert weight.dtype.itemsize == layer.experts.down_projs.dtype.itemsize == 2
     assert layer.gate.e_score_correction_bias.dtype == torch.float32
     assert torch.equal(layer.gate.e_score_correction_bias, before)
-    layer(tokens().to(layer.gate.weight.dtype))
+    layer(tokens().to(weight.dtype))
     assert layer.to("meta").gate.e_score_correction_bias.is_meta
     assert layer.to_empty(device="cpu").gate.e_score_correction_bias.dtype == torch.float32
 

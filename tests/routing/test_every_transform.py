@@ -1,6 +1,8 @@
 """Functions of losses, routing and surgery x transforms: each gives, under each, the values and gradients of plain."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,7 +52,41 @@ def outside(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return y.square().sum() + found.scores.sum() + found.counts.sum()
 
 
+def chosen(x: Tensor, gate: Tensor, *_: Tensor) -> Tensor:
+    """By its steps: logits, scores in groups with a bias, a choice, and what losses ask for."""
+    groups = replace(CONFIG, n_expert_groups=2, n_limited_groups=1, norm_topk_prob=True)
+    logits = routing.gate_logits(x, gate, None, groups)
+    alone = routing.topk_routing(logits, groups, gate[:, 1])
+    same = routing.routing_of(logits, x.dtype, CONFIG, None, alone.indices, gate[:, 2])
+    whole = routing.routed_of(logits, x.dtype, CONFIG, None, IDS, MASK)
+    return sum(t.square().sum() for t in (alone.weights, same.weights, whole.scores))
+
+
+def grown(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    names = ("gate_proj", "up_proj", "down_proj")
+    mlp = dict(zip(names, (up[0, :, :I].T, up[0, :, I:].T, down[0].T), strict=True))
+    native = {f"model.layers.0.mlp.{n}.weight": t for n, t in mlp.items()}
+    dense = dict(model_type="mistral", hidden_size=D, intermediate_size=I, num_attention_heads=1)
+    made, _ = surgery.upcycle(native, dense, E, K)
+    block = surgery.layers(made)["model.layers.0.mlp"]
+    return sum(t.square().sum() for n, t in block.items() if n != "gate.weight")  # which is drawn
+
+
+def invariant(**how: Any) -> Callable[..., Tensor]:
+    def f(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        params = {"gate_and_up_projs": up, "down_projs": down}
+        routing = Routing(IDS[:2], x[:2, :K], MASK[1:3])  # each row is a part of the graph
+        return fmoe.experts(params, x[:2], routing, CONFIG, batch_invariant=True, **how).square().sum()
+
+    return f
+
+
 CALLS: dict[str, Callable[..., Tensor]] = {
+    "gate_logits, topk_routing, routing_of, routed_of": chosen,
+    "layers, upcycle": grown,
+    "moe mask": lambda x, *p: fmoe.moe(block(*p), x, CONFIG, mask=MASK).square().sum(),
+    "experts batch_invariant": invariant(),
+    "experts batch_invariant, recompute, loop": invariant(recompute=True, backend="loop"),
     "load_balancing switch": lost(),
     "load_balancing sequence": lost(kind="sequence"),
     "load_balancing global": lost(kind="global"),
@@ -82,12 +118,23 @@ ALL = (0, 1, 2, 3)
 HOW: dict[str, Callable[..., tuple[Any, ...]]] = {
     "grad": lambda f, *a: torch.func.grad(f, ALL)(*a),
     "vmap": lambda f, *a: tuple(
-        g[1] for g in torch.vmap(torch.func.grad(f, ALL))(*(torch.stack([2 * t, t]) for t in a))
+        g[1] for g in torch.vmap(torch.func.grad(f, ALL), randomness="same")(*(torch.stack([2 * t, t]) for t in a))
     ),
+    "compile of grad": lambda f, *a: torch.compile(torch.func.grad(f, ALL), fullgraph=True, backend="aot_eager")(*a),
     "compile": lambda f, *a: by_backward(torch.compile(f, fullgraph=True, backend="aot_eager"), *a),
     "checkpoint": lambda f, *a: by_backward(lambda *b: checkpoint(f, *b, use_reentrant=False), *a),
 }
 CELLS = [(name, how) for name in CALLS for how in HOW]
+
+
+OF_THE_HOST = {"SCORES", "Score", "load", "load_balance_metrics"}
+"""What makes no tensor."""
+
+
+def test_every_public_function_has_a_call() -> None:
+    public = {*routing.__all__, *surgery.__all__, "load_balancing", "router_z", "attach"} - OF_THE_HOST
+    told = inspect.getsource(inspect.getmodule(drawn))
+    assert not [name for name in public if f".{name}(" not in told]
 
 
 @pytest.mark.parametrize(("name", "how"), CELLS)

@@ -1,4 +1,6 @@
-"""Every `group=` on two real gloo processes: values are those of all ranks, gradients sum to those of one process."""
+"""Every `group=` on real gloo processes: values are those of all its ranks, gradients sum to those of one process."""
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,13 @@ CONFIG = MoEConfig(
     gate_bias_update_factor=0.25, dtype="float64", gate_dtype="float64",
 )  # fmt: skip
 KINDS = ("global", "sequence")
-ROWS = {"uneven": (slice(0, 1), slice(1, B)), "none on the second": (slice(0, B), slice(B, B))}
+ROWS: dict[str, tuple[slice | None, ...]] = {
+    "uneven": (slice(0, 1), slice(1, B), None, None),
+    "none on the second": (slice(0, B), slice(B, B), None, None),
+    "three, one of them without": (slice(0, 1), None, slice(1, 1), slice(1, B)),
+    "all four": (slice(0, 1), slice(1, 2), slice(2, 4), slice(4, B)),
+}
+"""Which sequences each rank has; None: the rank is not in the group, and makes no call."""
 
 
 def made() -> tuple[Tensor, Tensor, Tensor, fmoe.nn.MoE]:
@@ -32,13 +40,21 @@ def routed(gate: Tensor, x: Tensor) -> fmoe.types.Routed:
 
 def losses(gate: Tensor, x: Tensor, mask: Tensor, group: object) -> dict[str, Tensor]:
     found = routed(gate, x)
-    return {kind: load_balancing(found, CONFIG, mask=mask, kind=kind, group=group) for kind in KINDS}
+    made = {kind: load_balancing(found, CONFIG, mask=mask, kind=kind, group=group) for kind in KINDS}
+    attached = fmoe.losses.attach(x.new_zeros(1), made["global"], 3.0)  # of value 0, with the gradient of three losses
+    return made | {"attached": attached[0]}
 
 
-def law(rows: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
+def laws() -> list[Any]:
+    return [law(rows) for rows in ROWS]
+
+
+def law(rows: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor] | None:
     """Of one rank: losses, their gradients, counts and the bias after an update."""
-    mine = ROWS[rows][dist.get_rank()]
-    (x, mask, weight, layer), group = made(), dist.group.WORLD
+    mine, members = ROWS[rows][dist.get_rank()], [r for r, part in enumerate(ROWS[rows]) if part is not None]
+    (x, mask, weight, layer), group = made(), dist.new_group(members)
+    if mine is None:
+        return None
     gate = weight.requires_grad_()
     values = losses(gate, x[mine], mask[mine], group)
     grads = {kind: torch.autograd.grad(loss, gate, retain_graph=True)[0] for kind, loss in values.items()}
@@ -49,20 +65,20 @@ def law(rows: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor
     return {k: v.detach() for k, v in values.items()}, grads, counts, layer.gate.e_score_correction_bias
 
 
-def test_two_processes_are_one() -> None:
-    for rows in ROWS:
-        found = run(law, 2, rows)
+def test_the_processes_of_a_group_are_one() -> None:
+    for told in zip(*run(laws, 4), strict=True):  # of each row, what its ranks found
+        found = [of_rank for of_rank in told if of_rank is not None]
         x, mask, weight, layer = made()
         gate = weight.requires_grad_()
         whole = losses(gate, x, mask, None)
         layer(x, mask)
         layer.update_gate_bias()
         for values, _, counts, bias in found:
-            for kind in KINDS:
+            for kind in whole:
                 torch.testing.assert_close(values[kind], whole[kind].detach())
             assert torch.equal(counts, routed(gate.detach(), x).counts)
             assert torch.equal(bias, layer.gate.e_score_correction_bias) and bias.any()
-        for kind in KINDS:
+        for kind in whole:
             (expected,) = torch.autograd.grad(whole[kind], gate, retain_graph=True)
-            torch.testing.assert_close(found[0][1][kind] + found[1][1][kind], expected)
+            torch.testing.assert_close(sum(grads[kind] for _, grads, _, _ in found), expected)
             assert expected.any()

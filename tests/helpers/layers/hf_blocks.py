@@ -5,6 +5,7 @@ block(x), fmoe.moe(params, x, config, **how)       # x [2, 9, D]
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,9 @@ def assert_parity(block: nn.Module, params: dict[str, Tensor], config: fmoe.MoEC
     assert_close(found, expected)
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     assert_close(*torch.autograd.grad(found, ours, cotangent), *torch.autograd.grad(expected, theirs, cotangent))
+    module = fmoe.nn.MoE(replace(config, dtype="float32"))
+    module.load_state_dict(params)
+    assert_close(module(x, **how), found)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:

@@ -45,5 +45,6 @@ BLOCKS = {
         score_func="sigmoid_with_bias",
         force_e_score_correction_bias=True,
     ),
+    "norms": replace(CONFIG, router_norm=True, expert_norm_eps=1e-6, norm_offset=1.0),
     "relu2": replace(CONFIG, n_shared_experts=1, shared_expert_inter_dim=7, shared_expert_activation="relu2"),
 }
