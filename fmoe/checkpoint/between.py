@@ -22,7 +22,7 @@ from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import adapters, gaps_between, open_source, plan_between, side, whole_between
+from fmoe.checkpoint.sides import adapters, gaps_between, open_source, packed, plan_between, side, whole_between
 from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
@@ -67,7 +67,8 @@ def convert_between(
         no_part(dst, narrowed(source.model_type, source.config, choices), whose)
         if "dtype" in choices:
             plain = {n: v for n, v in choices.items() if n not in ranges and n != "dtype"}
-            _told(plan, adapters(source, here, to, lossy, **plain)[1].plan(source.specs), choices["dtype"], to)
+            what = "codes move as they are" if packed(source, here) else "what is not quantised keeps its dtype"
+            _told(plan, adapters(source, here, to, lossy, **plain)[1].plan(source.specs), choices["dtype"], to, what)
     cast: list[str] = []
     if "dtype" in choices:
         what = "experts are" if to == "native" or to in SYSTEMS and SYSTEMS[to].native else "what was quantised is"
@@ -93,15 +94,14 @@ def convert_between(
         index = None if ranges else held.index
         small[NATIVE] = origin_text(held.files, sum(s.nbytes for s in hf.values()), index, choices)
     laid = source.raw(dst) if isinstance(source, Orbax) else source
-    packed = sum(source.specs[n].nbytes for n in source.arrays) if isinstance(source, Orbax) else 0
-    small_jobs = (LIMIT // 16,) if packed else ()  # what tensorstore has decompressed with, it keeps
+    beside_it = sum(source.specs[n].nbytes for n in source.arrays) if isinstance(source, Orbax) else 0
     starts = {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
-    engine = Engine(laid, plan, starts, *small_jobs)
+    engine = Engine(laid, plan, starts)
     work = _work(source, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
     claim = lambda: replaced(dst, home, force, work=work)
     former = of_the_former(dst, claim(), {*layout.heads, *small})
-    check_space(dst, sum(size for _, size in layout.heads.values()) + sum(map(len, small.values())) + packed)
+    check_space(dst, sum(size for _, size in layout.heads.values()) + sum(map(len, small.values())) + beside_it)
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(made), adapter, len(layout.heads),
         lost=(*_lost(plan), *(p.text for p in missing.problems)),
@@ -131,11 +131,11 @@ def convert_between(
     return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
 
 
-def _told(plan: Plan, without: Plan, dtype: Any, to: str) -> None:
+def _told(plan: Plan, without: Plan, dtype: Any, to: str, what: str) -> None:
     """Raises AdapterError for a dtype that changes nothing: only what is decoded takes it."""
     if plan.targets == without.targets:
         fix = "Fix: convert to 'hf', and that with dtype="
-        raise AdapterError(f"dtype={dtype!r} with to={to!r}: what is not quantised keeps its dtype. {fix}")
+        raise AdapterError(f"dtype={dtype!r} with to={to!r}: {what}. {fix}")
 
 
 def _digested(

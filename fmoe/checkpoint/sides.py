@@ -1,5 +1,6 @@
 """What a directory is: Hugging Face's, ours, or another system's, by files and names; and the adapters in between."""
 
+import re
 from collections.abc import Mapping
 from itertools import product
 from os.path import exists, isfile
@@ -18,6 +19,7 @@ from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.checkpoint.whole import gaps_of
 from fmoe.codecs.config import quantization_of
+from fmoe.codecs.formats import FORMATS
 from fmoe.families import family
 from fmoe.families.complete import Gaps, gaps
 from fmoe.folding import meant
@@ -27,6 +29,8 @@ from fmoe.layout.proved.suspects import QUANTISED
 from fmoe.systems import SYSTEMS
 from fmoe.types import EXPERT_TENSORS, AdapterError, Problem
 
+CODES = {f.stored for f in FORMATS.values()} | {torch.uint32}  # which MLX views MXFP4 as
+WEIGHT = re.compile(r"(weight|_projs|blocks|_packed)$")  # and not a scale, which stays beside what is decoded
 NO_CONFIG = "has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON"
 
 
@@ -123,9 +127,9 @@ def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any
         fix = ". Fix: from_=, or --from SYSTEM, where it is another system's"
         raise AdapterError(f"{source.path} is {to} already{fix}")
     own = {n: v for n, v in choices.items() if n in ("quantized", "dtype")}
-    if to == "hf" and own.get("quantized") == "decode" and _packed(source, here):
+    if to == "hf" and own.get("quantized") == "decode" and packed(source, here):
         fix = "Fix: quantized='keep', and then convert once more, to='hf' with dtype='bfloat16'"
-        raise AdapterError(f"{source.path} holds MXFP4, which goes to Hugging Face's layout as it is. {fix}")
+        raise AdapterError(f"{source.path} holds codes, which go to Hugging Face's layout as they are. {fix}")
     back = _back(source, here, lossy, own)
     names = source.specs if here == "hf" else back.plan(source.specs).targets
     if to == "hf":
@@ -193,7 +197,7 @@ def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Ad
     system, problem = SYSTEMS[here], None
     lead = source.lead if isinstance(source, Foreign) else Adapter()
     names = lead.plan(source.specs).targets if lead.stages else source.specs
-    own = own | {"quantized": "keep"} if _packed(source, here) else own
+    own = own | {"quantized": "keep"} if packed(source, here) else own
     options = {n: o for n, o in system.choices.items() if o}
     for chosen in product(*options.values()):
         try:
@@ -208,6 +212,7 @@ def _back(source: Checkpoint, here: str, lossy: bool, own: dict[str, Any]) -> Ad
     raise problem or AdapterError(f"{here}: no table")
 
 
-def _packed(source: Checkpoint, here: str) -> bool:
-    """Whether a source holds MXFP4 in GGUF's blocks, which its table moves as they are."""
-    return here == "gguf" and any(spec.dtype == torch.uint8 for spec in source.specs.values())
+def packed(source: Checkpoint, here: str) -> bool:
+    """Whether a source of a system that can hold them holds codes and scales, which its table moves as they are."""
+    can = here in SYSTEMS and SYSTEMS[here].keeps(source.model_type)
+    return can and any(spec.dtype in CODES and WEIGHT.search(name) for name, spec in source.specs.items())

@@ -13,7 +13,7 @@ from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import forth, open_source, side, whole_between
+from fmoe.checkpoint.sides import forth, open_source, packed, side, whole_between
 from fmoe.checkpoint.stream.digests import kept_sums, other_bytes
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
@@ -24,6 +24,7 @@ from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, Problem, bits
 
 UNKNOWN = "whether these are the values that were written is not known: fmoe.json has no digests (--checksums)"
+AS_THEY_ARE = "its codes and scales are compared as they are, with no value decoded"
 MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once
 
 
@@ -42,8 +43,8 @@ def verify(
     that its values are not vouched for. Another system's is compared with `fmoe.sha256`, where a conversion left one.
     Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
     your own. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory, which is proved to come
-    back from Hugging Face's layout. Raises AdapterError naming each tensor that comes back different, and each file
-    that has other bytes than were written.
+    back from Hugging Face's layout, its codes as they are. Raises AdapterError naming each tensor that comes back
+    different, and each file that has other bytes than were written.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -59,7 +60,7 @@ def verify(
     plan = plan_from(source, there)
     here = "hf" if own else side(source, from_)
     if here in SYSTEMS:
-        notes = tuple(whole_between(source, here, adapter).notes)
+        notes = (*whole_between(source, here, adapter).notes, *[AS_THEY_ARE] * packed(source, here))
     else:
         native = source.specs if source.native else plan.targets
         how = choices | ({"adapter": adapter} if own else {})

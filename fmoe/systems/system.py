@@ -51,6 +51,10 @@ class System:
         """Whether it has this family's names."""
         return self.native or FAMILY.get(model_type or "", model_type) in self.tables
 
+    def keeps(self, model_type: str | None) -> bool:
+        """Whether it can hold this family's quantised tensors as they are."""
+        return self.native or FAMILY.get(model_type or "", model_type) in self.kept
+
     def marks(self, names: Iterable[str], model_type: str | None) -> bool:
         """Whether a checkpoint's names show that it is this system's: of a family that it knows."""
         if not self.mark or not self.knows(model_type):
@@ -71,7 +75,7 @@ class System:
             told = f"{', '.join(self.tables)}{meant(model_type, self.tables)}"
             raise AdapterError(f"system={self.name!r} does not know {model_type!r}: expected one of {told}")
         facts = Facts(self.name, kind, as_dict(config), self._chosen(choices))
-        if facts.keep and name not in self.kept:
+        if facts.keep and not self.keeps(name):
             told = ", ".join(self.kept) or "none"
             raise AdapterError(
                 f"system={self.name!r} has no quantized='keep' for {model_type!r}: expected one of {told}"

@@ -25,6 +25,7 @@ from fmoe.checkpoint.files.containers import orbax_tree
 from fmoe.checkpoint.files.containers.foreign import Foreign, touched
 from fmoe.checkpoint.files.containers.items import strides_of
 from fmoe.checkpoint.files.directory import Checkpoint, Spans
+from fmoe.checkpoint.files.freed import given_back
 from fmoe.checkpoint.files.weights import TREE
 from fmoe.layout.axes import Copy
 from fmoe.layout.claims import some
@@ -68,7 +69,7 @@ class Orbax(Foreign):
     @property
     def largest(self) -> int:
         """Bytes of the largest chunk that is decompressed, of which memory holds two, and it compressed."""
-        sizes = (prod(orbax_tree.written(a)) * self.specs[n].dtype.itemsize for n, a in self.arrays.items())
+        sizes = (prod(orbax_tree.decoded(a)) * self.specs[n].dtype.itemsize for n, a in self.arrays.items())
         return max(sizes, default=0)
 
     def read(self, names: Iterable[str], parts: Mapping[str, Spans] = MappingProxyType({})) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ class Orbax(Foreign):
     def _chunks(self, name: str, spans: Spans | None) -> Iterator[tuple[slice, ...]]:
         """Those of an array that have a byte in the spans."""
         shape, dtype = self.specs[name]
-        for box in _boxes(shape, orbax_tree.written(self.arrays[name])):
+        for box in _boxes(shape, orbax_tree.decoded(self.arrays[name])):
             there = strides_of(shape)
             start = sum(b.start * s for b, s in zip(box, there, strict=True))
             if touched([b.stop - b.start for b in box], there, start, dtype.itemsize, spans):
@@ -128,9 +129,11 @@ class Orbax(Foreign):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(descriptor, sum(self.specs[n].nbytes for n in self.arrays))
-            buffer = torch.empty(self.largest, dtype=torch.uint8)
-            for name in self.arrays:
-                self._unpack(name, buffer, path, descriptor, raw.offsets[name], spans)
+            with given_back():
+                buffer = torch.empty(self.largest, dtype=torch.uint8)
+                for name in self.arrays:
+                    self._unpack(name, buffer, path, descriptor, raw.offsets[name], spans)
+                del buffer
             raw.stamps[UNPACKED] = disk.Stamp.of(descriptor)
             yield
         finally:

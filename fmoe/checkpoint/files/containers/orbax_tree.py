@@ -30,6 +30,11 @@ def written(array: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in array.chunk_layout.write_chunk.shape)
 
 
+def decoded(array: Any) -> tuple[int, ...]:
+    """What is decompressed at once: a chunk that is written, or one of those inside it."""
+    return tuple(int(n) for n in array.chunk_layout.read_chunk.shape)
+
+
 def files(home: Path) -> Iterator[str]:
     """The container's files. Raises AdapterError for a link, which tensorstore would follow anywhere."""
     for folder, names, files in os.walk(home):
