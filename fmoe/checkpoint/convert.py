@@ -146,7 +146,7 @@ def convert(
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
         if crossing or agreed != config:
             others["config.json"] = json.dumps(agreed, indent=2, default=str).encode() + b"\n"
-        if quantization_of(agreed) is None and QUANT in others:
+        if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
     engine = Engine(

@@ -1,17 +1,27 @@
 """config.json and tensors say the same."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from fmoe.codecs.config import stated, with_dtype
-from fmoe.codecs.parts import in_file
+from fmoe.codecs.config import coded, quantization_of, with_dtype, with_told, without
+from fmoe.codecs.foreign.lists import in_step
+from fmoe.codecs.foreign.told import calibrated, weights
+from fmoe.codecs.format import Format
+from fmoe.codecs.formats import FOREIGN
+from fmoe.codecs.parts import Parts, in_file
 from fmoe.codecs.quantised import Quantised
+from fmoe.codecs.values import E8M0
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.grouping import Specs
 from fmoe.layout.names import Names
-from fmoe.types import as_dtype
+from fmoe.types import TensorSpec, as_dtype
+
+NOT_CONVERTED = "modules_to_not_convert"
+FIELD = {"modelopt": "ignore", "compressed-tensors": "ignore", "quark": "exclude"}
+"""quant_method -> the list of modules that are not quantised, where it is not `NOT_CONVERTED`."""
 
 
 def agreeing(
@@ -23,4 +33,85 @@ def agreeing(
     """
     made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
     codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
-    return made if codec is None else stated(made, specs, in_file(specs, Names(specs), codec.readable, codec.fresh)[0])
+    if codec is None:
+        return made
+    return stated(made, specs, in_file(specs, Names(specs), codec.readable, codec.fresh, codec.lists)[0])
+
+
+def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
+    """The config of a directory of these tensors, of which `found` are quantised: its quantization_config says so.
+
+    What it said before stays, where it speaks of the same method; without quantised tensors it says nothing of any.
+    """
+    made = coded(config)
+    before = quantization_of(config)
+    if not found:
+        return without(made) if before is not None else made
+    if before is not None and _speaks_of(before, {p.format.name: p.format for p in found.values()}):
+        how = {n: weights(p.format.along) for n, p in found.items()}
+        said = in_step(before, how, experts_left(specs, found), FIELD.get(before["quant_method"], NOT_CONVERTED))
+        return made if said == before else with_told(made, said)
+    told = quantization_config(specs, found)
+    return without(made) | ({"quantization_config": told} if told["quant_method"] else {})
+
+
+def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
+    """Whether a quantization_config is one that a checkpoint in these formats may have."""
+    methods = {f.method.partition(" ")[0] for f in formats.values()}
+    if formats.keys() <= FOREIGN.keys():  # which several tools write
+        methods |= {"modelopt", "compressed-tensors", "quark", "fbgemm_fp8", "fp8"}
+    if told.get("quant_method") not in methods:
+        return False
+    named = {f.method.partition(" ")[2] for f in formats.values()}
+    return told.get("quant_method") != "compressed-tensors" or told.get("format") in {None, "mixed-precision", *named}
+
+
+def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
+    """What Transformers and compressed-tensors have to be told of a checkpoint in which these tensors are quantised."""
+    formats = {p.format.name: p for p in found.values()}
+    leader = next(iter(formats.values()))
+    codes = {p.codes for p in found.values()}
+    plain = [n for n, s in specs.items() if n.endswith(".weight") and len(s.shape) == 2 and n not in codes]
+    rest = [n.removesuffix(".weight") for n in dict.fromkeys((*plain, *experts_left(specs, found)))]
+    method, name = leader.format.method, leader.format.name
+    if method.startswith("compressed-tensors"):
+        groups = _groups(found)
+        how = method.partition(" ")[2] if len(groups) == 1 else "mixed-precision"
+        head = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": how}
+        return head | {"config_groups": groups, "ignore": rest}
+    told: dict[str, Any] = {"quant_method": method.partition(" ")[0]}
+    if method.startswith("modelopt"):
+        group = {"targets": ["Linear"], "weights": weights(leader.format.along)}
+        return told | {"quant_algo": method.partition(" ")[2], "config_groups": {"group_0": group}, "ignore": rest}
+    if method in ("gptq", "awq"):
+        return told | calibrated(leader.format, [p.format.block[1] for p in found.values()], leader.order, rest)
+    if method == "mxfp4":
+        return told | {"modules_to_not_convert": rest}
+    told |= {"activation_scheme": "static" if any(p.activation for p in found.values()) else "dynamic"}
+    blocks = next((p for p in found.values() if p.format.code == "e4m3"), None)
+    told["weight_block_size"] = list(blocks.format.block) if blocks and blocks.format.block[1] else None
+    if blocks is None:
+        told["weight_block_size"] = [128, 128]
+    if name == "mxfp4 .scale":
+        told |= {"expert_dtype": "fp4"}
+    if any(specs[p.scale].dtype == E8M0 for p in found.values()):
+        told |= {"scale_fmt": "ue8m0"}
+    return told | {"modules_to_not_convert": rest}
+
+
+def _groups(found: Mapping[str, Parts]) -> dict[str, dict[str, Any]]:
+    """One for each kind of weights; where there are several, each names its modules."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name, p in found.items():
+        kind = {"weights": weights(p.format), "format": p.format.method.partition(" ")[2]}
+        kinds.setdefault(repr(kind), {"targets": [], **kind})["targets"].append(name.removesuffix(".weight"))
+    made = [*kinds.values()]
+    return {f"group_{i}": g if len(made) > 1 else g | {"targets": ["Linear"]} for i, g in enumerate(made)}
+
+
+def experts_left(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[str]:
+    """The weights of experts that are not quantised: matrices, or stacks of them."""
+    parts = {n for p in found.values() for n in p.stored}
+    plain = (n for n, s in specs.items() if n not in parts and s.dtype.is_floating_point and s.dtype.itemsize > 1)
+    ends = re.compile(r".*\.experts\.(\d+\.\w+\.weight|\w+(proj|weight|linear))")
+    return [n for n in plain if len(specs[n].shape) in (2, 3) and ends.fullmatch(n)]

@@ -1,19 +1,14 @@
-"""quantization_config: what it says of blocks, and what it has to say of the tensors that are written."""
+"""quantization_config: where a config has it, what it says of blocks, and what a fresh export writes."""
 
 import re
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from fmoe.codecs.foreign.told import calibrated, weights
-from fmoe.codecs.format import Format
-from fmoe.codecs.formats import FOREIGN
-from fmoe.codecs.parts import Fresh, Parts
-from fmoe.codecs.values import E8M0
+from fmoe.codecs.parts import Fresh
 from fmoe.folding import meant
-from fmoe.types import AdapterError, TensorSpec, brief
+from fmoe.types import AdapterError, brief
 
 FIELDS = ("quantization_config", "compression_config")
 DECODED = "decoded_"
@@ -37,6 +32,21 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
             return dict(found)
     inner = config.get("text_config")
     return quantization_of(inner) if isinstance(inner, Mapping) else None
+
+
+def with_quant(config: dict[str, Any], quant: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a directory whose `QUANT` says quant: the format, where config.json says none, and its modules.
+
+    >>> with_quant({"a": 1}, {"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}})
+    {'a': 1, 'quantization_config': {'quant_method': 'modelopt', 'quant_algo': 'NVFP4', 'exclude_modules': ['lm_head']}}
+    """
+    said, before = quant.get("quantization"), quantization_of(config)
+    if not isinstance(said, Mapping) or not said.get("quant_algo"):
+        return config
+    if before is None:
+        return config | {"quantization_config": {"quant_method": "modelopt", **said}}
+    more = {n: said[n] for n in ("exclude_modules",) if said.get(n) and before.get("quant_method") == "modelopt"}
+    return with_told(config, more | before) if more else config
 
 
 def weight_block(config: Mapping[str, Any] | None) -> tuple[int, int]:
@@ -100,80 +110,21 @@ def bits(config: Mapping[str, Any] | None) -> int | None:
 
 
 def ruled_out(config: Mapping[str, Any] | None) -> frozenset[str]:
-    """The formats that a config rules out, where names and shapes cannot: by bits, and by how zero points are stored.
+    """The formats that a config rules out of all tensors, where names and shapes cannot: GPTQ's two zero points.
 
     >>> sorted(ruled_out({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}))
-    ['gptq int4', 'gptq int8', 'int8 pack', 'int8 pack zeros']
+    ['gptq int4', 'gptq int8']
     """
-    other = 4 if bits(config) == 8 else 8  # without a word it is 4
     second = (quantization_of(config) or {}).get("checkpoint_format") == "gptq_v2"
-    packs = [f"int{other} pack", f"int{other} pack zeros"]
-    return frozenset([*packs, *(f"{'gptq' if second else 'gptq_v2'} int{n}" for n in (4, 8))])
+    return frozenset(f"{'gptq' if second else 'gptq_v2'} int{n}" for n in (4, 8))
 
 
-IGNORED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
-
-
-def ignored(config: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The modules that a quantization_config leaves as they are: names, their ends, globs, or `re:` and a pattern."""
-    told = quantization_of(config) or {}
-    names: list[str] = []
-    for field in IGNORED:
-        found = told.get(field) or []
-        if not isinstance(found, list | tuple) or not all(isinstance(n, str) and _readable(n) for n in found):
-            raise AdapterError(f"quantization_config.{field} is {brief(found)}, expected a list of module names")
-        names += found
-    return tuple(names)
-
-
-def _readable(name: str) -> bool:
-    try:
-        re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
-    except re.error:
-        return False
-    return True
-
-
-def is_ignored(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a tensor's module is one of those.
-
-    >>> is_ignored("model.layers.0.mlp.gate.weight", ["mlp.gate"]), is_ignored("lm_head.weight", ["re:.*head"])
-    (True, True)
-    """
-    module = name.removesuffix(".weight")
-    for p in patterns:
-        if p.startswith("re:"):
-            if re.match(p[3:], module):
-                return True
-        elif module == p or module.startswith(f"{p}.") or module.endswith(f".{p}") or fnmatchcase(module, p):
-            return True
-    return False
-
-
-def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
-    """The config of a directory of these tensors, of which `found` are quantised: its quantization_config says so.
-
-    What it said before stays, where it speaks of the same method; without quantised tensors it says nothing of any.
-    """
-    made = coded(config)
-    before = quantization_of(config)
-    if not found:
-        return _without(made) if before is not None else made
-    if before is not None and _speaks_of(before, {p.format.name: p.format for p in found.values()}):
-        return made
-    told = quantization_config(specs, found)
-    return _without(made) | ({"quantization_config": told} if told["quant_method"] else {})
-
-
-def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
-    """Whether a quantization_config is one that a checkpoint in these formats may have."""
-    methods = {f.method.partition(" ")[0] for f in formats.values()}
-    if formats.keys() <= FOREIGN.keys():  # which several tools write
-        methods |= {"modelopt", "compressed-tensors", "quark", "fbgemm_fp8", "fp8"}
-    if told.get("quant_method") not in methods:
-        return False
-    named = {f.method.partition(" ")[2] for f in formats.values()}
-    return told.get("quant_method") != "compressed-tensors" or told.get("format") in {None, "mixed-precision", *named}
+def with_told(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, whose quantization_config is that, where it has one."""
+    made = {n: told if n in FIELDS and v else v for n, v in config.items()}
+    if made == config and isinstance(inner := made.get("text_config"), Mapping):
+        made["text_config"] = with_told(inner, told)
+    return made
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -182,39 +133,6 @@ def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     made = {n: name if n in ("dtype", "torch_dtype") and v is not None else v for n, v in config.items()}
     inner = made.get("text_config")
     return made | {"text_config": with_dtype(inner, dtype)} if isinstance(inner, Mapping) else made
-
-
-def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
-    """What Transformers and compressed-tensors have to be told of a checkpoint in which these tensors are quantised."""
-    formats = {p.format.name: p for p in found.values()}
-    leader = next(iter(formats.values()))
-    plain = [n.removesuffix(".weight") for n, s in specs.items() if n.endswith(".weight") and len(s.shape) == 2]
-    codes = {p.codes.removesuffix(".weight") for p in found.values()}
-    rest = [n for n in plain if n not in codes]
-    method, name = leader.format.method, leader.format.name
-    if method.startswith("compressed-tensors"):
-        how = method.partition(" ")[2]
-        group = {"targets": ["Linear"], "weights": weights(leader.format), "format": how}
-        head = {"quant_method": "compressed-tensors", "quantization_status": "compressed", "format": how}
-        return head | {"config_groups": {"group_0": group}, "ignore": rest}
-    told: dict[str, Any] = {"quant_method": method.partition(" ")[0]}
-    if method.startswith("modelopt"):
-        group = {"targets": ["Linear"], "weights": weights(leader.format.along)}
-        return told | {"quant_algo": method.partition(" ")[2], "config_groups": {"group_0": group}, "ignore": rest}
-    if method in ("gptq", "awq"):
-        return told | calibrated(leader.format, [p.format.block[1] for p in found.values()], leader.order, rest)
-    if method == "mxfp4":
-        return told | {"modules_to_not_convert": rest}
-    told |= {"activation_scheme": "static" if any(p.activation for p in found.values()) else "dynamic"}
-    blocks = next((p for p in found.values() if p.format.code == "e4m3"), None)
-    told["weight_block_size"] = list(blocks.format.block) if blocks and blocks.format.block[1] else None
-    if blocks is None:
-        told["weight_block_size"] = [128, 128]
-    if name == "mxfp4 .scale":
-        told |= {"expert_dtype": "fp4"}
-    if any(specs[p.scale].dtype == E8M0 for p in found.values()):
-        told |= {"scale_fmt": "ue8m0"}
-    return told | {"modules_to_not_convert": rest}
 
 
 def decoded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,7 +159,7 @@ def _named(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
     return made | {"text_config": _named(inner, names)} if isinstance(inner, Mapping) else made
 
 
-def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+def without(config: Mapping[str, Any]) -> dict[str, Any]:
     made = {n: v for n, v in config.items() if n.removeprefix(DECODED) not in FIELDS}
     inner = made.get("text_config")
-    return made | {"text_config": _without(inner)} if isinstance(inner, Mapping) else made
+    return made | {"text_config": without(inner)} if isinstance(inner, Mapping) else made

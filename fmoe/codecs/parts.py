@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs.foreign.affine import BITS
+from fmoe.codecs.foreign.lists import Lists
 from fmoe.codecs.foreign.words import codes_here, codes_there, laid_spec, zeros_here, zeros_there
 from fmoe.codecs.format import Format
 from fmoe.codecs.values import E8M0
@@ -137,7 +138,7 @@ def is_part(template: str, x: str, f: Format, names: Container[str], fresh: Fres
     return pattern is not None and re.fullmatch(pattern, x) is not None
 
 
-def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fresh) -> Found:
+def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fresh, lists: Lists) -> Found:
     """The quantised tensors among a file's names, and the parts that are no part of one."""
     candidates: dict[str, dict[str, Format]] = {}
     by_tail: dict[str, list[tuple[str, Format]]] = {}
@@ -148,7 +149,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
     for name in names.ending(tuple(by_tail)):
         for template, f in (pair for tail, pairs in by_tail.items() if name.endswith(tail) for pair in pairs):
             if (x := read(template, name)) is not None and spell(template, x) == name:
-                if is_part(template, x, f, specs, fresh):
+                if is_part(template, x, f, specs, fresh) and not lists.rules_out(x, f.name):
                     candidates.setdefault(x, {})[f.name] = f
     found: dict[str, Parts] = {}
     problems: list[Problem] = []
@@ -164,9 +165,8 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
         elif len(scales) > 1:
             problems.append(Problem(f"{x!r} has two scales: {', '.join(map(repr, scales))}", (x, *scales)))
         elif own(made[0].format.weight) and x in specs:
-            problems.append(
-                Problem(f"{x!r} is there, and beside it {made[0].codes!r} that says it", (x, made[0].codes))
-            )
+            text = f"{x!r} is there, and beside it {made[0].codes!r} that says it"
+            problems.append(Problem(text, (x, made[0].codes)))
         elif odd := [n for t in UNREAD if (n := spell(t, x)) and n in specs and n not in made[0].stored]:
             what = f"{made[0].format.name} with {UNREAD_OF[odd[0].rpartition('.')[2]]}"
             text = f"{odd[0]!r}: {what}, which fmoe does not decode. Fix: quantise {x!r} without"

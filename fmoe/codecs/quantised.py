@@ -14,8 +14,8 @@ import torch
 from fmoe.codecs import Changed, CodecPlan
 from fmoe.codecs.carried import activations, beside, renamed
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
-from fmoe.codecs.config import is_ignored
-from fmoe.codecs.foreign.undecoded import lone, unread
+from fmoe.codecs.foreign.lists import Lists
+from fmoe.codecs.foreign.undecoded import left_alone, lone, unread
 from fmoe.codecs.format import Format
 from fmoe.codecs.formats import APART, FORMATS, OF_STACKS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
@@ -38,7 +38,7 @@ class Quantised:
     codes. seams: where rules join blocks, which codes must fit. experts: the rules of expert weights. told: called
     with the `Survival` of each tensor that changed since it was decoded. declared: the config or the names say that it
     is quantised. ruled_out: formats that its config excludes. undecoded: the one that it says, if that is not read.
-    ignored: modules that a fresh export leaves alone. alone: only formats with names to write are encoded; what
+    lists: what config says of modules by name. alone: only formats with names to write are encoded; what
     carries scales of another is encoded anew.
     """
 
@@ -51,7 +51,7 @@ class Quantised:
     seams: tuple[Seam, ...] = ()
     experts: tuple[Rule, ...] = ()
     declared: bool = False
-    ignored: tuple[str, ...] = ()
+    lists: Lists = Lists()
     undecoded: str | None = None
     ruled_out: frozenset[str] = frozenset()
     alone: bool = False
@@ -131,10 +131,10 @@ class Quantised:
         return [name]
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
-        there = lambda: in_file(specs, names, self.readable, self.fresh)
+        there = lambda: in_file(specs, names, self.readable, self.fresh, self.lists)
         found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
         said = None if self.flipped else self.undecoded
-        alone = [] if self.flipped else lone(names, found)
+        alone = [] if self.flipped else [*lone(names, found), *left_alone(self.lists, found)]
         problems = [*unread(said, specs, found), *alone, *problems, *cut_across(found, window)]
         problems += unscaled(specs, found, self.experts)
         if self.keep:
@@ -191,7 +191,7 @@ class Quantised:
         if all(pattern is None for _, pattern in self.fresh):
             raise AdapterError("quantization=True: the family has no quantised form; pass quantization=None")
         made: dict[str, Parts] = {}
-        specs = {n: s for n, s in specs.items() if not is_ignored(n, self.ignored)}
+        specs = {n: s for n, s in specs.items() if not self.lists.alone(n)}
         for n in sorted(n for n, s in specs.items() if n not in carried and s.dtype.is_floating_point):
             for f, (_, pattern) in zip(self.own, self.fresh, strict=True):
                 shape = specs[n].shape

@@ -64,8 +64,8 @@ def _with(entries: Iterable[Entry], formats: tuple[Format, ...], keep: bool, fli
             kept = tuple(_codes(r, formats, flip) if keep and matrix(r) else r for r in rules)
             made.append(Together(kept, entry.flipped) if isinstance(entry, Together) else kept[0])
             for kind in _kinds(formats):
-                found = tuple(r for w in weights if (r := _scales(w, *kind)) is not None)
-                made += [Together(found)] if len(found) > 1 else found
+                found = [r for w in weights if (r := _scales(w, *kind)) is not None]
+                made += found
         else:
             made.append(entry)
     return tuple(made)

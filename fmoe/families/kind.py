@@ -6,7 +6,8 @@ from itertools import takewhile
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
-from fmoe.codecs.config import exports, ignored, quantization_of, ruled_out, weight_block
+from fmoe.codecs.config import exports, quantization_of, ruled_out, weight_block
+from fmoe.codecs.foreign.lists import lists
 from fmoe.codecs.foreign.restarts import restarts
 from fmoe.codecs.foreign.undecoded import undecoded
 from fmoe.codecs.quantised import Fresh, Quantised
@@ -133,16 +134,16 @@ class Family:
             restarts=restarts(given),
             quantization=True if quantize else None,
             alone=bool(quantize),
-            ignored=ignored(given),
+            lists=lists(quantization_of(given)),
             undecoded=undecoded(given),
             ruled_out=ruled_out(given),
             keep=keep,
             declared=quantization_of(given) is not None,
         )
         if quantize and _apart(tables):
-            told = f"{self.model_types[0]}'s files hold gate and up in an order that scales have no rules for"
+            why = f"{self.model_types[0]}'s files hold gate and up in an order that scales have no rules for"
             raise AdapterError(
-                f"quantize={quantize!r}: {told}. Fix: convert it to a family that names them apart, first"
+                f"quantize={quantize!r}: {why}. Fix: convert it to a family that names them apart, first"
             )
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
         stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
@@ -158,11 +159,8 @@ class Family:
         return {**self.fixed, **left_out(kinds, E)} | {f: value for f, value in said.items() if value is not None}
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
-        missing = [
-            self.fields[f]
-            for f in ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
-            if f not in values
-        ]
+        needed = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
+        missing = [self.fields[f] for f in needed if f not in values]
         if missing:
             return f"{self.model_types[0]}: the config does not say {', '.join(missing)}"
         for name, why in self.unsaid.items():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from codec_cases import CASES, MLP, E, config, fused, made, per_expert
+from codec_cases import CASES, MLP, E, config, e2m1, fused, made, per_expert
 from hf import save
 
 import fmoe
@@ -55,19 +55,21 @@ def test_scales_that_are_none_are_named_in_memory_and_in_files(case, tmp_path):
             call(tmp_path / "hf")
 
 
-def test_codes_under_a_zero_scale_do_not_pass_verify(tmp_path):
+def test_a_scale_byte_0_is_the_least_power_of_two_and_255_does_not_pass_verify(tmp_path):
     adapter, tensors = made(("deepseek_v4", "mxfp4 .scale"))
-    key = "layers.1.ffn.experts.1.w3.scale"
+    key, one = "layers.1.ffn.experts.1.w3.scale", tensors["layers.1.ffn.experts.1.w3.weight"].view(torch.uint8)[0, 0]
     tensors[key] = tensors[key].clone()
     tensors[key].view(torch.uint8)[0, 0] = 0
+    native = adapter.from_hf(tensors)
+    up = next(t for n, t in native.items() if n.endswith(UP))
+    assert float(up[1, 0, up.shape[2] // 2]) == e2m1(int(one) & 15) * 2.0**-127 and one & 7
+    same(adapter.to_hf(native), tensors)
+    tensors[key].view(torch.uint8)[0, 0] = 255
     save(config("deepseek_v4", 128, 256), tensors, tmp_path)
-    with pytest.raises(fmoe.AdapterError, match="codes under a scale of 0") as error:
+    with pytest.raises(fmoe.AdapterError, match="a scale is nan, expected finite scales") as error:
         fmoe.verify(tmp_path)
     assert error.value.keys == (key,)
     fmoe.verify(tmp_path, quantized="keep")
-    codes = tensors[key.replace("scale", "weight")].clone()
-    codes[0, :16] = 0
-    adapter.from_hf(tensors | {key.replace("scale", "weight"): codes})
 
 
 def test_int4_says_its_shape_and_another_is_refused():

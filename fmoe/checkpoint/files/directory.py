@@ -23,6 +23,7 @@ from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, 
 from fmoe.checkpoint.remote.address import Address, Where, look, where
 from fmoe.checkpoint.remote.spans import scattered
 from fmoe.checkpoint.remote.stores import AT_ONCE
+from fmoe.codecs.config import QUANT, with_quant
 from fmoe.layout.axes import Copy
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem, TensorSpec
@@ -164,16 +165,15 @@ def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None, *, 
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
     if config is None:
         config = _json(path / CONFIG, infinite=True)[0] if CONFIG in there or not own else {}
+        config = with_quant(config, _json(path / QUANT)[0]) if QUANT in there else config
     index = mapped = origin = None
     if INDEX in there:
         mapped, index = _index(path / INDEX, beside=SINGLE in there)
     if NATIVE in there:
         origin = origin_of(path / NATIVE, _json(path / NATIVE)[0])
     files, indexed = chosen(path, there, mapped, config)
-    if not indexed:
-        index = mapped = None
-    missing = "is not there" if mapped is None else f"is not there, and {INDEX} names it"
-    headers = _headers(path, files, missing)
+    index, mapped = (index, mapped) if indexed else (None, None)
+    headers = _headers(path, files, "is not there" if mapped is None else f"is not there, and {INDEX} names it")
     holds = _where(path, headers)
     if not holds:
         raise AdapterError(f"{path} holds no tensors in safetensors files{instead(there)}")

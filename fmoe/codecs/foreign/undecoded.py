@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fmoe.codecs.config import bits, quantization_of
+from fmoe.codecs.foreign.lists import Lists
 from fmoe.codecs.parts import Parts
 from fmoe.layout.claims import some
 from fmoe.layout.names import Names
@@ -51,9 +52,11 @@ def undecoded(config: Mapping[str, Any] | None) -> str | None:
     if method not in READ:
         return method
     field, read = READ[method]
-    said = told.get(field)
-    if isinstance(said, str) and said not in read:
-        return f"{method} {said}"
+    groups = told.get("config_groups")
+    groups = groups.values() if isinstance(groups, Mapping) else ()
+    for said in (told.get(field), *(g.get(field) for g in groups if isinstance(g, Mapping))):
+        if isinstance(said, str) and said not in read:
+            return f"{method} {said}"
     width = bits(config)
     return f"{method} of {width} bits" if method in WORDS and width not in (None, 4, 8) else None
 
@@ -72,6 +75,16 @@ def unread(name: str | None, specs: Mapping[str, TensorSpec], found: Mapping[str
     text = f"{some(narrow)}: quantization_config says {name}, a format that fmoe does not decode"
     fix = "Fix: decode it with its own tool; or take quantization_config out of config.json, if it is wrong"
     return [Problem(f"{text}. {fix}", narrow)]
+
+
+def left_alone(lists: Lists, found: Mapping[str, Parts]) -> list[Problem]:
+    """A problem for each quantised tensor that a config leaves as it is: one of both is wrong."""
+    made = []
+    for p in found.values():
+        if why := lists.alone(p.name):
+            text = f"{p.codes!r} is in {p.format.name}, and config's quantization_config {why}"
+            made.append(Problem(f"{text}. Fix: make the config true of the tensors", (p.codes,)))
+    return made
 
 
 def lone(names: Names, found: Mapping[str, Parts]) -> list[Problem]:
