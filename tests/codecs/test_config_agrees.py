@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import fmoe
 from fmoe.codecs.config import EXPORTS, quantization_of, weight_block
-from fmoe.codecs.foreign.lists import is_named
 from fmoe.codecs.formats import FORMATS
 from fmoe.families import FAMILIES
 
@@ -233,7 +232,6 @@ def test_a_block_size_that_is_none_is_refused(bad):
 
 def test_the_block_size_is_where_the_text_model_says_it():
     assert weight_block({"text_config": {"quantization_config": {"weight_block_size": [32, 32]}}}) == (32, 32)
-    assert is_named("a.b.weight", ["b"]) and not is_named("a.ab.weight", ["b"])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "kimi_k3"])

@@ -1,6 +1,9 @@
 """What a quantization_config says of modules by name is read, true of the tensors, and true of what is written."""
 
 import json
+import re
+import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,12 @@ import torch
 from codec_cases import PROJ, config, per_expert
 from foreign_cases import E, checkpoint, parts
 from hf import save
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fmoe
 from fmoe.codecs.config import QUANT
+from fmoe.codecs.foreign.modules import PATTERN, Modules
 from fmoe.testing import same
 
 X = "model.layers.0.mlp.experts"
@@ -156,3 +162,45 @@ def test_several_kinds_of_weights_in_one_layer_are_read_run_and_written_as_group
     y = [fmoe.experts(fmoe.subtree(p, X), x, routing, fmoe.adapter(tmp_path / "hf").moe_config)
          for p in (kept, {n: t for n, t in decoded.items() if n.endswith("_projs")})]  # fmt: skip
     assert torch.equal(*y) and y[0].any()
+
+
+MODULES = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=3).map(".".join)
+PATTERNS = st.lists(st.sampled_from(["a", "b", ".", "*", "?", "[ab]"]), min_size=1, max_size=4).map("".join)
+
+
+def compiles(pattern: str) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
+@given(st.lists(st.tuples(st.sampled_from(["", PATTERN]), PATTERNS).map("".join), max_size=3), st.lists(MODULES))
+def test_a_pattern_is_of_modules_and_what_is_in_them_or_a_glob_or_an_expression(made, modules):
+    patterns = tuple(p for p in made if not p.startswith(PATTERN) or compiles(p.removeprefix(PATTERN)))
+
+    def takes(p: str, module: str) -> bool:
+        if p.startswith(PATTERN):
+            return re.match(p.removeprefix(PATTERN), module) is not None
+        inside = module == p or module.startswith(f"{p}.") or module.endswith(f".{p}")
+        return inside or fnmatchcase(module, p)
+
+    found = Modules(patterns)
+    for module in modules:
+        mine = [p for p in patterns if takes(p, module)]
+        assert found.first(f"{module}.weight") in (mine or [None])
+    assert found.idle(modules) == [p for p in patterns if not any(takes(p, m) for m in modules)]
+
+
+def test_a_hundred_times_the_patterns_do_not_take_a_hundred_times_as_long():
+    names = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(300)]
+
+    def took(layers: int) -> float:
+        found, times = Modules(tuple(f"model.layers.{n}.self_attn.{p}_proj" for n in range(layers) for p in "qk")), []
+        for _ in range(5):
+            start = time.process_time()
+            assert not any(map(found.first, names))
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert took(1000) < 10 * took(10)

@@ -1,26 +1,31 @@
 """Which modules a quantization_config leaves as they are, and which its groups take; the same lists, true of a file."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from fmoe.codecs.foreign.modules import PATTERN, Modules
 from fmoe.types import AdapterError, brief
 
 IGNORED = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude", "exclude_modules")
 TARGETS = "targets"
 CLASS = re.compile(r"[A-Z]\w*")  # a target that is no name: Linear
 KIND = ("num_bits", "type", "strategy")  # of a group's weights
+PACKS = {f"int{bits} pack{zeros}": bits for bits in (4, 8) for zeros in ("", " zeros")}
 DYNAMIC = "-:"  # how GPTQ's patterns of what is left alone begin
 
 
 class Group(NamedTuple):
     """The modules of one kind of weights: those of targets, names or classes, but for ignore. bits: if it says any."""
 
-    targets: tuple[str, ...]
-    ignore: tuple[str, ...]
+    targets: Modules
+    ignore: Modules
     bits: int | None
+
+    @property
+    def by_class(self) -> bool:
+        return not self.targets.patterns or any(map(CLASS.fullmatch, self.targets.patterns))
 
 
 @dataclass(frozen=True)
@@ -33,28 +38,30 @@ class Lists:
     ("names it in 'lm_head' as not quantised", 'has no group that takes it', '')
     """
 
-    ignore: tuple[str, ...] = ()
+    ignore: Modules = Modules()
     groups: tuple[Group, ...] = ()
     bits: int | None = None
 
     def alone(self, name: str) -> str:
         """Why a tensor is not quantised; empty where it may be."""
-        named = next((p for p in self.ignore if is_named(name, [p])), None)
+        named = self.ignore.first(name)
         if named is not None:
             return f"names it in {named!r} as not quantised"
         return "has no group that takes it" * bool(self.groups and self.group(name) is None)
 
     def group(self, name: str) -> Group | None:
         """The group that takes a tensor: by its name, else by a class."""
-        mine = [g for g in self.groups if not is_named(name, g.ignore)]
-        found = [g for g in mine if is_named(name, g.targets)]
-        return next(iter((*found, *(g for g in mine if not g.targets or any(map(CLASS.fullmatch, g.targets))))), None)
+        mine = [g for g in self.groups if g.ignore.first(name) is None]
+        found = (g for g in mine if g.targets.first(name) is not None)
+        return next(found, None) or next((g for g in mine if g.by_class), None)
 
     def rules_out(self, name: str, fmt: str) -> bool:
         """Whether a tensor is not in a format: of 4 and 8 bits in words the shapes are alike, and 4 is the usual."""
+        if fmt not in PACKS:
+            return False
         found = self.group(name)
         other = 4 if ((found and found.bits) or self.bits) == 8 else 8
-        return fmt in (f"int{other} pack", f"int{other} pack zeros")
+        return PACKS[fmt] == other
 
 
 def lists(told: Mapping[str, Any] | None) -> Lists:
@@ -62,11 +69,12 @@ def lists(told: Mapping[str, Any] | None) -> Lists:
     told = told or {}
     ignore = [n for field in IGNORED for n in _names(told, field, "")]
     dynamic = told.get("dynamic")
-    ignore += [f"re:{n[2:]}" for n in dynamic if str(n).startswith(DYNAMIC)] if isinstance(dynamic, Mapping) else []
+    left = [str(n) for n in dynamic] if isinstance(dynamic, Mapping) else []
+    ignore += [f"{PATTERN}{n.removeprefix(DYNAMIC)}" for n in left if n.startswith(DYNAMIC)]
     found = told.get("config_groups")
     groups = tuple(_groups(found)) if isinstance(found, Mapping) else ()
     bits = {b for b in (*(g.bits for g in groups), told.get("bits")) if b is not None}
-    return Lists(tuple(ignore), groups, bits.pop() if len(bits) == 1 else None)
+    return Lists(Modules(tuple(ignore)), groups, bits.pop() if len(bits) == 1 else None)
 
 
 def _groups(found: Mapping[str, Any]) -> Iterator[Group]:
@@ -75,7 +83,8 @@ def _groups(found: Mapping[str, Any]) -> Iterator[Group]:
             weights = group.get("weights")
             bits = weights.get("num_bits") if isinstance(weights, Mapping) else None
             at = f"config_groups.{name}."
-            yield Group(tuple(_names(group, TARGETS, at)), tuple(_names(group, "ignore", at)), bits)
+            targets, left = (Modules(tuple(_names(group, field, at))) for field in (TARGETS, "ignore"))
+            yield Group(targets, left, bits)
 
 
 def _names(told: Mapping[str, Any], field: str, at: str) -> list[str]:
@@ -87,26 +96,10 @@ def _names(told: Mapping[str, Any], field: str, at: str) -> list[str]:
 
 def _readable(name: str) -> bool:
     try:
-        re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
+        re.compile(name.removeprefix(PATTERN) if name.startswith(PATTERN) else "")
     except re.error:
         return False
     return True
-
-
-def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a tensor's module is one of those: names, their ends, globs, or `re:` and a pattern.
-
-    >>> is_named("model.layers.0.mlp.gate.weight", ["mlp.gate"]), is_named("lm_head.weight", ["re:.*head"])
-    (True, True)
-    """
-    module = name.removesuffix(".weight")
-    for p in patterns:
-        if p.startswith("re:"):
-            if re.match(p[3:], module):
-                return True
-        elif module == p or module.startswith(f"{p}.") or module.endswith(f".{p}") or fnmatchcase(module, p):
-            return True
-    return False
 
 
 def in_step(
@@ -120,19 +113,25 @@ def in_step(
     >>> in_step(told, {"a.experts.up_proj": {}}, ["b.experts.up_proj"], "ignore")["ignore"]
     ['a.experts.0.up_proj', 'lm_head', 'b.experts.up_proj']
     """
-    left = lambda names: [p for p in names if not any(is_named(c, [p]) for c in coded)]
+    modules = [n.removesuffix(".weight") for n in coded]
+    left = lambda names: Modules(tuple(names)).idle(modules)
     made = {n: left(v) if n in IGNORED and v else v for n, v in told.items()}
     if isinstance(groups := made.get("config_groups"), Mapping):
         groups = {n: g | ({"ignore": left(g["ignore"])} if g.get("ignore") else {}) for n, g in groups.items()}
-        taken = lists(made | {"config_groups": groups})
+        taken, more = lists(made | {"config_groups": groups}), {n: [*(g.get(TARGETS) or [])] for n, g in groups.items()}
         for name, how in coded.items():
             if taken.groups and taken.group(name) is None:
-                alike = lambda g: all((g.get("weights") or {}).get(k, how[k]) == how[k] for k in KIND if k in how)  # noqa: B023
-                into = next((n for n, g in groups.items() if alike(g)), next(iter(groups)))
-                groups[into] = groups[into] | {TARGETS: [*groups[into].get(TARGETS, []), name.removesuffix(".weight")]}
-        made["config_groups"] = groups
+                into = next((n for n, g in groups.items() if _alike(g, how)), next(iter(groups)))
+                more[into].append(name.removesuffix(".weight"))
+        made["config_groups"] = {n: g | ({TARGETS: more[n]} if more[n] else {}) for n, g in groups.items()}
     said = lists(made)
     if bare := [n.removesuffix(".weight") for n in plain if not said.alone(n)]:
         field = next((n for n in IGNORED if n in told), field)
         made[field] = [*(made.get(field) or []), *bare]
     return made
+
+
+def _alike(group: Mapping[str, Any], how: Mapping[str, Any]) -> bool:
+    """Whether a group's weights are of that kind, as far as it says."""
+    said = group.get("weights") or {}
+    return all(said.get(k, how[k]) == how[k] for k in KIND if k in how)
