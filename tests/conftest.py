@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+gc.disable()  # until all is collected: what is imported and collected stays to the end, and is walked once
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 collect_ignore = ["house/user_script.py"]  # what a user writes: for mypy, never run
@@ -37,10 +38,15 @@ def pytest_xdist_auto_num_workers() -> int:
     return 2 * (os.cpu_count() or 1)
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
     """Modules and thousands of tests stay to the end: no collection walks them again."""
-    gc.collect()
-    gc.freeze()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_sessionfinish() -> None:

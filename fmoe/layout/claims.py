@@ -110,23 +110,35 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, taken: Taken,
     """Pass on what is left, if a keep says so and it does not look like something that a rule should have claimed."""
     free = [rows.names for at, rows in names.rows.items() if at not in taken.whole]
     left = Names([name for same in free for name in same if name not in taken.names])
-    fits: dict[str, tuple[Keep, ...]] = {}
-    for entry in entries:
-        if isinstance(entry, Keep):
-            fits |= {n: (*fits.get(n, ()), entry) for _, _, rows in hits(entry.rule, left) for n in rows.names}
-    watch = watched(entries) if guard else None
+    keeps = [entry for entry in entries if isinstance(entry, Keep)]
+    fits = {at: dict[int, list[str]]() for at in left.rows}  # of each template, the names that each keep fits
+    for i, keep in enumerate(keeps):
+        for at, _, rows in hits(keep.rule, left):
+            fits[at][i] = rows.names
+    watch = watched(entries) if guard and left.rows else None
     for at, rows in left.rows.items():
-        alike: dict[tuple[Keep, ...], list[str]] = {}
-        for name in rows.names:
-            alike.setdefault(fits.get(name, ()), []).append(name)
-        for keeps, same in alike.items():
-            why = 'no rule claims it. Fix: add a rule for it, or | keep("{rest}")' if not keeps else None
-            if keeps and watch is not None and not any(k.sure for k in keeps):
-                why = suspicion(at, watch, keeps, names.rows)
+        for which, same in _alike(fits[at], rows.names):
+            mine = tuple(keeps[i] for i in which)
+            why = 'no rule claims it. Fix: add a rule for it, or | keep("{rest}")' if not mine else None
+            if mine and watch is not None and not any(k.sure for k in mine):
+                why = suspicion(at, watch, mine, names.rows)
             if why:
                 found.problems.append(Problem(f"{some(same)}: {why}", tuple(same)))
             else:
                 found.pairs.update(zip(same, same, strict=True))
+
+
+def _alike(fits: dict[int, list[str]], names: list[str]) -> list[tuple[tuple[int, ...], list[str]]]:
+    """Names apart by who fits them: mostly each fits them all."""
+    if all(len(fitting) == len(names) for fitting in fits.values()):
+        return [(tuple(fits), names)]
+    who: dict[str, tuple[int, ...]] = {}
+    for i, fitting in fits.items():
+        who |= {n: (*who.get(n, ()), i) for n in fitting}
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        found.setdefault(who.get(name, ()), []).append(name)
+    return list(found.items())
 
 
 def some(names: Sequence[str], most: int = 8) -> str:

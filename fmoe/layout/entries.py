@@ -34,10 +34,17 @@ class Keep:
         """x <-> x: whose names these are."""
         return Rule(self.pattern, self.pattern)
 
-    @property
+    @cached_property
     def spelled(self) -> str:
         """The text that the pattern spells out, its choices included; every capture is a dot."""
         return "".join(p if isinstance(p, str) else ".".join(["", *p.choices, ""]) for p in self.pattern.parts)
+
+    @cached_property
+    def spells(self) -> bool:
+        """Whether the pattern has text of its own, other than the end of names after a free beginning."""
+        first, *others = self.pattern.parts
+        texts = [isinstance(p, str) or bool(p.choices) for p in others[:-1]]
+        return isinstance(first, str) or bool(first.choices) or any(texts)
 
     def __str__(self) -> str:
         return f"keep {self.pattern}"
@@ -55,7 +62,7 @@ class Drop:
     flipped: bool = False
     refused: bool = False
 
-    @property
+    @cached_property
     def inverse(self) -> "Drop":
         return replace(self, flipped=not self.flipped)
 
@@ -75,7 +82,7 @@ class Together:
     rules: tuple[Rule, ...]
     flipped: bool = False
 
-    @property
+    @cached_property
     def inverse(self) -> "Together":
         return Together(tuple(r.inverse for r in self.rules), not self.flipped)
 
@@ -100,7 +107,7 @@ class Either:
             quantized = f", quantized={self.quantized!r}" * bool(labels)
             raise AdapterError(f"either {self.name!r}: options {labels}{quantized}, expected one of some options")
 
-    @property
+    @cached_property
     def inverse(self) -> "Either":
         options = tuple((label, tuple(e.inverse for e in entries)) for label, entries in self.options)
         return replace(self, options=options)

@@ -196,16 +196,21 @@ def _fill(text: str, numbers: tuple[int, ...]) -> str:
     return pieces[0] + "".join(f"{n}{p}" for n, p in zip(numbers, pieces[1:], strict=True))
 
 
-@lru_cache(maxsize=4096)
 def patterns(rule: Rule) -> tuple[Pattern, Pattern]:
-    """The rule's two sides, compiled."""
+    """The rule's two sides, compiled: once for all equal rules, which are compared once for each of them."""
+    if (known := rule.__dict__.get("_patterns")) is None:
+        known = rule.__dict__["_patterns"] = _patterns(rule)
+    return cast(tuple[Pattern, Pattern], known)
+
+
+@lru_cache(maxsize=4096)
+def _patterns(rule: Rule) -> tuple[Pattern, Pattern]:
     return Pattern(rule.source, rule.numbers), Pattern(rule.target, rule.numbers)
 
 
 @lru_cache(maxsize=1 << 14)
-def _fitting(rule: Rule, templates: tuple[str, ...]) -> tuple[tuple[str, Hit], ...]:
-    """The templates that a rule's source fits. Plans of one family ask the same again and again."""
-    pattern = patterns(rule)[0]
+def _fitting(pattern: Pattern, templates: tuple[str, ...]) -> tuple[tuple[str, Hit], ...]:
+    """The templates that a pattern fits. Plans of one family ask the same again and again."""
     return tuple((t, hit) for t in templates if (hit := pattern.match(t)) is not None)
 
 
@@ -215,7 +220,7 @@ def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[t
     A shared number outside its bound is not the rule's to claim. One that becomes an axis is, and is wrong later; but
     in the templates `within`, which rules share out among themselves, each claims only the numbers in its bound.
     """
-    for at, hit in _fitting(rule, names.templates):
+    for at, hit in _fitting(patterns(rule)[0], names.templates):
         rows = names.rows[at]
         for test in hit.tests:
             rows = rows.where(test(rows.columns))

@@ -1,6 +1,7 @@
 """Hypothesis strategies: random rules, and the HF specs of random checkpoints that a family or any adapter takes."""
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -167,6 +168,12 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
     size = lambda axis: sizes.setdefault(axis, draw(st.integers(1, 4)))
     sides = [side for e in walk(open_) if isinstance(e, Rule) for side in (e, e.inverse)]
     specs: Specs = {}
+
+    @cache
+    def free(name: str) -> bool:
+        """Whether nothing but a keep or a drop takes a name."""
+        return not (_hit(sides, name) or name.endswith(SUFFIX) or claim(entries, Names([name])).problems)
+
     for entry in entries:
         if isinstance(entry, Rule | Together):
             bundle = entry.rules if isinstance(entry, Together) else (entry,)
@@ -179,9 +186,8 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
                 if not claim(entries, Names(new)).problems:
                     specs |= new
         elif isinstance(entry, Keep) or isinstance(entry, Drop) and not entry.flipped:
-            free = [n for n in _names(draw, entry.rule) if not _hit(sides, n)]
-            free = [n for n in free if not n.endswith(SUFFIX) and not claim(entries, Names([n])).problems]
-            names = draw(st.sets(st.sampled_from(free))) if free else set()
+            some = list(filter(free, _names(draw, entry.rule)))
+            names = draw(st.sets(st.sampled_from(some))) if some else set()
             specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
     for entry in entries:
         if isinstance(entry, Copies) and not entry.flipped:
@@ -210,5 +216,6 @@ def _hit(rules: Iterable[Rule], name: str) -> bool:
 def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:
     """Names that a keep or a drop fits: some that checkpoints have, and some spelled after its pattern."""
     spelled = [{n: draw(shared(rule, n)) for n in rule.shared} for _ in range(2)]
-    names = dict.fromkeys([*KEPT, *(patterns(rule)[0].render(values) for values in spelled)])
-    return [n for n in names if _hit([rule], n)]
+    names = list(dict.fromkeys([*KEPT, *(patterns(rule)[0].render(values) for values in spelled)]))
+    fitting = {n for _, _, rows in hits(rule, Names(names)) for n in rows.names}
+    return [n for n in names if n in fitting]

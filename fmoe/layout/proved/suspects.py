@@ -50,19 +50,35 @@ def _like(segment: str) -> bool:
     return bool(_EXPERT.fullmatch(segment)) or segment in EXPERT_TENSORS
 
 
+class _Looks(NamedTuple):
+    """alike: the words of a template that make it look like an expert's. end: that of one part of two, if it has it."""
+
+    alike: tuple[str, ...]
+    quantised: bool
+    end: str | None
+
+
+@lru_cache(maxsize=1 << 14)
+def _looks(template: str) -> _Looks:
+    """What a template's text says, whoever keeps it. Plans of one family ask the same again and again."""
+    alike = [s for s in template.split(".") if _like(s)]
+    if found := _STACKED.search(template):
+        alike.append(found[2].partition(".")[0])
+    end = next((end for end in _PAIRED if template.endswith(end)), None)
+    return _Looks(tuple(alike), bool(QUANTISED.search(template)), end)
+
+
 def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], there: Container[str]) -> str | None:
     """Why these keeps may not pass this name on, and the line to add. there: the templates of all names."""
+    alike, quantised, end = _looks(template)
+    packed = quantised or end and template.removesuffix(end) + _PAIRED[end] in there
     segments = template.split(".")
-    end = next((end for end in _PAIRED if template.endswith(end)), None)
-    packed = QUANTISED.search(template) or end and template.removesuffix(end) + _PAIRED[end] in there
-    if packed and not any(_spells(k) or QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
+    if packed and not any(k.spells or QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
         why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
         return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{_numbered(segments[-1])}")'
-    near = {s: None for s in segments if _like(s)}
+    near = dict.fromkeys(alike)
     near |= {region.word: None for region in regions if _begins(region.pattern, template)}
-    if found := _STACKED.search(template):
-        near[found[2].partition(".")[0]] = None
-    if not near or any(_spells(k) or near.keys() <= set(k.spelled.split(".")) for k in keeps):
+    if not near or any(k.spells or near.keys() <= set(k.spelled.split(".")) for k in keeps):
         return None
     worded = [s for s in segments if s.strip(BLANK)] or [""]
     first = next((s for s in worded if s in near), worded[-1])
@@ -86,13 +102,6 @@ def _numbered(segment: str) -> str:
 @lru_cache(maxsize=1 << 14)
 def _begins(region: Pattern, template: str) -> bool:
     return region.match(template) is not None
-
-
-def _spells(keep: Keep) -> bool:
-    """Whether a keep has text of its own, other than the end of names after a free beginning."""
-    first, *others = keep.pattern.parts
-    texts = [isinstance(p, str) or bool(p.choices) for p in others[:-1]]
-    return isinstance(first, str) or bool(first.choices) or any(texts)
 
 
 @lru_cache(maxsize=4096)

@@ -23,7 +23,7 @@ class Alias:
         if self.name == self.of:
             raise AdapterError(f"alias {self.name!r} of itself: expected the name of another tensor")
 
-    @property
+    @cached_property
     def inverse(self) -> "Alias":
         return replace(self, flipped=not self.flipped)
 
@@ -49,7 +49,7 @@ class Copies:
         if self.name.axes is not None or self.of.axes is not None:
             raise AdapterError(f"{self}: copies are alike, expected names without axes")
 
-    @property
+    @cached_property
     def inverse(self) -> "Copies":
         return replace(self, flipped=not self.flipped)
 
