@@ -16,6 +16,7 @@ from fmoe.checkpoint.files.containers.gguf_written import Like
 from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax
 from fmoe.checkpoint.files.containers.orbax_written import chunked
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
+from fmoe.checkpoint.files.disk import identities
 from fmoe.checkpoint.files.origin import origin_text, with_checksums
 from fmoe.checkpoint.files.weights import METADATA, SUMS
 from fmoe.checkpoint.files.writer import Layout, shard
@@ -28,7 +29,7 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
-from fmoe.checkpoint.stream.digests import sums_text
+from fmoe.checkpoint.stream.digests import sums_text, unchanged
 from fmoe.checkpoint.stream.engine import LIMIT, Engine
 from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
@@ -97,7 +98,8 @@ def convert_between(
     beside_it = sum(source.specs[n].nbytes for n in source.arrays) if isinstance(source, Orbax) else 0
     starts = {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
     engine = Engine(laid, plan, starts)
-    work = _work(source, here, to, there, ranges, layout, engine)
+    was = identities(source.path, source.stamps)
+    work = _work(source, was, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
     claim = lambda: replaced(dst, home, force, work=work)
     former = of_the_former(dst, claim(), {*layout.heads, *small})
@@ -126,7 +128,7 @@ def convert_between(
         if checksums:
             counted = lambda done, all_: progress(source.nbytes + 2 * source.nbytes * done // max(1, all_), of)
             sums = _digested(source, dst, stage, {*layout.heads, *small}, bool(kept), threads, counted)
-        source.unchanged()
+        unchanged(source, was)
         stage.publish()
     return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
 
@@ -150,16 +152,17 @@ def _digested(
         stage.fill(SUMS, sums_text(made))
     if NATIVE in names:
         if stage.stale is None:
-            weights = {n: digest for n, digest in made.items() if n.endswith(".safetensors")}
-            stage.fill(NATIVE, with_checksums(stage.where(NATIVE).read_bytes(), weights))
+            stage.fill(NATIVE, with_checksums(stage.where(NATIVE).read_bytes(), made))
         sums |= digests({str(dst / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
     return sums
 
 
-def _work(source: Checkpoint, here: str, to: str, there: Adapter, ranges: Any, layout: Layout, engine: Engine) -> str:
+def _work(
+    source: Checkpoint, was: Any, here: str, to: str, there: Adapter, ranges: Any, layout: Layout, engine: Engine
+) -> str:
     facts = [
         str(source.path),
-        {n: list(s) for n, s in source.stamps.items()},
+        was,
         here,
         to,
         str(there),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fmoe.checkpoint.apart import in_ranks_apart
 from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
-from fmoe.checkpoint.files.disk import bytes_of, identity
+from fmoe.checkpoint.files.disk import bytes_of, identities
 from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
@@ -25,6 +25,7 @@ from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.staging import Staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
+from fmoe.checkpoint.stream.digests import unchanged, untold
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
@@ -155,8 +156,9 @@ def convert(
     place.order(engine, layout.heads, [*layout.heads, *others, *small])
     if bandwidth is not None:
         engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
-    work = _digest(source, to, adapter, ranges, layout, place.items(engine))
-    notes += place.notes(engine, place.claim(work, force), {*layout.heads, *small, *others})
+    was = identities(source.path, source.stamps)
+    work = _digest(source, was, to, adapter, ranges, layout, place.items(engine))
+    notes += untold(source) + place.notes(engine, place.claim(work, force), {*layout.heads, *small, *others})
     beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))
     check_space(place.home, place.room(engine) + beside)
     report = Report(
@@ -186,11 +188,10 @@ def convert(
             sums = digests(paths, threads, lambda done, all_: progress(size + 2 * size * done // all_, of))
             if NATIVE in small:
                 if stage.stale is None:
-                    stage.fill(
-                        NATIVE, with_checksums(small[NATIVE], {n: sums[str(place.home / n)] for n in layout.heads})
-                    )
+                    made = {n: sums[str(place.home / n)] for n in stage.names if n != NATIVE}
+                    stage.fill(NATIVE, with_checksums(small[NATIVE], made))
                 sums |= digests({str(place.home / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
-        source.unchanged()
+        unchanged(source, was)
         notes.extend(told(survived))
         place.publish(stage)
         return sums
@@ -238,12 +239,11 @@ def _origin(source: Checkpoint, plan: Plan, choices: Mapping[str, Any]) -> bytes
 
 
 def _digest(
-    source: Checkpoint, to: str, adapter: Adapter, ranges: Mapping[str, range], layout: Layout, items: Sequence[Any]
+    source: Checkpoint, was: Any, to: str, adapter: Adapter, ranges: Any, layout: Layout, items: Sequence[Any]
 ) -> str:
     """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
-    stamps = {file: identity(source.path / file, stamp) for file, stamp in source.stamps.items()}
     config = json.dumps(source.config, sort_keys=True)
-    facts = [str(source.path.resolve()), stamps, config, to, str(adapter), sorted(map(repr, ranges.items()))]
+    facts = [str(source.path.resolve()), was, config, to, str(adapter), sorted(map(repr, ranges.items()))]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for item in (*sorted(layout.heads.items()), *items):
         digest.update(repr(item).encode())

@@ -19,7 +19,7 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
-from fmoe.checkpoint.whole import narrowed, no_part, whole_saved
+from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.quantised import Quantised
@@ -30,7 +30,7 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.table import Table
 from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
+from fmoe.types import AdapterError, Params, Problem, bits
 
 CONFIG = "config.json"
 SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
@@ -140,8 +140,8 @@ def prepare(
     adapter = telling(adapter, survived)
     claim()
     hf = adapter._to_hf_plan(params, None, ranges)
-    adapter._plan(hf.targets, ranges, frozenset(ranges))  # and what is written can be read
-    plan = hf if layout == "hf" else Plan((), {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in params.items()})
+    back = adapter._plan(hf.targets, ranges, frozenset(ranges))  # and what is written can be read
+    plan = hf if layout == "hf" else as_they_are(params, back.targets, quantization)
     files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
     small = {INDEX: files.index} if files.index else {}
     if layout == "native":

@@ -14,9 +14,10 @@ from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import forth, open_source, packed, side, whole_between
-from fmoe.checkpoint.stream.digests import kept_sums, other_bytes
+from fmoe.checkpoint.stream.digests import kept_sums, other_bytes, unsworn
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.whole import whole
+from fmoe.codecs.cast import decoded_to
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.idle import dropped
@@ -39,8 +40,9 @@ def verify(
 ) -> Report:
     """to_hf(from_hf(x)) == x, bit for bit, for every tensor of a directory (or the other way for a native one).
 
-    A native directory whose `fmoe.json` has digests is compared with them; of one without, a note of the report says
-    that its values are not vouched for. Another system's is compared with `fmoe.sha256`, where a conversion left one.
+    A native directory whose `fmoe.json` has digests is compared with them, its config and tokenizer too; of one
+    without, a note of the report says that its values are not vouched for, and of files that have none, which they
+    are. Another system's is compared with `fmoe.sha256`, where a conversion left one.
     Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
     your own. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory, which is proved to come
     back from Hugging Face's layout, its codes as they are. Raises AdapterError naming each tensor that comes back
@@ -88,7 +90,7 @@ def verify(
         raise AdapterError(dict.fromkeys(wrong))
     progress(size, size)
     report = Report(str(source.path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
-    notes += (UNKNOWN,) if source.native and not digests else ()
+    notes += (UNKNOWN,) if source.native and not digests else unsworn(source, digests) if digests else ()
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 
 
@@ -116,14 +118,21 @@ def _parts(source: Checkpoint, there: Adapter, plan: Plan) -> Iterator[tuple[Pla
 def _changed(source: Checkpoint, there: Adapter, plan: Plan, names: set[str] | None) -> tuple[list[str], int]:
     """The sources that come back other than they were, and how many bytes were looked at."""
     window = _held(plan)
-    back = there.inverse._plan(plan.targets, window, frozenset(window))
+    way = lambda back: back._plan(plan.targets, window, frozenset(window))
+    back = way(there.inverse)
+    here = lambda n: None if source.specs[n].dtype == back.targets[n].dtype else source.specs[n].dtype
+    kinds = {n: here(n) for n in back.targets if n in source.specs}  # what is decoded may lie here in any dtype
+    ways = {kind: back if kind is None else way(decoded_to(there.inverse, kind)) for kind in {None, *kinds.values()}}
     cut = narrowing(plan, "sources")
     changed, checked = [], 0
     for sources, targets in plan.units():
         if names is not None and names.isdisjoint(sources):
             continue
         given = read(source, sources, cut)  # and not mapped: a file cut short would end the process
-        found = back.run(plan.run(given, targets), [n for n in sources if n in back.targets])
+        made = plan.run(given, targets)
+        found: dict[str, Tensor] = {}
+        for kind in dict.fromkeys(kinds[n] for n in sources if n in kinds):
+            found |= ways[kind].run(made, [n for n in sources if n in kinds and kinds[n] == kind])
         for name, tensor in found.items():
             was = cut[name](given[name]) if name in cut else given[name]
             checked += was.nbytes

@@ -12,10 +12,11 @@ from fmoe.layout.beside import Beside
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Drop, Entry, walk
 from fmoe.layout.grouping import Specs
+from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.idle import dropped
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Params, Problem, TensorSpec
 
 
 def gaps_of(
@@ -63,6 +64,18 @@ def no_part(path: object, ranges: Mapping[str, Any], whose: str = "Hugging Face"
         held = ", ".join(f"{n}={v}" for n, v in ranges.items())
         text = f"{path} would be a part of a {whose} checkpoint ({held}), with a router and a config for all experts"
         raise AdapterError(f"{text}. Fix: write a part as 'native', or all experts")
+
+
+def as_they_are(params: Params, back: Mapping[str, object], quantization: bool | None) -> Plan:
+    """The plan of a native directory of parameters. back: what comes back from Hugging Face's layout of it.
+
+    quantization: False leaves scales out. Raises AdapterError where it makes codes of what is plain here.
+    """
+    if new := tuple(n for n in back if n not in params):
+        text = f"quantization={quantization} makes codes and scales of these, and layout='native' holds numbers"
+        raise AdapterError([Problem(f"{some(new)}: {text}. Fix: layout='hf', or quantization=None", new)])
+    held = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in params.items() if quantization is not False or n in back}
+    return Plan((), held)
 
 
 def whole_saved(

@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs import Changed, CodecPlan
+from fmoe.codecs.quantised import Quantised
 from fmoe.folding import meant
+from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, TensorSpec, as_dtype
+
+
+def decoded_to(adapter: Adapter, dtype: torch.dtype) -> Adapter:
+    """The adapter, whose codecs decode to another dtype."""
+    other = lambda stage: replace(stage, dtype=dtype) if isinstance(stage, Quantised) else stage
+    return replace(adapter, stages=tuple(map(other, adapter.stages)))
 
 
 def held(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

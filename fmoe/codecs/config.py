@@ -115,8 +115,9 @@ def ruled_out(config: Mapping[str, Any] | None) -> frozenset[str]:
     >>> sorted(ruled_out({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}))
     ['gptq int4', 'gptq int8']
     """
-    second = (quantization_of(config) or {}).get("checkpoint_format") == "gptq_v2"
-    return frozenset(f"{'gptq' if second else 'gptq_v2'} int{n}" for n in (4, 8))
+    said = (quantization_of(config) or {}).get("checkpoint_format")
+    other = "gptq" if said == "gptq_v2" else "gptq_v2"
+    return frozenset(f"{other} int{n}" for n in (4, 8)) if said is not None else frozenset()
 
 
 def with_told(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:

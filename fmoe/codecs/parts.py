@@ -81,7 +81,7 @@ class Parts:
         for there, here, was, shape in self.kept:
             t = params[there]
             if f.zeros and self.second and there == self.second[0]:
-                made[here] = zeros_here(f.zeros, t, self.shape[0], BITS[f.code])
+                made[here] = zeros_here(f.zeros, t, self.shape[0], BITS[f.code], unsaid=f.unsaid)
             elif f.form == TURNED and there == self.scale:
                 made[here] = t.mT
             else:

@@ -71,7 +71,10 @@ class Quantised:
     @cached_property
     def readable(self) -> tuple[Format, ...]:
         """Those that this checkpoint may hold, as far as its config says."""
-        return tuple(f for f in self.formats if f.name not in self.ruled_out)
+        there = [f for f in self.formats if f.name not in self.ruled_out]
+        both = {f.code for f in there if f.zeros == "gptq"} & {f.code for f in there if f.zeros == "gptq_v2"}
+        unsaid = lambda f: f.zeros == "gptq" and f.code in both
+        return tuple(replace(f, unsaid=unsaid(f)) for f in there if f.zeros != "gptq_v2" or f.code not in both)
 
     def _sized(self, f: Format) -> Format:
         return replace(f, block=self.block, restarts=self.restarts) if f.block == (128, 128) else f

@@ -52,14 +52,14 @@ class Stored:
     codes are [.., R, C / 32, 16]. shape: the part that holds the tensor's. activation: the part, if it is there, that
     holds a scale of activations. second: the part that holds a scale of scales, which multiplies them (divides: which
     divides them), or the zero points; zeros: how these are stored, and words: how codes are, a name in
-    `foreign/words.py`. order: the part, if it is there, that says the group of each column. form: the shape of the
-    scale's part where it is none of rows and columns, "()", "[1]", "[o]", "[o 1 i 1]" or "[i o]"; lone: the same of
-    second, or "[E]". third: the part that holds what second is divided by. late: the scale of scales multiplies what
-    the scale has made of a code. stack: only tensors of three dimensions. across: neighbours in a column, not in a row,
-    are stored in one element and share a scale. sizes: the block is what codes and scales say, "groups" of columns, or
-    "squares" of powers of two. restarts: (R, n) of matrices with R rows that are n of equal size, one after the other,
-    each with blocks of its own; shards: that n. method: the quant_method of its config, and for compressed-tensors the
-    format. source: who publishes it.
+    `foreign/words.py`; unsaid: the config does not say that it is how these are stored. order: the part, if it is
+    there, that says the group of each column. form: the shape of the scale's part where it is none of rows and columns,
+    "()", "[1]", "[o]", "[o 1 i 1]" or "[i o]"; lone: the same of second, or "[E]". third: the part that holds what
+    second is divided by. late: the scale of scales multiplies what the scale has made of a code. stack: only tensors of
+    three dimensions. across: neighbours in a column, not in a row, are stored in one element and share a scale. sizes:
+    the block is what codes and scales say, "groups" of columns, or "squares" of powers of two. restarts: (R, n) of
+    matrices with R rows that are n of equal size, one after the other, each with blocks of its own; shards: that n.
+    method: the quant_method of its config, and for compressed-tensors the format. source: who publishes it.
     """
 
     name: str
@@ -84,6 +84,7 @@ class Stored:
     form: str = ""
     lone: str = "()"
     zeros: str = ""
+    unsaid: bool = False
     words: str = ""
     order: str | None = None
     restarts: tuple[tuple[int, int], ...] = ()

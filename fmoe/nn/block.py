@@ -1,6 +1,7 @@
 """`MoE`: the parameters of a whole block, attached to the functions of `fmoe.layer.block`."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -116,9 +117,10 @@ class MoE(nn.Module):
     def route(self, x: Tensor, indices: Tensor | None = None, mask: Tensor | None = None) -> Routed:
         """`fmoe.routing.routed` of x [T, D], by the gate as it is: wrapped, hooked or not."""
         check_chosen(next((t for n, t in self.gate.named_buffers() if n.endswith("tid2eid")), None), indices)
-        found = self.gate(x)
+        found, bias = self.gate(x), self._correction()
         logits, scale = found if isinstance(found, tuple) else (found, None)
-        return routed_of(logits, x.dtype, self.config, self._correction(), indices, mask, scale)
+        _is_here(bias, x.device)
+        return routed_of(logits, x.dtype, self.config, bias, indices, mask, scale)
 
     @torch.no_grad()
     def update_gate_bias(self, group: "ProcessGroup | None" = None) -> None:
@@ -130,9 +132,18 @@ class MoE(nn.Module):
         bias, counts = self._correction(), self._buffers.get("expert_counts")
         if bias is None or counts is None:
             return
+        _is_here(bias, counts.device)
         seen = counts if group is None else summed(counts, group)
         bias.copy_(update_bias(bias, seen, self.config.gate_bias_update_factor))
         counts.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._buffers.get("expert_counts")
+        super()._apply(fn, recurse)
+        after = self._buffers.get("expert_counts")
+        if before is not None and after is not None and not after.is_meta:  # `to_empty` leaves what is in no state dict
+            self._buffers["expert_counts"] = torch.zeros_like(after) if before.is_meta else before.to(after.device)
+        return self
 
     def _latent(self, parts: dict[str, Any]) -> tuple[Any, Any]:
         fc1, fc2, norm = parts["fc1_latent_proj"], parts["fc2_latent_proj"], parts.get("latent_norm")
@@ -179,3 +190,10 @@ def _as_moe_takes_it(module: Any, state: dict[str, Any], prefix: str, *_: Any) -
         if part is not None and part._buffers.get(leaf, t) is None:
             dtype = torch.float32 if t.is_floating_point() else t.dtype
             part._buffers[leaf] = next(part.parameters()).new_empty(t.shape, dtype=dtype)
+
+
+def _is_here(bias: Tensor | None, where: torch.device) -> None:
+    """Raises ValueError where the correction bias is elsewhere: it is read once its gate has run."""
+    if bias is not None and bias.device != where:
+        told = f"MoE: gate.e_score_correction_bias is on {bias.device}, expected {where}"
+        raise ValueError(f"{told}. Fix: move it there; offload with accelerate's offload_buffers=False")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,12 @@ class Corrected(nn.Module):
         zeros = torch.zeros(n_ranked(config), dtype=torch.float32) if is_corrected(config) else None
         self.register_buffer("e_score_correction_bias", zeros)
         self.register_buffer("tid2eid", None)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        bias = self._buffers.get("e_score_correction_bias")
+        if bias is not None:  # assigned, it may have come in any dtype
+            self._buffers["e_score_correction_bias"] = bias.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self._buffers.get("e_score_correction_bias")

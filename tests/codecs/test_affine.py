@@ -110,6 +110,27 @@ def test_the_first_version_stores_zero_points_less_one_and_the_config_says_which
     assert torch.equal(read(first).double(), said.float().double()) and not torch.equal(read(first), read(second))
 
 
+@pytest.mark.parametrize("told", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "gptq", "bits": 8}, None])
+@pytest.mark.parametrize("fmt", [n for n in ALL if n.startswith("gptq")])
+def test_a_version_that_nobody_says_is_known_by_symmetric_zero_points_or_refused(fmt, told):
+    stem, bits = "model.layers.0.self_attn.q_proj", 8 if "int8" in fmt else 4
+    (q, z, s), group = affine_cases.numbers(40, 64, 32, bits), [c // 32 for c in range(64)]
+    made = lambda z: affine_cases.gptq(stem, q, z, s, bits, group, less=int("v2" not in fmt))
+    config = {"model_type": "qwen3_moe", "torch_dtype": "float32"} | ({"quantization_config": told} if told else {})
+    for zeros in (z, torch.full_like(z, 2 ** (bits - 1))):
+        for how in ({}, {"quantized": "keep"}):
+            adapter = fmoe.adapter("qwen3_moe", config, **how)
+            if zeros is z or "v2" in fmt:
+                with pytest.raises(fmoe.AdapterError, match="does not say which version it is") as error:
+                    adapter.from_hf(made(zeros))
+                assert stem in error.value.keys[0]
+                continue
+            native = adapter.from_hf(made(zeros))
+            same(adapter.to_hf(native), made(zeros))
+            if not how:
+                assert torch.equal(native[f"{stem}.weight"], (q - zeros[:, group]) * s.float()[:, group])
+
+
 @few
 def test_changed_numbers_go_back_to_the_nearest_code_or_are_refused(fmt, tmp_path):
     config, hf, _ = checkpoint("qwen3_moe", fmt)
@@ -190,7 +211,7 @@ def test_a_config_that_says_nothing_is_told_what_the_tensors_are(fmt, tmp_path):
     config, hf, _ = checkpoint("qwen3_moe", fmt)
     told = config.pop("quantization_config")
     adapter = fmoe.adapter("qwen3_moe", config)
-    if fmt in ("gptq_v2 int8", "int8 pack zeros"):  # which only a config tells apart
+    if fmt.startswith("gptq") or fmt == "int8 pack zeros":  # which only a config tells apart
         adapter = fmoe.adapter("qwen3_moe", config | {"quantization_config": told})
     fmoe.save(adapter.from_hf(hf), tmp_path / "hf", adapter, fsync=False)
     found = quantization_of(fmoe.adapter(tmp_path / "hf").config)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from codec_cases import by_hand
 from foreign_cases import NAMES, READ, E, checkpoint
+from hf import save
+from safetensors.torch import load_file
 
 import fmoe
 from fmoe.codecs.foreign import twofold
@@ -141,3 +143,21 @@ def test_a_second_scale_that_is_missing_or_alone_is_named():
     with pytest.raises(fmoe.AdapterError) as error:
         fmoe.adapter("qwen3_moe", config).from_hf({n: t for n, t in hf.items() if n != key})
     assert key in error.value.keys
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "int4 pack", "gptq int8", "awq int4", "fp8 side channel", "mxfp8 side"])
+def test_natives_of_any_dtype_beside_their_codes_are_verified_and_go_back(fmt, tmp_path):
+    config, hf, _ = checkpoint("qwen3_moe", fmt)
+    save(config, hf, tmp_path / "hf")
+    native, adapter = fmoe.load(tmp_path / "hf", dtype="float32"), fmoe.adapter(tmp_path / "hf")
+    how = {"layout": "native", "fsync": False}
+    fmoe.save(native, tmp_path / "native", adapter, **how)
+    assert fmoe.verify(tmp_path / "native").tensors == len(native)
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", fsync=False)
+    same(load_file(tmp_path / "back" / "model.safetensors"), hf)
+    fmoe.save(native, tmp_path / "plain", adapter, quantization=False, **how)
+    fmoe.verify(tmp_path / "plain")
+    fmoe.convert(tmp_path / "plain", tmp_path / "plain hf", "hf", fsync=False)
+    assert "quantization_config" not in fmoe.adapter(tmp_path / "plain hf").config
+    with pytest.raises(fmoe.AdapterError, match="quantization=True.* Fix: layout='hf'|the family has no quantised"):
+        fmoe.save(fmoe.load(tmp_path / "plain"), tmp_path / "codes", adapter, quantization=True, **how)

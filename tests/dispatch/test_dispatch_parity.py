@@ -3,6 +3,7 @@
 `dispatchers.CASES` x `dispatchers.WAYS`, plain, recomputed and checkpointed, all in one start of the ranks.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -14,10 +15,12 @@ import threads
 import torch
 import torch.distributed as dist
 from dispatchers import CASES, CONFIG, DISPATCHERS, OVER_GROUPS, WAYS, E, Off, share
+from simulate_deep_ep import installed
 from torch import Tensor
 
 import fmoe
-from fmoe.dispatch import Dispatcher
+from fmoe.dispatch import Dispatcher, deepep
+from fmoe.types import INTEGERS
 
 HARNESSES = {"processes": distributed.run, "threads": threads.run}
 RANKS = [("processes", 1), ("processes", 2), ("processes", 4), ("threads", 2), ("threads", 4), ("threads", 8)]
@@ -64,3 +67,30 @@ def test_a_whole_block_and_lora_on_a_group(name: str) -> None:
 
     found = torch.cat(threads.run(run, R))
     torch.testing.assert_close(found, block(stacks, x, fmoe.dispatch.local), rtol=1e-12, atol=1e-12)
+
+
+INTS = [d for d in INTEGERS if d != torch.int64]
+
+
+@pytest.mark.parametrize("name", [*OVER_GROUPS, "buffer", "elastic"])
+def test_ids_in_every_integer_dtype_reach_their_experts(name: str) -> None:
+    """200 experts, which int8 does not count to; the plan itself takes them too, not `experts` alone."""
+    R, config = 2, replace(CONFIG, n_routed_experts=200, n_activated_experts=2)
+    made = DISPATCHERS.get(name, lambda group: deepep(group, config, max_tokens=8, api=name))
+    ids = torch.tensor([[0, 100], [127, 1], [99, 120], [126, 7]])
+
+    def run() -> None:
+        rank = dist.get_rank()
+        held = {n: p[100 * rank : 100 * rank + 100] for n, p in naive.draw(config).items()}
+        x = torch.randn(2, config.dim, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        mine, weights = ids[2 * rank : 2 * rank + 2], torch.ones(2, 2, dtype=torch.float64)
+        with made(None) as d:
+            call = lambda ids: fmoe.experts(held, x, fmoe.Routing(ids, weights), config, dispatcher=d, backend="loop")
+            right, counts = call(mine), d.plan(fmoe.Routing(mine, weights), config).counts
+            for dtype in INTS:
+                assert torch.equal(call(mine.to(dtype)), right), dtype
+                assert torch.equal(d.plan(fmoe.Routing(mine.to(dtype), weights), config).counts, counts), dtype
+        assert counts.sum() and right.any()
+
+    with nullcontext() if name in DISPATCHERS else installed(name, exact=True):
+        threads.run(run, R)

@@ -17,6 +17,7 @@ from fmoe_kernels.programs.codes import Coded
 from fmoe_kernels.programs.route import make_route
 from fmoe_kernels.programs.scalars import SCALARS
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 new = lambda *shape: torch.ones(shape, device=kernel_cases.DEVICE)
 ids = lambda *shape: torch.zeros(shape, dtype=torch.long, device=kernel_cases.DEVICE)
@@ -80,6 +81,59 @@ def test_what_does_not_fit_is_refused_by_name(case: str) -> None:
     # a size that two tensors share may be told of either
     told = arguments if "size" in how else [which]
     assert str(refused.value).startswith(tuple(f"{name}: {tensor} " for tensor in told)), refused.value
+
+
+NUMBERS = {
+    "start is": (dict(start=n) for n in (-1, 1.5, True, "1", 2**63)),
+    "table is": (dict(table=n) for n in (3, None)),
+    "activation is": (dict(activation=n) for n in (["swiglu"], None, "swish")),
+    "alpha is": (dict(alpha=n) for n in (10**400, "1", None)),
+}
+
+
+@pytest.mark.parametrize(("told", "how"), [(told, how) for told, each in NUMBERS.items() for how in each], ids=str)
+def test_numbers_and_names_that_do_not_fit_are_refused(told: str, how: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"experts: {told}"):
+        fmoe_kernels.experts(**LAYER | how)
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0, 2**63, None])
+def test_a_route_to_no_number_of_experts_is_refused(n: Any) -> None:
+    for how in (dict(n_experts=n), dict(n_experts=E, start=-1 if n == 0 else n)):
+        with pytest.raises(ValueError, match="make_route: (n_experts|start) is"):
+            make_route(ids(N, 1), None, **how)
+
+
+RAW = [n for n in CALLS if n.startswith(("products", "fp8"))]
+
+
+@pytest.mark.parametrize("name", [*RAW, "experts", *SCALARS])
+def test_what_is_negated_lazily_counts_as_its_values(name: str) -> None:
+    function, arguments = CALLS[name]
+    torch.manual_seed(0)
+    for which, t in arguments.items():
+        if t.dtype != torch.float32:
+            continue
+        t = torch.rand_like(t)
+        later = torch.complex(torch.zeros_like(t), -t).conj().imag
+        assert later.is_neg() and torch.equal(later, t)
+        found, wanted = (function(**arguments | {which: v}) for v in (later, t))
+        found, wanted = (v[0].float() if isinstance(v, tuple) else v for v in (found, wanted))
+        assert torch.equal(found, wanted) and bool(found.any()), which
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_raw_products_refuse_what_has_no_data_of_its_own(name: str) -> None:
+    function, arguments = CALLS[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = {which: mode.from_tensor(t) for which, t in arguments.items()}
+    for which in arguments:
+        with pytest.raises(ValueError, match="is on meta or fake"):
+            function(**arguments | {which: fakes[which]})
+    call = lambda x: function(**arguments | {"x": x})
+    for transformed in (lambda x: torch.vmap(call)(x[None]), lambda x: torch.func.vjp(call, x)):
+        with pytest.raises(ValueError, match="is inside a transform of torch.func"):
+            transformed(arguments["x"])
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -1,7 +1,11 @@
 """Who claims a name: keeps and drops that spell it, both sides of `|`, aliases, and what looks like an expert's."""
 
+import re
+
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny import FAMILIES
 from torch import Tensor
 
@@ -40,6 +44,42 @@ def test_a_keep_on_either_side_of_a_family_says_whose_names_these_are(adapter):
     same(adapter.to_hf(native), hf)
     with pytest.raises(fmoe.AdapterError, match="looks like an expert"):
         adapter.from_hf(hf | named("model.layers.0.mlp.expert_loss"))
+
+
+ODD = "{}[]()\"'\\é\u2028\ue000 \t|$^.*+?0="
+SEGMENTS = [
+    "experts",
+    "expert_",
+    "local_experts",
+    "gate_and_up_projs",
+    "weight_packed",
+    "qscale_",
+    "3",
+    "x",
+    "w_blocks",
+]
+SEGMENTS += ["w_scales", "gate_up_proj", "a_scale_inv", "mlp", "block_sparse_moe", "input_linear", "layers"]
+part = st.tuples(st.text(ODD, max_size=2), st.sampled_from(SEGMENTS), st.text(ODD, max_size=2)).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(names=st.lists(st.lists(part, min_size=1, max_size=4).map(".".join), min_size=1, max_size=4, unique=True))
+@example(names=['a.experts_{0}["w"]', "experts", "é_scale_inv", "w_blocks", "w_scales", "qscale_é"])
+def test_the_keep_that_an_error_prints_keeps_what_it_is_told_of(names):
+    adapter = rule("{pre}layers.{l}.mlp.experts.{e}.w [i d]", "{pre}layers.{l}.mlp.experts.w [e d i]") | keep("{rest}")
+    hf = named(*names)
+    for _ in range(len(hf) + 1):
+        try:
+            same(adapter.from_hf(hf), hf)
+            return
+        except fmoe.AdapterError as error:
+            printed = re.findall(r'\| (keep\(".*?"\))', str(error))
+            if not printed:  # a first segment that nothing can spell
+                assert "another name, which" in str(error) and any(n[0] in ODD for n in error.keys), error
+                return
+            for line in printed:
+                adapter = adapter | eval(line, {"keep": keep})
+    pytest.fail(f"{adapter} still refuses some of {names}")
 
 
 def test_of_two_keeps_that_spell_a_name_the_right_one_has_it():

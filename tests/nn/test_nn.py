@@ -124,3 +124,18 @@ def test_L0_a_block_is_the_function(config: fmoe.MoEConfig) -> None:
     again = MoE(config, "loop")
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x, mask), y)
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+def test_offloaded_by_accelerate_a_block_is_right_or_says_why_not(buffers: bool) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    config = fmoe.MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=6, moe_inter_dim=4, dtype="float32")
+    layer = MoE(replace(config, score_func="sigmoid_with_bias", force_e_score_correction_bias=True))
+    x = torch.randn(3, 6)
+    right = layer(x)
+    accelerate.cpu_offload(layer, execution_device="cpu", offload_buffers=buffers)
+    if buffers:
+        with pytest.raises(ValueError, match="e_score_correction_bias is on meta, expected cpu.*offload_buffers=False"):
+            layer(x)
+    else:
+        assert torch.equal(layer(x), right)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -48,9 +48,19 @@ def identity(path: Where, stamp: Stamp) -> list[int | str]:
     """What tells this file from any other that ever lies at path; where the file system has nothing, its digest."""
     if isinstance(path, Address):
         return [stamp.size, stamp.tag or os.urandom(8).hex()]  # what cannot be told is never the same
-    if stamp.inode and stamp.changed:
+    if not weak(stamp):
         return [stamp.inode, stamp.size, stamp.written, stamp.changed]
     return [stamp.size, digest(path, stamp)]
+
+
+def identities(root: Where, stamps: Mapping[str, Stamp]) -> dict[str, list[int | str]]:
+    """`identity` of each of these files of a directory."""
+    return {file: identity(root / file, stamp) for file, stamp in stamps.items()}
+
+
+def weak(stamp: Stamp) -> bool:
+    """Whether nothing but its bytes tells a file of this machine from another of that size."""
+    return not (stamp.inode and stamp.changed)
 
 
 def digest(path: Where, stamp: Stamp | None = None) -> str:

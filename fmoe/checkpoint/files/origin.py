@@ -13,7 +13,7 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.types import AdapterError, as_dtype
 
 # weight_map, metadata, index, bytes: of the source. headers: its files' headers that are not as fmoe writes them.
-# checksums: sha256 of the native directory's own files.
+# checksums: sha256 of the native directory's other files.
 ORIGIN = {"weight_map": dict, "metadata": dict, "index": str | None, "bytes": int}
 FORMAT = {"format": "fmoe native", "version": 1}
 
@@ -62,6 +62,9 @@ def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
         texts = found.get(field, {})
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
             raise AdapterError(f"{path} has {field} {short(texts)}, expected texts by file")
+    for file in found.get("checksums", {}):
+        if not file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise AdapterError(f"{path} has a checksum of {short(file)}, expected a file in {path.parent}")
     for file, text in found.get("headers", {}).items():
         inside = {n for n, where in files.items() if where == file}
         if described(path.parent / file, head_of(text)).specs.keys() != inside:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fmoe.checkpoint.remote.address import Address
+from fmoe.checkpoint.remote.web import TIME
 
 
 def folder() -> Path:
@@ -21,7 +22,7 @@ def kept(address: Address) -> bytes | None:
 
 
 def keep(address: Address, data: bytes) -> None:
-    """Where there is room for it, and a tag to know it by."""
+    """Where there is room for it, and a tag of what it holds to know it by."""
     with suppress(OSError):
         if place := _place(address):
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +33,7 @@ def keep(address: Address, data: bytes) -> None:
 
 def _place(address: Address) -> Path | None:
     found = address.facts()
-    if found is None or not found.tag:
+    if found is None or not found.tag or found.tag.startswith(TIME):
         return None
     key = hashlib.sha256(f"{address}\n{found.tag}\n{found.size}".encode()).hexdigest()
     return folder() / "headers" / key

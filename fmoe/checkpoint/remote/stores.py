@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from fmoe.checkpoint.remote.trouble import Trouble, retried, shown
-from fmoe.checkpoint.remote.web import Facts, Ranges, facts
+from fmoe.checkpoint.remote.web import TIME, Facts, Ranges, facts
 from fmoe.types import AdapterError
 
 AT_ONCE = 16  # requests, while headers are fetched
@@ -103,8 +103,11 @@ class Driven:
             raise
         if found.get("type") == "directory":
             return None
-        said = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
-        return Facts(int(found["size"]), next((str(found[n]) for n in said if found.get(n)), ""))
+        if tag := next((str(found[n]) for n in ("ETag", "etag", "md5Hash", "crc32c") if found.get(n)), ""):
+            return Facts(int(found["size"]), tag)
+        times = ("LastModified", "last_modified", "updated", "modified", "mtime", "created", "ino")
+        told = [str(found[n]) for n in times if found.get(n)]
+        return Facts(int(found["size"]), TIME + " ".join(told) if told else "")
 
     def read(self, file: str, view: memoryview, at: int) -> None:
         data = self.call(lambda: self.fs.cat_file(f"{self.root}/{file}", start=at, end=at + len(view)))

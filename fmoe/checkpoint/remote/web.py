@@ -17,10 +17,16 @@ SECONDS = 60.0
 
 
 class Facts(NamedTuple):
-    """size: in bytes. tag: what changes when the file does; empty where the server says nothing of the kind."""
+    """size: in bytes. tag: what changes when the file does; empty where the server says nothing of the kind.
+
+    One that begins with `TIME` says when it was written, and so may be another file's too.
+    """
 
     size: int
     tag: str
+
+
+TIME = "written "
 
 
 class _Redirect(urllib.request.HTTPRedirectHandler):
@@ -66,8 +72,9 @@ def facts(url: str, headers: dict[str, str]) -> Facts:
 
 
 def tag_of(answer: http.client.HTTPResponse) -> str:
-    tag = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
-    return tag.removeprefix("W/").strip('"')
+    if tag := answer.headers["ETag"]:
+        return tag.removeprefix("W/").strip('"')
+    return TIME + answer.headers["Last-Modified"] if answer.headers["Last-Modified"] else ""
 
 
 class Ranges:

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Callable, Mapping
 
-from fmoe.checkpoint.files.disk import bytes_of, digest
+from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.files.disk import bytes_of, digest, identity, weak
 from fmoe.checkpoint.files.weights import NATIVE, SUMS
-from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
-
-BLOCK = 2**20
+UNSWORN = "whether these are as they were written is not known: there is no digest of "
 
 
 def checksums(paths: Mapping[str, Where], threads: int | None, progress: Callable[[int, int], None]) -> dict[str, str]:
@@ -49,6 +50,32 @@ def kept_sums(folder: Where) -> dict[str, str]:
     if wrong := next((line for line, m in zip(lines, found, strict=True) if m is None or m[2] in (".", "..")), None):
         raise AdapterError(f"{path} has the line {wrong[:100]!r}, expected a sha256 and a file's name")
     return {m[2]: m[1] for m in found if m is not None}
+
+
+def unchanged(source: Checkpoint, was: Mapping[str, object]) -> None:
+    """Raises AdapterError where a file is no longer the one of these `identities`; of some only a digest can tell."""
+    source.unchanged()
+    for file, stamp in source.stamps.items() if not isinstance(source.path, Address) else ():
+        if weak(stamp) and identity(source.path / file, stamp) != was[file]:
+            text = "has changed since it was opened (the same size, other bytes)"
+            raise AdapterError(f"{source.path / file} {text}: nothing else may write to it; run again")
+
+
+def untold(source: Checkpoint) -> list[str]:
+    """A note that names the files of a server that says nothing by which to tell that they stay the same."""
+    bare = [n for n, stamp in source.stamps.items() if isinstance(source.path, Address) and not stamp.tag]
+    text = "whether these stay the same while they are read is not known, for the server gives no ETag"
+    return [f"{text}: {some(bare)}"] if bare else []
+
+
+def unsworn(source: Checkpoint, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """A note that names the files of a directory that have no digest, if any have none."""
+    if isinstance(source.path, Address):
+        there = source.path.names()
+    else:
+        there = sorted(p.relative_to(source.path).as_posix() for p in source.path.rglob("*") if p.is_file())
+    lone = [n for n in there if n not in {*digests, NATIVE, SUMS} and not n.startswith(".")]
+    return (f"{UNSWORN}{some(lone)}",) if lone else ()
 
 
 def other_bytes(

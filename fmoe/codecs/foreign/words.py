@@ -8,7 +8,8 @@ point is one number, uint8, for each scale, [o, g], which counts from the least 
     rows      zeros [ceil(o / p), g]: p rows a word, what is left over 0
     signed    zeros [o, g] int8, which counts from code 0
 
-GPTQ's first version stores a zero point less one, modulo the number of codes; its second stores it as it is.
+GPTQ's first version stores a zero point less one, modulo the number of codes; its second stores it as it is. Nothing
+else tells them apart, but that the first stores what is symmetric one below the middle, and the second in it.
 """
 
 import torch
@@ -64,10 +65,10 @@ def codes_there(words: str, codes: Tensor, bits: int) -> Tensor:
     return codes.mT.contiguous() if words == "gptq" else codes
 
 
-def zeros_here(zeros: str, stored: Tensor, rows: int, bits: int) -> Tensor:
-    """The zero points of a file, as they are here: of so many rows.
+def zeros_here(zeros: str, stored: Tensor, rows: int, bits: int, *, unsaid: bool = False) -> Tensor:
+    """The zero points of a file, as they are here: of so many rows. unsaid: nobody says that it is this way.
 
-    Raises ValueError where what is left over of a word is not 0.
+    Raises ValueError where what is left over of a word is not 0, and for what of GPTQ's two versions may be either.
 
     >>> zeros_here("gptq", torch.tensor([[0x7777777F]], dtype=torch.int32), 8, 4)[:2, 0]  # stored: 15 and 7
     tensor([0, 8], dtype=torch.uint8)
@@ -83,6 +84,9 @@ def zeros_here(zeros: str, stored: Tensor, rows: int, bits: int) -> Tensor:
     if zeros == "awq":
         found = _ordered(found, bits, AWQ, back=True)
     elif zeros == "gptq":
+        if unsaid and not stored.is_meta and bool((found != 2 ** (bits - 1) - 1).any()):
+            told = "zero points of GPTQ, whose first version stores them less one; quantization_config does not say"
+            raise ValueError(f'{told} which version it is. Fix: "checkpoint_format": "gptq" there, or "gptq_v2"')
         found = (found + 1) & (2**bits - 1)
     return found.mT
 

@@ -4,7 +4,8 @@ A keep that spells such a name keeps it: its text before or between captures, or
 """
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from fmoe.layout.entries import Entry, Keep, walk
 from fmoe.layout.names import Pattern, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address, Capture
+from fmoe.layout.spelled.parsing import parse
 from fmoe.layout.templates import BLANK
-from fmoe.types import EXPERT_TENSORS
+from fmoe.types import EXPERT_TENSORS, AdapterError
 
 _EXPERT = re.compile(r"(local_)?experts?([_\d].*)?")  # a segment of a name that experts stand under
 _STACKED = re.compile(
@@ -23,6 +25,7 @@ _FUSED = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)(_bias)?$")
 QUANTISED = re.compile(
     r"(_scale_inv|weight_scale(_2)?|(input|activation)_scale|weight_packed|qscale_\w+|\.(qweight|qzeros|absmax))$"
 )
+_ODD = re.compile(r'[\s\0-\x1f\x7f"\\{}\[\]\uD800-\uF8FF]+')  # blanks of templates are among them
 _PAIRED = {"_blocks": "_scales", "_scales": "_blocks"}  # MXFP4 in two tensors; one alone has an ordinary name
 
 
@@ -73,29 +76,44 @@ def suspicion(template: str, regions: list[Region], keeps: tuple[Keep, ...], the
     alike, quantised, end = _looks(template)
     packed = quantised or end and template.removesuffix(end) + _PAIRED[end] in there
     segments = template.split(".")
-    if packed and not any(k.spells or QUANTISED.search(k.spelled) or end and k.spelled.endswith(end) for k in keeps):
-        why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
-        return f'{why}. Fix: choose the family that decodes it, or add | keep("{{rest}}.{_numbered(segments[-1])}")'
     near = dict.fromkeys(alike)
     near |= {region.word: None for region in regions if _begins(region.pattern, template)}
-    if not near or any(k.spells or near.keys() <= set(k.spelled.split(".")) for k in keeps):
+    parts = lambda k: k.spells or bool(QUANTISED.search(k.spelled)) or bool(end) and k.spelled.endswith(end)
+    named = lambda k: not near or k.spells or near.keys() <= set(k.spelled.split("."))
+    if packed and not any(map(parts, keeps)):
+        why = "no rule claims it, and it is part of a quantised tensor, which would be lost or misread without it"
+        line = "{rest}." * (len(segments) > 1) + _numbered(segments[-1])
+        add = _added(line, template, lambda k: parts(k) and named(k))
+        return f"{why}. Fix: choose the family that decodes it, or {add}"
+    if any(map(named, keeps)):
         return None
     worded = [s for s in segments if s.strip(BLANK)] or [""]
     first = next((s for s in worded if s in near), worded[-1])
-    line = "{pre}" + _numbered(first.lstrip(BLANK)) + ".{rest}" * (first != segments[-1]) if first else "{rest}"
+    line = "{pre}" + _numbered(first) + ".{rest}" * (first != segments[-1]) if first else "{rest}"
+    add = _added(line, template, named)
     if _FUSED.search(template):
         held = "no rule claims it: all experts in one tensor, as Transformers holds them in memory"
-        return f'{held}. Fix: layout="fused" where the family has it; else a rule for it, or | keep("{line}")'
-    return f'no rule claims it, and it looks like an expert\'s. Fix: add a rule for it, or | keep("{line}")'
+        return f'{held}. Fix: layout="fused" where the family has it; else a rule for it, or {add}'
+    return f"no rule claims it, and it looks like an expert's. Fix: add a rule for it, or {add}"
+
+
+def _added(line: str, template: str, enough: Callable[[Keep], bool]) -> str:
+    """What to add to a table: a keep of this line, or of the whole name, whichever keeps it; for a few no text does."""
+    for spelled in (line, _numbered(template), "{n}." + _numbered(template.partition(".")[2])):
+        with suppress(AdapterError):
+            keep = Keep(parse(spelled))
+            if patterns(keep.rule)[0].match(template) is not None and enough(keep):
+                return f'| keep("{spelled}")'
+    return "another name, which a pattern can spell"
 
 
 def _numbered(segment: str) -> str:
-    """A template's segment as a rule spells it: each number a capture.
+    """A segment as a keep in quotes spells it: what is a number, or what no address or quotes may hold, as a capture.
 
-    >>> _numbered("expert" + BLANK)
-    'expert{n0}'
+    >>> _numbered("expert_7"), _numbered('expert"{\\0}'), _numbered(BLANK)
+    ('expert_7', 'expert{n0}0{n1}', '{n0}')
     """
-    first, *others = segment.split(BLANK)
+    first, *others = _ODD.split(segment)
     return first + "".join(f"{{n{i}}}{text}" for i, text in enumerate(others))
 
 

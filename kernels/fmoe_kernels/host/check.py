@@ -72,8 +72,21 @@ def check_numbers(who: str, **numbers: Any) -> None:
     >>> check_numbers("swiglu", limit=7, alpha=1.0)
     """
     for name, n in numbers.items():
-        if isinstance(n, bool) or not isinstance(n, int | float | torch.SymFloat):
+        large = isinstance(n, int) and abs(n) >= 2**1000
+        if isinstance(n, bool) or large or not isinstance(n, int | float | torch.SymFloat):
             raise ValueError(f"{who}: {name} is {n!r}, expected a number")
+
+
+def check_index(who: str, name: str, n: Any, least: int, what: str) -> None:
+    """Raises ValueError for what is no integer from least on that kernels can count to.
+
+    >>> check_index("experts", "start", 1.5, 0, "the id of the first expert here")
+    Traceback (most recent call last):
+        ...
+    ValueError: experts: start is 1.5, expected 0 or more: the id of the first expert here
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or not least <= n < 2**62:
+        raise ValueError(f"{who}: {name} is {n!r}, expected {least} or more: {what}")
 
 
 def say(dtypes: Dtypes) -> str:

@@ -97,10 +97,15 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constan
         kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
-def check_runs(x: Tensor) -> None:
-    """Raises ValueError where x has no data, or is on a CPU and kernels are compiled here."""
-    if x.is_meta or is_fake(x):
-        raise ValueError("fmoe_kernels: x is on meta or fake, which has no data, expected a tensor on a GPU")
+def check_runs(x: Tensor, *others: Tensor) -> None:
+    """Raises ValueError where one of these has no data of its own, or x is on a CPU and kernels are compiled here."""
+    for at, t in enumerate((x, *others)):
+        name = f"tensor {at + 1}" if at else "x"
+        if t.is_meta or is_fake(t):
+            raise ValueError(f"fmoe_kernels: {name} is on meta or fake, which has no data, expected a tensor on a GPU")
+        if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            told = "is inside a transform of torch.func, which raw products have no rules for"
+            raise ValueError(f"fmoe_kernels: {name} {told}; use fmoe_kernels.experts, or fmoe_kernels.reference")
     if x.device.type == "cpu" and isinstance(_probe, triton.JITFunction):
         raise ValueError(
             "fmoe_kernels: x is on the CPU, expected a GPU; use fmoe_kernels.reference,"
@@ -129,7 +134,8 @@ def _probe() -> None:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x [N, D] with dense rows, as gathers read them; an expanded gradient is written out here."""
+    """x [N, D] with dense rows, as gathers read them; what is expanded, or negated lazily, is written out here."""
+    x = x.resolve_neg()
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
-from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check, check_numbers
+from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check, check_index, check_numbers
 from fmoe_kernels.ops import flops  # noqa: F401  its formulas, for whoever counts
 from fmoe_kernels.ops.custom import experts_backward, experts_forward
 from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
@@ -56,6 +56,8 @@ def experts(
     """
     _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, start)
     check_numbers("experts", alpha=alpha, limit=limit)
+    if not isinstance(table, str):
+        raise ValueError(f"experts: table is {table!r}, expected the path of a file that fmoe_kernels.tune wrote")
     device, out_dtype = x.device.type, torch.float32 if wide else x.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -141,10 +143,9 @@ def _check(
     x: Tensor, indices: Tensor, weights: Tensor, mask: Maybe, w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
     activation: str, start: int,
 ) -> None:  # fmt: skip
-    if activation not in SCALARS:
+    if not isinstance(activation, str) or activation not in SCALARS:
         raise ValueError(f"experts: activation is {activation!r}, expected one of {', '.join(SCALARS)}")
-    if start < 0:
-        raise ValueError(f"experts: start is {start}, expected 0 or more: the id of the first expert here")
+    check_index("experts", "start", start, 0, "the id of the first expert here")
     given: dict[str, tuple[Maybe, str, tuple[torch.dtype, ...]]]
     given = {"x": (x, "T D", WIDE), "indices": (indices, "T K", INTEGERS), "weights": (weights, "T K", WIDE)}
     given |= {"mask": (mask, "T", BOOL)} if mask is not None else {}

@@ -29,11 +29,11 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     given = {"x": (x, "N K", FLOATS), "w": (w, "E K M", FLOATS), "offsets": (offsets, "E", ENDS)}
     sizes = check("products.gmm", given)
     same("products.gmm", "w", w, x)
-    check_runs(x)
+    check_runs(x, w, offsets)
     few_enough("products.gmm", "x", len(x))
     if 0 in sizes.values():
         return x.new_zeros(len(x), w.shape[2])
-    return gmm_file.gmm(dense(x), w, None, None, sorted_route(x, offsets), Tiling())
+    return gmm_file.gmm(dense(x), w.resolve_neg(), None, None, sorted_route(x, offsets), Tiling())
 
 
 def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
@@ -57,8 +57,10 @@ def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     if second is not None:
         beside["second"] = (second, "E a b", (torch.uint8,)) if points else (second, "E one M", (torch.float32,))
     check("products.gmm_codes", beside, **{n: sizes[n] for n in "EKM"}, **grid, one=1)
-    check_runs(x)
+    check_runs(x, words, scale, offsets, *([] if second is None else [second]))
     few_enough("products.gmm_codes", "x", len(x))
+    w = w._replace(words=words.resolve_neg(), scale=scale.resolve_neg())
+    w = w if second is None else w._replace(second=second.resolve_neg())
     if 0 in sizes.values():
         return x.new_zeros(len(x), sizes["K" if turned else "M"])
     return codes.gmm(dense(x), w, sorted_route(x, offsets), Tiling())
@@ -89,14 +91,14 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     given = {"x": (x, "N K", FLOATS), "y": (y, "N M", FLOATS), "offsets": (offsets, "E", ENDS)}
     sizes = check("products.tgmm", given)
     same("products.tgmm", "y", y, x)
-    check_runs(x)
+    check_runs(x, y, offsets)
     few_enough("products.tgmm", "x", len(x))
     out = x.new_empty(len(offsets), x.shape[1], y.shape[1])
     if 0 in sizes.values():
         return out.zero_()
     r = sorted_route(x, offsets)
     if x.shape[1] == 1:
-        return bias_gradient(dense(y), x.flatten(), r, x.dtype)[:, None]
+        return bias_gradient(dense(y), x.flatten().resolve_neg(), r, x.dtype)[:, None]
     return dw(dense(x), dense(y), r, out, Tiling())
 
 

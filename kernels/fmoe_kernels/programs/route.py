@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmoe_kernels.host.check import BOOL, INTEGERS, check
+from fmoe_kernels.host.check import BOOL, INTEGERS, check, check_index
 from fmoe_kernels.host.launch import run
 
 
@@ -137,6 +137,8 @@ def make_route(indices: Tensor, mask: Tensor | None, n_experts: int, start: int 
     """Slots sorted by expert without waiting for the device; see `reference.route`. Raises ValueError as `check`."""
     given = {"indices": (indices, "T K", INTEGERS)}
     check("make_route", given if mask is None else given | {"mask": (mask, "T", BOOL)})
+    check_index("make_route", "n_experts", n_experts, 1, "how many experts are here")
+    check_index("make_route", "start", start, 0, "the id of the first of them")
     indices = indices.contiguous()
     n_slots, top_k = indices.numel(), max(indices.shape[1], 1)
     n_blocks = triton.cdiv(n_slots, BLOCK)

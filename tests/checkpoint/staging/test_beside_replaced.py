@@ -17,6 +17,7 @@ import fmoe
 from fmoe import AdapterError
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.staging.locks import LEASE
+from fmoe.checkpoint.stream.digests import UNSWORN
 
 SINGLE = "model.safetensors"
 
@@ -170,38 +171,69 @@ def replaced(source: Path, how: str) -> None:
 
 @pytest.mark.parametrize("bare", [False, True], ids=["inodes", "neither inodes nor ctime"])
 @pytest.mark.parametrize("how", ["in place", "another file"])
-def test_a_source_of_the_same_size_and_time_is_not_the_same_source(how, bare, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("to", ["native", "mlx"])
+def test_a_source_of_the_same_size_and_time_is_not_the_same_source(to, how, bare, source, tmp_path, monkeypatch):
     if bare:
         of = disk.Stamp.of
         plain = classmethod(lambda cls, file: of(file)._replace(inode=0, changed=0))
         monkeypatch.setattr(disk.Stamp, "of", plain)
-    seen = []
+    halfway = []
 
     def stop(done, of):
-        if done > of / 2:
-            seen.append(done)
+        if done > of / 2 and not halfway:
+            halfway.append(done)
             raise KeyboardInterrupt
 
+    def swap(done, of):
+        if done > of / 2 and not halfway:
+            halfway.append(done)
+            replaced(source, how)
+
     with pytest.raises(KeyboardInterrupt):
-        fmoe.convert(source, tmp_path / "dst", threads=1, progress=stop)
-    shutil.copytree(tmp_path / "dst", tmp_path / "twin")
+        fmoe.convert(source, tmp_path / "dst", to, threads=1, progress=stop)
     replaced(source, how)
     with pytest.raises(AdapterError, match="the source has changed"):
-        fmoe.convert(source, tmp_path / "dst")
+        fmoe.convert(source, tmp_path / "dst", to)
+    halfway.clear()
+    with pytest.raises(AdapterError, match="has changed since it was opened"):
+        fmoe.convert(source, tmp_path / "midway", to, threads=1, progress=swap)
+    assert halfway and not (tmp_path / "midway").exists()
 
 
-@pytest.mark.parametrize("change", ["swapped", "gone"])
-def test_verify_compares_with_the_digests_that_a_conversion_left(change, source, tmp_path):
-    native = tmp_path / "native"
-    fmoe.convert(source, native, checksums=True)
+@pytest.mark.parametrize("by", ["convert", "another system"])
+def test_verify_compares_every_file_with_the_digests_that_a_conversion_left(by, source, tmp_path):
+    native, made = tmp_path / "native", source
+    (source / "tokenizer.json").write_text("{}")
+    (source / "assets").mkdir()
+    (source / "assets" / "a.txt").write_text("a")
+    if by != "convert":
+        made = tmp_path / "mlx"
+        fmoe.convert(source, made, "mlx", fsync=False)
+    fmoe.convert(made, native, checksums=True, fsync=False)
     report = fmoe.verify(native)
-    assert report.notes == () and report.checksums
+    known = {str(native / n) for n in files(native) if n != "fmoe.json"}
+    assert report.notes == () and report.checksums.keys() == known and str(native / "config.json") in known
+    for path in sorted(known):
+        data = Path(path).read_bytes()
+        for changed in (data[:-1] + bytes([data[-1] ^ 1]) if data else b"x", None):
+            Path(path).unlink() if changed is None else Path(path).write_bytes(changed)
+            with pytest.raises(AdapterError):
+                fmoe.verify(native)
+            Path(path).write_bytes(data)
     name = next(n for n in fmoe.load(native) if "down_projs" in n)
     tensors = load_file(native / SINGLE)
-    tensors[name] = tensors[name].flip(0).contiguous()
-    save_file(tensors, native / SINGLE, {"format": "pt"})
+    was = (native / SINGLE).read_bytes()
+    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, native / SINGLE, {"format": "pt"})
     with pytest.raises(AdapterError, match=f"{SINGLE}: sha256 .*, expected .*fmoe.json"):
         fmoe.verify(native)
+    (native / SINGLE).write_bytes(was)
+    (native / "later.txt").write_text("")
+    assert fmoe.verify(native).notes == (f"{UNSWORN}'later.txt'",)
+    origin = json.loads((native / "fmoe.json").read_text())
+    for outside in ("../hf/config.json", "/etc/hostname", "a/../../b", ""):
+        (native / "fmoe.json").write_text(json.dumps(origin | {"checksums": {outside: "0" * 64}}))
+        with pytest.raises(AdapterError, match="has a checksum of .*, expected a file in"):
+            fmoe.verify(native)
 
 
 def test_without_digests_verify_says_so(source, tmp_path):

@@ -84,7 +84,7 @@ def config_of(fmt: str, group: int) -> dict:
     bits = 8 if "int8" in fmt else 4
     if fmt.startswith("gptq"):
         made = dict(quant_method="gptq", bits=bits, group_size=group, desc_act=False, sym=False)
-        return made | ({"checkpoint_format": "gptq_v2"} if "v2" in fmt else {})
+        return made | {"checkpoint_format": "gptq_v2" if "v2" in fmt else "gptq"}
     if fmt.startswith("awq"):
         return dict(quant_method="awq", bits=4, group_size=group, zero_point=True, version="gemm")
     weights = dict(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group)
