@@ -173,7 +173,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
             problems.append(Problem(text, (odd[0], x)))
         else:
             found[x] = made[0]
-    claimed = {n for x in candidates for f in formats for n in (spell(f.weight, x),)} | candidates.keys()
+    claimed = {spell(t, x) for x in candidates for f in formats for t in (f.weight, f.scale)} | candidates.keys()
     claimed |= {n for p in found.values() for n in p.stored}
     small = {dtype for dtype in {s.dtype for s in specs.values()} if _eight_bits(dtype, formats)}
     for name in [n for n, spec in specs.items() if spec.dtype in small and n not in claimed] if small else ():

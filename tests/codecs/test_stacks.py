@@ -86,10 +86,14 @@ def test_a_part_that_is_missing_or_of_another_shape_is_named(part):
 
 
 def test_codes_along_an_axis_that_no_product_sums_over_are_decoded_and_not_kept():
+    """ModelOpt's MXFP4 of Llama 4, whose matrices are [in, out]."""
     block = "model.layers.0.feed_forward.experts."
-    hf = parts("mxfp4 stack side", f"{block}gate_up_proj", torch.randn(E, 64, 256))[0]
-    hf |= parts("mxfp4 stack side", f"{block}down_proj", torch.randn(E, 128, 64))[0]
-    fmoe.adapter("llama4_text", {"torch_dtype": "float32"}).from_hf(hf)
+    hf, up = parts("mxfp4 stack side", f"{block}gate_up_proj", torch.randn(E, 64, 256))
+    more, down = parts("mxfp4 stack side", f"{block}down_proj", torch.randn(E, 128, 64))
+    hf, adapter = hf | more, fmoe.adapter("llama4_text", {"torch_dtype": "float32"})
+    native = adapter.from_hf(hf)
+    assert all(torch.equal(a.double(), b) for a, b in zip(stacks(native), (up, down), strict=True))
+    same(adapter.resolve(hf).to_hf(native), hf)
     with pytest.raises(fmoe.AdapterError, match="along an axis that no product sums over. Fix: decode it"):
         fmoe.adapter("llama4_text", quantized="keep").from_hf(hf)
 

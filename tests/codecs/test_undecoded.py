@@ -87,6 +87,19 @@ def test_a_directory_is_refused_too_and_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["decode", "keep"])
+@pytest.mark.parametrize("at", ["w13.", "w13_", "0.w13.", "0.gate_proj."])
+def test_inklings_experts_under_names_that_are_not_its_own_are_refused_with_them(at, keep):
+    """As tools that quantise modules may write them; the published files have w13_weight beside w13_weight_scale."""
+    shape = (64, 32) if at[0] == "0" else (2, 64, 32)
+    parts = {"weight_packed": torch.ones(shape).byte(), "weight_global_scale": torch.ones(*shape[:-2], 1)}
+    parts["weight_scale"] = torch.ones(*shape[:-1], 4).to(torch.float8_e4m3fn)
+    hf = {f"model.layers.0.mlp.experts.{at}{name}": t for name, t in parts.items()}
+    with pytest.raises(fmoe.AdapterError, match="no rule claims it") as error:
+        fmoe.adapter("inkling_text", {}, **({"quantized": "keep"} if keep else {})).from_hf(hf)
+    assert {n for n in hf if "packed" not in n} <= {*error.value.keys} and "scale_scale" not in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["decode", "keep"])
 def test_a_stack_whose_scales_are_of_no_format_is_refused_with_both_names(keep):
     """ModelOpt's blocks of 128x128 in five dimensions."""
     name = "model.layers.0.feed_forward.experts.gate_up_proj"
