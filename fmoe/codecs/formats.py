@@ -117,6 +117,14 @@ EVERYWHERE = ("fp8 blocks", "mxfp8", "mxfp4 packed")
 """Of the formats that families publish, those that are read in all."""
 ACTIVATIONS = ("input_scale", "input_global_scale", "input_scale_ub", "k_scale", "v_scale")
 """Parts that mean nothing for weights, and may be there for some experts only."""
+UNREAD_OF = {
+    "weight_zero_point": "zero points",
+    "weight_g_idx": "an activation order",
+    "pre_quant_scale": "AWQ scales",
+    "svdquant_lora_a": "a low-rank part",
+}
+"""Parts that change what codes mean, and what they are."""
+UNREAD = tuple(f"{{S}}.{name}" for name in UNREAD_OF)
 APART = (*ACTIVATIONS, "g_idx")
 """Parts that keep their names: those, and GPTQ's group of each column, which decoding looks at."""
 OF_STACKS = ("original_shape", "input_amax")

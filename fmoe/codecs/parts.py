@@ -11,13 +11,11 @@ from fmoe.codecs.foreign.affine import BITS
 from fmoe.codecs.foreign.lists import Lists
 from fmoe.codecs.foreign.words import codes_here, codes_there, laid_spec, zeros_here, zeros_there
 from fmoe.codecs.format import Format
+from fmoe.codecs.formats import UNREAD, UNREAD_OF
 from fmoe.codecs.values import E8M0
 from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec
 
-UNREAD_OF = {"weight_zero_point": "zero points", "weight_g_idx": "an activation order", "pre_quant_scale": "AWQ scales"}
-"""Parts that change what codes mean, and what they are."""
-UNREAD = tuple(f"{{S}}.{name}" for name in UNREAD_OF)
 Specs = Mapping[str, TensorSpec]
 Found = tuple[dict[str, "Parts"], list[Problem]]
 Fresh = tuple[tuple[str, str | None], ...]  # names of formats, and a regex for what a fresh export writes in them

@@ -109,7 +109,7 @@ def test_deepseek_v41_has_three_formats_at_once():
     same(adapter.to_hf(native), hf)
 
 
-@pytest.mark.parametrize("part", ["pre_quant_scale", "weight_g_idx"])
+@pytest.mark.parametrize("part", ["pre_quant_scale", "svdquant_lora_a", "weight_g_idx"])
 def test_what_is_not_decoded_is_refused_by_name(part):
     config, hf, _ = checkpoint("qwen3_moe", "int4 pack")
     key = f"model.layers.0.mlp.experts.0.up_proj.{part}"

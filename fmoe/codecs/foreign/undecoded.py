@@ -82,8 +82,8 @@ def left_alone(lists: Lists, found: Mapping[str, Parts]) -> list[Problem]:
     made = []
     for p in found.values():
         if why := lists.alone(p.name):
-            text = f"{p.codes!r} is in {p.format.name}, and config's quantization_config {why}"
-            made.append(Problem(f"{text}. Fix: make the config true of the tensors", (p.codes,)))
+            text = f"{p.codes!r} is in {p.format.name}, and quantization_config {why}"
+            made.append(Problem(f"{text}. Fix: make config.json true of the tensors", (p.codes,)))
     return made
 
 
