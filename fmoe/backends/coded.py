@@ -12,6 +12,7 @@ import fmoe_kernels
 import torch
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.flops import formula
+from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.backends.held import held, parts
@@ -103,7 +104,7 @@ def _(x: list[int], codes: list[int], *_: Any, out_shape: Any = None, **__: Any)
     return 2 * x[0] * x[1] * out_shape[1]
 
 
-class _Gmm(torch.autograd.Function):
+class _Gmm(Function):
     """Linear in x, whose transpose is itself with the matrices turned; constant in all else."""
 
     @staticmethod

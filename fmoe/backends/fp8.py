@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.flops import formula
+from fmoe_kernels.host.function import Function
 from fmoe_kernels.programs import fp8 as kernels
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def _gmm(x: Tensor, w: Tensor, w_scale: Tensor, master: Tensor | None, offsets: 
     return _Gmm.apply(x, w, w_scale, master, offsets)
 
 
-class _Gmm(torch.autograd.Function):
+class _Gmm(Function):
     """master: what w was quantised from, or None; its gradient is that of an unquantised product."""
 
     @staticmethod
@@ -126,7 +127,7 @@ class _Gmm(torch.autograd.Function):
         return one_by_one(_Gmm, info, in_dims, args)
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(Function):
     @staticmethod
     def forward(
         dy: Tensor, x: Tensor | None, w: Tensor, w_scale: Tensor, offsets: Tensor, needs: list[bool]

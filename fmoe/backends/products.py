@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.flops import formula
+from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.backends.raw import RAW
@@ -83,7 +84,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(*tensors)
 
 
-class _Gmm(torch.autograd.Function):
+class _Gmm(Function):
     setup_context = staticmethod(_save)
 
     @staticmethod
@@ -109,7 +110,7 @@ class _Gmm(torch.autograd.Function):
         return one_by_one(_Gmm, info, in_dims, args)
 
 
-class _Tgmm(torch.autograd.Function):
+class _Tgmm(Function):
     setup_context = staticmethod(_save)
 
     @staticmethod

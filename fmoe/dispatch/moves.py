@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from fmoe_kernels.host.batch import one_by_one
+from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.dispatch.watched import unwatched
@@ -45,7 +46,7 @@ def _gather(rows: Tensor, slots: Tensor, k: int) -> Tensor:
     return rows.index_select(0, row).unflatten(0, (-1, k)).sum(1, dtype=wide)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, slots, ctx.k = inputs

@@ -66,6 +66,7 @@ def views(m: Any, n_experts: int | None = None) -> dict[str, Tensor]:
     hands this rank's part to its experts.
     """
     up = "gate_up_proj" if getattr(m, "has_gate", True) else "up_proj"
+    biased, transposed = getattr(m, "has_bias", False), is_transposed(m)
     found: dict[str, Tensor] = {}
     for name in (up, "down_proj"):
         if (w := getattr(m, name)) is None:
@@ -75,8 +76,8 @@ def views(m: Any, n_experts: int | None = None) -> dict[str, Tensor]:
         if is_dtensor(w):
             raise ValueError(f"{type(m).__name__}.{name} is a DTensor, expected this rank's part: w.to_local()")
         w = w if n_experts is None else w[:n_experts]
-        found[NATIVE[name]] = w if is_transposed(m) else w.mT
-        if getattr(m, "has_bias", False):
+        found[NATIVE[name]] = w if transposed else w.mT
+        if biased:
             bias = "gate_up_proj_bias" if name == up else "down_proj_bias"
             found[bias] = getattr(m, f"{name}_bias")
     return found
@@ -84,14 +85,17 @@ def views(m: Any, n_experts: int | None = None) -> dict[str, Tensor]:
 
 def is_transposed(m: nn.Module) -> bool:
     """Are the stacked parameters [E, in, out]?"""
-    return getattr(m, "is_transposed", kind_of(m).__name__ == "Llama4TextExperts")
+    declared = getattr(m, "is_transposed", None)
+    return kind_of(m).__name__ == "Llama4TextExperts" if declared is None else declared
 
 
 def lora(m: nn.Module, n_experts: int | None = None) -> dict[str, Tensor]:
     """The LoRA matrices that `fmoe.integrations.peft` has left on a module for this call, of one rank."""
     left: dict[str, tuple[Tensor, Tensor]] = m.__dict__.get("_fmoe_lora", {})
     out: dict[str, Tensor] = {}
-    r = max([a.shape[-1] for a, _ in left.values()]) if left else 0
+    if not left:
+        return out
+    r = max([a.shape[-1] for a, _ in left.values()])
     for name, (a, b) in left.items():
         short = r - a.shape[-1]
         out[f"{LORA[name]}_A"] = F.pad(a, (0, short))[:n_experts] if short else a[:n_experts]

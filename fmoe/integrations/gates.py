@@ -6,6 +6,7 @@ tried on numbers; what is not known is refused, since kernels that fuse an activ
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _oai(activation: str, alpha: str, limit: str) -> Read:
     return read
 
 
-OWN = Gate("swiglu", own=True)
+OWN, SWIGLU, GEGLU = Gate("swiglu", own=True), Gate("swiglu"), Gate("geglu")
 KNOWN: dict[str, Read] = {
     DEFAULT: lambda m: gate_of_act(m.act_fn, type(m)),
     PREFIX + "beam.modeling_beam.BeamExperts._apply_gate": lambda m: gate_of_act(m.act_fn, type(m)),
@@ -109,7 +110,12 @@ def address(function: Any) -> str:
     >>> address(nn.SiLU()), address(torch.nn.functional.silu)
     ('torch.nn.modules.activation.SiLU', 'torch.nn.functional.silu')
     """
-    named = function if hasattr(function, "__qualname__") else type(function)
+    named: Any = function if hasattr(function, "__qualname__") else type(function)
+    return str(_address(named))
+
+
+@lru_cache(maxsize=256)
+def _address(named: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
@@ -120,7 +126,7 @@ def gate_of_act(act: Any, owner: type, gated: bool = True) -> Gate:
     if not where.startswith(ELSEWHERE):
         raise ValueError(f"{owner.__name__}.act_fn is {where}: what it computes is not known; {HELP}")
     if gated:
-        return Gate("swiglu") if name in SILU else Gate("geglu") if name in GELU_TANH else OWN
+        return SWIGLU if name in SILU else GEGLU if name in GELU_TANH else OWN
     return Gate("relu2", own=name != "ReLUSquaredActivation")
 
 
@@ -150,7 +156,7 @@ def gate_of(module: nn.Module, tried: Gate | None = None) -> Gate:
         declared = "concatenated" if interleaved else "interleaved"
         told = f"but {where} reads it {'interleaved' if interleaved else 'concatenated'}"
         raise ValueError(f"{type(m).__name__} declares gate and up {declared}, {told}: expected one layout; use eager")
-    return gate if gate == tried else _tried(gate, applied(m), type(m))
+    return gate if gate is tried or gate == tried else _tried(gate, applied(m), type(m))
 
 
 def applied(module: Any) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,8 @@ config has for a size changes, and `fmoe.save(native, path, fmoe.adapter(model_t
 loads.
 """
 
-from fmoe.surgery.blocks import layers, merge, permute, replicate, select
+from fmoe.surgery.blocks import merge, permute, replicate, select
+from fmoe.surgery.rows import layers
 from fmoe.surgery.upcycle import upcycle
 
 __all__ = ["layers", "merge", "permute", "replicate", "select", "upcycle"]

@@ -7,30 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.layer.checks import AXES
-from fmoe.surgery.config import GATE, OF_ALL, known, resized, says_each_layer
+from fmoe.routing import SCORES
+from fmoe.routing.gate import is_corrected
+from fmoe.surgery.config import known, resized, says_each_layer
+from fmoe.surgery.rows import counted_elsewhere, decoded, each_layer, layers, taken
 from fmoe.types import MoEConfig, Params, brief
 
 Ids = Sequence[int] | Tensor
 Groups = Sequence[Sequence[int]]
 SIZE = "n_routed_experts"
-
-
-def layers(native: Params) -> dict[str, dict[str, Tensor]]:
-    """{name: the parameters of the block, as `fmoe.moe` takes them}, for every block that has experts, in order.
-
-    >>> native = {"model.layers.1.mlp.experts.down_projs": torch.ones(2, 1, 1), "model.norm.weight": torch.ones(1)}
-    >>> {name: list(params) for name, params in layers(native).items()}
-    {'model.layers.1.mlp': ['experts.down_projs']}
-    """
-    ends = "experts.down_projs"
-    names = [n.removesuffix(ends) for n in native if n == ends or n.endswith("." + ends)]
-    found: dict[str, dict[str, Tensor]] = {stem.removesuffix("."): {} for stem in names}
-    for name, tensor in native.items():
-        for stem in names:
-            if name.startswith(stem):
-                found[stem.removesuffix(".")][name.removeprefix(stem)] = tensor
-    return found
 
 
 def select(native: Params, config: Any, keep: Ids | Mapping[str, Ids]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -84,15 +69,29 @@ def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor
         raise ValueError(f"replicate: times is {times!r}, expected a positive int")
     if moe.n_expert_groups > 1:
         raise ValueError(f"replicate: experts are routed by {moe.n_expert_groups} groups, which copies would outweigh")
+    if moe.n_zero_experts:
+        raise ValueError(
+            f"replicate: experts are ranked beside {moe.n_zero_experts} zero experts, which have no copies"
+        )
     if moe.score_func == "sparsemixer":
         raise ValueError("replicate: a sparsemixer weighs each choice among those that are left, where copies would be")
-    shares = moe.norm_topk_prob or moe.score_func.startswith("softmax")
+    softmax = moe.score_func.startswith("softmax")
+    shares = moe.norm_topk_prob or softmax
+    if not shares and moe.expert_norm_eps is not None:
+        raise ValueError("replicate: each expert's output is normed, and weights do not sum to 1: copies would add up")
 
     def copied(name: str, t: Tensor) -> Tensor:
-        t = t.repeat_interleave(times, 0)
-        return t if shares or not name.startswith(("experts.down_proj", "experts.lora_down_B")) else t / times
+        if not shares and name.startswith(("experts.down_proj", "experts.lora_down_B")):
+            return (decoded("replicate", name, t) / times).repeat_interleave(times, 0)
+        if softmax and name == "gate.e_score_correction_bias":
+            t = t / times  # as the score that it is added to
+        return t.repeat_interleave(times, 0)
 
-    made = _each_layer("replicate", native, moe, lambda layer: copied)
+    def chosen(layer: str, ids: Tensor) -> Tensor:
+        return (ids[..., None] * times + torch.arange(times, dtype=ids.dtype, device=ids.device)).flatten(1)
+
+    counted_elsewhere("replicate", native, moe, times == 1)
+    made = each_layer("replicate", native, moe, lambda layer: copied, chosen)
     given = resized(given, kind.fields[SIZE], moe.n_routed_experts * times)
     return made, resized(given, kind.fields["n_activated_experts"], moe.n_activated_experts * times)
 
@@ -123,14 +122,14 @@ def merge(
         M = _matrix(layer, of[layer], parts[layer], E)
 
         def mixed(name: str, t: Tensor) -> Tensor:
-            if not t.is_floating_point() or t.dtype.itemsize < 2 or name.endswith("_scale_inv"):
-                raise ValueError(f"merge: {layer}.{name} is {t.dtype}, expected it decoded, without scales")
+            t = decoded("merge", f"{layer}.{name}", t)
             wide = torch.promote_types(t.dtype, torch.float32)
             return torch.tensordot(M.to(wide).to(t.device), t.to(wide), 1).to(t.dtype)
 
         return mixed
 
-    made = _each_layer("merge", native, moe, mixer)
+    counted_elsewhere("merge", native, moe, all(len(g) == E for g in of.values()))
+    made = each_layer("merge", native, moe, mixer)
     first = {name: [ids[0] for ids in g] for name, g in of.items()}
     for name, g in of.items():
         _check_groups("merge", name, moe, first[name], [set(ids) for ids in g])
@@ -151,8 +150,19 @@ def _taken(
             told = f"each of 0 to {E - 1} once" if whole else f"some of 0 to {E - 1}, each once"
             raise ValueError(f"{what}: {name}: ids are {own}, expected {told}")
         _check_groups(what, name, moe, own, [{i} for i in own])
-    picker = lambda layer: lambda _, t: t.index_select(0, torch.tensor(of[layer], device=t.device))
-    made = _each_layer(what, native, moe, picker)
+    picker = lambda layer: lambda _, t: taken(t, of[layer])
+
+    def chosen(layer: str, ids: Tensor) -> Tensor:
+        new = torch.full((E,), -1, dtype=ids.dtype, device=ids.device)
+        new[of[layer]] = torch.arange(len(of[layer]), dtype=ids.dtype, device=ids.device)
+        if bool((new[ids.long()] < 0).any()):
+            raise ValueError(
+                f"{what}: {layer}.gate.tid2eid: tokens go to experts that are not kept, expected every one"
+            )
+        return new[ids.long()]
+
+    counted_elsewhere(what, native, moe, all(len(own) == E for own in of.values()))
+    made = each_layer(what, native, moe, picker, chosen)
     return made, _recounted(what, given, kind, moe, {name: len(own) for name, own in of.items()})
 
 
@@ -189,25 +199,6 @@ def _listed(given: Any, depth: int, whole: bool) -> list[Any] | None:
     return numbers if all(type(n) in kinds for n in numbers) else None  # a bool is no id
 
 
-def _each_layer(
-    what: str, native: Params, moe: MoEConfig, of: Callable[[str], Callable[[str, Tensor], Tensor]]
-) -> dict[str, Tensor]:
-    """native, with a function of (name, tensor) applied to all that has one row for each expert."""
-    out = dict(native)
-    for layer, params in layers(native).items():
-        change = of(layer)
-        for name, t in params.items():
-            bare = name.removeprefix("experts.").removesuffix("_scale_inv")
-            if name in GATE or (name.startswith("experts.") and bare in AXES):
-                if t.ndim == 0 or t.shape[0] != moe.n_routed_experts:
-                    told = f"shape {list(t.shape)}, expected E={moe.n_routed_experts} rows, as the config says"
-                    raise ValueError(f"{what}: {layer}.{name} has {told}")
-                out[f"{layer}.{name}" if layer else name] = change(name, t)
-            elif name.startswith(("experts.", "gate.")) and name not in OF_ALL:
-                raise ValueError(f"{what}: {layer}.{name}: it is not known how it depends on the experts")
-    return out
-
-
 def _check_groups(what: str, layer: str, moe: MoEConfig, ids: list[int], sources: list[set[int]]) -> None:
     """Where a family routes by groups of neighbours, new groups are old ones, or parts of them of one size."""
     G = moe.n_expert_groups
@@ -219,6 +210,11 @@ def _check_groups(what: str, layer: str, moe: MoEConfig, ids: list[int], sources
         raise ValueError(
             f"{what}: {layer}: experts are routed by {G} groups of neighbours, expected ids group by group"
         )
+    least = 2 if SCORES[moe.score_func].group_of == 2 or is_corrected(moe) else 1
+    least = max(least, -(-moe.n_activated_experts // moe.n_limited_groups))
+    if n < least:
+        told = f"a token goes to {moe.n_activated_experts} experts of {moe.n_limited_groups} groups"
+        raise ValueError(f"{what}: {layer}: {G} groups would have {n} experts each, expected {least} at least: {told}")
 
 
 def _recounted(what: str, config: dict[str, Any], kind: Any, moe: MoEConfig, counts: dict[str, int]) -> dict[str, Any]:

@@ -7,14 +7,9 @@ import torch
 
 from fmoe.families import family
 from fmoe.families.kind import Family, as_dict
+from fmoe.families.sparse import layer_count
 from fmoe.routing import SCORES
 from fmoe.types import MoEConfig
-
-GATE = (*(f"gate.{n}" for n in "weight bias e_score_correction_bias proj.weight per_expert_scale".split()),)
-"""What of a router has a row for each expert."""
-
-OF_ALL = ("gate.scale", "experts.post_expert_norm.weight")
-"""What serves all experts alike."""
 
 
 def known(config: Any) -> tuple[dict[str, Any], Family, MoEConfig]:
@@ -71,6 +66,7 @@ def _entry(old: Any, value: int, layer: int | None) -> Any:
 
 
 def says_each_layer(config: Any, names: str) -> bool:
-    """Has the config a number for each layer?"""
+    """Has the config a number for each layer? (ERNIE-VL has one for text and one for images.)"""
     given = as_dict(config)
-    return any(isinstance(given.get(name), list) for name in names.split())
+    lists = [value for name in names.split() if isinstance(value := given.get(name), list)]
+    return any(len(value) == (layer_count(given) or len(value)) for value in lists)

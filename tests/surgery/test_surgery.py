@@ -148,6 +148,8 @@ def test_a_family_that_routes_by_groups_keeps_its_groups() -> None:
         surgery.merge(native, config, [[e, (e + 6) % 12] for e in range(6)])
     with pytest.raises(ValueError, match="copies would outweigh"):
         surgery.replicate(native, config, 2)
+    with pytest.raises(ValueError, match="3 groups would have 1 experts each, expected 2 at least"):
+        surgery.select(native, config, [0, 4, 8])  # two groups of one hold no three
 
 
 def test_ids_that_are_none_are_answered_with_the_names_of_the_layers() -> None:
@@ -199,7 +201,7 @@ def test_errors() -> None:
             {n: t.to(torch.float8_e4m3fn) if "down_projs" in n else t for n, t in native.items()}, config, pairs
         )
     with pytest.raises(ValueError, match="it is not known how it depends on the experts"):
-        surgery.select(native | {"model.layers.0.mlp.gate.tid2eid": torch.ones(3, 2)}, config, [0, 1])
+        surgery.select(native | {"model.layers.0.mlp.gate.other": torch.ones(3, 2)}, config, [0, 1])
     with pytest.raises(ValueError, match="E=8 rows"):
         surgery.select(native | {"model.layers.0.mlp.gate.weight": torch.ones(3, 2)}, config, [0, 1])
     with pytest.raises(ValueError, match="no layer has experts"):

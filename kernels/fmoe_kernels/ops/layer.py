@@ -12,6 +12,7 @@ from torch import Tensor
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check, check_index, check_numbers
+from fmoe_kernels.host.function import Function
 from fmoe_kernels.ops import flops  # noqa: F401  its formulas, for whoever counts
 from fmoe_kernels.ops.custom import experts_backward, experts_forward
 from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
@@ -78,7 +79,7 @@ def experts(
     return _experts(x, indices, weights.float(), mask, w_up, w_down, b_up, b_down, *last).to(out_dtype)
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return experts_forward(*args)
@@ -113,7 +114,7 @@ class _Forward(torch.autograd.Function):
         return one_by_one(_Forward, info, in_dims, args)
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return experts_backward(*args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.check import WIDE, check_device, check_kind, check_numbers
+from fmoe_kernels.host.function import Function
 from fmoe_kernels.host.launch import check_runs, run
 from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS, bound
 
@@ -174,7 +175,7 @@ def _kinds(name: str, p: Maybe, y: Tensor) -> tuple[dict[str, Any], int]:
     return kinds, min(triton.next_power_of_2(max(y.shape[1], 1)), 1024)
 
 
-class _Forward(torch.autograd.Function):
+class _Forward(Function):
     @staticmethod
     def forward(*args: Any) -> Tensor:
         return act_forward(*args)
@@ -201,7 +202,7 @@ class _Forward(torch.autograd.Function):
         return one_by_one(_Forward, info, in_dims, args)
 
 
-class _Backward(torch.autograd.Function):
+class _Backward(Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return act_backward(*args)
