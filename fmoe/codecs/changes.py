@@ -38,8 +38,8 @@ def cuts(p: Parts, encoding: bool) -> tuple[int, ...]:
 
 def decoding(p: Parts, dtype: torch.dtype) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        held = p.here(params)
         try:
-            held = p.here(params)
             second = _second(p, held)
             how = {"order": held[p.order]} if p.order else {}
             weight = p.format.decode(held[p.name], held[p.beside], dtype, second=second, **how)
@@ -112,10 +112,7 @@ def keeping(p: Parts, flipped: bool) -> Change:
         if flipped:
             return p.there(params) | _made(p, params[p.name])
         _compare(p, params)
-        try:
-            held = p.here(params)
-        except ValueError as error:
-            raise AdapterError([Problem(f"{p.codes!r}: {error}", (p.codes,))]) from None
+        held = p.here(params)
         if p.order and not is_plain(held[p.order], p.format.block[1] or p.shape[1]):
             text = f"{p.order!r}: {p.format.name} with an activation order, whose columns are not in whole groups"
             raise AdapterError([Problem(f"{text}. Fix: decode it, without quantized='keep'", (p.order, p.codes))])

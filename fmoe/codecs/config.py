@@ -109,15 +109,19 @@ def bits(config: Mapping[str, Any] | None) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def ruled_out(config: Mapping[str, Any] | None) -> frozenset[str]:
-    """The formats that a config rules out of all tensors, where names and shapes cannot: GPTQ's two zero points.
+def gptq_version(config: Mapping[str, Any] | None) -> str | None:
+    """How a config says that GPTQ's zero points are stored: "gptq", less one, or "gptq_v2"; None: it says nothing.
 
-    >>> sorted(ruled_out({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}}))
-    ['gptq int4', 'gptq int8']
+    "" where it says GPTQ, and of no version: for Transformers that is the first.
+
+    >>> gptq_version({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}})
+    'gptq_v2'
     """
-    said = (quantization_of(config) or {}).get("checkpoint_format")
-    other = "gptq" if said == "gptq_v2" else "gptq_v2"
-    return frozenset(f"{other} int{n}" for n in (4, 8)) if said is not None else frozenset()
+    told = quantization_of(config) or {}
+    said = told.get("checkpoint_format")
+    if said is None:
+        return "" if told.get("quant_method") == "gptq" else None
+    return "gptq_v2" if said == "gptq_v2" else "gptq"
 
 
 def with_told(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:

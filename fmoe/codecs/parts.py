@@ -74,12 +74,12 @@ class Parts:
         return {self.codes: self.format.file_spec(self.shape)} | made
 
     def here(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts of a file as they are here: codes under the tensor's name, scales beside. Raises ValueError."""
+        """The parts of a file as they are here: codes under the tensor's name, scales beside. Raises AdapterError."""
         f, made = self.format, {}
         for there, here, was, shape in self.kept:
             t = params[there]
             if f.zeros and self.second and there == self.second[0]:
-                made[here] = zeros_here(f.zeros, t, self.shape[0], BITS[f.code], unsaid=f.unsaid)
+                made[here] = zeros_here(f.zeros, t, self.shape[0], BITS[f.code], unsaid=f.unsaid, name=there)
             elif f.form == TURNED and there == self.scale:
                 made[here] = t.mT
             else:

@@ -37,7 +37,7 @@ class Quantised:
     encodes what carries scales, True that and all that is fresh, False nothing (leaving scales out). keep: codes stay
     codes. seams: where rules join blocks, which codes must fit. experts: the rules of expert weights. told: called
     with the `Survival` of each tensor that changed since it was decoded. declared: the config or the names say that it
-    is quantised. ruled_out: formats that its config excludes. undecoded: the one that it says, if that is not read.
+    is quantised. gptq: `gptq_version` of its config. undecoded: the format that it says, if that is not read.
     lists: what config says of modules by name. alone: only formats with names to write are encoded; what
     carries scales of another is encoded anew.
     """
@@ -53,7 +53,7 @@ class Quantised:
     declared: bool = False
     lists: Lists = Lists()
     undecoded: str | None = None
-    ruled_out: frozenset[str] = frozenset()
+    gptq: str | None = None
     alone: bool = False
     flipped: bool = False
     told: Callable[[Survival], None] | None = field(default=None, compare=False, repr=False)
@@ -71,10 +71,10 @@ class Quantised:
     @cached_property
     def readable(self) -> tuple[Format, ...]:
         """Those that this checkpoint may hold, as far as its config says."""
-        there = [f for f in self.formats if f.name not in self.ruled_out]
-        both = {f.code for f in there if f.zeros == "gptq"} & {f.code for f in there if f.zeros == "gptq_v2"}
-        unsaid = lambda f: f.zeros == "gptq" and f.code in both
-        return tuple(replace(f, unsaid=unsaid(f)) for f in there if f.zeros != "gptq_v2" or f.code not in both)
+        other = "gptq" if self.gptq == "gptq_v2" else "gptq_v2"
+        told = lambda f: replace(f, unsaid="version" if self.gptq is not None else "method")
+        unsaid = lambda f: f.zeros == "gptq" and not self.gptq
+        return tuple(told(f) if unsaid(f) else f for f in self.formats if f.zeros != other)
 
     def _sized(self, f: Format) -> Format:
         return replace(f, block=self.block, restarts=self.restarts) if f.block == (128, 128) else f

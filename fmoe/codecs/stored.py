@@ -52,7 +52,7 @@ class Stored:
     codes are [.., R, C / 32, 16]. shape: the part that holds the tensor's. activation: the part, if it is there, that
     holds a scale of activations. second: the part that holds a scale of scales, which multiplies them (divides: which
     divides them), or the zero points; zeros: how these are stored, and words: how codes are, a name in
-    `foreign/words.py`; unsaid: the config does not say that it is how these are stored. order: the part, if it is
+    `foreign/words.py`; unsaid: the version or method that no config says. order: the part, if it is
     there, that says the group of each column. form: the shape of the scale's part where it is none of rows and columns,
     "()", "[1]", "[o]", "[o 1 i 1]" or "[i o]"; lone: the same of second, or "[E]". third: the part that holds what
     second is divided by. late: the scale of scales multiplies what the scale has made of a code. stack: only tensors of
@@ -84,7 +84,7 @@ class Stored:
     form: str = ""
     lone: str = "()"
     zeros: str = ""
-    unsaid: bool = False
+    unsaid: str = ""
     words: str = ""
     order: str | None = None
     restarts: tuple[tuple[int, int], ...] = ()

@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 from fmoe.codecs.cast import CastExperts
-from fmoe.codecs.config import exports, quantization_of, ruled_out, weight_block
+from fmoe.codecs.config import exports, gptq_version, quantization_of, weight_block
 from fmoe.codecs.foreign.lists import lists
 from fmoe.codecs.foreign.restarts import restarts
 from fmoe.codecs.foreign.undecoded import undecoded
@@ -136,7 +136,7 @@ class Family:
             alone=bool(quantize),
             lists=lists(quantization_of(given)),
             undecoded=undecoded(given),
-            ruled_out=ruled_out(given),
+            gptq=gptq_version(given),
             keep=keep,
             declared=quantization_of(given) is not None,
         )

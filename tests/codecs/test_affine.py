@@ -120,14 +120,14 @@ def test_a_version_that_nobody_says_is_known_by_symmetric_zero_points_or_refused
     for zeros in (z, torch.full_like(z, 2 ** (bits - 1))):
         for how in ({}, {"quantized": "keep"}):
             adapter = fmoe.adapter("qwen3_moe", config, **how)
-            if zeros is z or "v2" in fmt:
+            if (told is None or zeros is not z) if "v2" in fmt else (told is None and zeros is z):
                 with pytest.raises(fmoe.AdapterError, match="does not say which version it is") as error:
                     adapter.from_hf(made(zeros))
                 assert stem in error.value.keys[0]
                 continue
             native = adapter.from_hf(made(zeros))
             same(adapter.to_hf(native), made(zeros))
-            if not how:
+            if not how and "v2" not in fmt:  # without a word GPTQ's version is the first, as it is for Transformers
                 assert torch.equal(native[f"{stem}.weight"], (q - zeros[:, group]) * s.float()[:, group])
 
 

@@ -15,7 +15,7 @@ else tells them apart, but that the first stores what is symmetric one below the
 import torch
 from torch import Tensor
 
-from fmoe.types import TensorSpec
+from fmoe.types import AdapterError, Problem, TensorSpec
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
 Shape = tuple[int, ...]
@@ -65,10 +65,11 @@ def codes_there(words: str, codes: Tensor, bits: int) -> Tensor:
     return codes.mT.contiguous() if words == "gptq" else codes
 
 
-def zeros_here(zeros: str, stored: Tensor, rows: int, bits: int, *, unsaid: bool = False) -> Tensor:
-    """The zero points of a file, as they are here: of so many rows. unsaid: nobody says that it is this way.
+def zeros_here(zeros: str, stored: Tensor, rows: int, bits: int, *, unsaid: str = "", name: str = "") -> Tensor:
+    """The zero points of a file, as they are here: of so many rows. unsaid: no config says GPTQ's version, or
+    its method either; a method without a version is the first for Transformers.
 
-    Raises ValueError where what is left over of a word is not 0, and for what of GPTQ's two versions may be either.
+    Raises AdapterError, with the name, where what is left over of a word is not 0, and for what may be either version.
 
     >>> zeros_here("gptq", torch.tensor([[0x7777777F]], dtype=torch.int32), 8, 4)[:2, 0]  # stored: 15 and 7
     tensor([0, 8], dtype=torch.uint8)
@@ -78,17 +79,24 @@ def zeros_here(zeros: str, stored: Tensor, rows: int, bits: int, *, unsaid: bool
     if zeros == "rows":
         found = unpacked(stored.mT, bits)
         if not stored.is_meta and bool(found[:, rows:].any()):
-            raise ValueError(f"what the last zero points leave of a word is not 0, expected {rows} rows of them")
+            told = f"{name!r}: what the last zero points leave of a word is not 0, expected {rows} rows of them"
+            raise AdapterError([Problem(told, (name,))])
         return found[:, :rows].mT
     found = unpacked(stored, bits)
     if zeros == "awq":
         found = _ordered(found, bits, AWQ, back=True)
     elif zeros == "gptq":
-        if unsaid and not stored.is_meta and bool((found != 2 ** (bits - 1) - 1).any()):
-            told = "zero points of GPTQ, whose first version stores them less one; quantization_config does not say"
-            raise ValueError(f'{told} which version it is. Fix: "checkpoint_format": "gptq" there, or "gptq_v2"')
+        if unsaid and not stored.is_meta and not _is_first(found, 2 ** (bits - 1), known=unsaid == "version"):
+            told = f"{name!r}: zero points of GPTQ, whose first version stores them less one; quantization_config does"
+            told = f'{told} not say which version it is. Fix: "checkpoint_format": "gptq" there, or "gptq_v2"'
+            raise AdapterError([Problem(told, (name,))])
         found = (found + 1) & (2**bits - 1)
     return found.mT
+
+
+def _is_first(stored: Tensor, middle: int, *, known: bool) -> bool:
+    """Whether zero points are as GPTQ's first version has them. known: it is GPTQ, and they alone may say otherwise."""
+    return bool((stored != middle).any()) if known else bool((stored == middle - 1).all())
 
 
 def zeros_there(zeros: str, here: Tensor, bits: int) -> Tensor:

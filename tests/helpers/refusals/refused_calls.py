@@ -31,6 +31,7 @@ CONFIGS = {
     "fmoe.adapter('qwen3_moe', SIZES | IGNORES).from_hf(coded)": "who believes the list takes codes for weights",
     "fmoe.adapter('qwen3_moe', SIZES | HQQ).from_hf(hqq)": "a format that is not read: its codes are no weights",
     "fmoe.adapter('qwen3_moe', SIZES | GPTQ, quantized='keep').from_hf(ordered)": "kept codes have no order of columns",
+    "fmoe.adapter('qwen3_moe', SIZES).from_hf(ordered)": "GPTQ has two versions, a zero point apart",
     "fmoe.adapter('qwen3_moe', SIZES | GPTQ).to_hf(merged)": "scales that calibration found cannot be made anew",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(zero)": "the codes could not be told from what they decode to",
     "fmoe.adapter('qwen3_moe', SIZES, quantize='fp7')": "no such format can be written",
