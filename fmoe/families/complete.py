@@ -34,6 +34,8 @@ AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", 
 """The config's names for how many layers predict further tokens."""
 JOINTS = (("eh_proj", "enorm", "hnorm"), ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden"), ("e_proj", "h_proj"))
 """What joins such a layer to the model, under the names of some families."""
+ENDS = ("norm", "final_layernorm", "final_norm")
+"""What such a layer's last norm is called."""
 LAYERS = ("layers", "blocks", "block", "h", "mtp")
 PARTS = ("gate_and_up_projs", "down_projs")
 NONE = {"shared_intermediate_size": "shared_mlp.", "n_shared_experts": "shared_expert", "num_shared_experts": "shared_"}
@@ -154,12 +156,12 @@ def _kind(said: Mapping[str, Any], l: int, count: int) -> tuple[Any, ...]:
 def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, Layers]) -> tuple[list[str], list[str]]:
     """What layers for multi-token prediction lack; a note where the config declares some and there is none."""
     field, declared = next(((n, v) for n in AHEAD if type(v := said.get(n)) is int and v > 0), ("", 0))
-    if not declared:
-        return [], []
     held = {f"{main}.{l}": s for l, s in stacks.get(main, {}).items() if l >= count}
     beside = [s for s in stacks if "mtp" in s.split(".")]
     held |= {f"{s}.{l}": layer for s in beside for l, layer in stacks[s].items() if s.rpartition(".")[2] in LAYERS}
     bare = {n for n in stacks.get("", {}).get(0, set()) if n.startswith("mtp.")}
+    if not held and not bare and not declared:
+        return [], []
     if not held and not bare:
         where = f"{main}.{count} or mtp"
         return [], [f"config.json has {field} {declared}, and no tensor is of such a layer ({where}): MTP is absent"]
@@ -173,8 +175,13 @@ def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, 
         alike = name.startswith(main + ".") or len(other) < len(gone)
         own = [sets for sets in modules if alike or sets not in gone]
         missing += [f"{name}.{n}" for n in lacking(own, layer)]
-    ends = {n.removesuffix(".weight").rpartition(".")[2] for n in (*bare, *(n for s in held.values() for n in s))}
+    last = lambda names: {n.removesuffix(".weight").rpartition(".")[2] for n in names}
+    alone = [l for l, s in held.items() if "eh_proj" in last(s) and not last({*s, *bare}) & {*ENDS}]
+    missing += [f"{l}.{'shared_head.norm' if l.startswith(main) else ENDS[1]}.weight" for l in alone]
+    missing += ["mtp.norm.weight"] * ("fc" in last(bare) and not last(bare) & {*ENDS})
+    ends = last((*bare, *(n for s in held.values() for n in s)))
     joint = max(JOINTS, key=lambda names: len(ends & {*names}))
     if ends & {*joint}:
-        missing += [f"{next(iter(held), 'mtp')}.{n}.weight" for n in joint if n not in ends]
+        where = "mtp" if last(bare) & {*joint} else next(iter(held), "mtp")
+        missing += [f"{where}.{n}.weight" for n in joint if n not in ends]
     return missing, []

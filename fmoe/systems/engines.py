@@ -11,6 +11,8 @@ from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.say import L, Rules, absent, joined, pairs, tied
 
 Names = dict[str, str]
+SGLANG = r".*\.fused_qkv_a_proj_with_mqa\.weight"
+"""A name that tells DeepSeek-V3 in SGLang from the same in vLLM; other families have the same names in both."""
 APART = "{} loads the MTP layer as a model of its own"
 
 
@@ -147,6 +149,7 @@ def qwen3_next(facts: Facts) -> Adapter:
 vllm = System(
     name="vllm",
     mark=r".*\.experts\.w13_weight",
+    unlike=SGLANG,
     tables=dict(
         qwen3_moe=qwen3_moe,
         mixtral=mixtral,
@@ -160,6 +163,7 @@ vllm = System(
 )
 sglang = System(
     name="sglang",
+    mark=SGLANG,
     tables=dict(
         qwen3_moe=qwen3_moe, mixtral=mixtral, deepseek_v3=deepseek("fused_qkv_a_proj_with_mqa"), qwen3_next=qwen3_next
     ),

@@ -19,6 +19,7 @@ from fmoe.systems.wording.complete import Complete
 from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.known_names import KnownNames
 from fmoe.systems.wording.published import published
+from fmoe.systems.wording.shapes import shapes
 from fmoe.types import AdapterError, brief
 
 FAMILY = {"qwen3_5_moe_text": "qwen3_5_moe"}
@@ -32,8 +33,9 @@ class System:
     tables: Hugging Face's model type -> the adapter from its published layout. choices: the system's own, with their
     options, the first by default; an empty tuple takes a whole number. native: the tables go on from our native layout,
     and a family without one has no other names. mark: a pattern that a name in its
-    checkpoints fits, and none in others'. container: how it stores a checkpoint: "dcp",
-    "safetensors", "gguf", "orbax", or "memory". kept: the families of which it can hold quantised tensors as they are.
+    checkpoints fits, and none in others'; unlike: one that tells another's, whose names fit the mark too.
+    container: how it stores a checkpoint: "dcp", "safetensors", "gguf", "orbax", or "memory". kept: the
+    families of which it can hold quantised tensors as they are.
     verified: what the tables were compared with. source: versions.
     """
 
@@ -46,6 +48,7 @@ class System:
     kept: tuple[str, ...] = ()
     native: bool = False
     mark: str = ""
+    unlike: str = ""
 
     def knows(self, model_type: str | None) -> bool:
         """Whether it has this family's names."""
@@ -59,8 +62,7 @@ class System:
         """Whether a checkpoint's names show that it is this system's: of a family that it knows."""
         if not self.mark or not self.knows(model_type):
             return False
-        plain = self.mark.replace("\\.", ".")
-        return plain in names if re.escape(plain) == self.mark else any(map(re.compile(self.mark).fullmatch, names))
+        return _any(self.mark, names) and not (self.unlike and _any(self.unlike, names))
 
     def adapter(self, model_type: str, config: Any = None, **choices: Any) -> Adapter:
         """Hugging Face <-> this system, every tensor claimed.
@@ -83,7 +85,7 @@ class System:
         plain = kind.adapter(config, **({"dtype": choices["dtype"]} if choices.get("dtype") else {}))
         codec = () if facts.keep else tuple(s for s in plain.stages if isinstance(s, Quantised))
         layouts = {n: v for n, v in choices.items() if n not in self.choices and n not in ALWAYS}
-        made = Adapter((*codec, *published(facts).stages, Complete())) >> self.tables[name](facts)
+        made = Adapter((*codec, *published(facts).stages, Complete(), shapes(facts))) >> self.tables[name](facts)
         axes = frozenset[str]().union(*(stage.axes() for stage in made.stages))
         known = {n for stage in made.stages for n in stage.choices()}
         for unknown in (n for n in layouts if n not in known):
@@ -117,6 +119,11 @@ class System:
                 raise AdapterError(f"quantized={value!r}: expected 'decode' or 'keep'{meant(value, KEPT)}")
             made[name] = value
         return made
+
+
+def _any(pattern: str, names: Iterable[str]) -> bool:
+    plain = pattern.replace("\\.", ".")
+    return plain in names if re.escape(plain) == pattern else any(map(re.compile(pattern).fullmatch, names))
 
 
 def _whole(adapter: Adapter) -> Adapter:

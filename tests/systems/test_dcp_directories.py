@@ -118,10 +118,17 @@ def _properties(meta):
     return meta.state_dict_metadata["w"].properties
 
 
+def _both(meta):
+    """Two chunks in one item."""
+    infos = list(meta.storage_data.values())
+    infos[1].offset, infos[1].length = infos[0].offset, infos[0].length
+
+
 HOSTILE = {
+    "two chunks in one item": (_both, "'w' and 'w' share bytes of __0_0.distcp"),
     "an item behind the end": (lambda m: _move(m, offset=10**9), "'w'.*behind the file"),
     "an item elsewhere": (lambda m: _move(m, relative_path="../w"), "'w' lies in"),
-    "an item inside another": (lambda m: _move(m, offset=7), "'w'"),
+    "an item inside another": (lambda m: _move(m, offset=7), "'w' and 'w' share bytes"),
     "a compressed item": (lambda m: _move(m, transform_descriptors=["zstd"]), "'w' is stored transformed"),
     "a missing chunk": (lambda m: m.state_dict_metadata["w"].chunks.pop(), "'w'.*missing, or overlap"),
     "a missing place": (lambda m: m.storage_data.pop(next(iter(m.storage_data))), "'w' at .* is in no file"),
@@ -136,6 +143,16 @@ def test_a_directory_that_lies_is_refused_by_name(tmp_path, what):
     edit, match = HOSTILE[what]
     path = chunked(tmp_path / "d", "w", torch.arange(36.0).view(6, 6), BOXES, edit)
     with pytest.raises(AdapterError, match=match):
+        open_dcp(path)
+
+
+def test_two_tensors_in_one_item_are_refused(tmp_path):
+    path = saved(tmp_path / "d", {"a": torch.ones(4), "b": torch.zeros(4)})
+    meta = pickle.loads((path / ".metadata").read_bytes())
+    one, two = meta.storage_data
+    meta.storage_data[two] = meta.storage_data[one]
+    (path / ".metadata").write_bytes(pickle.dumps(meta))
+    with pytest.raises(AdapterError, match="'a' and 'b' share bytes"):
         open_dcp(path)
 
 

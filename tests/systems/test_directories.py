@@ -93,6 +93,10 @@ def test_a_directory_without_config_takes_one_and_goes_to_a_third(hf, tmp_path):
     assert (tmp_path / "megatron" / "metadata.json").exists()
     fmoe.convert(path, tmp_path / "native")
     fmoe.convert(tmp_path / "native", tmp_path / "vllm", to="vllm")
+    (tmp_path / "vllm" / "config.json").unlink()
+    with pytest.raises(AdapterError, match="config.json is missing.*--config DIR_OR_JSON"):
+        fmoe.inspect(tmp_path / "vllm")
+    assert fmoe.inspect(tmp_path / "vllm", config=path)["format"] == "vllm"
     same(files(tmp_path / "vllm"), fmoe.adapter("qwen3_moe", config, system="vllm").from_hf(tensors))
 
 

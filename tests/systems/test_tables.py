@@ -5,10 +5,12 @@ from itertools import permutations
 
 import pytest
 import torch
-from systems_zoo import CHOICES, cases, knows, model
+from systems_zoo import CHOICES, MODELS, cases, knows, model
 
 import fmoe
 from fmoe import AdapterError, TensorSpec
+from fmoe.families import family
+from fmoe.families.complete import gaps
 from fmoe.systems import SYSTEMS
 from fmoe.testing import assert_laws
 
@@ -34,6 +36,16 @@ def test_there_and_back(system, name, choice):
             assert torch.allclose(back[key].float(), tensor.float(), rtol=3e-7, atol=3e-7), key
     again = made.from_hf(back)
     assert again.keys() == there.keys() and all(torch.equal(again[k], there[k]) for k in there)
+    for other in known_as(there, name, SYSTEMS[system].container):
+        assert other == system or adapter(other, name)[0].from_hf(hf).keys() == there.keys()
+
+
+def known_as(names, name, container):
+    """The systems that a directory with these names may be of: those with the very same names, or its own alone."""
+    fits = [s.name for s in SYSTEMS.values() if s.marks(names, name.split()[0])]
+    fits = [s for s in fits if (SYSTEMS[s].container == "dcp") == (container == "dcp")]
+    assert len(fits) <= 1
+    return fits
 
 
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if s != "automodel"])
@@ -71,6 +83,40 @@ def test_every_tensor_is_claimed_by_a_rule(system):
     if ".experts." in lost and re.search(r"experts\.\d", lost):
         with pytest.raises(AdapterError, match=re.escape(lost)):
             made.from_hf({n: t for n, t in hf.items() if n != lost})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_that_a_model_of_another_system_has_lost_is_named(name):
+    """Natively, which every system's directory is looked at as: what a system joins, its plan misses."""
+    config, hf = model(name)
+    kind = family(config["model_type"])
+    names = list(kind.adapter(config).from_hf({n: TensorSpec(tuple(t.shape), t.dtype) for n, t in hf.items()}))
+    assert not gaps(kind, config, names).problems
+    unnamed = [lost for lost in names if not names_it(gaps(kind, config, [n for n in names if n != lost]), lost)]
+    assert not unnamed
+
+
+def names_it(found, lost):
+    return any(lost in problem.keys for problem in found.problems)
+
+
+ROUTER = re.compile(r"model\.layers\.\d+\.\w+\.(gate|router)\.weight")
+
+
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if not SYSTEMS[s].native])
+def test_a_shape_that_the_config_rules_out_is_refused_by_name_both_ways(system):
+    name, choice = next((m, c) for s, m, c in CASES if s == system)
+    made, hf = adapter(system, name, choice)
+    specs = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in hf.items()}
+    theirs = made.plan(specs).targets
+    longer = lambda spec: TensorSpec((spec.shape[0] + 1, *spec.shape[1:]), spec.dtype)
+    for lost in ("model.norm.weight", next(filter(ROUTER.fullmatch, specs))):
+        with pytest.raises(AdapterError, match=rf"{re.escape(lost)}' is .*, expected .* by the config"):
+            made.plan({**specs, lost: longer(specs[lost])})
+    (norm,) = next(targets for sources, targets in made.plan(specs).units() if "model.norm.weight" in sources)
+    told = "" if norm == "model.norm.weight" else f"; from {norm!r}"
+    with pytest.raises(AdapterError, match=rf"'model.norm.weight' is .* by the config{re.escape(told)}"):
+        made.inverse.plan({**theirs, norm: longer(theirs[norm])})
 
 
 @pytest.mark.parametrize("system", [s for s, m, c in CASES if m == "deepseek_v3" and not c])

@@ -31,7 +31,7 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 __all__ = ["DTYPES", "INDEX", "JOURNAL", "NATIVE", "Checkpoint", "open_checkpoint", "read_header"]
 
 CONFIG = "config.json"
-FIX = "Fix: adapter= (--adapter package.module:name) for rules of your own, which need none"
+FIX = "Fix: adapter= (--adapter package.module:name) for rules of your own, which need none; or --config DIR_OR_JSON"
 Spans = Sequence[tuple[int, int]]
 """(where it begins in a tensor, how many bytes) of every part."""
 

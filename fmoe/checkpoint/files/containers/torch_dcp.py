@@ -6,6 +6,7 @@ and both must agree before anything is read.
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ def open_dcp(path: Path) -> Opened:
     found = pickles.read(bytes(data), str(path / METADATA))
     tensors, left_out = _specs(path, found)
     chunks = _items(path, found, tensors)
+    _apart(path, chunks)
     specs: dict[str, TensorSpec] = {n: spec for n, (spec, _) in tensors.items()}
     stamps: dict[str, disk.Stamp] = {}
     places: dict[Item, int] = {}
@@ -135,6 +137,15 @@ def _items(path: Path, found: Record, tensors: Mapping[str, tuple[TensorSpec, li
     if problems:
         raise AdapterError(problems)
     return made
+
+
+def _apart(path: Path, chunks: list[Item]) -> None:
+    """Raises AdapterError where two items share bytes: one of the two would be the other's."""
+    ordered = sorted(chunks, key=lambda item: (item.file, item.at))
+    for a, b in pairwise(ordered):
+        if a.file == b.file and b.at < a.at + a.length:
+            text = f"{path / METADATA}: {a.name!r} and {b.name!r} share bytes of {a.file}, at {b.at:,}"
+            raise AdapterError([Problem(text, (a.name, b.name))])
 
 
 def _untiled(shape: tuple[int, ...], boxes: list[tuple[Any, Any]]) -> str:
