@@ -92,6 +92,13 @@ def test_modelopts_own_file_is_read_and_goes_along_while_it_is_true(said: bool, 
     report = fmoe.convert(tmp_path / "hf", tmp_path / "plain", "hf", dtype="bfloat16", fsync=False)
     assert not (tmp_path / "plain" / QUANT).exists() and any(QUANT in note for note in report.notes)
     assert "quantization" not in (tmp_path / "plain" / "config.json").read_text()
+    native, adapter = fmoe.load(tmp_path / "hf"), fmoe.adapter(tmp_path / "hf")
+    for force in (True, False):  # over the model, and where its config alone is left
+        fmoe.save(native, tmp_path / "hf", adapter, quantization=False, force=force, fsync=False)
+        assert not (tmp_path / "hf" / QUANT).exists()
+        assert "quantization" not in fmoe.adapter(tmp_path / "hf").config
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        (tmp_path / "hf" / QUANT).write_bytes((tmp_path / "back" / QUANT).read_bytes())
     modelopt(tmp_path / "wrong", "*experts.1*", said=said)
     for call in (fmoe.load, fmoe.verify, lambda p: fmoe.load(p, quantized="keep")):
         with pytest.raises(fmoe.AdapterError, match=r"in nvfp4, and quantization_config names it in '\*experts.1\*'"):

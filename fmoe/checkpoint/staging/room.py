@@ -12,6 +12,7 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable
 from fmoe.checkpoint.staging.journal import ONCE, lines
 from fmoe.checkpoint.staging.locks import LEASE
+from fmoe.codecs.config import QUANT
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 
@@ -43,7 +44,8 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     """The files in dst that a new checkpoint replaces. Raises AdapterError where dst may not be written to.
 
     work: what is about to be done, which may go on where it was interrupted. bystanders: files that are no weights,
-    such as a config and a tokenizer, may be there and stay; without, nothing of the model that was there does.
+    such as a config and a tokenizer, may be there and stay, but for one that tells of codes that others have; without,
+    nothing of the model that was there does.
     """
     if isinstance(source, Path):
         _apart(dst, source)
@@ -56,7 +58,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
     weights = {n for n in there if holds(n) or n == OUT and sum(m.endswith(".gguf") for m in there) == 1}
-    old = weights | {n for n in there if _MODEL.match(n)} if bystanders else weights and replaceable(dst)
+    old = weights | {n for n in there if _MODEL.match(n) or n == QUANT} if bystanders else weights and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
@@ -67,7 +69,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
             )
         return old
     if bystanders and not weights:
-        return set()
+        return {QUANT} & set(there)
     if there and not force:
         raise AdapterError(f"{dst} is not empty: name another directory, or force=True (--force) to replace it")
     if there and not weights and not all(n.endswith(".part") for n in there):
