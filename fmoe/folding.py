@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import groupby
-from math import prod
+from math import inf, isfinite, prod
 from typing import Any
 
 _LINES = 18
@@ -194,7 +194,9 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 def check_fields(config: Any) -> None:
-    """Raises ValueError, naming the field, for a value of another kind than its field's, and for a count below 0.
+    """Raises ValueError, naming the field, for a value of another kind than its field's, a count below 0, and NaN.
+
+    Infinite is a limit at most.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -212,7 +214,9 @@ def check_fields(config: Any) -> None:
         if kind not in KINDS or (value is None and none):
             continue
         taken, told = KINDS[kind]
-        if not isinstance(value, taken) or (kind == "int" and value < 0) or (kind == "bool" and value not in (0, 1)):
+        wrong = not isinstance(value, taken) or kind == "int" and value < 0 or kind == "bool" and value not in (0, 1)
+        endless = isinstance(value, float) and not (isfinite(value) or value == inf and "limit" in f.name)
+        if wrong or endless:
             end = ", or None" if none else ""
             raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {told}{end}")
 

@@ -112,8 +112,8 @@ def check_config(owner: str, config: object) -> None:
         raise ValueError(f"{owner}: config is {told}. Fix: {fix}")
 
 
-QUANTISERS = ("bitsandbytes", "torchao")
-"""Libraries whose tensors are numbers of another format, whatever their dtype says."""
+QUANTISERS = ("bitsandbytes", "torchao", "torch.masked", "torch.sparse")
+"""Libraries whose tensors are numbers of another format, whatever their dtype says; of PyTorch, what has no strides."""
 
 
 def odd(tensors: Mapping[str, Tensor], where: torch.device) -> list[str]:

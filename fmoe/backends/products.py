@@ -31,11 +31,11 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor, by: str) -> Tensor:
     >>> gmm(torch.ones(3, 1), torch.tensor([[[1.0]], [[5.0]]]), torch.tensor([1, 3]).int(), "loop").flatten().tolist()
     [1.0, 5.0, 5.0]
     """
-    return RAW[by].gmm(x, w, offsets) if _alone(x, w) else _Gmm.apply(x, w, offsets, by)
+    return RAW[by].gmm(x, w, offsets) if _alone(x, w, offsets) else _Gmm.apply(x, w, offsets, by)
 
 
 def _tgmm(x: Tensor, y: Tensor, offsets: Tensor, by: str) -> Tensor:
-    return RAW[by].tgmm(x, y, offsets) if _alone(x, y) else _Tgmm.apply(x, y, offsets, by)
+    return RAW[by].tgmm(x, y, offsets) if _alone(x, y, offsets) else _Tgmm.apply(x, y, offsets, by)
 
 
 def _alone(*tensors: Tensor) -> bool:

@@ -132,6 +132,21 @@ def test_lists_are_true_of_the_names_that_are_written_fused_or_one_by_one(tmp_pa
     assert set(each) <= set(back) and not any("layers.1" in n for n in back)
 
 
+@pytest.mark.parametrize("fmt", ["fp8 blocks", "mxfp4 packed", "int4 pack", "nvfp4"])
+def test_layers_that_are_left_plain_stand_beside_kept_ones(fmt: str) -> None:
+    told, hf, _ = checkpoint("qwen3_moe", fmt)
+    plain = per_expert("model.layers.1.mlp.experts.", None, PROJ, 32, 128)
+    told["quantization_config"] |= {"ignore": ["re:.*layers\\.1\\..*"]}
+    for how in ("decode", "keep"):
+        adapter = fmoe.adapter("qwen3_moe", told, quantized=how)
+        native = adapter.from_hf(hf | plain)
+        assert native["model.layers.1.mlp.experts.down_projs"].dtype == torch.bfloat16
+        same(adapter.to_hf(native), hf | plain)
+    short = {n: t[:, :16] if "down" not in n else t for n, t in plain.items()}
+    with pytest.raises(fmoe.AdapterError, match="expected|but 32 at"):
+        fmoe.adapter("qwen3_moe", told).from_hf(hf | short)
+
+
 def test_groups_say_how_many_bits_words_hold() -> None:
     told, hf, said = checkpoint("qwen3_moe", "int4 pack")
     for e in range(E):

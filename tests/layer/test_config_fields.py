@@ -124,6 +124,13 @@ def test_a_value_that_would_be_ignored_is_refused_by_its_field(name: str, value:
         replace(BASE, **{name: value})
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(MoEConfig) if "float" in str(f.type)])
+def test_no_field_is_nan_and_only_a_limit_is_infinite(name: str) -> None:
+    for value in (float("nan"), float("-inf"), *([] if "limit" in name else [float("inf")])):
+        with pytest.raises(ValueError, match=f"MoEConfig.{name} is"):
+            replace(BASE, **{name: value})
+
+
 @pytest.mark.parametrize("name", SAID)
 def test_a_fact_of_the_model_is_what_its_config_says(name: str) -> None:
     sizes = dict(num_experts=4, num_experts_per_tok=2, hidden_size=6, moe_intermediate_size=4)

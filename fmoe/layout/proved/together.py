@@ -31,16 +31,22 @@ def apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
 
 
 def unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:
-    """Rules that come together, in all layers of one tower: a letter has one size throughout."""
+    """Rules that come together, in all layers of one tower: a letter has one size throughout.
+
+    One that a single rule has, as that of several codes an element, has one in all layers of one dtype.
+    """
     bundled = {rule for entry in entries if isinstance(entry, Together) for rule in entry.rules}
-    towers: dict[tuple[str, Value], list[Group]] = {}
+    one_each = {group.rule: group for group in groups if group.rule in bundled}.values()
+    rules_with = Counter(letter for group in one_each for letter in group.sizes)
+    towers: dict[tuple[str, Value, str], list[Group]] = {}
     for group in groups:
         if group.rule in bundled:
             tower = _tower(group)
             for letter in group.sizes:
-                towers.setdefault((letter, tower), []).append(group)
+                alone = str(group.dtype) if rules_with[letter] == 1 else ""
+                towers.setdefault((letter, tower, alone), []).append(group)
     problems = []
-    for (letter, _), having in sorted(towers.items()):
+    for (letter, *_), having in sorted(towers.items()):
         usual = Counter(group.sizes[letter] for group in having).most_common(1)[0][0]
         for group in having:
             if (size := group.sizes[letter]) != usual:
