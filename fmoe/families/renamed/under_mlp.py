@@ -103,7 +103,8 @@ ling_v2 = replace(
 sarvam_moe = replace(  # Bailing's names: `mlp.gate.expert_bias`, `word_embeddings`, `query_key_value`
     ling_v2,
     model_types=("sarvam_moe",),
-    fields=ling_v2.fields | dict(n_routed_experts="num_experts n_routed_experts"),
+    fields=ling_v2.fields
+    | dict(n_routed_experts="num_experts n_routed_experts", n_shared_experts="num_shared_experts n_shared_experts"),
     source="the class sarvam_moe of Transformers 5.24",
     verified="block",
 )
