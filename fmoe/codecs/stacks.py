@@ -121,7 +121,8 @@ def stack(
     wide, second = stacked(scale), stacked(second)
     assert wide is not None
     kinds = {f.stored for f in BESIDE[suffix]}
-    for f in BESIDE[suffix]:
+    turned = (replace(f, block=f.block[::-1]) for f in BESIDE[suffix] if f.code == "e4m3" and f.block[1] > 1)
+    for f in (*BESIDE[suffix], *turned):  # blocks of a stack [E, K, M] may lie along either
         at = _block(f, codes, scale, wide)
         paired = second is None or second.shape in ((len(codes), 1, 1), (len(codes), 1, 2))
         if f.zeros:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fmoe.codecs.stacks import is_beside
 from fmoe.layer.checks import AXES
-from fmoe.shapes import n_ranked
 from fmoe.types import MoEConfig, Params
 
 GATE = (*(f"gate.{n}" for n in "weight bias e_score_correction_bias proj.weight per_expert_scale".split()),)
@@ -57,7 +56,7 @@ def each_layer(
             elif name in GATE or beside or (name.startswith("experts.") and bare in AXES):
                 if beside and t.ndim == 0:  # one scale for all
                     continue
-                rows = n_ranked(moe) if name in GATE else E
+                rows = E + moe.n_zero_experts if name in GATE else E
                 if t.ndim == 0 or t.shape[0] != rows:
                     raise ValueError(
                         f"{what}: {at} has shape {list(t.shape)}, expected E={rows} rows, as the config says"

@@ -35,6 +35,18 @@ def test_every_stack_is_read_and_comes_back_a_range_of_it_too(fmt, family, how):
             assert bool(near.all()) and found.dtype == torch.float32
 
 
+@EVERY
+def test_experts_run_on_every_stack_that_is_kept(fmt, family):
+    config, hf, _ = checkpoint(family, fmt)
+    layer, found = "model.layers.0." + ("feed_forward" if family == "llama4_text" else "mlp"), []
+    x, routing = torch.randn(4, 128), fmoe.Routing(torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2]]), torch.rand(4, 2))
+    for how in ("decode", "keep"):
+        adapter = fmoe.adapter(family, config, quantized=how)
+        params = fmoe.subtree(adapter.from_hf(hf), f"{layer}.experts")
+        found.append(fmoe.experts(params, x, routing, adapter.moe_config))
+    assert torch.equal(*found) and found[0].any()
+
+
 def _in_turn(family, wanted):
     return family.startswith("inkling") and wanted.shape[-1] == 2 * wanted.shape[1]
 

@@ -59,7 +59,7 @@ def test_the_committed_figures_are_of_the_tiles_that_run_and_nothing_spills() ->
 
 def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "coded.kernel", *options, "--json", str(folder / "rows.json")]
+    command = [sys.executable, "-m", "layer.codes_kernel", *options, "--json", str(folder / "rows.json")]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=BENCH)
     assert run.returncode == 0, run.stderr
     return json.loads((folder / "rows.json").read_text())

@@ -75,7 +75,7 @@ sys.path[:0] = ["bench", "bench/gpu", *(f"tests/helpers{room}" for room in ("", 
 import common
 common.DEVICE = "meta"
 import fmoe_kernels, precompile, torch
-from coded.kernel import KINDS, coded, new
+from layer.codes_kernel import KINDS, coded, new
 from common import Shape, layer, leaves, trained
 from fake_gpu import binaries
 from fmoe_kernels import activations, products

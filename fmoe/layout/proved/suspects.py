@@ -108,7 +108,7 @@ def _added(line: str, template: str, enough: Callable[[Keep], bool]) -> str:
 
 
 def _numbered(segment: str) -> str:
-    """A segment as a keep in quotes spells it: what is a number, or what no address or quotes may hold, as a capture.
+    r"""A segment as a keep in quotes spells it: what is a number, or what no address or quotes may hold, as a capture.
 
     >>> _numbered("expert_7"), _numbered('expert"{\\0}'), _numbered(BLANK)
     ('expert_7', 'expert{n0}0{n1}', '{n0}')
