@@ -4,7 +4,6 @@ import json
 import os
 import sys
 
-import numpy as np
 import pytest
 import torch
 from orbax_cases import saved
@@ -14,7 +13,7 @@ from systems_zoo import model
 
 import fmoe
 from fmoe import AdapterError
-from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax, _boxes, _runs, open_orbax
+from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax, open_orbax
 
 if not os.environ.get("CI"):
     pytest.importorskip("tensorstore")  # of the extra `test`: in CI it is there, or this fails
@@ -67,17 +66,6 @@ def test_large_arrays_are_written_in_chunks_of_their_first_axis(hf, tmp_path, mo
     assert not (tmp_path / "there" / "params.params.decoder.layers.moe_block.wi_0").exists()
     fmoe.convert(tmp_path / "there", tmp_path / "back", to="hf")
     same(files(tmp_path / "back"), tensors)
-
-
-def test_runs_of_boxes_are_the_array():
-    values = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
-    for chunk in [(1, 2, 3), (2, 3, 4), (2, 3, 1), (1, 3, 4), (2, 1, 4)]:
-        out = bytearray(values.nbytes)
-        for box in _boxes(values.shape, chunk):
-            for at, data in _runs(values.shape, box, values[box]):
-                out[at : at + len(data)] = data
-        assert bytes(out) == values.tobytes()
-    assert [bytes(d) for _, d in _runs((), (), np.array(7, np.int8))] == [b"\7"]
 
 
 def test_without_the_driver_the_extra_is_named(hf, tmp_path, monkeypatch):

@@ -30,6 +30,32 @@ def test_two_ranks_sync_their_own_experts():
             assert torch.equal(tensor, part), name
 
 
+def _cut(config, hf):
+    """From each trainer, of experts 2 to 5 this rank's half of their width."""
+    half = config["moe_intermediate_size"] // 2
+    mine = range(dist.get_rank() * half, dist.get_rank() * half + half)
+    engine, made = fmoe.adapter("qwen3_moe", config, system="vllm"), {}
+    for system in ("native", "megatron"):
+        trainer = fmoe.adapter("qwen3_moe", config, system=system)
+        made[system] = dict(stream(trainer, engine, trainer.from_hf(hf), i=mine, e=range(2, 6)))
+    return made
+
+
+def test_two_ranks_sync_their_tensor_parallel_cut():
+    config, hf = model("qwen3_moe alike")
+    want = fmoe.adapter("qwen3_moe", config, system="vllm").from_hf(hf)
+    for rank, made in enumerate(distributed.run(_cut, 2, config, hf)):
+        for system, found in made.items():
+            assert found.keys() == want.keys()
+            for name, tensor in found.items():
+                part = want[name][2:6] if ".experts." in name else want[name]
+                if "w13" in name:
+                    part = torch.cat([gate_or_up.chunk(2, 1)[rank] for gate_or_up in part.chunk(2, 1)], 1)
+                elif "w2" in name:
+                    part = part.chunk(2, 2)[rank]
+                assert torch.equal(tensor, part), (system, name)
+
+
 def test_from_megatron_lazily_and_cut_along_the_experts_width():
     config, hf = model("qwen3_moe alike")
     trainer = fmoe.adapter("qwen3_moe", config, system="megatron")

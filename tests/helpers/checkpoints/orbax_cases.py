@@ -5,8 +5,11 @@ import json
 import torch
 
 
-def saved(path, tensors, *, ocdbt=True, zarr3=False, chunk=lambda shape: shape, more=()):
-    """As Orbax lays it: compressed arrays of these chunks under their keys, and the tree; no line of Orbax runs."""
+def saved(path, tensors, *, ocdbt=True, zarr3=False, chunk=lambda shape: shape, more=(), record=None):
+    """As Orbax lays it: compressed arrays of these chunks under their keys, and the tree; no line of Orbax runs.
+
+    record: what else is said of every array to its driver.
+    """
     import tensorstore
 
     path.mkdir(parents=True)
@@ -18,8 +21,9 @@ def saved(path, tensors, *, ocdbt=True, zarr3=False, chunk=lambda shape: shape, 
         kind, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
         spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store, "dtype": kind}
         spec["schema"] = {"domain": {"shape": shape}, "chunk_layout": {"write_chunk": {"shape": list(chunk(shape))}}}
+        spec["metadata"] = record or {}
         if not zarr3:
-            spec["metadata"] = {"compressor": {"id": "zstd"}, "dimension_separator": "."}
+            spec["metadata"] = {"compressor": {"id": "zstd"}, "dimension_separator": "."} | spec["metadata"]
         array = tensorstore.open(spec, create=True, write=True).result()
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         array.write(raw.view(array.dtype.numpy_dtype).reshape(tensor.shape)).result()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
-from fmoe.checkpoint.files.containers import orbax_tree
+from fmoe.checkpoint.files.containers import orbax_stream, orbax_tree
 from fmoe.checkpoint.files.containers.foreign import Foreign, touched
 from fmoe.checkpoint.files.containers.items import strides_of
 from fmoe.checkpoint.files.directory import Checkpoint, Spans
@@ -33,6 +33,7 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 
 EXTRA = 'MaxText\'s checkpoints are read with tensorstore: pip install "fmoe[orbax]"'
 UNPACKED = "fmoe.unpacked.part"
+WHOLE = 16 * 2**20  # bytes of the largest chunk that is decompressed at once, where parts of it can be
 ONE = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
 """Of tensorstore: a chunk at a time, so that memory holds no more of them."""
 DTYPES = {
@@ -68,9 +69,14 @@ class Orbax(Foreign):
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest chunk that is decompressed, of which memory holds two, and it compressed."""
-        sizes = (prod(orbax_tree.decoded(a)) * self.specs[n].dtype.itemsize for n, a in self.arrays.items())
-        return max(sizes, default=0)
+        """Bytes of the largest chunk that is decompressed whole, of which memory holds two, and it compressed."""
+        return max((self._decoded(n) for n in self.arrays if not self._streams(n)), default=0)
+
+    def _decoded(self, name: str) -> int:
+        return prod(orbax_tree.decoded(self.arrays[name])) * self.specs[name].dtype.itemsize
+
+    def _streams(self, name: str) -> bool:
+        return self._decoded(name) > WHOLE and orbax_stream.streams(self.arrays[name])
 
     def read(self, names: Iterable[str], parts: Mapping[str, Spans] = MappingProxyType({})) -> dict[str, Tensor]:
         """As `Checkpoint.read`; of what is compressed, the chunks that hold a byte of the parts."""
@@ -118,7 +124,7 @@ class Orbax(Foreign):
 
     @contextmanager
     def unpacked(self, folder: Path, raw: Checkpoint, spans: Spans) -> Iterator[None]:
-        """While inside, those arrays lie in that file, written chunk by chunk: memory holds one chunk.
+        """While inside, those arrays lie in that file, written chunk by chunk: memory holds one, or a block of it.
 
         spans: of that file, what will be read of it; without any it is not made.
         """
@@ -142,33 +148,30 @@ class Orbax(Foreign):
 
     def _unpack(self, name: str, buffer: Tensor, path: Path, descriptor: int, begin: int, spans: Spans) -> None:
         shape, dtype = self.specs[name]
+        array, streams = self.arrays[name], self._streams(name)
+        write = lambda at, data: disk.write_at(path, descriptor, data, begin + at)
         for box in self._chunks(name, [(at - begin, size) for at, size in spans]):
-            sizes = tuple(b.stop - b.start for b in box)
+            first, sizes = [b.start for b in box], tuple(b.stop - b.start for b in box)
+            if streams:
+                runs = orbax_stream.places(shape, orbax_tree.written(array), first)
+                try:
+                    orbax_stream.laid(array, orbax_tree.word(array, first), runs, write)
+                except Exception as error:  # whatever a broken store, or what decompresses it, does
+                    if getattr(error, "filename", None):  # of what is written
+                        raise
+                    raise _broken(self.path, name, error) from None
+                continue
             values = self._view(name, buffer[: prod(sizes) * dtype.itemsize], sizes)
             self._take(name, box, values)
-            for at, data in _runs(shape, box, values):
-                disk.write_at(path, descriptor, data, begin + at)
+            data = memoryview(values.reshape(-1).view(np.uint8))
+            for here, there, count in orbax_stream.places(shape, sizes, first):
+                write(there * dtype.itemsize, data[here * dtype.itemsize : (here + count) * dtype.itemsize])
 
 
 def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
     starts = (range(0, n, max(1, c)) for n, c in zip(shape, chunk, strict=True))
     for at in product(*starts):
         yield tuple(slice(a, min(a + c, n)) for a, c, n in zip(at, chunk, shape, strict=True))
-
-
-def _runs(shape: tuple[int, ...], box: tuple[slice, ...], values: Any) -> Iterator[tuple[int, memoryview]]:
-    """(where it lies in the whole array's bytes, its bytes) of every contiguous run of a box."""
-    values, sizes = np.ascontiguousarray(values), [b.stop - b.start for b in box]
-    k = len(shape)  # the axes from k on are whole: a run is one index of those before k - 1
-    while k and sizes[k - 1] == shape[k - 1]:
-        k -= 1
-    outer, item = sizes[: max(k - 1, 0)], values.dtype.itemsize
-    steps = [prod(shape[i + 1 :]) for i in range(len(shape))]
-    rows = values.reshape(-1).view(np.uint8).reshape(prod(outer), -1)
-    for row, at in zip(rows, np.ndindex(*outer), strict=True):
-        place = [*at, *([0] * (len(shape) - len(outer)))]
-        start = sum((b.start + i) * s for b, i, s in zip(box, place, steps, strict=True))
-        yield start * item, row.data
 
 
 def open_orbax(path: Path, config: dict[str, Any]) -> Orbax:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -27,12 +27,12 @@ def home_of(path: Path) -> Path | None:
 
 
 def written(array: Any) -> tuple[int, ...]:
-    return tuple(int(n) for n in array.chunk_layout.write_chunk.shape)
+    return tuple(int(n) for n in array.chunk_layout.write_chunk.shape or ())
 
 
 def decoded(array: Any) -> tuple[int, ...]:
     """What is decompressed at once: a chunk that is written, or one of those inside it."""
-    return tuple(int(n) for n in array.chunk_layout.read_chunk.shape)
+    return tuple(int(n) for n in array.chunk_layout.read_chunk.shape or ())
 
 
 def files(home: Path) -> Iterator[str]:
@@ -108,13 +108,27 @@ def lost(array: Any, key: str, keys: Collection[str]) -> list[str]:
 
 def plain(array: Any) -> bool:
     """Whether every chunk holds its numbers as they are, one behind the other, and none reaches over the edge."""
+    return coding(array) == "raw" and not any(n % max(1, c) for n, c in zip(array.shape, written(array), strict=True))
+
+
+def coding(array: Any) -> str:
+    """What a chunk's numbers, one behind the other, are stored as: "raw", "zstd", or anything else: ""."""
     said = array.spec().to_json()["metadata"]
-    if any(n % max(1, c) for n, c in zip(array.shape, written(array), strict=True)):
-        return False
     if "codecs" in said:
-        return said["codecs"] == [{"name": "bytes", "configuration": {"endian": "little"}}]
-    as_they_are = said.get("compressor") is None and not said.get("filters") and said.get("order", "C") == "C"
-    return as_they_are and not str(said.get("dtype")).startswith(">")
+        first, *more = said["codecs"]
+        if first != {"name": "bytes", "configuration": {"endian": "little"}}:
+            return ""
+        kinds = [codec["name"] for codec in more]
+    else:
+        if said.get("filters") or said.get("order", "C") != "C" or str(said.get("dtype")).startswith(">"):
+            return ""
+        kinds = [said["compressor"]["id"]] if said.get("compressor") else []
+    return {(): "raw", ("zstd",): "zstd"}.get(tuple(kinds), "")
+
+
+def word(array: Any, first: Sequence[int]) -> str:
+    """The file, below its array's key, of the chunk whose first number has that index."""
+    return _spelling(array)(tuple(f // max(1, c) for f, c in zip(first, written(array), strict=True)))
 
 
 def chunks(array: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
