@@ -31,6 +31,7 @@ from fmoe.types import EXPERT_TENSORS, AdapterError, Problem
 
 CODES = {f.stored for f in FORMATS.values()} | {torch.uint32}  # which MLX views MXFP4 as
 WEIGHT = re.compile(r"(weight|_projs|blocks|_packed)$")  # and not a scale, which stays beside what is decoded
+MATRICES = EXPERT_TENSORS[:2]  # the names that no Hugging Face checkpoint has
 NO_CONFIG = "has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON"
 
 
@@ -117,8 +118,8 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     fits = [n for n in fits if (container == "dcp") == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
         raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")
-    stacked = isinstance(source, Foreign) and any(n.rpartition(".")[2] in EXPERT_TENSORS for n in source.specs)
-    return fits[0] if fits else "automodel" if stacked else "hf"  # our names in another container: a trainer's
+    stacked = any(n.rpartition(".")[2] in MATRICES for n in source.specs)
+    return fits[0] if fits else "automodel" if stacked else "hf"  # our names without our fmoe.json: a trainer's
 
 
 def adapters(source: Checkpoint, here: str, to: str, lossy: bool, **choices: Any) -> tuple[Adapter, Adapter]:

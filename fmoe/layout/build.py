@@ -117,6 +117,8 @@ def rename(old: str, new: str) -> Adapter:
 def together(*adapters: Adapter) -> Adapter:
     """Rules whose HF tensors come together: a layer that has one must have all.
 
+    Raises AdapterError for rules that do not count the same layers: each has the same captures on both of its sides.
+
     >>> import torch
     >>> layer = together(rule("{l}.up [i d]", "{l}.w [i d]"), rule("{l}.down [d i]", "{l}.v [d i]"))
     >>> layer.from_hf({"0.up": torch.zeros(2, 3)})
@@ -126,7 +128,12 @@ def together(*adapters: Adapter) -> Adapter:
     entries = [e for a in adapters for e in _entries(a)]
     if other := [e for e in entries if not isinstance(e, Rule | Together)]:
         raise AdapterError(f"only rules can come together, not: {'; '.join(map(str, other))}")
-    return Adapter((Table((Together(tuple(rules_of(entries))),)),))
+    rules = tuple(rules_of(entries))
+    index = lambda rule: {n: len(rule.source.captures[n].choices) for n in rule.shared}
+    if other := [rule for rule in rules if index(rule) != index(rules[0])]:
+        told = " and ".join(f"{list(rule.shared)} of {rule}" for rule in (rules[0], other[0]))
+        raise AdapterError(f"rules that come together have the same captures on both sides, found {told}")
+    return Adapter((Table((Together(rules),)),))
 
 
 def table(adapters: Iterable[Adapter]) -> Adapter:

@@ -55,6 +55,7 @@ def _readable(pattern: str) -> bool:
 
 KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_alpha": ("a finite number", _finite),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "rank_pattern": ("regular expressions and positive ints", lambda v: _patterns(v, _rank)),
     "alpha_pattern": ("regular expressions and finite numbers", lambda v: _patterns(v, _finite)),
     "target_parameters": ("a list of names", _names),

@@ -1,32 +1,18 @@
 """LoRA matrices as values: drawn, merged into weights and out again, lifted to one matrix A, brought to one rank."""
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fmoe.codecs.stacks import is_code, packed, suffix_of
-from fmoe.layout.claims import some
+from fmoe.layout.eager.running import specs_of
 from fmoe.lowrank.derive import NATIVE
+from fmoe.lowrank.matrices import matrices, scale_of
 from fmoe.lowrank.scales import Scale, alternates
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
-_WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
-_LINEAR = ".lora_A.weight"
 _NATIVE = "Fix: pass what fmoe.load gives of its base, and what fmoe.lora.load gives of its directory"
-_WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
-
-
-class Pair(NamedTuple):
-    """The names of a weight and of its A and B; `experts`: stacked, and multiplied from the right."""
-
-    weight: str
-    a: str
-    b: str
-    experts: bool
 
 
 def init(
@@ -50,11 +36,16 @@ def init(
     """
     if kind not in ("xavier", "kaiming"):
         raise AdapterError(f"lora.init: kind is {kind!r}, expected 'xavier' or 'kaiming'")
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise AdapterError(f"lora.init: r is {r!r}, expected a positive int")
+    specs_of(params)
     made: dict[str, Tensor] = {}
     for name, weight in params.items():
         prefix, _, bare = name.rpartition(".")
         if bare not in NATIVE:
             continue
+        if weight.ndim != 3:
+            raise AdapterError(f"lora.init: {name!r} is {list(weight.shape)}, expected [E, in, out]")
         E, n, out = weight.shape
         if coded := is_code(weight):
             if (suffix := suffix_of(name, params)) is None:
@@ -123,7 +114,7 @@ def lift(lora: Params, *, interleaved: bool | None = None) -> dict[str, Tensor]:
 
 def _lifted(lora: Params, scale: Scale | None, interleaved: bool | None) -> dict[str, Tensor]:
     made = dict(lora)
-    for pair in _pairs(lora):
+    for pair in matrices(lora):
         A, B = lora[pair.a], lora[pair.b]
         if pair.experts and A.ndim == 4:
             E, D, g, r = A.shape
@@ -147,11 +138,11 @@ def even(lora: Params, scale: Scale, *, interleaved: bool | None = None) -> tupl
     2.0
     """
     made = _lifted(lora, scale, interleaved)
-    pairs = [p for p in _pairs(made) if p.experts]
+    pairs = [p for p in matrices(made) if p.experts]
     if not pairs:
         raise AdapterError("lora.even: no matrices of experts (lora_gate_and_up_A, lora_down_A, ..)")
     R = max(made[p.a].shape[-1] for p in pairs)
-    scales = {p: _scale_of(scale, p) for p in pairs}
+    scales = {p: scale_of(scale, p) for p in pairs}
     most = max(scales.values(), key=abs) or 1.0
     for pair in pairs:
         more = R - made[pair.a].shape[-1]
@@ -165,19 +156,25 @@ def even(lora: Params, scale: Scale, *, interleaved: bool | None = None) -> tupl
 
 
 def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved: bool | None) -> dict[str, Tensor]:
+    specs_of(params)
     made = dict(params)
-    if not lora:
+    if not specs_of(lora):
         raise AdapterError("lora: no matrices A and B, expected some to add: is the adapter's file empty?")
     lora = _lifted(lora, scale, interleaved)
-    for pair in _pairs(lora):
+    for pair in matrices(lora):
         name = next((n for n in (pair.weight, pair.weight.removeprefix(WRAPPED)) if n in params), None)
         if name is None:
             weight = pair.weight.removeprefix(WRAPPED)
             told = f"lora: {pair.a!r} has no weight {weight!r} to be added to, expected it among params. {_NATIVE}"
             raise AdapterError([Problem(told, (pair.a,))])
         W, A, B = params[name], lora[pair.a], lora[pair.b]
-        if is_dtensor(W) or is_dtensor(A) or not W.is_floating_point() or W.element_size() < 2:
-            raise AdapterError(f"lora: {name!r} is {W.dtype}{' in a DTensor' * is_dtensor(W)}, expected plain floats")
+        for odd, t in ((name, W), (pair.a, A), (pair.b, B)):
+            if is_dtensor(t) or not t.is_floating_point() or t.element_size() < 2:
+                found = f"{t.dtype}{' in a DTensor' * is_dtensor(t)}"
+                raise AdapterError([Problem(f"lora: {odd!r} is {found}, expected plain floats", (odd,))])
+            if t.device != W.device:
+                found = f"on {t.device}, and {name!r} on {W.device}, expected one device"
+                raise AdapterError([Problem(f"lora: {odd!r} is {found}", (odd,))])
         if (
             pair.experts
             and W.shape != (A.shape[0], A.shape[1], B.shape[2])
@@ -190,7 +187,7 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
         ):
             found = f"A {list(A.shape)}, B {list(B.shape)}"
             raise AdapterError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
-        by = sign * _scale_of(scale, pair)
+        by = sign * scale_of(scale, pair)
         made[name] = _sum(W, A, B, by) if pair.experts else _sum(W[None], B[None], A[None], by)[0]
     return made
 
@@ -202,32 +199,3 @@ def _sum(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     for e in range(W.shape[0]):
         out[e] = (W[e].to(wide) + scale * (A[e].to(wide) @ B[e].to(wide))).to(W.dtype)
     return out
-
-
-def _scale_of(scale: Scale, pair: Pair) -> float:
-    if not isinstance(scale, Mapping):
-        return float(scale)
-    if pair.a not in scale:
-        raise AdapterError(f"lora: no scale is given for {pair.a!r}")
-    return float(scale[pair.a])
-
-
-def _pairs(lora: Params) -> Iterator[Pair]:
-    """Every A with its B and its weight. Raises AdapterError for one that stands alone, or is neither."""
-    seen: set[str] = set()
-    for name in lora:
-        prefix, _, bare = name.rpartition(".")
-        if bare.endswith("_A") and bare[:-2] in _WEIGHTS:
-            pair = Pair(f"{prefix}.{_WEIGHTS[bare[:-2]]}".lstrip("."), name, name[:-1] + "B", True)
-        elif name.endswith(_LINEAR):
-            stem = name.removesuffix(_LINEAR)
-            pair = Pair(stem + ".weight", name, stem + ".lora_B.weight", False)
-        else:
-            continue
-        if pair.b not in lora:
-            raise AdapterError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
-        seen |= {pair.a, pair.b}
-        yield pair
-    if other := tuple(n for n in lora if n not in seen):
-        told = f"lora: {some(other)}: no matrix A or B of a pair, which cannot be merged. {_WHOLE}"
-        raise AdapterError([Problem(told, other)])

@@ -198,3 +198,5 @@ def _check_choice(logits: Tensor, config: MoEConfig, correction_bias: Tensor | N
         raise ValueError(
             f"n_expert_groups={G}, n_limited_groups={g}: expected G to divide E={E}, and g of G groups to hold K={K}"
         )
+    if G <= 1 < g:
+        raise ValueError(f"n_expert_groups={G}, n_limited_groups={g}: expected 1 of 1 group, as without groups")

@@ -119,3 +119,14 @@ def test_a_name_that_ends_in_a_number_is_refused_with_a_line_that_keeps_it():
     assert "\0" not in str(error.value)
     kept = table | keep("{pre}c11a.{rest}") | keep("{pre}c12a.{rest}") | keep("{pre}c13a.{rest}")
     same(kept.to_hf(kept.from_hf(hf)), hf)
+
+
+def test_rules_that_come_together_count_the_same_layers_in_whatever_order_their_names_have_them():
+    pair = fmoe.together(rule("a.{l}.{k} [d]", "v.{l}.{k} [d]"), rule("b.{k}.{l} [d]", "w.{k}.{l} [d]"))
+    hf = of("a.1.2", "b.2.1")
+    same(pair.to_hf(pair.from_hf(hf)), hf)
+    with pytest.raises(fmoe.AdapterError, match="missing 'b.2.1'|missing 'a.2.1'"):
+        pair.from_hf(of("a.1.2", "b.1.2"))
+    for other in ("b.{l} [d]", "w.{l} [d]"), ("b [d]", "w [d]"), ("b.{l}.{k=x|y} [d]", "w.{l}.{k=x|y} [d]"):
+        with pytest.raises(fmoe.AdapterError, match="the same captures on both sides"):
+            fmoe.together(rule("a.{l}.{k} [d]", "v.{l}.{k} [d]"), rule(*other))

@@ -62,9 +62,26 @@ def test_merge_refuses_what_it_cannot_add():
         ({n.replace("l.", "m."): t for n, t in lora.items() if "down" in n}, "has no weight 'm.down_projs'"),
         (lora | {"l.lora_down_A": torch.ones(3, 5, 2)}, "do not fit"),
         (lora | {"q.lora_magnitude_vector": torch.ones(2)}, "cannot be merged"),
+        (lora | {"l.lora_down_A": torch.ones(3)}, r"'l.lora_down_A' is \[3\] and .*expected \[E, in, r\] and"),
+        (lora | {"l.lora_down_B": torch.ones(3, 5, 6)}, r"\[3, 5, 6\], expected \[E, in, r\] and"),
+        (lora | {"l.lora_down_B": torch.ones(2, 2, 6)}, r"\[2, 2, 6\], expected \[E, in, r\] and"),
+        (lora | {"l.lora_gate_and_up_A": torch.ones(3, 6, 3, 2)}, r"expected \[E, in, r\] and"),
+        (lora | {"q.lora_B.weight": torch.ones(5)}, r"\[5\], expected \[r, in\] and \[out, r\]"),
+        (lora | {"l.lora_down_A": lora["l.lora_down_A"].to(torch.int8)}, "'l.lora_down_A' is torch.int8, expected plain"),
+        (lora | {"l.lora_down_B": lora["l.lora_down_B"].to("meta")}, "'l.lora_down_B' is on meta, .*one device"),
+        (lora | {"l.lora_down_A": "a name"}, "'l.lora_down_A'"),
+        ([], "a list, expected a dict"),
     ):
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(fmoe.AdapterError, match=text):
             fmoe.lora.merge(params, wrong, 1.0)
+    for wrong in (float("nan"), "1", None, True):
+        with pytest.raises(fmoe.AdapterError, match="'l.lora_gate_and_up_A' is .*, expected a finite number"):
+            fmoe.lora.merge(params, lora, wrong)
+    for r in (0, -1, "2", 2.0):
+        with pytest.raises(fmoe.AdapterError, match="r is .*, expected a positive int"):
+            fmoe.lora.init(params, r)
+    with pytest.raises(fmoe.AdapterError, match=r"'down_projs' is \[2\], expected \[E, in, out\]"):
+        fmoe.lora.init({"down_projs": torch.ones(2)}, 2)
     with pytest.raises(ValueError, match="torch.float8_e4m3fn, expected plain floats"):
         fmoe.lora.merge(params | {"l.down_projs": params["l.down_projs"].to(torch.float8_e4m3fn)}, lora, 1.0)
     with pytest.raises(ValueError, match="no scale is given for 'q.lora_A.weight'"):

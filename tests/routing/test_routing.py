@@ -223,6 +223,7 @@ def test_errors() -> None:
     wrong(r"n_expert_groups=5, n_limited_groups=1: expected G to divide E=12", n_expert_groups=5)
     wrong(r"g of G groups to hold K=3", n_expert_groups=6)
     wrong(r"n_limited_groups=7", n_expert_groups=6, n_limited_groups=7)
+    wrong(r"n_limited_groups=2: expected 1 of 1 group", n_limited_groups=2)
 
 
 def refuse(match: str, params: dict[str, Tensor], x: Tensor, **fields: Any) -> Routing | None:

@@ -54,13 +54,14 @@ def test_config_and_tensors_agree_in_automodel_and_the_way_back_is_exact(case, t
         there, back = tmp_path / f"{source} there", tmp_path / f"{source} back"
         fmoe.convert(tmp_path / source, there, to="automodel", fsync=False)
         assert not says(there) and not codes(there) and not (there / "hf_quant_config.json").exists()
-        fmoe.convert(there, back, to="hf", from_="automodel", fsync=False)
+        fmoe.convert(there, back, to="hf", fsync=False)  # found by its names
         assert says(back) and same(back, tmp_path / "hf")
     if not first:
         return
     fmoe.convert(tmp_path / "hf there", tmp_path / "ours", from_="automodel", fsync=False)
     assert says(tmp_path / "ours") and same(tmp_path / "ours", tmp_path / "native")
-    fmoe.verify(tmp_path / "hf there", from_="automodel")
+    fmoe.verify(tmp_path / "hf there")
+    assert fmoe.inspect(tmp_path / "hf there")["format"] == "automodel"
     fmoe.convert(tmp_path / "hf", tmp_path / "kept", to="automodel", quantized="keep", fsync=False)
     assert says(tmp_path / "kept") and codes(tmp_path / "kept")
 

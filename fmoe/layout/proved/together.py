@@ -19,15 +19,20 @@ def apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
         if not isinstance(entry, Together) or entry.flipped:
             continue
         mine = [i for i, rule in enumerate(claims.rules) if rule in entry.rules]
-        there = {i: {key: None for j, key in claims.groups if j == i} for i in mine}
-        anywhere = {key: None for keys in there.values() for key in keys}
+        there = {i: {_place(claims.rules[i], key): key for j, key in claims.groups if j == i} for i in mine}
+        anywhere = {place: None for places in there.values() for place in places}
         for i in mine:
-            for key in (key for key in anywhere if key not in there[i]):
-                rule, beside = claims.rules[i], next(r for j, r in enumerate(claims.rules) if key in there.get(j, ()))
-                absent = patterns(rule)[0].render(_open(rule) | dict(zip(rule.shared, key, strict=True)))
-                near = next(iter(claims.groups[mine[[claims.rules[m] for m in mine].index(beside)], key].values()))
+            for place in (place for place in anywhere if place not in there[i]):
+                rule, beside = claims.rules[i], next(j for j in mine if place in there[j])
+                absent = patterns(rule)[0].render(_open(rule) | dict(place))
+                near = next(iter(claims.groups[beside, there[beside][place]].values()))
                 problems.append(Problem(f"missing {absent!r}, which must stand beside {near!r}", (absent, near)))
     return problems
+
+
+def _place(rule: Rule, key: tuple[Value, ...]) -> tuple[tuple[str, Value], ...]:
+    """What a group is of, whatever the order in which its rule's name has the captures."""
+    return tuple(sorted(zip(rule.shared, key, strict=True)))
 
 
 def unequal(entries: tuple[Entry, ...], groups: list[Group]) -> list[Problem]:

@@ -1,0 +1,79 @@
+"""LoRA matrices that belong together, found by their names and held to their shapes, and the scale of each pair."""
+
+import math
+from collections.abc import Iterator, Mapping
+from numbers import Real
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fmoe.layout.claims import some
+from fmoe.lowrank.derive import NATIVE
+from fmoe.lowrank.scales import Scale
+from fmoe.types import AdapterError, Params, Problem
+
+_WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
+_LINEAR = ".lora_A.weight"
+_WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
+
+
+class Matrices(NamedTuple):
+    """The names of a weight and of its A and B; `experts`: stacked, and multiplied from the right."""
+
+    weight: str
+    a: str
+    b: str
+    experts: bool
+
+
+def matrices(lora: Params) -> Iterator[Matrices]:
+    """Every A with its B and its weight. Raises AdapterError for one that stands alone, fits no other, or is neither.
+
+    >>> import torch
+    >>> list(matrices({"q.lora_A.weight": torch.ones(2, 6), "q.lora_B.weight": torch.ones(5, 2)}))
+    [Matrices(weight='q.weight', a='q.lora_A.weight', b='q.lora_B.weight', experts=False)]
+    """
+    seen: set[str] = set()
+    for name in lora:
+        prefix, _, bare = name.rpartition(".")
+        if bare.endswith("_A") and bare[:-2] in _WEIGHTS:
+            pair = Matrices(f"{prefix}.{_WEIGHTS[bare[:-2]]}".lstrip("."), name, name[:-1] + "B", True)
+        elif name.endswith(_LINEAR):
+            stem = name.removesuffix(_LINEAR)
+            pair = Matrices(stem + ".weight", name, stem + ".lora_B.weight", False)
+        else:
+            continue
+        if pair.b not in lora:
+            raise AdapterError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
+        A, B = lora[pair.a].shape, lora[pair.b].shape
+        if not _fit(A, B, pair.experts):
+            kind = "[E, in, r] and [E, r, out]" if pair.experts else "[r, in] and [out, r]"
+            text = f"lora: {pair.a!r} is {list(A)} and {pair.b!r} {list(B)}, expected {kind}"
+            raise AdapterError([Problem(text, (pair.a, pair.b))])
+        seen |= {pair.a, pair.b}
+        yield pair
+    if other := tuple(n for n in lora if n not in seen):
+        told = f"lora: {some(other)}: no matrix A or B of a pair, which cannot be merged. {_WHOLE}"
+        raise AdapterError([Problem(told, other)])
+
+
+def scale_of(scale: Scale, pair: Matrices) -> float:
+    """The scale of a pair, of the one given or its own. Raises AdapterError where that is no finite number."""
+    if isinstance(scale, Mapping) and pair.a not in scale:
+        raise AdapterError(f"lora: no scale is given for {pair.a!r}")
+    found = scale[pair.a] if isinstance(scale, Mapping) else scale
+    plain = isinstance(found, Real) and not isinstance(found, bool) or isinstance(found, Tensor)
+    try:
+        made = float(found) if plain else math.nan
+    except (ValueError, RuntimeError, OverflowError):
+        made = math.nan
+    if not math.isfinite(made):
+        raise AdapterError(f"lora: the scale of {pair.a!r} is {found!r}, expected a finite number")
+    return made
+
+
+def _fit(A: tuple[int, ...], B: tuple[int, ...], experts: bool) -> bool:
+    if not experts:
+        return len(A) == len(B) == 2 and A[0] == B[1]
+    halves = len(A) == 3 or len(A) == 4 and A[2] == 2
+    return halves and len(B) == 3 and A[0] == B[0] and A[-1] == B[1] and (len(A) == 3 or B[2] % 2 == 0)
