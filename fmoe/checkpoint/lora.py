@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint, read_he
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
+from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.remote.targets import here
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
@@ -76,10 +77,13 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     >>> tuned.scales, tuned.config.target_parameters
     ({'base_model.model.layers.0.mlp.experts.lora_down_A': 2.0}, ('layers.0.mlp.experts.down_proj',))
     """
+    place(path)
     path = Path(path)
     said = _stamped(LoraConfig.read(_json(path / CONFIG)), path / STAMP)
     base, names = said.base if base is None else base, None
     if not isinstance(base, Adapter):
+        if base is not None:
+            place(base)
         if base is None or config is None and not Path(base).is_dir():
             found = f"{path / CONFIG} names the model {base!r}, which is no directory here"
             raise AdapterError(f"{found}: pass base=, a directory, an adapter, or a model_type with its config")
@@ -136,6 +140,10 @@ def save(
     4
     """
     path, adapter = here(path, "adapters"), as_adapter(adapter)
+    if not isinstance(params, Mapping):
+        raise AdapterError(f"a {type(params).__name__}, expected a dict of names to tensors")
+    if path.exists() and not path.is_dir():
+        raise AdapterError(f"{path} is a file, expected a directory for {WEIGHTS} and {CONFIG}")
     if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:
         raise AdapterError(
             [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]

@@ -130,6 +130,8 @@ def prepare(
     """All that `save` does before it writes. Raises AdapterError; claim, once parameters may be fit, may do so too."""
     if layout not in ("hf", "native"):
         raise AdapterError(f"layout={layout!r}: expected 'hf' or 'native'")
+    if not isinstance(params, Mapping):
+        raise AdapterError(f"a {type(params).__name__}, expected a dict of names to tensors")
     if problems := [problem for n, t in params.items() for problem in _unfit(n, t, sharded)]:
         raise AdapterError(problems)
     adapter = _adapter(path, adapter)

@@ -16,7 +16,7 @@ from fmoe.checkpoint.files.containers.source import container_of, open_foreign
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
-from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.remote.address import Address, Where, place
 from fmoe.checkpoint.whole import gaps_of
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.formats import FORMATS
@@ -27,7 +27,7 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.suspects import QUANTISED
 from fmoe.systems import SYSTEMS
-from fmoe.types import EXPERT_TENSORS, AdapterError, Problem
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, brief
 
 CODES = {f.stored for f in FORMATS.values()} | {torch.uint32}  # which MLX views MXFP4 as
 WEIGHT = re.compile(r"(weight|_projs|blocks|_packed)$")  # and not a scale, which stays beside what is decoded
@@ -37,6 +37,10 @@ NO_CONFIG = "has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON"
 
 def of_systems(src: Where | str, to: str, config: Any, from_: str | None, own: bool = False) -> bool:
     """Whether another system is on either side. own: rules of one's own read the source, and know of none."""
+    place(src)
+    for name, said in (("to", to), ("from_", from_)):
+        if not isinstance(said, str) and (said is not None or name == "to"):
+            raise AdapterError(f"{name}={brief(said)}: expected the name of a layout or a system")
     if own and to not in SYSTEMS and from_ not in SYSTEMS:
         return False
     there = not isinstance(src, Address) and "://" not in str(src)
@@ -56,6 +60,8 @@ def config_of(config: Any) -> dict[str, Any] | None:
         return None if config is None else dict(config)
     if hasattr(config, "to_dict"):
         return dict(config.to_dict())
+    if not isinstance(config, str | Path):
+        raise AdapterError(f"config={brief(config)}: expected a dict, a Transformers config, a file or its directory")
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -72,10 +78,17 @@ def open_source(
     own: rules of one's own read it: as `open_checkpoint` has it. trust_pickle: whole training states too. from_: the
     system that it is said to be of, whose own directories have no config.
     """
+    place(src)
     given = config_of(config)
     path = Path(str(src))
     if "://" in str(src) or not container_of(path):
-        if from_ in SYSTEMS and given is None and path.is_dir() and not isfile(path / "config.json"):
+        if (
+            isinstance(from_, str)
+            and from_ in SYSTEMS
+            and given is None
+            and path.is_dir()
+            and not isfile(path / "config.json")
+        ):
             raise AdapterError(f"{path} {NO_CONFIG}")
         return open_checkpoint(src, given, own=own)
     if container_of(path) == "mp_rank" and not trust_pickle:
@@ -105,7 +118,7 @@ def others(path: object, whose: str, verb: str) -> str:
 def side(source: Checkpoint, from_: str | None = None) -> str:
     """What a source is: "native", "hf" or a system, by its names. Raises AdapterError where several fit."""
     if from_ is not None:
-        if from_ not in ("hf", "native", *SYSTEMS):
+        if not isinstance(from_, str) or from_ not in ("hf", "native", *SYSTEMS):
             told = f"{', '.join(SYSTEMS)}{meant(from_, ('hf', 'native', *SYSTEMS))}"
             raise AdapterError(f"from {from_!r}: expected hf, native or one of {told}")
         return from_

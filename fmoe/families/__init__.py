@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 
 from fmoe.families.kind import VERIFIED, Family
 from fmoe.folding import meant
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 _FILES = {
     "per_expert": """deepseek_kin deepseek_v2 deepseek_v3 dots3_note encoder_decoder general longcat_flash nemotron_h
@@ -50,6 +50,8 @@ def family(model_type: str) -> Family:
     >>> family("mixtral").layout
     '{pre}layers.{l}.block_sparse_moe.experts.{e}.{g=w1|w3}.weight [i d]'
     """
+    if not isinstance(model_type, str):
+        raise AdapterError(f"model_type {brief(model_type)} is no name. {KNOWN}")
     if model_type in NO_FAMILY and model_type not in FAMILIES:
         raise AdapterError(f"model_type {model_type!r} is no Mixture-of-Experts family: {NO_FAMILY[model_type]}")
     if model_type not in FAMILIES:

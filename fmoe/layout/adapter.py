@@ -128,8 +128,9 @@ class Adapter:
 
     def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
         check_ranges(self.stages, window)
+        specs = specs_of(values)
         stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
-        return check_cut(plan_stages(stages, specs_of(values), window, local), window.keys() - local)
+        return check_cut(plan_stages(stages, specs, window, local), window.keys() - local)
 
     # eager
 

@@ -130,8 +130,8 @@ def together(*adapters: Adapter) -> Adapter:
         raise AdapterError(f"only rules can come together, not: {'; '.join(map(str, other))}")
     rules = tuple(rules_of(entries))
     index = lambda rule: {n: len(rule.source.captures[n].choices) for n in rule.shared}
-    if other := [rule for rule in rules if index(rule) != index(rules[0])]:
-        told = " and ".join(f"{list(rule.shared)} of {rule}" for rule in (rules[0], other[0]))
+    if unlike := [rule for rule in rules if index(rule) != index(rules[0])]:
+        told = " and ".join(f"{list(rule.shared)} of {rule}" for rule in (rules[0], unlike[0]))
         raise AdapterError(f"rules that come together have the same captures on both sides, found {told}")
     return Adapter((Table((Together(rules),)),))
 

@@ -28,7 +28,7 @@ def adapter(name: str, model_type: str, config: Any = None, **choices: Any) -> A
     >>> adapter("torchtitan", "qwen3_moe", {"num_hidden_layers": 1}).lossless
     True
     """
-    if name not in SYSTEMS:
+    if not isinstance(name, str) or name not in SYSTEMS:
         told = f"native, {', '.join(SYSTEMS)}{meant(name, ('native', *SYSTEMS))}"
         raise AdapterError(f"system={name!r}: expected one of {told}")
     return SYSTEMS[name].adapter(model_type, config, **choices)

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fmoe
+import fmoe.docs
 from fmoe import AdapterError, TensorSpec, alias, drop, either, keep, rename, rule, together
 
 ONE = torch.ones(2)
@@ -95,6 +96,25 @@ CALLS = {
     "an odd choice": lambda: fmoe.adapter("qwen3_moe").choose(quantization="fp8"),
     "a config that is none": lambda: fmoe.adapter("qwen3_moe", [1]),
     "no family": lambda: fmoe.adapter(["a"]),
+    "no name of a family": lambda: fmoe.families.family([]),
+    "no name of a system": lambda: fmoe.adapter("qwen3_moe", system=[]),
+    "no names for a family": lambda: fmoe.adapter("qwen3_moe").from_hf(None),
+    "no tensors for a family": lambda: fmoe.adapter("qwen3_moe").to_hf(3),
+    "no source": lambda: fmoe.convert(None, "x"),
+    "no target": lambda: fmoe.convert("nowhere", 3),
+    "no layout": lambda: fmoe.convert("nowhere", "x", []),
+    "no system": lambda: fmoe.verify(fmoe.docs.example(), from_=[]),
+    "no config": lambda: fmoe.verify(fmoe.docs.example(), config=3),
+    "no directory to load": lambda: fmoe.load(None),
+    "no directory to inspect": lambda: fmoe.inspect(b"x"),
+    "nothing to save": lambda: fmoe.save(None, "x", fmoe.adapter("qwen3_moe")),
+    "nowhere to save": lambda: fmoe.save({}, None, fmoe.adapter("qwen3_moe")),
+    "no directory of an adapter": lambda: fmoe.lora.load(None, fmoe.adapter("qwen3_moe")),
+    "no matrices to save": lambda: fmoe.lora.save(None, "x", fmoe.adapter("qwen3_moe")),
+    "an adapter into a file": lambda: fmoe.lora.save({}, __file__, fmoe.adapter("qwen3_moe")),
+    "a size that is none": lambda: fmoe.adapter(
+        "deepseek_v3", dict(kv_lora_rank={"a": 1}, qk_rope_head_dim=2), system="vllm"
+    ),
 }
 
 

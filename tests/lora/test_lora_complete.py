@@ -154,6 +154,14 @@ def test_whatever_a_config_says_is_read_or_refused_by_name(tmp_path, odd):
                 fmoe.lora.load(tmp_path, adapter).config.scale("model.layers.0.mlp.experts.down_proj")
             except fmoe.AdapterError:
                 refused.add(field)
-    assert {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_version", "target_parameters"} <= refused
+    assert {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "peft_version",
+        "target_parameters",
+    } <= refused
     with pytest.raises(fmoe.AdapterError, match="ndarray, expected tensors"):
         fmoe.lora.save({n: t.numpy() for n, t in lora.items()}, tmp_path / "other", adapter)

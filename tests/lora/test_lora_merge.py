@@ -67,7 +67,10 @@ def test_merge_refuses_what_it_cannot_add():
         (lora | {"l.lora_down_B": torch.ones(2, 2, 6)}, r"\[2, 2, 6\], expected \[E, in, r\] and"),
         (lora | {"l.lora_gate_and_up_A": torch.ones(3, 6, 3, 2)}, r"expected \[E, in, r\] and"),
         (lora | {"q.lora_B.weight": torch.ones(5)}, r"\[5\], expected \[r, in\] and \[out, r\]"),
-        (lora | {"l.lora_down_A": lora["l.lora_down_A"].to(torch.int8)}, "'l.lora_down_A' is torch.int8, expected plain"),
+        (
+            lora | {"l.lora_down_A": lora["l.lora_down_A"].to(torch.int8)},
+            "'l.lora_down_A' is torch.int8, expected plain",
+        ),
         (lora | {"l.lora_down_B": lora["l.lora_down_B"].to("meta")}, "'l.lora_down_B' is on meta, .*one device"),
         (lora | {"l.lora_down_A": "a name"}, "'l.lora_down_A'"),
         ([], "a list, expected a dict"),

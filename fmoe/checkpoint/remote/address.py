@@ -10,7 +10,7 @@ from fmoe.checkpoint.remote import stores
 from fmoe.checkpoint.remote.hub import Hub
 from fmoe.checkpoint.remote.trouble import Trouble, retried
 from fmoe.checkpoint.remote.web import Facts
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.IGNORECASE)
 PIECE = 16 * 2**20  # bytes that are asked for at once
@@ -121,12 +121,24 @@ class Address:
 Where = Path | Address
 
 
+def place(path: object) -> None:
+    """Raises AdapterError for what is no path and no address.
+
+    >>> place(3)
+    Traceback (most recent call last):
+    fmoe.types.AdapterError: 3: expected the path of a directory, or an address
+    """
+    if not isinstance(path, str | Path | Address):
+        raise AdapterError(f"{brief(path)}: expected the path of a directory, or an address")
+
+
 def where(path: "Where | str") -> Where:
     """A path of this machine, or an address, by what is written. Raises AdapterError for one that nobody can open.
 
     >>> where("a/b"), where("file:///a/b")
     (PosixPath('a/b'), PosixPath('/a/b'))
     """
+    place(path)
     if isinstance(path, Path | Address) or not (found := _URL.fullmatch(path)):
         return path if isinstance(path, Address) else Path(path)
     scheme = found[1].lower()

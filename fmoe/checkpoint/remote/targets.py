@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fmoe.checkpoint.remote.address import Address, Where
+from fmoe.checkpoint.remote.address import Address, Where, place
 from fmoe.checkpoint.remote.hub import Hub, trouble_of
 from fmoe.checkpoint.remote.stores import Driven, local
 from fmoe.checkpoint.remote.trouble import Trouble, Unreadable, retried, shown
@@ -190,6 +190,7 @@ def target(dst: Where | str) -> Target | None:
     >>> target("a/b") is None
     True
     """
+    place(dst)
     if isinstance(dst, Address):
         dst = str(dst)
     if isinstance(dst, os.PathLike) or not (found := _URL.fullmatch(dst)) or found[1].lower() == "file":
@@ -202,6 +203,7 @@ def target(dst: Where | str) -> Target | None:
 
 def here(dst: Where | str, what: str) -> Path:
     """dst as a directory of this machine, to which `what` goes. Raises AdapterError where it is an address."""
+    place(dst)
     if isinstance(dst, Address) or isinstance(dst, str) and (found := _URL.fullmatch(dst)) and found[1] != "file":
         raise AdapterError(f"{shown(str(dst))} is an address, and {what} go to a directory of this machine: name one")
     return local(str(dst)) or Path(dst)

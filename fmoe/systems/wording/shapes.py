@@ -9,7 +9,7 @@ from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.stages import Stateless
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Problem, brief
 
 Said = dict[str, tuple[int | None, ...]]
 LAYER = r"(?:model|mtp)\.layers\.\d+\."
@@ -134,9 +134,16 @@ def _linear(facts: Facts) -> Said:
     }
 
 
+def _whole(sizes: tuple[object, ...]) -> None:
+    if odd := [n for n in sizes if n is not None and not isinstance(n, int)]:
+        raise AdapterError(f"the config has the size {brief(odd[0])}, expected whole numbers")
+
+
 def _sum(*sizes: int | None) -> int | None:
+    _whole(sizes)
     return None if None in sizes else sum(n or 0 for n in sizes)
 
 
 def _times(*sizes: int | None) -> int | None:
+    _whole(sizes)
     return None if None in sizes else prod(n or 0 for n in sizes)
