@@ -96,6 +96,8 @@ CALLS = {
     "an odd choice": lambda: fmoe.adapter("qwen3_moe").choose(quantization="fp8"),
     "a config that is none": lambda: fmoe.adapter("qwen3_moe", [1]),
     "no family": lambda: fmoe.adapter(["a"]),
+}
+KINDS = {
     "no name of a family": lambda: fmoe.families.family([]),
     "no name of a system": lambda: fmoe.adapter("qwen3_moe", system=[]),
     "no names for a family": lambda: fmoe.adapter("qwen3_moe").from_hf(None),
@@ -118,10 +120,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("what", CALLS)
+@pytest.mark.parametrize("what", [*CALLS, *KINDS])
 def test_calls(what):
     with pytest.raises(AdapterError) as error:
-        CALLS[what]()
+        (CALLS | KINDS)[what]()
     assert len(str(error.value)) < 2000
 
 
