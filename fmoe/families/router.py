@@ -72,14 +72,14 @@ def unheard(config: Mapping[str, Any], family: "Family", made: MoEConfig) -> str
     'n_group=2: qwen3_moe has n_expert_groups=1, expected the same or no such field'
     """
     read = {n for names in family.fields.values() for n in names.split()} | {*family.words, *family.unsaid}
-    scores = {made.score_func.split("_")[0], made.score_func, BIASED}
+    scores = (made.score_func.split("_")[0], made.score_func, BIASED)
     for field, names, fits in (
         ("score_func", SCORING, lambda v: v in scores),
         ("norm_topk_prob", NORMED, lambda v: v == made.norm_topk_prob or _sum_is_one(made)),
         ("route_scale", SCALED, lambda v: v in (made.route_scale, 1)),
         ("n_expert_groups", GROUPED, lambda v: v in (made.n_expert_groups, 1)),
         ("n_expert_groups", ("use_grouped_topk",), lambda v: v or made.n_expert_groups == 1),
-        ("n_expert_groups", ("topk_method",), lambda v: v == BIASED or v in GREEDY and made.n_expert_groups == 1),
+        ("n_expert_groups", ("topk_method",), lambda v: v == BIASED or v in (*GREEDY,) and made.n_expert_groups == 1),
         ("", SET, lambda v: not (any(v) if isinstance(v, list) else v)),
     ):
         quiet = (None,) if field in ("norm_topk_prob", "n_expert_groups") else (None, False, 0)

@@ -151,6 +151,16 @@ def test_what_a_system_does_not_know_is_an_error_that_says_so():
         fmoe.adapter("qwen3_moe", {"num_attention_heads": 4, "hidden_size": 8}, system="megatron")
 
 
+@pytest.mark.parametrize("system,name", sorted({(s, m) for s, m, _ in CASES if s != "automodel" and " " not in m}))
+def test_a_config_whose_field_is_of_another_kind_is_an_adapter_error_or_none(system, name):
+    config, _ = model(name)
+    for at, field in enumerate(sorted(config.keys() - {"model_type"}), list(SYSTEMS).index(system)):
+        try:
+            fmoe.adapter(name, config | {field: ([1], "x", 0)[at % 3]}, system=system)
+        except AdapterError as error:
+            assert str(error)
+
+
 @pytest.mark.parametrize("form", ["stacked", "numbered", "singleton"])
 @pytest.mark.parametrize("specs", ["te", "local"])
 def test_the_form_of_a_torch_dist_directory_is_settled_by_its_keys(form, specs):

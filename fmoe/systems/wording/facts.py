@@ -1,12 +1,17 @@
 """What a table of another system asks of a Hugging Face config: sizes, quotients of sizes, and layers by their kind."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from fmoe.families.kind import Family
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
+
+_SIZE = re.compile(r"(num|n)_.*|.*_(size|dim|rank|replace|step|freq|interval|heads)")
+_LISTS = ("mlp_only_layers", "layer_types")
+_DIVISOR = re.compile(r"(heads|step|freq|interval)$")
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,17 @@ class Facts:
     def __getitem__(self, name: str) -> Any:
         if self.config.get(name) is None:
             raise AdapterError(f"system={self.system!r} needs the config's {name} for {self.family}: give a config")
-        return self.config[name]
+        return self.get(name)
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.config.get(name)
-        return default if value is None else value
+        if value is None:
+            return default
+        if _SIZE.fullmatch(name) and (type(value) is not int or value < bool(_DIVISOR.search(name))):
+            raise AdapterError(f"config's {name} is {brief(value)}, expected a number of them")
+        if name in _LISTS and not isinstance(value, list | tuple):
+            raise AdapterError(f"config's {name} is {brief(value)}, expected a list")
+        return value
 
     @property
     def family(self) -> str:
@@ -95,6 +106,10 @@ class Facts:
         if kinds is None:
             every = self.get("full_attention_interval", 4)
             kinds = ["full_attention" if (l + 1) % every == 0 else "linear_attention" for l in self.layers]
+        if len(kinds) < len(self.layers):
+            raise AdapterError(
+                f"config's layer_types has {len(kinds)}, expected one for each of {len(self.layers)} layers"
+            )
         return tuple(l for l in self.layers if kinds[l] == "linear_attention")
 
     @cached_property
