@@ -31,15 +31,14 @@ _PANEL = lambda r: f"{r['family']}, {r['bytes'] / 1e9:.1f} GB"
 SECTIONS = (
     Section(
         "experts.json",
-        "Experts on a CPU: time of fmoe, and of its products alone, over the best of Transformers' eager, batched_mm and "
-        "grouped_mm.",
+        "Experts on a CPU: time of fmoe, and of its products alone, over the best of Transformers' own.",
         {name: (lambda r, name=name: r[name]) for name in ("T", "E", "K", "I", "dtype", "order")}
         | {
             "forward": lambda r: r["forward"],
-            "products": lambda r: r["forward_products"],
+            "products": lambda r: r.get("forward_products", "-"),
             "against": lambda r: r["forward_best"],
             "forward + backward": lambda r: r["both"],
-            "products ": lambda r: r["both_products"],
+            "products ": lambda r: r.get("both_products", "-"),
             "against ": lambda r: r["both_best"],
         },
     ),

@@ -4,7 +4,6 @@ Raw products, without autograd: `products.py` adds that. They wait for the devic
 touch no expert without rows. Weights are read as they are stored, in either order and any dtype.
 """
 
-from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -35,7 +34,7 @@ def multiply(x: Tensor, w: Tensor, sizes: dict[int, int]) -> Tensor:
     if 4 * len(sizes) >= E and _at_once(x, w.shape[1], w.shape[2], w if w.stride(2) == 1 else w.mT):
         ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(E))], dtype=torch.int32)
         return F.grouped_mm(x.contiguous(), w, offs=ends)
-    out, by = empty((x.shape[0], w.shape[2]), x), _way(x, w)
+    out, by = empty((x.shape[0], w.shape[2]), x), _in_fp32 if widens(x) else _mm
     # one call makes all the slices: a slice at a time costs what a small product does
     parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
     for e, rows, place in zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False):
@@ -101,34 +100,6 @@ def _at_once(x: Tensor, K: int, M: int, other: Tensor) -> bool:
     if K * M >= LARGE or x.device.type != "cpu" or x.dtype != other.dtype or x.dtype == torch.float64 or widens(x):
         return False
     return not any(n * x.itemsize % 16 for n in (K, M)) and other.is_contiguous() and other.data_ptr() % 16 == 0
-
-
-def _way(x: Tensor, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """How rows in x's dtype are multiplied by each of these matrices: what was measured to be fastest on a CPU."""
-    if x.device.type != "cpu":
-        return _mm
-    if widens(x):
-        return _in_fp32
-    large = w.shape[1] * w.shape[2] >= LARGE and w.dtype == x.dtype
-    if large and x.dtype == torch.float32 and w.stride(1) == 1:
-        return _turned
-    return _one_in_fp32 if large and x.dtype == torch.bfloat16 and w.stride(2) == 1 else _mm
-
-
-def _one_in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """x @ w of matrices stored [K, M]: of one row in fp32, since oneDNN's product in 16 bits first lays w out anew."""
-    if len(x) == 1:
-        out.copy_(x.float() @ w.float())
-    else:
-        torch.mm(x, w, out=out)
-
-
-def _turned(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """x @ w as (w^T x^T)^T where x has 2 to 5 rows: such a product takes half the time (measured, MKL)."""
-    if 1 < len(x) < 6:
-        out.copy_(torch.mm(w.mT, x.mT).mT)
-    else:
-        torch.mm(x, w, out=out)
 
 
 def _outer(x: Tensor, y: Tensor, out: Tensor) -> None:
