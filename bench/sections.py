@@ -35,10 +35,10 @@ SECTIONS = (
         {name: (lambda r, name=name: r[name]) for name in ("T", "E", "K", "I", "dtype", "order")}
         | {
             "forward": lambda r: r["forward"],
-            "products": lambda r: r.get("forward_products", "-"),
+            "products": lambda r: r["forward_products"],
             "against": lambda r: r["forward_best"],
             "forward + backward": lambda r: r["both"],
-            "products ": lambda r: r.get("both_products", "-"),
+            "products ": lambda r: r["both_products"],
             "against ": lambda r: r["both_best"],
         },
     ),
