@@ -82,13 +82,8 @@ def open_source(
     given = config_of(config)
     path = Path(str(src))
     if "://" in str(src) or not container_of(path):
-        if (
-            isinstance(from_, str)
-            and from_ in SYSTEMS
-            and given is None
-            and path.is_dir()
-            and not isfile(path / "config.json")
-        ):
+        theirs = isinstance(from_, str) and from_ in SYSTEMS
+        if theirs and given is None and path.is_dir() and not isfile(path / "config.json"):
             raise AdapterError(f"{path} {NO_CONFIG}")
         return open_checkpoint(src, given, own=own)
     if container_of(path) == "mp_rank" and not trust_pickle:

@@ -79,7 +79,7 @@ def unheard(config: Mapping[str, Any], family: "Family", made: MoEConfig) -> str
         ("route_scale", SCALED, lambda v: v in (made.route_scale, 1)),
         ("n_expert_groups", GROUPED, lambda v: v in (made.n_expert_groups, 1)),
         ("n_expert_groups", ("use_grouped_topk",), lambda v: v or made.n_expert_groups == 1),
-        ("n_expert_groups", ("topk_method",), lambda v: v == BIASED or v in (*GREEDY,) and made.n_expert_groups == 1),
+        ("n_expert_groups", ("topk_method",), lambda v: v == BIASED or v in GREEDY and made.n_expert_groups == 1),
         ("", SET, lambda v: not (any(v) if isinstance(v, list) else v)),
     ):
         quiet = (None,) if field in ("norm_topk_prob", "n_expert_groups") else (None, False, 0)

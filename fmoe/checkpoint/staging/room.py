@@ -44,8 +44,8 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     """The files in dst that a new checkpoint replaces. Raises AdapterError where dst may not be written to.
 
     work: what is about to be done, which may go on where it was interrupted. bystanders: files that are no weights,
-    such as a config and a tokenizer, may be there and stay, but for one that tells of codes that others have; without,
-    nothing of the model that was there does.
+    such as a config and a tokenizer, may be there and stay, but not ModelOpt's, which tells of the codes that were
+    there; without, nothing of the model that was there does.
     """
     if isinstance(source, Path):
         _apart(dst, source)

@@ -10,8 +10,9 @@ from fmoe.families.kind import Family
 from fmoe.types import AdapterError, brief
 
 _SIZE = re.compile(r"(num|n)_.*|.*_(size|dim|rank|replace|step|freq|interval|heads)")
-_LISTS = ("mlp_only_layers", "layer_types")
 _DIVISOR = re.compile(r"(heads|step|freq|interval)$")
+"""Fields that others are divided by, so that 0 is none of their values."""
+_LISTS = ("mlp_only_layers", "layer_types")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Facts:
         value = self.config.get(name)
         if value is None:
             return default
-        if _SIZE.fullmatch(name) and (type(value) is not int or value < bool(_DIVISOR.search(name))):
-            raise AdapterError(f"config's {name} is {brief(value)}, expected a number of them")
+        least = int(bool(_DIVISOR.search(name)))
+        if _SIZE.fullmatch(name) and (type(value) is not int or value < least):
+            raise AdapterError(f"config's {name} is {brief(value)}, expected an int of {least} or more")
         if name in _LISTS and not isinstance(value, list | tuple):
             raise AdapterError(f"config's {name} is {brief(value)}, expected a list")
         return value
