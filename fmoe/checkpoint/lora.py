@@ -28,7 +28,7 @@ from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import is_lora
-from fmoe.lowrank.targets import Target, interleaved, table_of, targets_of, told
+from fmoe.lowrank.targets import Target, interleaved, renamed, table_of, targets_of, told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
@@ -47,9 +47,10 @@ class Tuned(NamedTuple):
 
     @property
     def scales(self) -> Scales:
-        """alpha / r of every matrix A, by its name; and how gate and up lie in its B. What `merge` and `even` take."""
+        """alpha / r of every matrix A, by its name; how gate and up lie in its B; and which native weight it adapts."""
         found = {t.a: _one(t, self.config) for t in targets_of(self.adapter, self.params)}
-        return Scales(found, interleaved(self.adapter, [n for n in found if n.endswith("_gate_and_up_A")]))
+        mixed = interleaved(self.adapter, [n for n in found if n.endswith("_gate_and_up_A")])
+        return Scales(found, mixed, renamed(self.adapter, self.params))
 
     def __repr__(self) -> str:
         r, alpha = self.config.r, self.config.lora_alpha

@@ -7,12 +7,15 @@ from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.layout.eager.running import specs_of
 from fmoe.lowrank.derive import NATIVE
 from fmoe.lowrank.matrices import matrices, scale_of
-from fmoe.lowrank.scales import Scale, alternates
+from fmoe.lowrank.scales import Scale, Scales, alternates
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
-_NATIVE = "Fix: pass what fmoe.load gives of its base, and what fmoe.lora.load gives of its directory"
+_NATIVE = (
+    "Fix: pass what fmoe.load gives of its base, and params and scales as fmoe.lora.load gives them; "
+    "where the file's weight is cut or turned natively, merge it with PEFT (merge_and_unload)"
+)
 
 
 def init(
@@ -162,9 +165,10 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
         raise AdapterError("lora: no matrices A and B, expected some to add: is the adapter's file empty?")
     lora = _lifted(lora, scale, interleaved)
     for pair in matrices(lora):
-        name = next((n for n in (pair.weight, pair.weight.removeprefix(WRAPPED)) if n in params), None)
+        weight = pair.weight.removeprefix(WRAPPED)
+        weight = scale.weights.get(pair.a, weight) if isinstance(scale, Scales) else weight
+        name = next((n for n in (pair.weight, weight) if n in params), None)
         if name is None:
-            weight = pair.weight.removeprefix(WRAPPED)
             told = f"lora: {pair.a!r} has no weight {weight!r} to be added to, expected it among params. {_NATIVE}"
             raise AdapterError([Problem(told, (pair.a,))])
         W, A, B = params[name], lora[pair.a], lora[pair.b]

@@ -1,4 +1,4 @@
-"""What multiplies A @ B, matrix by matrix; and how the columns of gate and up lie in B, where each has its own A."""
+"""What multiplies A @ B, matrix by matrix; the weight it is added to; how gate and up lie in B, each with its own A."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,14 +11,18 @@ _FIX = "fmoe.activations.is_interleaved(config.expert_activation): True for quic
 class Scales(dict[str, float]):
     """alpha / r of every matrix A, by its name. interleaved: the A's in whose B gate and up columns alternate.
 
+    weights: the names of native weights, of the A's that files name otherwise.
+
     >>> scales = Scales({"lora_gate_and_up_A": 2.0}, interleaved=["lora_gate_and_up_A"])
     >>> scales, alternates("lora_gate_and_up_A", scales, None)
     ({'lora_gate_and_up_A': 2.0}, True)
     """
 
-    def __init__(self, scales: Mapping[str, float], interleaved: Iterable[str]) -> None:
+    def __init__(
+        self, scales: Mapping[str, float], interleaved: Iterable[str], weights: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(scales)
-        self.interleaved = frozenset(interleaved)
+        self.interleaved, self.weights = frozenset(interleaved), dict(weights or {})
 
 
 def alternates(name: str, scale: Scale | None, interleaved: bool | None) -> bool:

@@ -5,7 +5,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.claims import claim
+from fmoe.layout.entries import settle
 from fmoe.layout.names import Names, hits, patterns
+from fmoe.layout.table import Table
+from fmoe.lowrank.matrices import matrices
 from fmoe.lowrank.sorting import END, OURS, WRAPPED
 from fmoe.lowrank.stage import CURRENT, LoraTable
 from fmoe.types import AdapterError, Params, Problem
@@ -84,3 +88,24 @@ def interleaved(adapter: Adapter, names: Iterable[str]) -> frozenset[str]:
             for _, _, rows in hits(rule.inverse, Names([f"{n.removesuffix('A')}B" for n in names])):
                 found |= {f"{n.removesuffix('B')}A" for n in rows.names}
     return frozenset(found)
+
+
+def renamed(adapter: Adapter, params: Params) -> dict[str, str]:
+    """A's name -> its native weight's, where that has another: LoRA tensors keep the names that they have in files.
+
+    A weight that a rule turns or cuts is none that its file's A @ B fits: it is left out.
+
+    >>> import fmoe, torch
+    >>> lora = {f"layers.0.block_sparse_moe.gate.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    >>> renamed(fmoe.adapter("mixtral", {}), lora)
+    {'layers.0.block_sparse_moe.gate.lora_A.weight': 'layers.0.mlp.gate.weight'}
+    """
+    found: dict[str, str] = {}
+    for pair in matrices(params):
+        weight = name = pair.weight.removeprefix(WRAPPED)
+        for stage in adapter.stages:
+            if isinstance(stage, Table):
+                names = Names([name])
+                name = claim(settle(stage.entries, names, default=True), names, guard=False).pairs.get(name, name)
+        found |= {pair.a: name} if name != weight else {}
+    return found
