@@ -44,6 +44,9 @@ SAID = [
     ("hy_v3", {"n_group": 2}, "n_group=2: hy_v3 has n_expert_groups=1"),
     ("laguna", {"n_group": 2}, "n_group=2: laguna has n_expert_groups=1"),
     ("deepseek_v4", {"norm_topk_prob": False}, "norm_topk_prob=False: deepseek_v4 has norm_topk_prob=True"),
+    ("qwen3_vl_moe", {"norm_topk_prob": False}, "norm_topk_prob=False: qwen3_vl_moe has norm_topk_prob=True"),
+    ("afmoe", {"route_norm": False}, "route_norm=False: afmoe has norm_topk_prob=True"),
+    ("minimax_m3_vl_text", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: minimax_m3_vl_text does not"),
     ("olmoe", {"swiglu_limit": 7.0}, "swiglu_limit=7.0: olmoe does not compute it"),
     ("deepseek_v4", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: deepseek_v4 does not compute it"),
 ]
@@ -133,6 +136,20 @@ def fields_read(model: Any) -> set[str]:
     blocks = [m for n, m in model.named_modules() if hasattr(m, "experts") or is_jet(n, m)]
     kinds = {type(m) for block in blocks for m in block.modules() if "transformers.models" in type(m).__module__}
     return set(re.findall(r"\bconfig\.(\w+)", "".join(map(inspect.getsource, kinds)))) - NAMES
+
+
+BY_SIZES = BY_TENSORS | {"n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim", "moe_latent_size"}
+
+
+@pytest.mark.parametrize("name", [n for n in (*hf.MODELS, *zoo.MODELS) if n not in ("switch_transformers", "nllb-moe")])
+def test_a_family_hears_no_field_of_a_router_that_its_class_does_not_read(name: str) -> None:
+    """It would compute what a config says and Transformers ignores: not among its fields, it is refused."""
+    model = zoo.saved(name)[0]
+    source = inspect.getsource(inspect.getmodule(type(model)))
+    kind = FAMILIES[model.config.model_type]
+    for field, names in kind.fields.items():
+        read = any(re.search(rf"config\.{n}\b|\"{n}\"", source) for n in names.split())
+        assert read or field in BY_SIZES, f"{name}: nothing in Transformers reads {names} ({field})"
 
 
 @pytest.mark.filterwarnings("ignore")

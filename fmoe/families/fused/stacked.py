@@ -5,7 +5,7 @@ from dataclasses import replace
 from fmoe.families.kind import Family
 from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, fused, transposed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
-from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.per_expert.qwen3_moe import SIZES, qwen3_moe
 from fmoe.families.router import AFTER
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, keep, rule, together
@@ -120,6 +120,7 @@ qwen3_vl_moe = replace(
         fused=fused(),
     )
     | KEPT,
+    fields=SIZES,
     fixed=dict(softmax_before_topk=True, norm_topk_prob=True),
     fp8=None,
     source="Qwen/Qwen3-VL-30B-A3B-Instruct; what Transformers writes is layout='fused'",

@@ -72,6 +72,7 @@ mistral_large4 = replace(
         fused=rule(SHARED + PROJECTIONS + ".{rest}", SHARED + PROJECTIONS + ".{rest}"),
     )
     | KEPT,
+    fields={f: n for f, n in deepseek_v3.fields.items() if f != "norm_topk_prob"},
     fixed=dict(score_func="softmax_in_groups", norm_topk_prob=True),
     fp8=None,
     source="mistralai/Mistral-Large-4-1T-A52B",

@@ -33,8 +33,8 @@ deepseek_v3 = Family(
     verified="block",
 )
 
-UNGROUPED = {field: names for field, names in deepseek_v3.fields.items() if field not in GROUPS}
-"""Of families whose router knows no groups: more than one of them is refused."""
+UNGROUPED = {f: n for f, n in deepseek_v3.fields.items() if f not in (*GROUPS, "norm_topk_prob")}
+"""Of families whose router knows no groups, and always divides by the sum: a config that says otherwise is refused."""
 
 deepseek_v32 = replace(
     deepseek_v3,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fmoe.families.layouts import BIAS, KEPT, MLP, SHARED, experts, renamed
 from fmoe.families.per_expert.deepseek_v3 import UNGROUPED, deepseek_v3
-from fmoe.families.per_expert.qwen3_moe import qwen3_moe
+from fmoe.families.per_expert.qwen3_moe import SIZES, qwen3_moe
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import rule
 
@@ -15,7 +15,7 @@ hunyuan_v1_moe = replace(
     | rule(MLP + "gate.wg.weight", MLP + "gate.weight")
     | rule(MLP + "shared_mlp.{rest}", MLP + SHARED)
     | KEPT,
-    fields=qwen3_moe.fields
+    fields=SIZES
     | dict(
         n_activated_experts="moe_topk num_experts_per_tok",
         moe_inter_dim="moe_intermediate_size intermediate_size",

@@ -107,7 +107,7 @@ minimax_m3_vl = replace(
         | rule(MLP + "shared_experts.down_proj.weight", MLP + "shared_experts.down_proj.weight"),
     )
     | KEPT,
-    fields=minimax_m2.fields
+    fields={f: n for f, n in minimax_m2.fields.items() if f != "input_jitter"}
     | dict(
         activation_limit="swiglu_limit",
         activation_alpha="swiglu_alpha",

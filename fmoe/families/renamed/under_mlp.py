@@ -72,7 +72,6 @@ afmoe = replace(
         n_routed_experts="num_experts",
         n_shared_experts="num_shared_experts",
         route_scale="route_scale",
-        norm_topk_prob="route_norm",
     ),
     fp8=None,
     source="arcee-ai/Trinity-Mini",
