@@ -155,6 +155,8 @@ class Family:
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them; of what it leaves out, Transformers' defaults."""
         said = {f: next(_said(config, names), None) for f, names in self.fields.items()}
+        null = [n for n in self.fields.get("norm_topk_prob", "").split() if config.get(n, 0) is None]
+        said |= {"norm_topk_prob": False} if null and said["norm_topk_prob"] is None else {}  # as a class hears null
         kinds, E = (str(config.get("model_type")), self.model_types[0]), said.get("n_routed_experts")
         return {**self.fixed, **left_out(kinds, E)} | {f: value for f, value in said.items() if value is not None}
 

@@ -45,6 +45,7 @@ SAID = [
     ("laguna", {"n_group": 2}, "n_group=2: laguna has n_expert_groups=1"),
     ("deepseek_v4", {"norm_topk_prob": False}, "norm_topk_prob=False: deepseek_v4 has norm_topk_prob=True"),
     ("qwen3_vl_moe", {"norm_topk_prob": False}, "norm_topk_prob=False: qwen3_vl_moe has norm_topk_prob=True"),
+    ("deepseek_v3", {"norm_topk_prob": None}, ""),
     ("afmoe", {"route_norm": False}, "route_norm=False: afmoe has norm_topk_prob=True"),
     ("minimax_m3_vl_text", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: minimax_m3_vl_text does not"),
     ("olmoe", {"swiglu_limit": 7.0}, "swiglu_limit=7.0: olmoe does not compute it"),
