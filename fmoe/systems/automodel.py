@@ -18,7 +18,7 @@ from fmoe.systems.system import System
 from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.say import absent, joined, pairs, rest
 from fmoe.systems.wording.stages import Fill, Stateless
-from fmoe.types import TensorSpec
+from fmoe.types import AdapterError, Problem, TensorSpec
 
 LAYER = "{pre}layers.{l}."
 TOP = {"embed.{rest}": "model.embed_tokens.{rest}", "head.{rest}": "lm_head.{rest}"}
@@ -174,28 +174,42 @@ class Folded(Stateless):
         both = {n: m.expand(self.scale) for n in specs if (m := re.fullmatch(self.pattern, n))}
         if self.flipped:
             ones = {s: TensorSpec(specs[n].shape[:1], specs[n].dtype) for n, s in both.items()}
-            made = tuple(Changed([n], [s], _ones(s)) for n, s in both.items())
+            made = tuple(Changed([n], [n, s], _ones(n, s), {n: 1, s: 1}) for n, s in both.items())
             return CodecPlan({**specs, **ones}, made, str(self))
         both = {n: s for n, s in both.items() if s in specs}
-        gone = set(both.values())
-        changes = tuple(Changed([n, s], [n], _folded(n, s), {n: 1, s: 1}) for n, s in both.items())
+        gone, parts = set(both.values()), {n: _part(n, s, specs, window) for n, s in both.items()}
+        rows = lambda n, s: {n: 1, s: 1} if parts[n] is None else {}
+        changes = tuple(Changed([n, s], [n], _folded(n, s, parts[n]), rows(n, s)) for n, s in both.items())
         return CodecPlan({n: spec for n, spec in specs.items() if n not in gone}, changes, str(self))
 
     def __str__(self) -> str:
         return f"{self.pattern}: times {self.scale}; back, that is ones" + " (backwards)" * self.flipped
 
 
-def _folded(name: str, scale: str) -> Change:
+def _part(name: str, scale: str, specs: Specs, window: Window) -> range | None:
+    """The experts that a stack holds, of those that have scales; None: all."""
+    (held, *_), of = specs[name].shape, specs[scale].shape
+    part = window.get("e")
+    if of == (held,):
+        return None
+    if part is None or len(part) != held or len(of) != 1 or part.stop > of[0]:
+        text = f"{scale!r}: shape {list(of)}, expected one for each of the {held} experts of {name!r}"
+        raise AdapterError([Problem(text, (scale, name))])
+    return part
+
+
+def _folded(name: str, scale: str, part: range | None) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: params[name] * params[scale].to(params[name].dtype)[:, None, None]}
+        scales = params[scale] if part is None else params[scale][part.start : part.stop]
+        return {name: params[name] * scales.to(params[name].dtype)[:, None, None]}
 
     return change
 
 
-def _ones(scale: str) -> Change:
+def _ones(name: str, scale: str) -> Change:
     def change(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        (down,) = params.values()
-        return {scale: torch.ones(down.shape[:1], dtype=down.dtype, device=down.device)}
+        down = params[name]
+        return {name: down, scale: torch.ones(down.shape[:1], dtype=down.dtype, device=down.device)}
 
     return change
 

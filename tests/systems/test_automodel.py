@@ -1,5 +1,6 @@
 """Automodel's own names: what its loader looks up, of ten families, and back; by hand and through the integration."""
 
+import hf_zoo as zoo
 import pytest
 import torch
 from automodel_names import GATED, ROWS, W123, D, E, I, drawn
@@ -74,6 +75,22 @@ def test_names_and_numbers_are_those_of_its_loader_and_come_back(name):
     assert not made.lossless and (back["model.language_model.layers.1.router.per_expert_scale"] == 1).all()
     again = made.from_hf(back)
     assert all(torch.equal(t, there[n]) for n, t in again.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("part", [range(1, 2), range(E - 2, E)], ids=str)
+def test_a_range_of_experts_is_that_part_of_every_stack_and_the_rest_as_it_is(name, part):
+    made, hf = adapter(name), FAMILIES[name][1]
+    whole, cut = made.from_hf(hf), made.from_hf(hf, e=part)
+    assert cut.keys() == whole.keys()
+    for n, t in whole.items():
+        stacked = n.endswith(("gate_and_up_projs", "down_projs"))
+        assert torch.equal(cut[n], t[part.start : part.stop] if stacked else t), n
+
+
+def test_what_is_folded_into_experts_is_verified(tmp_path):
+    fmoe.convert(zoo.saved("gemma4_text")[1], tmp_path / "there", "automodel", fsync=False)
+    assert fmoe.verify(tmp_path / "there").tensors == 44
 
 
 @pytest.mark.parametrize("name", FAMILIES)
