@@ -96,19 +96,23 @@ def both(m: Experts, run: Run, x: Tensor, w: Tensor) -> list[Tensor]:
 def least(
     calls: dict[str, Callable[[], Any]], clock: Callable[[], float], rounds: int, limit: float
 ) -> dict[str, float]:
-    """The least time of each, in turns; after `limit` seconds no further round begins.
+    """The least time of each, in turns; after `limit` seconds, and four rounds, no further one begins.
 
-    The order of a round is drawn: whoever always came after one that copies weights would find none in a cache.
+    The order of a round is drawn: whoever always came after one that copies weights would find none in a cache. Who
+    took ten times the least in two runs no more.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + limit
     draw = random.Random(0)
-    for _ in range(rounds):
+    for n in range(rounds):
+        if n == 2:
+            slow = 10 * min(map(min, times.values()))
+            calls = {name: call for name, call in calls.items() if min(times[name]) <= slow}
         for name in draw.sample([*calls], len(calls)):
             start = clock()
             calls[name]()
             times[name].append(clock() - start)
-        if time.perf_counter() > end:
+        if n >= 3 and time.perf_counter() > end:
             break
     return {name: min(t) for name, t in times.items()}
 

@@ -1,32 +1,34 @@
-"""A layer of experts on a CPU where nobody listens, in the least steps: the host knows how many rows there are."""
+"""A layer of experts on a CPU in the least steps: the host knows how many rows there are, and nobody looks inside.
 
-from typing import NamedTuple
+Some experts at a time: their rows, activations and gradients stay in a core's cache from one step to the next, and
+what autograd keeps is what the first product gives.
+"""
+
+from itertools import accumulate
+from typing import Any
 
 import torch
+from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.activations import activation
-from fmoe.backends.raw.loop import multiply
+from fmoe.backends.order import Order, in_rows, ordered, parts
+from fmoe.backends.raw.loop import at_once, multiply, outer, tgmm
+from fmoe.backends.raw.memory import empty, partly
+from fmoe.dispatch import local
+from fmoe.dispatch.local import Plan
+from fmoe.dispatch.moves import added
+from fmoe.dispatch.watched import recorded
 from fmoe.types import MoEConfig, Params, Routing
 
-FEW = 16
-"""Slots that the host orders; of more, torch sorts faster."""
-
-
-class _Order(NamedTuple):
-    """Row n is of slot[n] = t K + k, of token[n] = t; slot s has row back[s]; sizes: rows of each expert with any."""
-
-    slot: Tensor
-    token: Tensor
-    back: Tensor
-    sizes: dict[int, int]
+NAMES = ("gate_and_up_projs", "down_projs")
 
 
 def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Tensor | None:
     """y of `fmoe.experts`, not rounded to x's dtype, or None where a slot goes nowhere.
 
     The steps of the dispatcher `local` and the backend `loop`, in their order: bit for bit their result. Parameters
-    without LoRA, plain tensors of which none requires a gradient that is recorded.
+    without LoRA, plain tensors. None also for a gradient where there are biases, or weights come after the experts.
 
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
     >>> routing = Routing(torch.tensor([[1], [0]]), torch.tensor([[0.5], [1.0]]))
@@ -35,53 +37,124 @@ def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Te
     [45.0, 4.0]
     """
     indices, weights, mask = routing
-    T, K = indices.shape
-    order = None if mask is not None else _order(indices, config.n_routed_experts)
+    record = recorded(x, weights, *params.values())
+    if mask is not None or (record and (len(params) > 2 or config.apply_router_weight_after_down)):
+        return None
+    order = ordered(indices, config.n_routed_experts)
     if order is None:
         return None
-    slot, token, back, sizes = order
-    rows = x.index_select(0, token)
-    wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
-    w = weights.flatten().index_select(0, slot).to(wide)[:, None]
-    act, after = activation(config), config.apply_router_weight_after_down
-
-    def biased(out: Tensor, name: str, w: Tensor | None = None) -> Tensor:
-        if name not in params:
-            return out
-        bias = params[name].index_select(0, indices.flatten().index_select(0, slot)).to(x.dtype)
-        return out + (bias if w is None else w * bias.to(w.dtype))
-
-    u = biased(multiply(rows, params["gate_and_up_projs"], sizes), "gate_up_proj_bias")
-    out = multiply(act(u, None if after else w), params["down_projs"], sizes)
-    if after:
-        out = w * biased(out, "down_proj_bias").to(w.dtype)
-    else:
-        out = biased(out.to(w.dtype), "down_proj_bias", w)
-    out = out.index_select(0, back)
-    return out if K == 1 else out.view(T, K, -1).sum(1)
+    if record:
+        y: Tensor = _Recorded.apply(x, weights, *(params[name] for name in NAMES), order, config)
+        return y
+    return _forward(params, x, routing, order, config)
 
 
-def _order(indices: Tensor, E: int) -> _Order | None:
-    """The slots of indices [T, K], sorted by expert and otherwise in order; None where one goes nowhere, or of none.
+def _forward(
+    params: Params, x: Tensor, routing: Routing, order: Order, config: MoEConfig, keep: Tensor | None = None
+) -> Tensor:
+    """y; keep [N, U]: where what the first product gives is written."""
+    up, down = (params[name] for name in NAMES)
+    w, act, after = in_rows(x, routing.weights, order), activation(config), config.apply_router_weight_after_down
+    biased, biased_y = "gate_up_proj_bias" in params, "down_proj_bias" in params
+    ids = routing.indices.flatten().index_select(0, order.slot) if biased or biased_y else order.slot
+    plain = not (after or biased_y) and w.dtype == torch.promote_types(x.dtype, torch.float32)
+    out = empty((len(w), down.shape[2]), x if plain else w)
+    for rows, sizes in parts(order, up, down, x):
 
-    >>> _order(torch.tensor([[1, 0], [1, 1]]), 2)[1:]
-    (tensor([0, 0, 1, 1]), tensor([1, 0, 2, 3]), {0: 1, 1: 3})
-    """
-    K, N = indices.shape[1], indices.numel()
-    if N > FEW:
-        ids, slot = indices.flatten().sort(stable=True)
-        if ids[0] < 0 or ids[-1] >= E:
-            return None
-        back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N))
-        return _Order(slot, slot // K, back, {e: n for e, n in enumerate(torch.bincount(ids).tolist()) if n})
-    told = indices.flatten().tolist()
-    slots = sorted(range(N), key=told.__getitem__)
-    if not N or told[slots[0]] < 0 or told[slots[-1]] >= E:
-        return None
-    sizes: dict[int, int] = {}
-    rows = [0] * N
-    for row, at in enumerate(slots):
-        sizes[told[at]] = sizes.get(told[at], 0) + 1
-        rows[at] = row
-    slot, token, back = torch.tensor([slots, [at // K for at in slots], rows]).unbind()
-    return _Order(slot, token, back, sizes)
+        def bias(name: str, rows: slice = rows) -> Tensor:
+            return params[name].index_select(0, ids[rows]).to(x.dtype)
+
+        u = multiply(x.index_select(0, order.token[rows]), up, sizes, None if keep is None else keep[rows])
+        h = act(u + bias("gate_up_proj_bias") if biased else u, None if after else w[rows])
+        if plain:
+            multiply(h, down, sizes, out[rows])
+            continue
+        o = multiply(h, down, sizes)
+        if after:
+            out[rows] = w[rows] * (o + bias("down_proj_bias") if biased_y else o).to(w.dtype)
+        else:
+            out[rows] = o.to(w.dtype) + w[rows] * bias("down_proj_bias").to(w.dtype) if biased_y else o
+    return added(out, order.back, routing.weights.shape[1])
+
+
+class _Recorded(Function):
+    """`_forward` of two weights alone; backward keeps its arguments and the first product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, order: Order, config: Any) -> Tensor:
+        u = empty((len(order.slot), up.shape[2]), x)
+        routing = Routing(order.slot, weights)  # without biases, nobody asks for an index
+        y = _forward(dict(zip(NAMES, (up, down), strict=True)), x, routing, order, config, keep=u)
+        ctx.save_for_backward(x, weights, up, down, u)
+        ctx.order, ctx.config = order, config
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, up, down, u = ctx.saved_tensors
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():  # of which there will be a derivative
+                return *_differentiable(dy, x, weights, up, down, ctx), None, None
+            return *_backward(dy, x, weights, up, down, u, ctx), None, None
+
+
+def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ctx: Any) -> list[Tensor | None]:
+    from fmoe.backends.mlp import mlp
+
+    order, inputs = ctx.order, (x, weights, up, down)
+    counts = torch.tensor([order.sizes.get(e, 0) for e in range(ctx.config.n_routed_experts)])
+    plan = Plan(order.slot, counts, *weights.shape)
+    rows = mlp(dict(zip(NAMES, (up, down), strict=True)), local.dispatch(x, weights, plan), ctx.config, by="loop")
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(local.combine(rows, plan), wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, u: Tensor, ctx: Any
+) -> list[Tensor | None]:
+    order, act, needed = ctx.order, activation(ctx.config), ctx.needs_input_grad
+    dy, w = dy.to(x.dtype), in_rows(x, weights, order)
+    dx, dw = empty((len(w), x.shape[1]), x) if needed[0] else None, torch.empty_like(w)
+    d_up, d_down = (_Grad(m, order.sizes, x) if n else None for m, n in zip((up, down), needed[2:], strict=False))
+    for rows, sizes in parts(order, up, down, x):
+        token = order.token[rows]
+        out = dy.index_select(0, token)
+        with torch.enable_grad():
+            mine, p = u[rows].requires_grad_(), w[rows].requires_grad_()
+            h = act(mine, p)
+        du, dp = torch.autograd.grad(h, (mine, p), multiply(out, down.mT, sizes))
+        dw[rows] = dp
+        if d_down:
+            d_down.add(h.detach(), out, sizes)
+        if d_up:
+            d_up.add(x.index_select(0, token), du, sizes)
+        if dx is not None:
+            multiply(du, up.mT, sizes, dx[rows])
+    back, K = order.back, weights.shape[1]
+    return [
+        None if dx is None else added(dx, back, K).to(x.dtype),
+        dw.index_select(0, back).view(weights.shape).to(weights.dtype) if needed[1] else None,
+        d_up.whole() if d_up else None,
+        d_down.whole() if d_down else None,
+    ]
+
+
+class _Grad:
+    """The gradient of a weight, stored in its order, so that autograd keeps it as it is."""
+
+    def __init__(self, weight: Tensor, sizes: dict[int, int], x: Tensor) -> None:
+        self.turned, self.dtype, self.at_once = weight.stride(1) < weight.stride(2), weight.dtype, at_once(x, weight)
+        self.rows = [sizes.get(e, 0) for e in range(len(weight))]
+        if not self.at_once:
+            self.out = partly((weight.mT if self.turned else weight).shape, x, self.rows)
+
+    def add(self, a: Tensor, b: Tensor, sizes: dict[int, int]) -> None:
+        a, b = (b, a) if self.turned else (a, b)
+        if self.at_once:  # then these are all rows
+            self.out = tgmm(a, b, torch.tensor([*accumulate(self.rows)]))
+        else:
+            outer(a, b, sizes, self.out)
+
+    def whole(self) -> Tensor:
+        return (self.out.mT if self.turned else self.out).to(self.dtype)

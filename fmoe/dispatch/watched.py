@@ -11,18 +11,25 @@ wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 def unwatched(*tensors: Tensor) -> bool:
     """Are these plain tensors with data, and no autograd of either mode, no transform and no tracer about?
 
-    A tensor that a transform wrapped has no data of its own, also when the transform is over: what torch.func.vjp
-    returns finds such ones among what was saved. Function.apply and operators unwrap them.
-
     >>> x = torch.ones(1, requires_grad=True)
     >>> unwatched(x), unwatched(x.detach())
     (False, True)
     """
+    return at_most_recorded(*tensors) and not recorded(*tensors)
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Does autograd record what is made of these?"""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def at_most_recorded(*tensors: Tensor) -> bool:
+    """Are these plain tensors with data, and nobody about but autograd in reverse mode?
+
+    A tensor that a transform wrapped has no data of its own, also when the transform is over: what torch.func.vjp
+    returns finds such ones among what was saved. Function.apply and operators unwrap them.
+    """
     about = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if about or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return False
-    recorded = torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) not in PLAIN or t.is_meta or (recorded and t.requires_grad) or wrapped(t):
-            return False
-    return True
+    return all(type(t) in PLAIN and not t.is_meta and not wrapped(t) for t in tensors)

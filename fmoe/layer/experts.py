@@ -17,7 +17,7 @@ from fmoe.backends.direct import direct
 from fmoe.backends.held import in_codes
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
-from fmoe.dispatch.watched import unwatched
+from fmoe.dispatch.watched import at_most_recorded, recorded
 from fmoe.layer.checks import PAIRS, as_routing, check_experts, check_tokens
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
@@ -108,7 +108,9 @@ def experts(
             how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
             return whole(fused.layer(params, h, routing, config, **how))
         if right and inside and multiply in HERE and not batch_invariant and x.is_cpu:
-            if unwatched(h, *routing[:2], *params.values()) and (y := direct(params, h, routing, config)) is not None:
+            given = h, *routing[:2], *params.values()
+            short = at_most_recorded(*given) and not (recompute and recorded(*given))
+            if short and (y := direct(params, h, routing, config)) is not None:
                 return whole(y)
         if coded and not takes_codes(multiply, params):
             multiply = by_expert(multiply, backend if isinstance(backend, str) else _name(backend))

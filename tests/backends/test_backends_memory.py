@@ -1,10 +1,15 @@
 """What a product of experts keeps and writes: no copy of a weight, gradients in their parameter's order."""
 
+import gc
+import mmap
+from pathlib import Path
 from typing import Any
 
 import naive
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from fmoe import MoEConfig, Routing, experts
@@ -93,6 +98,49 @@ def test_pages_are_zero_private_and_of_the_size_asked_for() -> None:
     assert not memory.zeros((3, 1024, 1024), like).any() and big.sum(dtype=torch.float64) == 1024 * 1024
     assert memory.empty((3, 1024, 1024), like).is_contiguous()
     assert memory.zeros((0, 4), like).shape == (0, 4) and memory.empty((2,), like).shape == (2,)
+
+
+def test_what_a_tensor_gave_back_the_next_one_has_and_zeros_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "POOL", memory.Pool())
+    like, shape = torch.ones(1), (4, 1024, 512)
+    first = memory.empty(shape, like)
+    where = first.fill_(7).data_ptr()
+    view = first[1:].mT
+    del first
+    assert memory.empty(shape, like).data_ptr() != where, "a view still reads it"
+    del view
+    gc.collect()
+    again = memory.partly(shape, like, [1, 0, 1, 0])
+    assert again.data_ptr() == where and not again[1].any() and not again[3].any()
+    del again
+    assert not memory.zeros(shape, like).any() and memory.empty((4, 1024, 420), like).data_ptr() == where
+    assert memory.empty((4, 1024, 256), like).data_ptr() != where, "it has twice the size"
+
+
+def test_what_nobody_uses_the_system_may_take() -> None:
+    def offered() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("LazyFree:"))
+
+    before, taken = offered(), memory.empty((2 * memory.LARGE,), torch.ones(1)).fill_(1)
+    assert offered() <= before
+    del taken
+    assert offered() >= before + memory.LARGE
+
+
+@given(st.lists(st.integers(1, 4) | st.integers(-4, -1), max_size=40))
+def test_pages_are_never_shared_and_never_more_than_were_in_use_at_once(steps: list[int]) -> None:
+    """n > 0: take n pages; n < 0: give back what was taken -n times ago."""
+    pool, out, most = memory.Pool(), list[Any](), 0
+    for n in steps:
+        if n > 0:
+            out.append(pool.take(n * mmap.PAGESIZE))
+            assert n * mmap.PAGESIZE <= len(out[-1]) <= 1.25 * n * mmap.PAGESIZE
+        elif len(out) >= -n:
+            pool.give(out.pop(n))
+        most = max(most, sum(map(len, out)))
+        mapped = [*out, *pool.idle, *pool._back]
+        assert len({*map(id, mapped)}) == len(mapped) and sum(map(len, mapped)) <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,24 +1,38 @@
 """The short ways of a CPU: products of few rows, and a layer that nobody listens to, bit for bit what others hear."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from naive import draw, near, tokens
+from torch import Tensor
 
-from fmoe.backends.direct import FEW
+from fmoe.activations import ACTIVATIONS
+from fmoe.backends import direct as short
+from fmoe.backends import order
+from fmoe.backends.order import FEW
 from fmoe.backends.raw import loop
+from fmoe.dispatch import moves
 from fmoe.layer import experts as layer
 from fmoe.layer.experts import experts
-from fmoe.types import MoEConfig
+from fmoe.types import MoEConfig, Routing
 
 CONFIG = MoEConfig(n_routed_experts=5, n_activated_experts=3, dim=16, moe_inter_dim=8, expert_bias=True)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+BARE = dict(expert_bias=False)
 MODES = {"plain": {}, "after": dict(apply_router_weight_after_down=True), "unaligned": dict(dim=6, moe_inter_dim=3)}
 
 
-@pytest.mark.parametrize("mode", [*MODES.values(), dict(expert_bias=False), dict(n_routed_experts=40)], ids=str)
+def of_the_long_way(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> Any:
+    with monkeypatch.context() as m:
+        m.setattr(layer, "direct", lambda *args: None)
+        return run()
+
+
+@pytest.mark.parametrize("mode", [*MODES.values(), BARE, dict(n_routed_experts=40)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_nobody_listens_to_has_the_same_bits(
     dtype: torch.dtype, mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -35,8 +49,63 @@ def test_what_nobody_listens_to_has_the_same_bits(
                 routing = routing._replace(indices=routing.indices % config.n_routed_experts, mask=None)
                 with torch.no_grad():
                     alone = experts(params, x, routing, config)
-                assert calls.pop() is not None and not calls
-                assert torch.equal(alone, experts(params, x.requires_grad_(), routing, config)) and not calls
+                    assert calls.pop() is not None and not calls
+                    other = of_the_long_way(monkeypatch, partial(experts, params, x, routing, config))
+                assert torch.equal(alone, other) and not calls
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("sizes", [dict(dim=64, moe_inter_dim=64), dict(dim=6, moe_inter_dim=3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_have_the_same_bits_and_so_have_their_own(
+    turned: bool, dtype: torch.dtype, sizes: dict[str, int], activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, **BARE, **sizes, expert_activation=activation)
+    monkeypatch.setattr(order, "PART", 4)  # several parts
+
+    def same(T: int, K: int) -> None:
+        drawn = draw(config, dtype)
+        x, routing = tokens(config, T=T, dtype=dtype)
+        given = [x, routing.weights[:, :K], *(p.mT.contiguous().mT if turned else p for p in drawn.values())]
+        given = [t.detach().requires_grad_() for t in given]
+        ids = routing.indices[:, :K] % (config.n_routed_experts - 1)  # the last expert is idle
+
+        def first(create_graph: bool = False) -> list[Tensor]:
+            y = experts(dict(zip(drawn, given[2:], strict=True)), given[0], Routing(ids, given[1]), config)
+            return [y, *torch.autograd.grad((y / 512).square().sum(), given, create_graph=create_graph)]
+
+        def second() -> list[Tensor]:
+            return list(torch.autograd.grad(sum(g.square().sum() for g in first(create_graph=True)), given))
+
+        for one, other in zip(first(), of_the_long_way(monkeypatch, first), strict=True):
+            assert torch.equal(one, other)
+        if dtype == torch.float64:  # added up in another order
+            for one, other in zip(second(), of_the_long_way(monkeypatch, second), strict=True):
+                near(one, other, 1e-13)
+
+    for large, T, K in ((1, 1, 3), (1, 9, 1), (1, 9, 3), (loop.LARGE, 9, 3)):
+        monkeypatch.setattr(loop, "LARGE", large)
+        monkeypatch.setattr(moves, "PART", 2 * K * config.dim)
+        same(T, K)
+
+
+@pytest.mark.parametrize("wanted", range(1, 16))
+def test_no_gradient_is_computed_that_nobody_needs(wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, **BARE)
+    x, routing = tokens(config, T=5)
+    given = [x, routing.weights, *draw(config).values()]
+    given = [t.detach().requires_grad_(bool(wanted >> n & 1)) for n, t in enumerate(given)]
+    params = dict(zip(short.NAMES, given[2:], strict=True))
+
+    def run() -> list[Tensor | None]:
+        ids = routing.indices % config.n_routed_experts
+        experts(params, given[0], Routing(ids, given[1]), config).square().sum().backward()
+        return [(t.grad, setattr(t, "grad", None))[0] for t in given]
+
+    for one, other, t in zip(run(), of_the_long_way(monkeypatch, run), given, strict=True):
+        assert (one is None) is (other is None) is not t.requires_grad
+        assert one is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("why", ["mask", "dropped", "no token"])
@@ -55,9 +124,15 @@ def test_what_goes_nowhere_takes_the_long_way(why: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [*range(1, 18)])
-def test_products_of_few_rows_by_large_matrices(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n", [*range(1, 18), loop.FEW, loop.FEW + 1])
+@pytest.mark.parametrize("streams", [False, True])
+def test_products_of_few_rows_by_large_matrices(
+    streams: bool, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "LARGE", 1)
+    if streams:  # as on a CPU that has a matrix unit, whether this one has or not
+        monkeypatch.setattr(loop, "widens", lambda x: False)
+        monkeypatch.setattr(loop, "_streams", lambda x, w: w.stride(1) == 1)
     made = torch.Generator().manual_seed(n)
     new = lambda *shape: torch.randn(shape, generator=made).to(dtype)
     x, y, w, offsets = new(n + 3, 16), new(n + 3, 24), new(3, 16, 24), torch.tensor([1, 1, n + 1]).int()

@@ -14,6 +14,8 @@ from fmoe.backends.raw.memory import empty, partly
 
 LARGE = 1 << 19
 """Numbers of a matrix from which on its own memory, and not a call, is what a product of few rows costs."""
+FEW = 48
+"""Rows, up to which a matrix unit takes them turned in less time."""
 
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -28,13 +30,16 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     return multiply(x, w, {e: n for e, n in enumerate(_sizes(offsets)) if n})
 
 
-def multiply(x: Tensor, w: Tensor, sizes: dict[int, int]) -> Tensor:
-    """`gmm` of the experts that have rows, in turn: how many each has."""
+def multiply(x: Tensor, w: Tensor, sizes: dict[int, int], out: Tensor | None = None) -> Tensor:
+    """`gmm` of the experts that have rows, in turn: how many each has. out: where to, of x's dtype."""
     E = w.shape[0]
-    if 4 * len(sizes) >= E and _at_once(x, w.shape[1], w.shape[2], w if w.stride(2) == 1 else w.mT):
+    if 4 * len(sizes) >= E and at_once(x, w):
         ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(E))], dtype=torch.int32)
-        return F.grouped_mm(x.contiguous(), w, offs=ends)
-    out, by = empty((x.shape[0], w.shape[2]), x), _in_fp32 if widens(x) else _mm
+        y = F.grouped_mm(x.contiguous(), w, offs=ends)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        out = empty((x.shape[0], w.shape[2]), x)
+    by = _in_fp32 if widens(x) else _few if _streams(x, w) else _mm
     # one call makes all the slices: a slice at a time costs what a small product does
     parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
     for e, rows, place in zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False):
@@ -54,24 +59,26 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     K, M = x.shape[1], y.shape[1]
     if K > 1 and _at_once(x, K, M, y):
         return F.grouped_mm(x.contiguous().mT, y, offs=offsets.int())
-    sizes, wide = _sizes(offsets), widens(x)
+    sizes = _sizes(offsets)
     out = partly((len(sizes), K, M), x, sizes)
-    large = x.is_cpu and K * M >= LARGE
-    parts = [*sizes, x.shape[0] - sum(sizes)]
-    for n, a, b, place in zip(sizes, x.split_with_sizes(parts), y.split_with_sizes(parts), out.unbind(), strict=False):
-        if not n:
-            continue
-        if K == 1:
+    outer(x, y, {e: n for e, n in enumerate(sizes) if n}, out)
+    return out
+
+
+def outer(x: Tensor, y: Tensor, sizes: dict[int, int], out: Tensor) -> None:
+    """`tgmm` of the experts that have rows, in turn, into out [E, K, M]."""
+    wide = widens(x)
+    parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
+    for (e, n), a, b in zip(sizes.items(), x.split_with_sizes(parts), y.split_with_sizes(parts), strict=False):
+        place = out.select(0, e)
+        if x.shape[1] == 1:
             place[0] = (a.double() * b).sum(0)
         elif n == 1:
             torch.mul(a.mT, b, out=place)
         elif wide:
             place.copy_(torch.mm(a.float().mT, b.float()))
-        elif large and a.dtype == torch.float32 and n < 16:
-            _outer(a, b, place)
         else:
             torch.mm(a.mT, b, out=place)
-    return out
 
 
 def widens(x: Tensor) -> bool:
@@ -87,6 +94,21 @@ def _mm(x: Tensor, w: Tensor, out: Tensor) -> None:
     torch.mm(x, w, out=out)
 
 
+def _few(x: Tensor, w: Tensor, out: Tensor) -> None:
+    if len(x) == 1:
+        torch.mv(w.mT, x[0], out=out[0])
+    elif len(x) <= FEW:
+        out.copy_(torch.mm(w.mT, x.mT).mT)
+    else:
+        _mm(x, w, out)
+
+
+def _streams(x: Tensor, w: Tensor) -> bool:
+    """Are these 16 bits whose product with few rows takes less time the other way around? A matrix unit wants what it
+    multiplies by in an order of its own: a matrix that is the first factor it reads as it lies, in 0.7 of the time."""
+    return x.is_cpu and x.dtype == torch.bfloat16 == w.dtype and w.stride(1) == 1 and torch.cpu._is_amx_tile_supported()
+
+
 def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
     if len(x) > 2:
         out.copy_(x.float() @ w.float())
@@ -95,22 +117,16 @@ def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mv(w.mT, row, out=y)
 
 
+def at_once(x: Tensor, w: Tensor) -> bool:
+    """Are these matrices so small that one product of all of them costs less than one for each?"""
+    return _at_once(x, w.shape[1], w.shape[2], w if w.stride(2) == 1 else w.mT)
+
+
 def _at_once(x: Tensor, K: int, M: int, other: Tensor) -> bool:
     """Do matrices [K, M] cost less than a call for each, and does torch take all of these in one?"""
     if K * M >= LARGE or x.device.type != "cpu" or x.dtype != other.dtype or x.dtype == torch.float64 or widens(x):
         return False
     return not any(n * x.itemsize % 16 for n in (K, M)) and other.is_contiguous() and other.data_ptr() % 16 == 0
-
-
-def _outer(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """x^T @ y of 2 to 15 rows in fp32: row by row up to 8, of more with zeros to make 16, as MKL has it fast."""
-    if len(x) > 8:
-        more = (0, 0, 0, 16 - len(x))
-        torch.mm(F.pad(x, more).mT, F.pad(y, more), out=out)
-        return
-    torch.mul(x[0, :, None], y[0], out=out)
-    for a, b in zip(x[1:].unbind(), y[1:].unbind(), strict=True):
-        out.addcmul_(a[:, None], b)
 
 
 def _sizes(offsets: Tensor) -> list[int]:
