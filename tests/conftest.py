@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # of hundreds of processes, the first compiles fmoe for all
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -46,6 +47,7 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.collect()
         gc.freeze()
+        gc.set_threshold(10_000, 20, 20)  # of millions of small objects few are in cycles
         gc.enable()
 
 

@@ -62,8 +62,8 @@ class Group:
     local: frozenset[str] = frozenset()
 
     def dims(self, side: Address) -> Dims:
-        """The side's dimensions as tuples of axes; an explicit 1 is a dimension of no axis."""
-        return tuple(tuple(self.rule.ragged.get(a, a) for a in dim if a != "1") for dim in side.axes or ())
+        """The side's dimensions, as the rule has them."""
+        return self.rule.dims[side is not self.rule.source]
 
     def asked(self, axis: str) -> range:
         return self.window.get(axis, range(self.sizes[axis]))

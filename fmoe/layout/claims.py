@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fmoe.folding import fold, listed
 from fmoe.layout.entries import Drop, Entry, Keep, rules_of
-from fmoe.layout.names import Hit, Names, hits, patterns
+from fmoe.layout.names import Hit, Names, all_hits, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.proved.suspects import suspicion, watched
 from fmoe.layout.spelled.alias import Alias
@@ -50,10 +50,10 @@ def claim(entries: tuple[Entry, ...], names: Names, *, guard: bool = True) -> Cl
     entries, problems = written(entries, names)
     found = Claims(rules_of(entries), problems=problems)
     taken = Taken({}, {})
-    matched = [(i, *hit) for i, rule in enumerate(found.rules) for hit in hits(rule, names)]
+    matched = list(all_hits(found.rules, names))
     several = {t for t, n in Counter(at for _, at, _, _ in matched).items() if n > 1}
     if several:
-        matched = [(i, *hit) for i, rule in enumerate(found.rules) for hit in hits(rule, names, within=several)]
+        matched = list(all_hits(found.rules, names, within=several))
     for i, at, hit, rows in matched:
         rule = found.rules[i]
         if at not in several and len(rows.names) == len(names.rows[at].names):
@@ -112,9 +112,8 @@ def _keep(found: Claims, entries: tuple[Entry, ...], names: Names, taken: Taken,
     left = Names([name for same in free for name in same if name not in taken.names])
     keeps = [entry for entry in entries if isinstance(entry, Keep)]
     fits = {at: dict[int, list[str]]() for at in left.rows}  # of each template, the names that each keep fits
-    for i, keep in enumerate(keeps):
-        for at, _, rows in hits(keep.rule, left):
-            fits[at][i] = rows.names
+    for i, at, _, rows in all_hits([keep.rule for keep in keeps], left):
+        fits[at][i] = rows.names
     watch = watched(entries) if guard and left.rows else None
     for at, rows in left.rows.items():
         for which, same in _alike(fits[at], rows.names):

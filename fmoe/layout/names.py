@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address, Capture
-from fmoe.layout.templates import BLANK, DIGITS, NUMBER, Columns, Rows, Value, blanked, columns, template
+from fmoe.layout.templates import BLANK, DIGITS, NUMBER, Columns, Rows, Value, blanked, columns, filled, template
 from fmoe.types import AdapterError, Problem, brief
 
 Reader = Callable[[Columns], Sequence[Value]]
@@ -170,7 +170,7 @@ def _reader(capture: Capture, indexed: bool, text: str, span: slice) -> Value | 
     if indexed and not capture.choices:
         shift, at = capture.offset, span.start
         return lambda columns: [n - shift for n in columns[at]] if shift else columns[at]
-    return lambda columns: [read(_fill(text, numbers)) for numbers in zip(*columns[span], strict=True)]
+    return lambda columns: [read(filled(text, numbers)) for numbers in zip(*columns[span], strict=True)]
 
 
 def _blanked(choice: str, before: str, after: str) -> str:
@@ -180,7 +180,7 @@ def _blanked(choice: str, before: str, after: str) -> str:
 
 
 def _are_choices(text: str, span: slice, choices: tuple[str, ...], columns: Columns) -> list[bool]:
-    return [_fill(text, numbers) in choices for numbers in zip(*columns[span], strict=True)]
+    return [filled(text, numbers) in choices for numbers in zip(*columns[span], strict=True)]
 
 
 def _are_number(at: int, number: int, columns: Columns) -> list[bool]:
@@ -189,11 +189,6 @@ def _are_number(at: int, number: int, columns: Columns) -> list[bool]:
 
 def _are_as_long(at: int, least: int, columns: Columns) -> list[bool]:
     return [n >= least for n in columns[at]]
-
-
-def _fill(text: str, numbers: tuple[int, ...]) -> str:
-    pieces = text.split(BLANK)
-    return pieces[0] + "".join(f"{n}{p}" for n, p in zip(numbers, pieces[1:], strict=True))
 
 
 def patterns(rule: Rule) -> tuple[Pattern, Pattern]:
@@ -208,10 +203,13 @@ def _patterns(rule: Rule) -> tuple[Pattern, Pattern]:
     return Pattern(rule.source, rule.numbers), Pattern(rule.target, rule.numbers)
 
 
+_match = lru_cache(maxsize=1 << 16)(Pattern.match)
+
+
 @lru_cache(maxsize=1 << 14)
-def _fitting(pattern: Pattern, templates: tuple[str, ...]) -> tuple[tuple[str, Hit], ...]:
-    """The templates that a pattern fits. Plans of one family ask the same again and again."""
-    return tuple((t, hit) for t in templates if (hit := pattern.match(t)) is not None)
+def _fitting(patterns: tuple[Pattern, ...], templates: tuple[str, ...]) -> list[tuple[int, str, Hit]]:
+    """The templates that each pattern fits, most of them none. Plans of one family ask the same again and again."""
+    return [(i, t, hit) for i, p in enumerate(patterns) for t in templates if (hit := _match(p, t)) is not None]
 
 
 def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[tuple[str, Hit, Rows]]:
@@ -220,8 +218,15 @@ def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[t
     A shared number outside its bound is not the rule's to claim. One that becomes an axis is, and is wrong later; but
     in the templates `within`, which rules share out among themselves, each claims only the numbers in its bound.
     """
-    for at, hit in _fitting(patterns(rule)[0], names.templates):
-        rows = names.rows[at]
+    return ((at, hit, rows) for _, at, hit, rows in all_hits((rule,), names, within=within))
+
+
+def all_hits(
+    rules: Sequence[Rule], names: Names, *, within: Container[str] = ()
+) -> Iterator[tuple[int, str, Hit, Rows]]:
+    """The hits of each rule, and its place."""
+    for i, at, hit in _fitting(tuple([patterns(rule)[0] for rule in rules]), names.templates):
+        rule, rows = rules[i], names.rows[at]
         for test in hit.tests:
             rows = rows.where(test(rows.columns))
         for name in rule.source.captures if at in within else rule.limited:
@@ -230,7 +235,7 @@ def hits(rule: Rule, names: Names, *, within: Container[str] = ()) -> Iterator[t
             text = f"{rows.names[0]!r}: rule {rule} needs the size {rule.unsettled}: give a config, or bind it"
             raise AdapterError([Problem(text, (rows.names[0],))])
         if rows.names:
-            yield at, hit, rows
+            yield i, at, hit, rows
 
 
 def _inside(hit: Hit, rule: Rule, name: str, rows: Rows) -> Rows:

@@ -101,6 +101,12 @@ class Rule:
         return found
 
     @cached_property
+    def dims(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Each side's dimensions as tuples of axes; an explicit 1 is a dimension of no axis."""
+        axes = (side.axes or () for side in (self.source, self.target))
+        return tuple(tuple(tuple(self.ragged.get(a, a) for a in dim if a != "1") for dim in dims) for dims in axes)
+
+    @cached_property
     def numbers(self) -> frozenset[str]:
         """The captures that are numbers: an axis somewhere, shifted, or a single letter. The others are text."""
         captures = [*self.source.captures.values(), *self.target.captures.values()]

@@ -37,6 +37,12 @@ def template(name: str) -> str:
     return NUMBER.sub(BLANK, name)
 
 
+def filled(text: str, numbers: tuple[int, ...]) -> str:
+    """A template, or a part of one, with numbers for its blanks."""
+    pieces = text.split(BLANK)
+    return pieces[0] + "".join(f"{n}{p}" for n, p in zip(numbers, pieces[1:], strict=True))
+
+
 def blanked(text: str) -> tuple[list[str], list[int]]:
     """Lines that begin with a dot, with blanks for the segments that are numbers; and these numbers, one by one."""
     return _many(text) if len(text) > 2500 else _few(text)

@@ -1,6 +1,7 @@
 """What a rule takes: values of its shared captures that both sides' names can hold, and all tensors that it stacks."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -18,6 +19,7 @@ PREFIXES = ("", "model.", "model.language_model.", "mtp.", "base_model.model.mod
 TEXTS = ("x", "weight", "0.bias")
 
 
+@lru_cache(maxsize=4096)
 def shared(rule: Rule, name: str) -> st.SearchStrategy[Value]:
     """A value of a shared capture: one that both sides' names can hold."""
     sides = (rule.source, rule.target)

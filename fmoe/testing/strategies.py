@@ -1,7 +1,7 @@
 """Hypothesis strategies: random rules, and the HF specs of random checkpoints that a family or any adapter takes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fmoe.layout.beside import Beside
 from fmoe.layout.build import rule
 from fmoe.layout.claims import claim
 from fmoe.layout.entries import Drop, Entry, Keep, Together, walk
-from fmoe.layout.names import Names, hits, patterns
+from fmoe.layout.names import Names, all_hits, hits, patterns
 from fmoe.layout.notation import Rule
 from fmoe.layout.planning import plan_stages
 from fmoe.layout.proved.back import loose_parts
@@ -166,14 +166,9 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
     """What goes into a table: of every entry some names, none that an entry of another option would claim."""
     sizes: dict[str, int] = {}
     size = lambda axis: sizes.setdefault(axis, draw(st.integers(1, 4)))
-    sides = [side for e in walk(open_) if isinstance(e, Rule) for side in (e, e.inverse)]
     specs: Specs = {}
 
-    @cache
-    def free(name: str) -> bool:
-        """Whether nothing but a keep or a drop takes a name."""
-        return not (_hit(sides, name) or name.endswith(SUFFIX) or claim(entries, Names([name])).problems)
-
+    free = _free(open_, entries)
     for entry in entries:
         if isinstance(entry, Rule | Together):
             bundle = entry.rules if isinstance(entry, Together) else (entry,)
@@ -193,15 +188,21 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
         if isinstance(entry, Copies) and not entry.flipped:
             at = {n: draw(shared(entry.original, n)) for n in entry.of.captures}
             of = patterns(entry.original)[0].render(at)
-            specs |= {} if _hit(sides, of) or of in specs else {of: TensorSpec((size("kept"), 2), dtype)}
+            specs |= {} if _hit(open_, of) or of in specs else {of: TensorSpec((size("kept"), 2), dtype)}
             there = written((entry,), Names(specs))[0] if draw(st.booleans()) else ()  # all of them, or none
             specs |= {alias.name: specs[alias.of] for alias in there if isinstance(alias, Alias)}
     for alias in entries:
         if isinstance(alias, Alias) and not alias.flipped and draw(st.booleans()):
-            if not claim(entries, Names([alias.of])).problems and not _hit(sides, alias.of):
+            if not claim(entries, Names([alias.of])).problems and not _hit(open_, alias.of):
                 specs.setdefault(alias.of, TensorSpec((size("kept"), 2), dtype))
             specs |= {alias.name: specs[alias.of]} if alias.of in specs else {}
     return specs
+
+
+@lru_cache(maxsize=256)
+def _free(open_: tuple[Entry, ...], entries: tuple[Entry, ...]) -> Callable[[str], bool]:
+    """Whether nothing but a keep or a drop takes a name."""
+    return cache(lambda n: not (_hit(open_, n) or n.endswith(SUFFIX) or claim(entries, Names([n])).problems))
 
 
 def _scales(rule: Rule) -> bool:
@@ -209,8 +210,10 @@ def _scales(rule: Rule) -> bool:
     return rule.source.name.endswith(SUFFIX) or "scale" in rule.source.captures
 
 
-def _hit(rules: Iterable[Rule], name: str) -> bool:
-    return any(any(hits(r, names)) for names in [Names([name])] for r in rules)
+def _hit(entries: tuple[Entry, ...], name: str) -> bool:
+    """Whether a rule takes the name, in one of its directions."""
+    sides = [side for e in walk(entries) if isinstance(e, Rule) for side in (e, e.inverse)]
+    return any(True for _ in all_hits(sides, Names([name])))
 
 
 def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:
