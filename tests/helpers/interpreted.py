@@ -5,7 +5,6 @@ programs in another order, notes which bytes each program reads and writes, and 
 share (`races`) and what lies in no argument of the launch (`outside`).
 """
 
-import inspect
 import itertools
 import random
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from triton.language.semantic import TritonSemantic
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Addresses = tuple[np.ndarray, np.ndarray]  # where, and by which program
@@ -142,53 +140,6 @@ def _wild(launch: _Launch, pointers: np.ndarray) -> np.ndarray:
     found = pointers.astype(np.uint64)
     at = np.searchsorted(launch.starts, found, side="right") - 1
     return (at < 0) | (found >= launch.ends[at])
-
-
-def patched_once() -> None:
-    """A launch fits triton.language to the interpreter once, and not again in every call of a function inside.
-
-    That was a third of the time of these tests. When any launch ends, what others have is fitted again, as before.
-    """
-    run, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
-    if getattr(patch, "once", False):
-        return
-    fitted: set[str] = set()  # the modules that are, now
-
-    def launch(self: Any, *arguments: Any, **options: Any) -> None:
-        fitted.clear()
-        try:
-            run(self, *arguments, **options)
-        finally:
-            fitted.clear()
-
-    def patch_lang(fn: Any) -> Any:
-        modules = (m for m in fn.__globals__.values() if inspect.ismodule(m))
-        names = {m.__name__ for m in modules if m is tl or m is tl.core}
-        if names and names <= fitted:
-            return interpreter._LangPatchScope()
-        scope = patch(fn)
-        fitted.update(names)
-        return scope
-
-    patch_lang.once = True
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch, patch_lang
-
-
-def no_idle_checks() -> None:
-    """The interpreter looks for integers that overflow only where it would tell: with debug.
-
-    Without it, it computed all sums and products again, and asserted nothing: a third of the time of these tests.
-    """
-    check = TritonSemantic.binary_op_sanitize_overflow_impl
-    if getattr(check, "told", False):
-        return
-
-    def told(self: Any, *operation: Any) -> None:
-        if not isinstance(self.builder, interpreter.InterpreterBuilder) or self.builder.options.debug:
-            check(self, *operation)
-
-    told.told = True
-    TritonSemantic.binary_op_sanitize_overflow_impl = told
 
 
 def bf16_products() -> None:

@@ -132,3 +132,17 @@ def test_bf16_is_cast_and_multiplied_as_devices_do(to: torch.dtype) -> None:
 def copy(x, y):
     i = tl.arange(0, 4)
     tl.store(y + i, tl.load(x + i).to(y.dtype.element_ty))
+
+
+def test_shapes_that_are_made_once_are_those_that_triton_makes() -> None:
+    for _ in range(2):
+        for shape in ([4, 2], [tl.constexpr(4), tl.constexpr(2)], tl.tuple([4, 2])):
+            block = tl.block_type(tl.float16, shape)
+            assert (list(block.shape), block.numel, block.scalar) == ([4, 2], 8, tl.float16)
+            assert str(block) == f"<{tl.tuple([4, 2])}, fp16>" and block != tl.block_type(tl.float32, shape)
+            value = tl.tensor(None, block)
+            assert ([n.value for n in value.shape], value.numel.value, value.dtype) == ([4, 2], 8, tl.float16)
+        assert (list(tl.tensor(None, tl.int32).shape), tl.tensor(None, tl.int32).numel.value) == ([], 1)
+        for wrong, error in (([4.0, 2], TypeError), ([4, 3], ValueError), ([], TypeError), ([1 << 21], ValueError)):
+            with pytest.raises(error):
+                tl.block_type(tl.float16, wrong)
