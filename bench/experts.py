@@ -5,7 +5,7 @@
     python bench/experts.py --model                                    a tiny Qwen3-MoE: generate, and a training step
     python bench/experts.py --codes --tokens 1 16 512                  experts in codes against decoding all first
 
-Weights and routing are the same; all run in one process in turns, and what counts is the ratio of their least times;
+Weights and routing are the same; all run in one process in turns, and what counts is the ratio of their median times;
 `products` is that of torch.mm alone (`layer/floor.py`).
 Clock: processor time of one thread, since a machine that others use too counts what they take as ours; `--wall` takes
 the time of day. Weights lie as Hugging Face's files have them, [out, in], or natively, [in, out].
@@ -93,10 +93,10 @@ def both(m: Experts, run: Run, x: Tensor, w: Tensor) -> list[Tensor]:
     return [y.detach(), *(t.grad for t in (x, w, m.gate_up_proj, m.down_proj) if t.grad is not None)]
 
 
-def least(
+def medians(
     calls: dict[str, Callable[[], Any]], clock: Callable[[], float], rounds: int, limit: float
 ) -> dict[str, float]:
-    """The least time of each, in turns; after `limit` seconds, and four rounds, no further one begins.
+    """The median time of each, in turns; after `limit` seconds, and four rounds, no further one begins.
 
     The order of a round is drawn: whoever always came after one that copies weights would find none in a cache. Who
     took ten times the least in two runs no more.
@@ -114,7 +114,7 @@ def least(
             times[name].append(clock() - start)
         if n >= 3 and time.perf_counter() > end:
             break
-    return {name: min(t) for name, t in times.items()}
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def measure(T: int, E: int, K: int, dtype: torch.dtype, native: bool, args: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def measure(T: int, E: int, K: int, dtype: torch.dtype, native: bool, args: Any)
             calls = {name: (lambda run=run: torch.no_grad()(run)(x, weights)) for name, run in mine.items()}
         else:
             calls = {name: (lambda run=run: both(m, run, x, weights)) for name, run in mine.items()}
-        took = least(calls | floor[what], clock, args.rounds, args.limit)
+        took = medians(calls | floor[what], clock, args.rounds, args.limit)
         best = min(mine.keys() - {"fmoe"}, key=took.__getitem__)
         row |= {what: took["fmoe"] / took[best], f"{what}_best": best, f"{what}_ms": 1e3 * took["fmoe"]}
         row[f"{what}_products"] = min(took[name] for name in floor[what]) / took[best]
@@ -168,7 +168,7 @@ def model(args: Any) -> Iterator[dict[str, Any]]:
     clock = time.perf_counter if args.wall else time.process_time
     for what, call in {"generate": generate, "training step": train}.items():
         calls = {how: (lambda how=how, call=call: call(how)) for how in made}
-        took = least(calls, clock, args.rounds, args.limit * 4)
+        took = medians(calls, clock, args.rounds, args.limit * 4)
         yield {"model": "qwen3_moe", "what": what, "ratio": took["fmoe"] / took["grouped_mm"]}
 
 
@@ -203,7 +203,9 @@ def main() -> None:
     dtypes = (torch.float32, torch.bfloat16)
     if args.codes:
         clock = time.perf_counter if args.wall else time.process_time
-        finish(list(codes.rows(args, least, clock)), "time on codes over that of decoding everything first", args.json)
+        finish(
+            list(codes.rows(args, medians, clock)), "time on codes over that of decoding everything first", args.json
+        )
         return
     cells = itertools.product(args.tokens, args.experts, args.chosen, dtypes, (False, True))
     rows: list[dict[str, Any]] = []

@@ -51,7 +51,7 @@ def peak(call: Callable[[], Any]) -> int:
     return max(0, told("VmHWM") - before)
 
 
-def measure(fmt: str, T: int, args: Any, least: Callable[..., dict[str, float]], clock: Any) -> dict[str, Any]:
+def measure(fmt: str, T: int, args: Any, median: Callable[..., dict[str, float]], clock: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     config = MoEConfig(n_routed_experts=E, n_activated_experts=K, dim=D, moe_inter_dim=I)
     codes, x = drawn(fmt), torch.randn(T, D).bfloat16()
@@ -80,7 +80,7 @@ def measure(fmt: str, T: int, args: Any, least: Callable[..., dict[str, float]],
     ways = {"codes": lambda back: run(codes, back), "first": lambda back: run(decode(), back)}
     for what, back in (("forward", False), ("both", True)):
         calls = {n: (lambda way=way, back=back: way(back)) for n, way in ways.items()}
-        took = least(calls | {"plain": lambda back=back: run(before, back)}, clock, args.rounds, args.limit)
+        took = median(calls | {"plain": lambda back=back: run(before, back)}, clock, args.rounds, args.limit)
         row |= {what: took["codes"] / took["first"], f"{what}_plain": took["codes"] / took["plain"]}
         row |= {f"{what}_ms": 1e3 * took["codes"]}
     row |= {f"memory_{n}": peak(lambda way=way: way(True)) for n, way in ways.items()}
@@ -89,7 +89,7 @@ def measure(fmt: str, T: int, args: Any, least: Callable[..., dict[str, float]],
     return row | {"read_codes": row["used"] * (one + decoded), "read_first": E * one + row["used"] * decoded}
 
 
-def rows(args: Any, least: Callable[..., dict[str, float]], clock: Any) -> Iterator[dict[str, Any]]:
+def rows(args: Any, median: Callable[..., dict[str, float]], clock: Any) -> Iterator[dict[str, Any]]:
     for fmt in ("fp8 blocks", "mxfp4 blocks", "nvfp4", "int4"):
         for T in args.tokens:
-            yield measure(fmt, T, args, least, clock)
+            yield measure(fmt, T, args, median, clock)

@@ -12,12 +12,10 @@ from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.activations import activation
-from fmoe.backends.order import Order, in_rows, ordered, parts
+from fmoe.backends.order import Order, ordered, parts
 from fmoe.backends.raw.loop import at_once, multiply, outer, tgmm
 from fmoe.backends.raw.memory import empty, partly
 from fmoe.dispatch import local
-from fmoe.dispatch.local import Plan
-from fmoe.dispatch.moves import added
 from fmoe.dispatch.watched import recorded
 from fmoe.types import MoEConfig, Params, Routing
 
@@ -40,31 +38,32 @@ def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Te
     record = recorded(x, weights, *params.values())
     if mask is not None or (record and (len(params) > 2 or config.apply_router_weight_after_down)):
         return None
-    order = ordered(indices, config.n_routed_experts)
+    order = ordered(indices, config.n_routed_experts, sort=any(at_once(x, params[name]) for name in NAMES))
     if order is None:
         return None
     if record:
-        y: Tensor = _Recorded.apply(x, weights, *(params[name] for name in NAMES), order, config)
+        y: Tensor = _Recorded.apply(x, weights, *(params[name] for name in NAMES), indices, order, config)
         return y
-    return _forward(params, x, routing, order, config)
+    return _forward(params, x, weights, order, config)
 
 
 def _forward(
-    params: Params, x: Tensor, routing: Routing, order: Order, config: MoEConfig, keep: Tensor | None = None
+    params: Params, x: Tensor, weights: Tensor, order: Order, config: MoEConfig, keep: Tensor | None = None
 ) -> Tensor:
     """y; keep [N, U]: where what the first product gives is written."""
     up, down = (params[name] for name in NAMES)
-    w, act, after = in_rows(x, routing.weights, order), activation(config), config.apply_router_weight_after_down
+    w, act, after = order.weights(weights, x), activation(config), config.apply_router_weight_after_down
     biased, biased_y = "gate_up_proj_bias" in params, "down_proj_bias" in params
-    ids = routing.indices.flatten().index_select(0, order.slot) if biased or biased_y else order.slot
+    ids = torch.tensor([e for e, n in order.sizes.items() for _ in range(n)]) if biased or biased_y else None
     plain = not (after or biased_y) and w.dtype == torch.promote_types(x.dtype, torch.float32)
     out = empty((len(w), down.shape[2]), x if plain else w)
     for rows, sizes in parts(order, up, down, x):
 
         def bias(name: str, rows: slice = rows) -> Tensor:
+            assert ids is not None
             return params[name].index_select(0, ids[rows]).to(x.dtype)
 
-        u = multiply(x.index_select(0, order.token[rows]), up, sizes, None if keep is None else keep[rows])
+        u = multiply(order.rows(x, rows), up, sizes, None if keep is None else keep[rows])
         h = act(u + bias("gate_up_proj_bias") if biased else u, None if after else w[rows])
         if plain:
             multiply(h, down, sizes, out[rows])
@@ -74,19 +73,20 @@ def _forward(
             out[rows] = w[rows] * (o + bias("down_proj_bias") if biased_y else o).to(w.dtype)
         else:
             out[rows] = o.to(w.dtype) + w[rows] * bias("down_proj_bias").to(w.dtype) if biased_y else o
-    return added(out, order.back, routing.weights.shape[1])
+    return order.added(out, weights.shape[1])
 
 
 class _Recorded(Function):
     """`_forward` of two weights alone; backward keeps its arguments and the first product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, order: Order, config: Any) -> Tensor:
-        u = empty((len(order.slot), up.shape[2]), x)
-        routing = Routing(order.slot, weights)  # without biases, nobody asks for an index
-        y = _forward(dict(zip(NAMES, (up, down), strict=True)), x, routing, order, config, keep=u)
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, indices: Tensor, order: Order, config: Any
+    ) -> Tensor:
+        u = empty((weights.numel(), up.shape[2]), x)
+        y = _forward(dict(zip(NAMES, (up, down), strict=True)), x, weights, order, config, keep=u)
         ctx.save_for_backward(x, weights, up, down, u)
-        ctx.order, ctx.config = order, config
+        ctx.indices, ctx.order, ctx.config = indices, order, config
         return y
 
     @staticmethod
@@ -94,16 +94,14 @@ class _Recorded(Function):
         x, weights, up, down, u = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             if torch.is_grad_enabled():  # of which there will be a derivative
-                return *_differentiable(dy, x, weights, up, down, ctx), None, None
-            return *_backward(dy, x, weights, up, down, u, ctx), None, None
+                return *_differentiable(dy, x, weights, up, down, ctx), None, None, None
+            return *_backward(dy, x, weights, up, down, u, ctx), None, None, None
 
 
 def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ctx: Any) -> list[Tensor | None]:
     from fmoe.backends.mlp import mlp
 
-    order, inputs = ctx.order, (x, weights, up, down)
-    counts = torch.tensor([order.sizes.get(e, 0) for e in range(ctx.config.n_routed_experts)])
-    plan = Plan(order.slot, counts, *weights.shape)
+    inputs, plan = (x, weights, up, down), local.plan(Routing(ctx.indices, weights), ctx.config)
     rows = mlp(dict(zip(NAMES, (up, down), strict=True)), local.dispatch(x, weights, plan), ctx.config, by="loop")
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(local.combine(rows, plan), wanted, dy, create_graph=True))
@@ -114,12 +112,11 @@ def _backward(
     dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, u: Tensor, ctx: Any
 ) -> list[Tensor | None]:
     order, act, needed = ctx.order, activation(ctx.config), ctx.needs_input_grad
-    dy, w = dy.to(x.dtype), in_rows(x, weights, order)
+    dy, w = dy.to(x.dtype), order.weights(weights, x)
     dx, dw = empty((len(w), x.shape[1]), x) if needed[0] else None, torch.empty_like(w)
     d_up, d_down = (_Grad(m, order.sizes, x) if n else None for m, n in zip((up, down), needed[2:], strict=False))
     for rows, sizes in parts(order, up, down, x):
-        token = order.token[rows]
-        out = dy.index_select(0, token)
+        out = order.rows(dy, rows)
         with torch.enable_grad():
             mine, p = u[rows].requires_grad_(), w[rows].requires_grad_()
             h = act(mine, p)
@@ -128,13 +125,12 @@ def _backward(
         if d_down:
             d_down.add(h.detach(), out, sizes)
         if d_up:
-            d_up.add(x.index_select(0, token), du, sizes)
+            d_up.add(order.rows(x, rows), du, sizes)
         if dx is not None:
             multiply(du, up.mT, sizes, dx[rows])
-    back, K = order.back, weights.shape[1]
     return [
-        None if dx is None else added(dx, back, K).to(x.dtype),
-        dw.index_select(0, back).view(weights.shape).to(weights.dtype) if needed[1] else None,
+        None if dx is None else order.added(dx, weights.shape[1]).to(x.dtype),
+        order.slots(dw).view(weights.shape).to(weights.dtype) if needed[1] else None,
         d_up.whole() if d_up else None,
         d_down.whole() if d_down else None,
     ]

@@ -7,57 +7,73 @@ import torch
 from torch import Tensor
 
 from fmoe.backends.raw.loop import at_once
+from fmoe.dispatch.moves import added
 
-FEW = 16
-"""Slots that the host orders; of more, torch sorts faster."""
 PART = 512
 """Rows from which on the experts that have them are a part: 1 MB of 1,024 columns in bf16."""
 
 
 class Order(NamedTuple):
-    """Row n is of slot[n] = t K + k, of token[n] = t; slot s has row back[s]; sizes: rows of each expert with any."""
+    """Row n is of slot[n] = t K + k, of token[n] = t; slot s has row back[s]; sizes: rows of each expert with any.
 
-    slot: Tensor
-    token: Tensor
-    back: Tensor
+    No slot, token and back: rows are the slots of one token as they come, no two of one expert.
+    """
+
     sizes: dict[int, int]
+    slot: Tensor | None = None
+    token: Tensor | None = None
+    back: Tensor | None = None
+
+    def rows(self, x: Tensor, part: slice) -> Tensor:
+        """Row n: x[token[n]], of a part of the rows; x [T, D]."""
+        return x.expand(len(self.sizes), -1) if self.token is None else x.index_select(0, self.token[part])
+
+    def weights(self, weights: Tensor, x: Tensor) -> Tensor:
+        """The weight [N, 1] of each row, in fp32 or wider; weights [T, K]."""
+        wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
+        w = weights.flatten()
+        return (w if self.slot is None else w.index_select(0, self.slot)).to(wide)[:, None]
+
+    def added(self, rows: Tensor, K: int) -> Tensor:
+        """The sum [T, D] of the rows of each token, in fp32 (fp64 stays)."""
+        if self.back is None:
+            return rows.sum(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
+        return added(rows, self.back, K)
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """out[s]: the row of slot s."""
+        return rows if self.back is None else rows.index_select(0, self.back)
 
 
-def ordered(indices: Tensor, E: int) -> Order | None:
+def ordered(indices: Tensor, E: int, sort: bool = False) -> Order | None:
     """The slots of indices [T, K], sorted by expert and otherwise in order; None where one goes nowhere, or of none.
 
-    >>> ordered(torch.tensor([[1, 0], [1, 1]]), 2)[1:]
-    (tensor([0, 0, 1, 1]), tensor([1, 0, 2, 3]), {0: 1, 1: 3})
+    sort: those of a single token too.
+
+    >>> ordered(torch.tensor([[1, 0], [1, 1]]), 2)
+    Order(sizes={0: 1, 1: 3}, slot=tensor([1, 0, 2, 3]), token=tensor([0, 0, 1, 1]), back=tensor([1, 0, 2, 3]))
+    >>> ordered(torch.tensor([[1, 0]]), 2)
+    Order(sizes={1: 1, 0: 1}, slot=None, token=None, back=None)
     """
-    K, N = indices.shape[1], indices.numel()
-    if N > FEW:
-        ids, slot = indices.flatten().sort(stable=True)
-        if ids[0] < 0 or ids[-1] >= E:
-            return None
-        back = torch.empty_like(slot).scatter_(0, slot, torch.arange(N))
-        return Order(slot, slot // K, back, {e: n for e, n in enumerate(torch.bincount(ids).tolist()) if n})
-    told = indices.flatten().tolist()
-    slots = sorted(range(N), key=told.__getitem__)
-    if not N or told[slots[0]] < 0 or told[slots[-1]] >= E:
+    T, K = indices.shape
+    if T == 1 and not sort:
+        told = indices[0].tolist()
+        if told and min(told) >= 0 and max(told) < E and len({*told}) == K:
+            return Order(dict.fromkeys(told, 1))
+    ids, slot = indices.flatten().sort(stable=True)
+    if not len(ids) or ids[0] < 0 or ids[-1] >= E:
         return None
-    sizes: dict[int, int] = {}
-    rows = [0] * N
-    for row, at in enumerate(slots):
-        sizes[told[at]] = sizes.get(told[at], 0) + 1
-        rows[at] = row
-    slot, token, back = torch.tensor([slots, [at // K for at in slots], rows]).unbind()
-    return Order(slot, token, back, sizes)
-
-
-def in_rows(x: Tensor, weights: Tensor, order: Order) -> Tensor:
-    """The weight [N, 1] of each row, in fp32 or wider."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
-    return weights.flatten().index_select(0, order.slot).to(wide)[:, None]
+    back = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot)))
+    sizes = {e: n for e, n in enumerate(torch.bincount(ids).tolist()) if n}
+    return Order(sizes, slot, slot // K, back)
 
 
 def parts(order: Order, up: Tensor, down: Tensor, x: Tensor) -> Iterator[tuple[slice, dict[int, int]]]:
     """The rows of some experts at a time; all at once where a part would not give the same bits, or costs more."""
-    N, ragged = len(order.slot), any(size % 64 for size in down.shape[1:])  # a vector unit rounds its rest on its own
+    N, ragged = (
+        sum(order.sizes.values()),
+        any(size % 64 for size in down.shape[1:]),
+    )  # a vector unit rounds its rest on its own
     if N < 2 * PART or ragged or at_once(x, up) or at_once(x, down):
         yield slice(0, N), order.sizes
         return

@@ -56,7 +56,7 @@ def added(rows: Tensor, row: Tensor, k: int) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
     if k == 1:
         return rows.index_select(0, row).to(wide)
-    if rows.is_cpu and rows.dtype == torch.float32 and k <= IN_ORDER:
+    if rows.is_cpu and rows.dtype == torch.float32 and k <= IN_ORDER and rows.numel() >= PART // 2:
         return F.embedding_bag(row.view(-1, k), rows, mode="sum")
     part = len(row) if rows.device.type != "cpu" else max(1, PART // (k * rows.shape[1])) * k
     if part >= len(row):

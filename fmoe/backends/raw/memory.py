@@ -13,27 +13,27 @@ from torch import Tensor
 LARGE = 1 << 22  # bytes; malloc takes more than about so many from the system, each time anew and in small pages
 
 
-def zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros of a shape, with the dtype and device of `like`; on a CPU, large ones are pages that the system fills when
     they are first written: a gradient of many experts costs what its used experts cost.
 
     >>> zeros((2, 1), torch.ones(1)).tolist()
     [[0.0], [0.0]]
     """
-    return like.new_zeros(*shape) if _small(shape, like) else _tensor(_map(_bytes(shape, like)), shape, like)
+    return like.new_zeros(shape) if _small(shape, like) else _tensor(_map(_bytes(shape, like)), shape, like)
 
 
-def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory of a shape, with the dtype and device of `like`, of which nobody has written a number yet."""
     if _small(shape, like):
-        return like.new_empty(*shape)
+        return like.new_empty(shape)
     pages = POOL.take(_bytes(shape, like))
     whole = memoryview(pages)
     weakref.finalize(whole, POOL.give, pages).atexit = False
     return _tensor(whole, shape, like)
 
 
-def partly(shape: Sequence[int], like: Tensor, used: Sequence[object]) -> Tensor:
+def partly(shape: tuple[int, ...], like: Tensor, used: Sequence[object]) -> Tensor:
     """[E, ..] that is 0 where not used[e], and elsewhere whatever it is: the caller writes all of that.
 
     Memory that is at hand is zeroed in a third of the time that the system takes to give as much anew.
@@ -42,7 +42,7 @@ def partly(shape: Sequence[int], like: Tensor, used: Sequence[object]) -> Tensor
     [0.0]
     """
     idle = [e for e, n in enumerate(used) if not n]
-    if like.device.type != "cpu" or 4 * len(idle) >= 3 * len(used):
+    if not like.is_cpu or 4 * len(idle) >= 3 * len(used):
         return zeros(shape, like)
     out = empty(shape, like)
     for e in idle:
@@ -98,12 +98,12 @@ class Pool:
 POOL = Pool()
 
 
-def _bytes(shape: Sequence[int], like: Tensor) -> int:
+def _bytes(shape: tuple[int, ...], like: Tensor) -> int:
     return prod(shape) * like.itemsize
 
 
-def _small(shape: Sequence[int], like: Tensor) -> bool:
-    return like.device.type != "cpu" or _bytes(shape, like) < LARGE or not hasattr(mmap, "MADV_HUGEPAGE")
+def _small(shape: tuple[int, ...], like: Tensor) -> bool:
+    return not like.is_cpu or _bytes(shape, like) < LARGE or not hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def _map(size: int) -> mmap.mmap:
@@ -112,5 +112,5 @@ def _map(size: int) -> mmap.mmap:
     return pages
 
 
-def _tensor(pages: mmap.mmap | memoryview, shape: Sequence[int], like: Tensor) -> Tensor:
+def _tensor(pages: mmap.mmap | memoryview, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.frombuffer(pages, dtype=like.dtype, count=prod(shape)).view(*shape)
