@@ -22,6 +22,7 @@ from fmoe.families.known import (
     recognised,
     towers,
 )
+from fmoe.families.sizes import odd_sizes
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
 from fmoe.layout.claims import some
@@ -45,21 +46,28 @@ COUNTED = re.compile(r"layer|interval|period|step|first|skip|offset|freq|shared"
 
 
 class Gaps(NamedTuple):
-    """problems: what is missing, with names. notes: what is absent as a whole, and may be meant so."""
+    """problems: what is missing, or of another size than the config says, with names.
+
+    notes: what is absent as a whole, and may be meant so.
+    """
 
     problems: list[Problem]
     notes: list[str]
 
 
 def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
-    """What a checkpoint with these native names lacks. config: as config.json has it.
+    """What a checkpoint with these native names lacks, and, of names with shapes, whose size its config contradicts.
+
+    config: as config.json has it.
 
     >>> from fmoe.families import family
     >>> config = {"num_hidden_layers": 2, "num_experts": 4, "mlp_only_layers": [1]}
     >>> gaps(family("qwen3_moe"), config, ["model.layers.0.mlp.gate.weight"]).problems[0].text
     "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
     """
-    said, names = as_dict(config), list(names)
+    said = as_dict(config)
+    odd = list(odd_sizes(config, said, names)) if isinstance(names, Mapping) else []
+    names = list(names)
     stacks, count = by_stack(names), layer_count(said)
     main = decoder(stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
@@ -86,7 +94,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
         count_lost = len(lost if strange else other)
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
-    return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead)], notes)
+    return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead), *odd], notes)
 
 
 def _missing(names: list[str]) -> list[Problem]:

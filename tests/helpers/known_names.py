@@ -43,6 +43,11 @@ def base(name: str) -> tuple[Any, Any]:
 
 def natives(cls: Any, config: Any, name: str, original: bool) -> set[str]:
     """Native names of what a model of this config saves, as published or as in memory; what is tied is not saved."""
+    return set(sized(cls, config, name, original))
+
+
+def sized(cls: Any, config: Any, name: str, original: bool) -> dict[str, TensorSpec]:
+    """The same with shapes."""
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
@@ -55,7 +60,7 @@ def natives(cls: Any, config: Any, name: str, original: bool) -> set[str]:
     experts = adapter.moe_config.n_routed_experts if name == "longcat_flash" else None  # zero experts have weights here
     late = lambda n: experts and (hit := re.search(r"\.experts\.(\d+)\.", n)) and int(hit[1]) >= experts
     kept = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in specs.items() if not late(n)}
-    return set(adapter.from_hf(kept))
+    return adapter.from_hf(kept)
 
 
 def text_of(config: Any) -> Any:

@@ -1,0 +1,74 @@
+"""Have a checkpoint's tensors the sizes that its config says? What Transformers makes of a config's numbers, as data.
+
+`sizes.json`, which `tests/helpers/known_sizes.py` wrote: model type -> a sum of products of config fields, as
+"2*num_heads*head_dim" -> the dimensions of its text model that are that: a native name, `#` for the layer, and which.
+A quotient, "hidden_size*num_key_value_heads/num_attention_heads", has the width of a head that no field says.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from fmoe.families.known import by_stack, decoder, entries
+from fmoe.families.sparse import layer_count
+from fmoe.layout.claims import some
+from fmoe.types import Problem
+
+
+@cache
+def known_sizes() -> dict[str, dict[str, list[list[Any]]]]:
+    return dict(json.loads(Path(__file__).with_name("sizes.json").read_text()))
+
+
+def odd_sizes(config: Mapping[str, Any], said: Mapping[str, Any], native: Mapping[str, Any]) -> Iterator[Problem]:
+    """A problem for each size that the config says and tensors have not, where its class in Transformers is known.
+
+    config: as config.json has it; said: it and its text model's fields. native: names -> what has a shape and a dtype.
+
+    >>> import torch
+    >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 9}
+    >>> [problem] = odd_sizes(config, config, {"lm_head.weight": torch.ones(8, 4)})
+    >>> problem.text
+    "'lm_head.weight': 8 in dimension 0, and config.json has vocab_size 9: expected 9"
+    """
+    found = entries(config)
+    if not found or not found[1]:
+        return
+    own = text if isinstance(text := config.get("text_config"), Mapping) else config
+    stacks, count = by_stack(native), layer_count(said)
+    main = decoder(stacks)
+    layers = [l for l in stacks.get(main, {}) if count is None or l < count]
+    for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
+        fields = [f for f in re.split(r"[+*/]", formula) if not f.isdigit()]
+        if any(type(own.get(f)) is not int for f in fields) or "/" in formula and "head_dim" in own:
+            continue
+        size, odd = _value(formula, own), dict[tuple[int, int], list[str]]()
+        for template, k in dims:
+            names = [f"{main}.{l}{template[1:]}" for l in layers] if template[0] == "#" else [template]
+            held = {n: native[n].shape[k] for n in names if n in native and _plain(native[n]) > k}
+            if len({*held.values()} - {size}) == 1 and size not in held.values():  # layers may be of several kinds
+                odd.setdefault((k, next(iter(held.values()))), []).extend(held)
+        told = ", ".join(f"{f} {own[f]}" for f in dict.fromkeys(fields))
+        for (k, n), names in odd.items():
+            text = f"{some(names)}: {n} in dimension {k}, and config.json has {told}: expected {size}"
+            yield Problem(text, tuple(names))
+
+
+def _plain(spec: Any) -> int:
+    """How many dimensions it has, if it is no codes."""
+    whole = spec.dtype.itemsize > 1 if spec.dtype.is_floating_point else spec.dtype.itemsize == 8
+    return len(spec.shape) if whole else 0
+
+
+def _value(formula: str, said: Mapping[str, Any]) -> int:
+    """Of a quotient "a*b/c", a // c * b, as classes take the width of a head."""
+    value = lambda factor: int(factor) if factor.isdigit() else int(said[factor])
+    above, _, below = formula.partition("/")
+    if below:
+        first, *others = map(value, above.split("*"))
+        return first // max(1, value(below)) * prod(others)
+    return sum(prod(map(value, term.split("*"))) for term in above.split("+"))

@@ -1,0 +1,124 @@
+"""What the sizes of a model's tensors are, by its config: run as a program, this writes fmoe/families/sizes.json.
+
+`known_sizes.py [NAME ...]`. Every class of the zoo is built without memory, with one number of its config after the
+other changed, and then two. A dimension that follows as sums of products of numbers, exactly, every time, is kept;
+one that any other field changes (a flag, a list, what is absent) is not.
+"""
+
+import copy
+import json
+import sys
+from collections import defaultdict
+from fractions import Fraction
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
+
+import hf
+import hf_zoo as zoo
+import known_names
+import torch
+import transformers
+
+import fmoe
+from fmoe.families.known import NUMBERED, decoder
+
+FILE = Path(fmoe.families.__file__).with_name("sizes.json")
+Dims = dict[tuple[str, int], int]
+MOST = 4  # numbers in one dimension
+
+
+def dims(name: str, cls: Any, config: Any) -> Dims | None:
+    """(template of a native name, dimension) -> its size, of the text model; None: there is no such model."""
+    try:
+        specs = known_names.sized(cls, config, name, True)
+    except Exception:  # Transformers builds no such model
+        return None
+    main = decoder(fmoe.families.known.by_stack(specs))
+    stem = main.rpartition(".")[0] + "." if "." in main else ""
+    found: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for native, spec in specs.items():
+        hit = NUMBERED.match(native)
+        ours = hit[1] == main if hit else native.startswith(stem) or native.startswith("lm_head")
+        if ours and ".experts." not in native and not known_names.TOWER.search(native):
+            for k, n in enumerate(spec.shape):
+                found[f"#.{hit[3]}" if hit else native, k].add(n)
+    return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1}
+
+
+def changed(config: Any, values: dict[str, int]) -> Any:
+    made = copy.deepcopy(config)
+    text = known_names.text_of(made)
+    try:
+        for field, value in values.items():
+            setattr(text, field, value)
+    except Exception:  # the config's own checks
+        return None
+    return made
+
+
+def formulas(name: str) -> dict[str, list[list[Any]]]:
+    """A sum of products of config fields, as "2*a*b+c", or "a*b/c" -> the dimensions that are it: [template, which]."""
+    cls, config = known_names.base(name)
+    text = {n: v for n, v in known_names.text_of(config).to_dict().items() if type(v) is int and v > 0}
+    seen: dict[tuple[tuple[str, int], ...], Dims | None] = {}
+
+    def at(**values: int) -> Dims | None:
+        key = tuple(sorted(values.items()))
+        if key not in seen:
+            made = changed(config, values)
+            seen[key] = None if made is None else dims(name, cls, made)
+        return seen[key]
+
+    base = at() or {}
+    flags = [c for c in known_names.varied(config) if not counted(text, known_names.text_of(c).to_dict())]
+    others = [d for other in flags if (d := dims(name, cls, other))]
+    fixed = {k: n for k, n in base.items() if all(d.get(k, n) == n for d in others)}
+    steps = {f: [v + 1, 2 * v] for f, v in text.items()}
+    found: dict[str, list[list[Any]]] = {}
+    for (template, k), size in sorted(fixed.items()):
+        mine = [f for f in text if any((d := at(**{f: v})) and d.get((template, k), size) != size for v in steps[f])]
+        if 0 < len(mine) <= MOST and (told := fitted((template, k), mine, text, steps, at)):
+            found.setdefault(told, []).append([template, k])
+    return found
+
+
+def counted(text: dict[str, int], other: dict[str, Any]) -> bool:
+    """Whether another number is what makes this config another."""
+    return any(type(other.get(f)) is int and other[f] != v for f, v in text.items())
+
+
+def fitted(where: tuple[str, int], mine: list[str], text: dict[str, int], steps: Any, at: Any) -> str:
+    """The formula of a dimension in these fields, if one fits everything that was seen; else ""."""
+    tries = [{}, *({f: v} for f in mine for v in steps[f])]
+    tries += [{f: u, g: v} for f, g in combinations(mine, 2) for u in steps[f] for v in steps[g]]
+    rows = [(text | t, d[where]) for t in tries if (d := at(**t)) and where in d]
+    for a, c in permutations(mine, 2):  # the width of a head, where it has no field
+        for times in ("", *mine):
+            if all(said[a] // said[c] * said.get(times, 1) == n for said, n in rows):
+                return f"{a}{times and '*'}{times}/{c}"
+    terms = [(f,) for f in mine] + list(combinations(mine, 2))
+    product = lambda said, term: said[term[0]] * (said[term[1]] if len(term) > 1 else 1)
+    matrix = torch.tensor([[product(said, t) for t in terms] for said, _ in rows], dtype=torch.float64)
+    if len(rows) <= len(terms) or torch.linalg.matrix_rank(matrix) < len(terms):
+        return ""
+    solved = torch.linalg.lstsq(matrix, torch.tensor([float(n) for _, n in rows], dtype=torch.float64)[:, None])
+    by = [Fraction(float(c)).limit_denominator(1) for c in solved.solution.flatten()]
+    if any(sum(c * product(said, t) for c, t in zip(by, terms, strict=True)) != n for said, n in rows):
+        return ""
+    if any(c < 0 for c in by):
+        return ""
+    return "+".join("*".join([*([str(c)] if c != 1 else []), *t]) for c, t in zip(by, terms, strict=True) if c)
+
+
+def main(names: list[str]) -> None:
+    made = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name in names or [*hf.MODELS, *zoo.MODELS]:
+        made[known_names.family_type(name)] = formulas(name)
+        FILE.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    main(sys.argv[1:])
