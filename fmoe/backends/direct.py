@@ -38,7 +38,9 @@ def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Te
     record = recorded(x, weights, *params.values())
     if mask is not None or (record and (len(params) > 2 or config.apply_router_weight_after_down)):
         return None
-    order = ordered(indices, config.n_routed_experts, sort=any(at_once(x, params[name]) for name in NAMES))
+    E = config.n_routed_experts
+    sort = (record or 4 * indices.shape[1] >= E) and any(at_once(x, params[name]) for name in NAMES)
+    order = ordered(indices, E, sort)
     if order is None:
         return None
     if record:
