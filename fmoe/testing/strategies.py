@@ -30,6 +30,7 @@ Stages = tuple[Stage, ...]
 
 KEPT = ("model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight", "a", "visual.0.1.bias")
 WIDTHS = ("", "", ":02", ":03")
+SIZE, OFTEN, MAYBE = st.integers(1, 4), st.integers(0, 2), st.booleans()
 
 
 @st.composite
@@ -165,7 +166,7 @@ def _parents(names: Iterable[str]) -> list[str]:
 def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[Entry, ...], dtype: torch.dtype) -> Specs:
     """What goes into a table: of every entry some names, none that an entry of another option would claim."""
     sizes: dict[str, int] = {}
-    size = lambda axis: sizes.setdefault(axis, draw(st.integers(1, 4)))
+    size = lambda axis: sizes.setdefault(axis, draw(SIZE))
     specs: Specs = {}
 
     free = _free(open_, entries)
@@ -175,24 +176,24 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
             if told := next(filter(None, map(loose_parts, bundle)), None):
                 raise AdapterError(told)
             optional = any(_scales(r) for r in bundle)  # scales have no meaning alone
-            for _ in range(0 if optional else draw(st.integers(0, 2))):
+            for _ in range(0 if optional else draw(OFTEN)):
                 at = {n: draw(shared(r, n)) for r in bundle for n in r.shared}
                 new = {n: spec for each in bundle for n, spec in claimed(each, at, size, dtype).items()}
                 if not claim(entries, Names(new)).problems:
                     specs |= new
         elif isinstance(entry, Keep) or isinstance(entry, Drop) and not entry.flipped:
             some = list(filter(free, _names(draw, entry.rule)))
-            names = draw(st.sets(st.sampled_from(some))) if some else set()
+            names = draw(_some(tuple(some))) if some else set()
             specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
     for entry in entries:
         if isinstance(entry, Copies) and not entry.flipped:
             at = {n: draw(shared(entry.original, n)) for n in entry.of.captures}
             of = patterns(entry.original)[0].render(at)
             specs |= {} if _hit(open_, of) or of in specs else {of: TensorSpec((size("kept"), 2), dtype)}
-            there = written((entry,), Names(specs))[0] if draw(st.booleans()) else ()  # all of them, or none
+            there = written((entry,), Names(specs))[0] if draw(MAYBE) else ()  # all of them, or none
             specs |= {alias.name: specs[alias.of] for alias in there if isinstance(alias, Alias)}
     for alias in entries:
-        if isinstance(alias, Alias) and not alias.flipped and draw(st.booleans()):
+        if isinstance(alias, Alias) and not alias.flipped and draw(MAYBE):
             if not claim(entries, Names([alias.of])).problems and not _hit(open_, alias.of):
                 specs.setdefault(alias.of, TensorSpec((size("kept"), 2), dtype))
             specs |= {alias.name: specs[alias.of]} if alias.of in specs else {}
@@ -203,6 +204,11 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
 def _free(open_: tuple[Entry, ...], entries: tuple[Entry, ...]) -> Callable[[str], bool]:
     """Whether nothing but a keep or a drop takes a name."""
     return cache(lambda n: not (_hit(open_, n) or n.endswith(SUFFIX) or claim(entries, Names([n])).problems))
+
+
+@lru_cache(maxsize=256)
+def _some(names: tuple[str, ...]) -> st.SearchStrategy[set[str]]:
+    return st.sets(st.sampled_from(names))
 
 
 def _scales(rule: Rule) -> bool:
