@@ -22,8 +22,8 @@ from fmoe.types import MoEConfig, Params, Routing
 NAMES = ("gate_and_up_projs", "down_projs")
 
 
-def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Tensor | None:
-    """y of `fmoe.experts`, not rounded to x's dtype, or None where a slot goes nowhere.
+def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig, dtype: torch.dtype) -> Tensor | None:
+    """y of `fmoe.experts`, rounded to a dtype, or None where a slot goes nowhere.
 
     The steps of the dispatcher `local` and the backend `loop`, in their order: bit for bit their result. Parameters
     without LoRA, plain tensors. None also for a gradient where there are biases, or weights come after the experts.
@@ -31,7 +31,7 @@ def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Te
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
     >>> routing = Routing(torch.tensor([[1], [0]]), torch.tensor([[0.5], [1.0]]))
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
-    >>> direct(params, torch.tensor([[3.0], [2.0]]), routing, config).flatten().tolist()
+    >>> direct(params, torch.tensor([[3.0], [2.0]]), routing, config, torch.float32).flatten().tolist()
     [45.0, 4.0]
     """
     indices, weights, mask = routing
@@ -44,13 +44,19 @@ def direct(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> Te
     if order is None:
         return None
     if record:
-        y: Tensor = _Recorded.apply(x, weights, *(params[name] for name in NAMES), indices, order, config)
+        y: Tensor = _Recorded.apply(x, weights, *(params[name] for name in NAMES), indices, order, config, dtype)
         return y
-    return _forward(params, x, weights, order, config)
+    return _forward(params, x, weights, order, config, dtype)
 
 
 def _forward(
-    params: Params, x: Tensor, weights: Tensor, order: Order, config: MoEConfig, keep: Tensor | None = None
+    params: Params,
+    x: Tensor,
+    weights: Tensor,
+    order: Order,
+    config: MoEConfig,
+    dtype: torch.dtype,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """y; keep [N, U]: where what the first product gives is written."""
     up, down = (params[name] for name in NAMES)
@@ -75,7 +81,7 @@ def _forward(
             out[rows] = w[rows] * (o + bias("down_proj_bias") if biased_y else o).to(w.dtype)
         else:
             out[rows] = o.to(w.dtype) + w[rows] * bias("down_proj_bias").to(w.dtype) if biased_y else o
-    return order.added(out, weights.shape[1])
+    return order.added(out, weights.shape[1], dtype)
 
 
 class _Recorded(Function):
@@ -83,10 +89,18 @@ class _Recorded(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, indices: Tensor, order: Order, config: Any
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        indices: Tensor,
+        order: Order,
+        config: Any,
+        dtype: torch.dtype,
     ) -> Tensor:
         u = empty((weights.numel(), up.shape[2]), x)
-        y = _forward(dict(zip(NAMES, (up, down), strict=True)), x, weights, order, config, keep=u)
+        y = _forward(dict(zip(NAMES, (up, down), strict=True)), x, weights, order, config, dtype, keep=u)
         ctx.save_for_backward(x, weights, up, down, u)
         ctx.indices, ctx.order, ctx.config = indices, order, config
         return y
@@ -96,8 +110,8 @@ class _Recorded(Function):
         x, weights, up, down, u = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
             if torch.is_grad_enabled():  # of which there will be a derivative
-                return *_differentiable(dy, x, weights, up, down, ctx), None, None, None
-            return *_backward(dy, x, weights, up, down, u, ctx), None, None, None
+                return *_differentiable(dy, x, weights, up, down, ctx), None, None, None, None
+            return *_backward(dy, x, weights, up, down, u, ctx), None, None, None, None
 
 
 def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ctx: Any) -> list[Tensor | None]:
@@ -106,7 +120,8 @@ def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Te
     inputs, plan = (x, weights, up, down), local.plan(Routing(ctx.indices, weights), ctx.config)
     rows = mlp(dict(zip(NAMES, (up, down), strict=True)), local.dispatch(x, weights, plan), ctx.config, by="loop")
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    found = iter(torch.autograd.grad(local.combine(rows, plan), wanted, dy, create_graph=True))
+    y = local.combine(rows, plan)
+    found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
 
 
@@ -131,7 +146,7 @@ def _backward(
         if dx is not None:
             multiply(du, up.mT, sizes, dx[rows])
     return [
-        None if dx is None else order.added(dx, weights.shape[1]).to(x.dtype),
+        None if dx is None else order.added(dx, weights.shape[1], x.dtype),
         order.slots(dw).view(weights.shape).to(weights.dtype) if needed[1] else None,
         d_up.whole() if d_up else None,
         d_down.whole() if d_down else None,

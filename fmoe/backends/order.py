@@ -34,11 +34,11 @@ class Order(NamedTuple):
         w = weights.flatten()
         return (w if self.slot is None else w.index_select(0, self.slot)).to(wide)[:, None]
 
-    def added(self, rows: Tensor, K: int) -> Tensor:
-        """The sum [T, D] of the rows of each token, in fp32 (fp64 stays)."""
+    def added(self, rows: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+        """The sum [T, D] of the rows of each token, in fp32 (fp64 stays), rounded to a dtype."""
         if self.back is None:
-            return rows.sum(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32))
-        return added(rows, self.back, K)
+            return rows.sum(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)).to(dtype)
+        return added(rows, self.back, K, dtype)
 
     def slots(self, rows: Tensor) -> Tensor:
         """out[s]: the row of slot s."""

@@ -47,23 +47,26 @@ def _gather(rows: Tensor, slots: Tensor, k: int) -> Tensor:
     return added(rows, row, k)
 
 
-def added(rows: Tensor, row: Tensor, k: int) -> Tensor:
+def added(rows: Tensor, row: Tensor, k: int, dtype: torch.dtype | None = None) -> Tensor:
     """out[t] = rows[row[t k]] + rows[row[t k + 1]] + .. in fp32 (fp64 stays), on a CPU in one pass over the rows.
+
+    dtype: what sums are rounded to.
 
     >>> added(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.tensor([2, 0, 1, 3]), 2).flatten().tolist()
     [5.0, 10.0]
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
+    dtype = dtype or wide
     if k == 1:
-        return rows.index_select(0, row).to(wide)
+        return rows.index_select(0, row).to(dtype)
     if rows.is_cpu and rows.dtype == torch.float32 and k <= IN_ORDER and rows.numel() >= PART // 2:
-        return F.embedding_bag(row.view(-1, k), rows, mode="sum")
+        return F.embedding_bag(row.view(-1, k), rows, mode="sum").to(dtype)
     part = len(row) if rows.device.type != "cpu" else max(1, PART // (k * rows.shape[1])) * k
     if part >= len(row):
-        return rows.index_select(0, row).unflatten(0, (-1, k)).sum(1, dtype=wide)
-    out = rows.new_empty(len(row) // k, rows.shape[1], dtype=wide)
+        return rows.index_select(0, row).unflatten(0, (-1, k)).sum(1, dtype=wide).to(dtype)
+    out = rows.new_empty(len(row) // k, rows.shape[1], dtype=dtype)
     for some, place in zip(row.split(part), out.split(part // k), strict=True):
-        torch.sum(rows.index_select(0, some).unflatten(0, (-1, k)), 1, dtype=wide, out=place)
+        place.copy_(rows.index_select(0, some).unflatten(0, (-1, k)).sum(1, dtype=wide))
     return out
 
 

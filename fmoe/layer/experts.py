@@ -110,7 +110,8 @@ def experts(
         if right and inside and multiply in HERE and not batch_invariant and x.is_cpu:
             given = h, *routing[:2], *params.values()
             short = at_most_recorded(*given) and not (recompute and recorded(*given))
-            if short and (y := direct(params, h, routing, config)) is not None:
+            dtype = x.dtype if power is None else torch.promote_types(routing.weights.dtype, torch.float32)
+            if short and (y := direct(params, h, routing, config, dtype)) is not None:
                 return whole(y)
         if coded and not takes_codes(multiply, params):
             multiply = by_expert(multiply, backend if isinstance(backend, str) else _name(backend))
