@@ -42,8 +42,8 @@ class Rule:
 
     @cached_property
     def inverse(self) -> "Rule":
-        made = Rule(self.target, self.source, self.bounds)
-        made.__dict__["inverse"] = self
+        made = object.__new__(Rule)  # well formed as this one is: what is asked of a rule is asked of both sides
+        made.__dict__.update(source=self.target, target=self.source, bounds=self.bounds, inverse=self)
         return made
 
     def bind(self, sizes: Mapping[str, int | Iterable[int]]) -> "Rule":

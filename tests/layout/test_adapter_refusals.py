@@ -34,6 +34,8 @@ def numbered(*shape: int) -> torch.Tensor:
 def test_a_relation_that_is_no_bijection_is_refused_when_it_is_written(hf, native, why):
     with pytest.raises(fmoe.AdapterError, match=why):
         rule(hf, native)
+    with pytest.raises(fmoe.AdapterError):  # an inverse is not asked again
+        rule(native, hf)
 
 
 @pytest.mark.parametrize("name", ["w.01", "w.+1", "w.1.x", "w.²", "w.-1", "w.١"])

@@ -75,6 +75,9 @@ def test_composition_inverts_backwards(data):
     assert (f >> g).inverse == g.inverse >> f.inverse
     assert (f | fmoe.keep("{rest}")).inverse == f.inverse | fmoe.keep("{rest}")
     assert f.inverse.inverse == f and hash(f.inverse.inverse) == hash(f)
+    there, back = only_rule(f), only_rule(f.inverse)
+    written = Rule(there.target, there.source, there.bounds)
+    assert back == written and hash(back) == hash(written) and str(back) == str(written)
 
 
 RAGGED = [
