@@ -21,7 +21,7 @@ from fmoe.layout.adapter import Adapter
 from fmoe.layout.grouping import Specs
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank
-from fmoe.types import AdapterError, Params, Problem, TensorSpec, as_dtype
+from fmoe.types import AdapterError, Params, Problem, TensorSpec, as_dtype, brief
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -61,6 +61,9 @@ def load(
     ...     {name: tuple(tensor.shape) for name, tensor in fmoe.load(path, e=range(0, 2)).items()}
     {'model.layers.0.mlp.experts.down_projs': (2, 3, 2), 'model.layers.0.mlp.experts.gate_and_up_projs': (2, 2, 6)}
     """
+    place = device_of(device)
+    if not isinstance(mmap, bool):
+        raise AdapterError(f"mmap is {brief(mmap)}, expected True or False")
     source = open_checkpoint(path, own="adapter" in choices)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
@@ -87,12 +90,12 @@ def load(
     maps = Maps() if mmap and isinstance(source.path, Path) else None
     if out is not None:
         return _fill(source, adapter, plan, out, ranges, maps)
-    if device is not None and torch.device(device).type == "meta" and device_mesh is None:
+    if place is not None and place.type == "meta" and device_mesh is None:
         return {n: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for n, spec in plan.targets.items()}
-    finish: Callable[[str, Tensor], Any] = lambda n, t: t if device is None else t.to(device)
+    finish: Callable[[str, Tensor], Any] = lambda n, t: t if place is None else t.to(place)
     if device_mesh is not None:
-        place = torch.device(device or device_mesh.device_type)
-        finish = lambda n, t: distributed(t.to(place), device_mesh, stacks[n].shape) if n in stacks else t.to(place)
+        at = place or torch.device(device_mesh.device_type)
+        finish = lambda n, t: distributed(t.to(at), device_mesh, stacks[n].shape) if n in stacks else t.to(at)
     if source.native:
         return {n: finish(n, t) for n, t in _native(source, plan, maps).items()}
     made: dict[str, Any] = {}
@@ -101,6 +104,17 @@ def load(
         for _, tensors in in_order(executor, run, plan.units(), ahead=2 * source.readers if source.readers else 4):
             made |= {n: finish(n, t) for n, t in tensors.items()}
     return {n: made[n] for n in plan.targets}
+
+
+def device_of(device: "torch.device | str | None") -> torch.device | None:
+    """The device of a name. Raises AdapterError for what is none, and for a name that PyTorch knows no device of."""
+    told = f"device is {brief(device)}, expected a torch.device or its name, such as 'cuda:0'"
+    if not (device is None or isinstance(device, torch.device | str)):
+        raise AdapterError(told)
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise AdapterError(f"{told}: {str(error).splitlines()[0]}") from None
 
 
 def _casting(adapter: Adapter, source: Checkpoint, specs: Specs, cast: str, dtype: Any) -> Adapter:

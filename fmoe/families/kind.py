@@ -20,7 +20,7 @@ from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
-from fmoe.layout.planning import asked_as
+from fmoe.layout.planning import asked_as, check_choices
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.stage import carry
@@ -99,9 +99,9 @@ class Family:
         the config does not count the experts) are as adapter_config.json has them; lora_A="shared" or "separate":
         whether gate and up have one matrix A. Raises AdapterError for a choice that there is not.
         """
-        given = as_dict(config)
-        dtype, quantize = choices.pop("dtype", None), choices.pop("quantize", None)
-        if dtype and not (as_dtype(dtype).is_floating_point and as_dtype(dtype).itemsize > 1):
+        check_choices(choices)
+        given, dtype, quantize = as_dict(config), choices.pop("dtype", None), choices.pop("quantize", None)
+        if dtype is not None and not (as_dtype(dtype).is_floating_point and as_dtype(dtype).itemsize > 1):
             raise AdapterError(f"dtype={dtype!r}: expected a float of 16 bits or more. Fix: quantize= writes codes")
         if quantize and choices.get("quantized") == "keep":
             raise AdapterError(f"quantize={quantize!r} with quantized='keep': expected one of both")
@@ -147,7 +147,7 @@ class Family:
             )
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
         stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
-        if dtype:
+        if dtype is not None:
             stages = (*stages, CastExperts(as_dtype(dtype)))
         whole = config if config is None or isinstance(config, Mapping) else config.to_dict()
         return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values), config=whole)

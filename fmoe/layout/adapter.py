@@ -16,7 +16,7 @@ from torch import Tensor
 from fmoe.layout.asked import asked
 from fmoe.layout.beside import beside, check_parts
 from fmoe.layout.eager.html import table_of
-from fmoe.layout.eager.running import Views, on_mesh, run, specs_of, views_of, without
+from fmoe.layout.eager.running import Views, on_mesh, one, run, specs_of, views_of, without
 from fmoe.layout.grouping import Window
 from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
@@ -199,8 +199,8 @@ class Adapter:
         >>> fmoe.rule("w.{e} [d]", "w [e d]").convert_single_tensor_to_hf("w", torch.ones(1, 2), e=range(3, 4))
         [('w.3', tensor([1., 1.]))]
         """
-        plan = self._to_hf_plan({fqn: tensor}, quantization, axis_ranges)
-        return list(without(run(plan, {fqn: tensor}), exclude_key_regex).items())
+        plan = self._to_hf_plan(given := one(fqn, tensor), quantization, axis_ranges)
+        return list(without(run(plan, given), exclude_key_regex).items())
 
     def iter_hf(
         self,

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
+
 from fmoe.folding import meant
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
@@ -93,8 +95,21 @@ def _renamed(problem: Problem, back: Stage, origins: Mapping[str, str]) -> Probl
     return Problem(text, tuple(origin for _, origin in sorted(keys)))
 
 
+def check_choices(choices: Mapping[str, Any]) -> None:
+    """Raises AdapterError for a choice that is of no kind that any choice has.
+
+    >>> check_choices({"layout": b"fused"})
+    Traceback (most recent call last):
+    fmoe.types.AdapterError: layout= is b'fused', expected a name, as layout='fused'
+    """
+    for name, value in choices.items():
+        if not (value is None or isinstance(value, str | bool | int | float | range | list | tuple | torch.dtype)):
+            raise AdapterError(f"{name}= is {brief(value)}, expected a name, as layout='fused'")
+
+
 def chosen_stages(stages: tuple[Stage, ...], choices: Mapping[str, Any]) -> tuple[Stage, ...]:
     """The stages with choices made. Raises AdapterError for a choice, or an option, that there is not."""
+    check_choices(choices)
     known = {n: options for stage in stages for n, options in stage.choices().items()}
     if unknown := sorted(choices.keys() - known.keys() - {"quantization"}):
         told = "; ".join(f"{n}={' | '.join(map(repr, options))}" for n, options in known.items())

@@ -13,7 +13,7 @@ from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
-from fmoe.layout.planning import asked_as
+from fmoe.layout.planning import asked_as, check_choices
 from fmoe.layout.table import Table
 from fmoe.systems.wording.complete import Complete
 from fmoe.systems.wording.facts import Facts
@@ -105,6 +105,7 @@ class System:
         return made >> Adapter((KnownNames(model_type, class_of(facts.config), rules),)) >> table
 
     def _chosen(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        check_choices(choices)
         made = {n: options[0] if options else None for n, options in self.choices.items()}
         for name, value in choices.items():
             options = self.choices.get(name)

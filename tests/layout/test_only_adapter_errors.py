@@ -108,6 +108,27 @@ KINDS = {
     "no system": lambda: fmoe.verify(fmoe.docs.example(), from_=[]),
     "no config": lambda: fmoe.verify(fmoe.docs.example(), config=3),
     "no directory to load": lambda: fmoe.load(None),
+    "no device": lambda: fmoe.load(fmoe.docs.example(), device="nonsense"),
+    "no kind of a device": lambda: fmoe.load(fmoe.docs.example(), device=True),
+    "no yes and no no": lambda: fmoe.load(fmoe.docs.example(), mmap="no"),
+    "a pattern of bytes": lambda: keep("{rest}").to_hf({"a": ONE}, exclude_key_regex=b"a"),
+    "no name of a tensor": lambda: keep("{rest}").convert_single_tensor_to_hf([], ONE),
+    "no dtype in a text of nothing": lambda: fmoe.adapter("qwen3_moe", {}, dtype=""),
+    **{
+        f"{call}, {name}= {kind}": lambda name=name, value=value, how=how: how(**{name: value})
+        for name in ("dtype", "quantized", "quantize", "layout", "experts")
+        for kind, value in {
+            "a tensor": torch.ones(2, 7),
+            "an array": numpy.ones((2, 7)),
+            "bytes": b"float32",
+            "a module": torch.nn.Linear(2, 2),
+            "a set": {1},
+        }.items()
+        for call, how in {
+            "adapter": lambda **choice: fmoe.adapter("qwen3_moe", {}, **choice),
+            "load": lambda **choice: fmoe.load(fmoe.docs.example(), **choice),
+        }.items()
+    },
     "no directory to inspect": lambda: fmoe.inspect(b"x"),
     "nothing to save": lambda: fmoe.save(None, "x", fmoe.adapter("qwen3_moe")),
     "nowhere to save": lambda: fmoe.save({}, None, fmoe.adapter("qwen3_moe")),

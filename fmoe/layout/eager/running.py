@@ -116,12 +116,21 @@ def on_mesh(
     return {n: made[n] for n in whole.targets if n in made}
 
 
+def one(fqn: str, tensor: Any) -> dict[str, Any]:
+    """A dict of one tensor. Raises AdapterError for what is no name."""
+    if not isinstance(fqn, str):
+        raise AdapterError(f"fqn is {brief(fqn)}, expected the name of a tensor")
+    return {fqn: tensor}
+
+
 def without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
     if exclude_key_regex is None:
         return tensors
+    if not isinstance(exclude_key_regex, str):
+        raise AdapterError(f"exclude_key_regex is {brief(exclude_key_regex)}, expected a regular expression")
     try:
         pattern = re.compile(exclude_key_regex)
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise AdapterError(
             f"exclude_key_regex is {exclude_key_regex!r}, expected a regular expression: {error}"
         ) from None
