@@ -198,11 +198,11 @@ class MoEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
+        if not torch.compiler.is_compiling():  # inside a graph sizes are tensors'; torch 2.11 cannot trace this
+            check_fields(self)
         for name in (*"gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter".split(), *LIMITS):
             if not (isinstance(v := getattr(self, name) or 0, int | float) and (v >= 0 or v < 0 and "limit" in name)):
                 raise ValueError(f"MoEConfig.{name} is {v!r}, expected a number{' from 0 on' * ('limit' not in name)}")
-        if not torch.compiler.is_compiling():  # inside a graph sizes are tensors'; torch 2.11 cannot trace this
-            check_fields(self)
         if (K := self.n_activated_experts) > (E := self.n_routed_experts):
             raise ValueError(f"MoEConfig.n_activated_experts is {K} with n_routed_experts={E}, expected E >= K={K}")
         for name in ("expert_activation", "shared_expert_activation"):
@@ -216,7 +216,7 @@ class MoEConfig:
             raise ValueError("MoEConfig.enable_routing_replay: a routing is a value here: keep it, and pass it again")
         object.__setattr__(self, "dtype", as_dtype(self.dtype))
         if self.gate_dtype is not None:
-            object.__setattr__(self, "gate_dtype", as_dtype(self.gate_dtype))
+            object.__setattr__(self, "gate_dtype", as_dtype(self.gate_dtype, "gate_dtype"))
 
     @property
     def expert_dim(self) -> int:
@@ -224,7 +224,7 @@ class MoEConfig:
         return self.moe_latent_size or self.dim
 
 
-def as_dtype(value: "torch.dtype | str | None") -> torch.dtype:
+def as_dtype(value: "torch.dtype | str | None", what: str = "dtype") -> torch.dtype:
     """The dtype of a name: "bf16", "bfloat16" and "torch.bfloat16" in any case; None is bf16.
 
     Raises AdapterError, which is a ValueError, for a name that is no dtype.
@@ -236,7 +236,7 @@ def as_dtype(value: "torch.dtype | str | None") -> torch.dtype:
     name = value.lower().removeprefix("torch.") if isinstance(value, str) else ""
     dtype = getattr(torch, "bfloat16" if name == "bf16" else name, None)
     if not isinstance(dtype, torch.dtype):
-        raise AdapterError(f"dtype is {brief(value)}, expected a torch.dtype or its name, such as 'bfloat16'")
+        raise AdapterError(f"{what} is {brief(value)}, expected a torch.dtype or its name, such as 'bfloat16'")
     return dtype
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 
@@ -26,6 +27,13 @@ CONFIG = fmoe.MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=8, moe_in
 def test_a_config_that_no_layer_can_have_is_refused(changed, why):
     with pytest.raises(ValueError, match=f"MoEConfig.{why}"):
         replace(CONFIG, **changed)
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 7), numpy.ones((2, 7)), object(), [1], {1: 2}, b"x"], ids=type)
+@pytest.mark.parametrize("name", fmoe.MoEConfig.__dataclass_fields__)
+def test_what_is_of_no_kind_that_a_field_has_is_refused_by_its_name(name, given):
+    with pytest.raises(ValueError, match=rf"\b{name} is |{name}: "):
+        replace(CONFIG, **{name: given})
 
 
 def test_the_names_of_activations_are_those_that_there_are():
