@@ -156,7 +156,7 @@ def convert(
     place.order(engine, layout.heads, [*layout.heads, *others, *small])
     if bandwidth is not None:
         engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
-    was = identities(source.path, source.stamps)
+    was = identities(source.path, source.stamps, alone=process_group is None)
     work = _digest(source, was, to, adapter, ranges, layout, place.items(engine))
     notes += untold(source) + place.notes(engine, place.claim(work, force), {*layout.heads, *small, *others})
     beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))

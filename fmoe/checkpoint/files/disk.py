@@ -53,8 +53,17 @@ def identity(path: Where, stamp: Stamp) -> list[int | str]:
     return [stamp.size, digest(path, stamp)]
 
 
-def identities(root: Where, stamps: Mapping[str, Stamp]) -> dict[str, list[int | str]]:
-    """`identity` of each of these files of a directory."""
+def identities(root: Where, stamps: Mapping[str, Stamp], alone: bool = True) -> dict[str, list[int | str]]:
+    """`identity` of each of these files of a directory.
+
+    Raises AdapterError, unless this process is alone, for a file of which nothing tells several that it is the same.
+    """
+    untold = [file for file, stamp in stamps.items() if isinstance(root, Address) and not stamp.tag]
+    if untold and not alone:
+        raise AdapterError(
+            f"{root / untold[0]}: found neither ETag nor Last-Modified in the server's answers, expected one, by which "
+            "ranks know that they read the same bytes. Convert in one process, or copy the files here first"
+        )
     return {file: identity(root / file, stamp) for file, stamp in stamps.items()}
 
 

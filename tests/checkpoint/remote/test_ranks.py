@@ -59,6 +59,18 @@ def test_the_files_are_those_of_one_process_and_every_byte_passes_once(world, so
     assert (said["read"], said["written"], said["resumed"]) == (594432, 594432, 0) and told[1:] == [""] * (world - 1)
 
 
+@pytest.mark.parametrize("tags", [True, False])
+def test_ranks_read_from_a_server_whose_files_they_can_tell_from_later_ones(tags, source, new, tmp_path):
+    with serving(source, tags=tags) as server:
+        codes = ended(ranks(call(server.url, tmp_path / "out"), tmp_path / "notes", 2), LONG)
+    if tags:
+        assert codes == [0, 0] and files(tmp_path / "out") == new
+        return
+    told = (tmp_path / "notes" / "err.0").read_text()
+    assert all(codes) and "neither ETag nor Last-Modified" in told and "Convert in one process" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_change_that_codes_would_lose_is_refused_whichever_rank_writes_it(tmp_path):
     case = ("gpt_oss", "mxfp4 blocks")
     save(config(case[0], 128, 256), made(case)[1], tmp_path / "hf")
