@@ -23,7 +23,7 @@ from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import adapters, gaps_between, open_source, packed, plan_between, side, whole_between
+from fmoe.checkpoint.sides import adapters, gaps_between, packed, plan_between, whole_between
 from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import Staging, staging
@@ -33,6 +33,7 @@ from fmoe.checkpoint.stream.digests import sums_text, unchanged
 from fmoe.checkpoint.stream.engine import LIMIT, Engine
 from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
+from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.cast import CastExperts, not_cast
 from fmoe.layout.adapter import Adapter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fmoe.checkpoint.apart import in_ranks_apart
 from fmoe.checkpoint.between import convert_between
-from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint
 from fmoe.checkpoint.files.disk import bytes_of, identities
 from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
@@ -19,7 +19,6 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sending import Outbox, place_of
-from fmoe.checkpoint.sides import config_of, of_systems
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.staging import Staging
@@ -29,6 +28,7 @@ from fmoe.checkpoint.stream.digests import unchanged, untold
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
+from fmoe.checkpoint.which import of_systems, open_ours
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import not_cast
@@ -116,7 +116,7 @@ def convert(
         return convert_between(src, here(dst, "other systems"), to, config, from_, **given)
     if like is not None:
         raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")
-    source = open_checkpoint(src, config_of(config), own=own)
+    source = open_ours(src, "convert", own, config)
     rank = process_group.rank() if process_group else None
     place = place_of(dst, source.path, rank=rank, checksums=checksums)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None

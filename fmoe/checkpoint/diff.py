@@ -11,10 +11,9 @@ from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, mapped
 from fmoe.checkpoint.look.stats import opened
 from fmoe.checkpoint.open import adapter_of, made_with, plan_from
-from fmoe.checkpoint.sides import others, ours_alone, side
+from fmoe.checkpoint.which import no_system, ours_alone
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
-from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, TensorSpec, bits
 
 
@@ -62,8 +61,7 @@ def _alike(a: Checkpoint, b: Checkpoint, own: dict[str, Any]) -> bool:
     if a.specs.keys() == b.specs.keys() or not own and not (a.config and b.config):
         return True
     for source in () if own else (a, b):
-        if source.kind and (here := side(source)) in SYSTEMS:
-            raise AdapterError(others(source.path, f"{here}'s", "diff"))
+        no_system(source, "diff")
     if a.native or b.native:
         return a.native == b.native
     try:

@@ -9,8 +9,9 @@ from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.look.sizes import by_kind, by_layer, names_of, parameters
 from fmoe.checkpoint.open import adapter_of, as_own, hf_names, plan_from
 from fmoe.checkpoint.remote.address import Where
-from fmoe.checkpoint.sides import adapters, gaps_between, open_source, side
+from fmoe.checkpoint.sides import adapters, gaps_between
 from fmoe.checkpoint.stream.slices import groups
+from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import gaps_of
 from fmoe.families import family
 from fmoe.families.kind import as_dict

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.files.origin import held_ranges
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.slices import narrowing, read
+from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import whole
 from fmoe.codecs.cast import CastExperts, all_of, held
 from fmoe.families.kind import as_dict
@@ -64,7 +65,7 @@ def load(
     place = device_of(device)
     if not isinstance(mmap, bool):
         raise AdapterError(f"mmap is {brief(mmap)}, expected True or False")
-    source = open_checkpoint(path, own="adapter" in choices)
+    source = open_ours(path, "load", own="adapter" in choices)
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
     specs = plan_from(source, adapter.inverse).targets if source.native else source.specs

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
-from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint, read_header
+from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.remote.targets import here
+from fmoe.checkpoint.which import open_ours
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
@@ -88,7 +89,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         if base is None or config is None and not Path(base).is_dir():
             found = f"{path / CONFIG} names the model {base!r}, which is no directory here"
             raise AdapterError(f"{found}: pass base=, a directory, an adapter, or a model_type with its config")
-        names = hf_names(open_checkpoint(base)) if Path(base).is_dir() else None
+        names = hf_names(open_ours(base, "open")) if Path(base).is_dir() else None
         base = adapter_at(base, config)
     rank = None if said.rank_pattern else said.r
     base = told(base, said.peft_version, said.target_parameters, rank, grouped=said.grouped)

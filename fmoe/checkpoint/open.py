@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
 from fmoe.checkpoint.files.origin import OWN, held_ranges
+from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
@@ -44,12 +45,13 @@ def adapter(
     if isinstance(path_or_model_type, str) and path_or_model_type in FAMILIES:
         return _made(path_or_model_type, config, system, choices)
     if isinstance(path_or_model_type, str | Path):
-        if "://" not in str(path_or_model_type) and not Path(path_or_model_type).is_dir():
+        if "://" not in str(path_or_model_type) and not Path(path_or_model_type).exists():
             near = meant(path_or_model_type, FAMILIES)
             raise AdapterError(
                 f"{str(path_or_model_type)!r} is neither a directory nor a known model type. {KNOWN}{near}"
             )
-        return adapter_of(open_checkpoint(path_or_model_type), config, system=system, **choices)
+        source = open_ours(path_or_model_type, "open", own="adapter" in choices)
+        return adapter_of(source, config, system=system, **choices)
     if isinstance(path_or_model_type, Adapter):
         path_or_model_type = [path_or_model_type]
     if choices or config is not None or system != "native":
@@ -69,7 +71,7 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
     adapter=: one of your own, or a Family, in place of the family's; then there are no other choices.
 
     >>> import fmoe.docs
-    >>> adapter_of(open_checkpoint(fmoe.docs.example())).moe_config.n_routed_experts
+    >>> adapter_of(open_ours(fmoe.docs.example(), "open")).moe_config.n_routed_experts
     8
     """
     if (own := choices.pop("adapter", None)) is not None:
@@ -206,7 +208,7 @@ def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
     """What an adapter makes of a checkpoint; of a native one that holds a range of an axis, with that range's names.
 
     >>> import fmoe.docs
-    >>> source = open_checkpoint(fmoe.docs.example())
+    >>> source = open_ours(fmoe.docs.example(), "open")
     >>> len(source.specs), len(plan_from(source, adapter_of(source)).targets)
     (52, 8)
     """

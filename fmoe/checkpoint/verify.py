@@ -13,9 +13,10 @@ from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
-from fmoe.checkpoint.sides import forth, open_source, packed, side, whole_between
+from fmoe.checkpoint.sides import forth, packed, whole_between
 from fmoe.checkpoint.stream.digests import kept_sums, other_bytes, unsworn
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
+from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import whole
 from fmoe.codecs.cast import decoded_to
 from fmoe.layout.adapter import Adapter

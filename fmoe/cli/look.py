@@ -68,7 +68,8 @@ def plan(
     """
     with waiting("planning", as_json):
         from fmoe import checkpoint
-        from fmoe.checkpoint.sides import forth, open_source
+        from fmoe.checkpoint.sides import forth
+        from fmoe.checkpoint.which import open_source
 
         source = open_source(path, config, adapter is not None, trust_pickle, from_)
         made = checkpoint.plan_from(source, forth(source, from_, **own(adapter))[1], **ranges(experts))

@@ -14,12 +14,13 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.load import inputs, unfilled
 from fmoe.checkpoint.open import adapter_of
 from fmoe.checkpoint.remote.address import where
 from fmoe.checkpoint.stream.slices import read
+from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import whole
 from fmoe.dcp.boxes import pieces, surfacing
 from fmoe.layout.adapter import Adapter
@@ -87,7 +88,7 @@ class Planner(LoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         adapter = self.adapter
         if self.reader is not None:
-            source = self.reader.open()
+            source = self.reader.open(own=adapter is not None and adapter.config is None)
             self.specs = source.specs
             adapter = Adapter() if source.native else adapter or adapter_of(source)
         if adapter is None:
@@ -162,8 +163,8 @@ class Reader(dcp.HuggingFaceStorageReader):
         super().__init__(str(path) if isinstance(self.directory, Path) else ".")
         self.source: Checkpoint | None = None
 
-    def open(self) -> Checkpoint:
-        self.source = self.source or open_checkpoint(self.directory)
+    def open(self, own: bool = False) -> Checkpoint:
+        self.source = self.source or open_ours(self.directory, "load", own)
         return self.source
 
     def read_metadata(self) -> Metadata:  # the planner opens the files: what is wrong with them is then told by it

@@ -44,12 +44,11 @@ def checkpoint(path: Path | str, *, ranks: int = 1, e: range | None = None) -> A
     >>> len(checkpoint(fmoe.docs.example()).axes) > 1
     True
     """
-    from fmoe.checkpoint import adapter_of, open_checkpoint
+    from fmoe.checkpoint import adapter_of
     from fmoe.checkpoint.look.sizes import kind_of, layer_of
-    from fmoe.checkpoint.sides import ours_alone
+    from fmoe.checkpoint.which import open_ours
 
-    ours_alone(path, "draw")
-    source = open_checkpoint(path)
+    source = open_ours(path, "draw")
     adapter = adapter_of(source)
     found, plot = panels(adapter), pyplot()
     tall = max(len(panel.tensors) for panel in found)

@@ -55,6 +55,7 @@ checkpoint.together
 checkpoint.sending
 checkpoint.apart
 checkpoint.whole
+checkpoint.which
 checkpoint.open
 checkpoint.sides checkpoint.target
 checkpoint.between

@@ -9,7 +9,7 @@ from command import runner
 import fmoe
 from fmoe.activations import ACTIVATIONS
 from fmoe.backends import NAMES, find
-from fmoe.checkpoint.sides import side
+from fmoe.checkpoint.which import side
 from fmoe.codecs.config import EXPORTS, exports
 from fmoe.families import FAMILIES, family
 from fmoe.layer.checks import AXES

@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
 import shutil
 
+import hf_zoo as zoo
 import pytest
+import torch
 from gguf_writer import write
 from safetensors.torch import save_file
 from systems_zoo import model
 
-import fmoe
+import fmoe.dcp
+import fmoe.draw
 from fmoe import AdapterError
 from fmoe.systems import SYSTEMS
 
 MODELS = ("qwen3_moe alike", "deepseek_v3", "gpt_oss")
+SIDE = {"sglang": "vllm"}  # whose names of this model are the same
 WEIGHTS = (".safetensors", ".distcp", ".gguf")
 
 
@@ -101,8 +106,45 @@ def test_a_directory_of_one_system_is_not_read_as_anothers(directory, tmp_path, 
         except AdapterError:
             assert not (tmp_path / other).exists()
         else:  # of some families two systems have the very same names
-            theirs = [fmoe.adapter(path, system=s) for s in (system, other)]
+            theirs = [fmoe.adapter(kind.split()[0], model(kind)[0], system=s) for s in (system, other)]
             assert theirs[0].plan(model_specs(kind)).targets == theirs[1].plan(model_specs(kind)).targets
+
+
+READERS = {
+    "adapter": (lambda path: fmoe.adapter(path), "open"),
+    "adapter of a system": (lambda path: fmoe.adapter(path, system="vllm"), "open"),
+    "load": (lambda path: fmoe.load(path), "load"),
+    "dcp.load": (lambda path: fmoe.dcp.load({}, path), "load"),
+    "draw": (lambda path: fmoe.draw.checkpoint(path), "draw"),
+    "lora.load": (lambda path: fmoe.lora.load(adapted(path.parent / f"{path.name} lora"), path), "open"),
+}
+
+
+def adapted(path):
+    params = {"model.layers.0.mlp.experts.down_projs": torch.ones(8, 24, 32)}
+    base = fmoe.adapter("qwen3_moe", model("qwen3_moe alike")[0])
+    fmoe.lora.save(fmoe.lora.init(params, r=2), path, base, lora_alpha=2, force=True)
+    return path
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_whoever_reads_ours_alone_says_whose_it_is_and_to_convert_it(directory, system, reader):
+    read, verb = READERS[reader]
+    path, _ = directory(system)
+    fix = rf"Fix: fmoe convert {re.escape(str(path))} HF --to hf, then {verb} that"
+    with pytest.raises(AdapterError, match=rf"^{re.escape(str(path))} is {SIDE.get(system, system)}'s. {fix}"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "minimax_m3_vl_text"])
+def test_what_automodel_holds_in_other_numbers_or_names_is_not_read_as_ours(tmp_path, kind):
+    fmoe.convert(zoo.saved(kind)[1], tmp_path / "there", "automodel", fsync=False)
+    for read, verb in READERS.values():
+        with pytest.raises(AdapterError, match=f"there is automodel's. .*then {verb} that"):
+            read(tmp_path / "there")
+    assert fmoe.inspect(tmp_path / "there")["format"] == "automodel"
+    assert fmoe.verify(tmp_path / "there").tensors
 
 
 def model_specs(kind):
