@@ -16,6 +16,7 @@ from torch import Tensor
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import parse
+from fmoe.checkpoint.files.weights import ADAPTER, instead
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
@@ -33,7 +34,7 @@ from fmoe.lowrank.targets import Target, interleaved, renamed, table_of, targets
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 STAMP = "automodel_peft_config.json"
 """Where NeMo Automodel says which PEFT its directory is like; its adapter_config.json has no `peft_version`."""
 LIKE = {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1"}
@@ -93,7 +94,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         base = adapter_at(base, config)
     rank = None if said.rank_pattern else said.r
     base = told(base, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
-    header = read_header(path / WEIGHTS)
+    header = read_header(path / WEIGHTS, f"is not there{instead(os.listdir(path))}")
     files = dict.fromkeys(header.specs, WEIGHTS)
     source = Checkpoint(path, {}, header.specs, files, header.offsets, {WEIGHTS: header.stamp})
     tensors = source.read(files)

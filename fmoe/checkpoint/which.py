@@ -10,6 +10,7 @@ from fmoe.checkpoint.files.containers.mp_rank import UNTRUSTED
 from fmoe.checkpoint.files.containers.source import container_of, open_foreign
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
+from fmoe.checkpoint.files.weights import ADAPTER
 from fmoe.checkpoint.remote.address import Address, Where, place
 from fmoe.families import FAMILIES
 from fmoe.folding import meant
@@ -68,7 +69,7 @@ def open_source(
     path = Path(str(src))
     if "://" in str(src) or not container_of(path):
         theirs = isinstance(from_, str) and from_ in SYSTEMS
-        if theirs and given is None and path.is_dir() and not isfile(path / "config.json"):
+        if theirs and given is None and path.is_dir() and not any(isfile(path / n) for n in ("config.json", ADAPTER)):
             raise AdapterError(f"{path} {NO_CONFIG}")
         return open_checkpoint(src, given, own=own)
     if container_of(path) == "mp_rank" and not trust_pickle:

@@ -19,7 +19,7 @@ from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import MOST, parse
-from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, UNFINISHED, chosen, instead
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, UNFINISHED, chosen, instead, of_a_model
 from fmoe.checkpoint.remote.address import Address, Where, look, where
 from fmoe.checkpoint.remote.spans import scattered
 from fmoe.checkpoint.remote.stores import AT_ONCE
@@ -161,8 +161,7 @@ def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None, *, 
     """
     path = where(path)
     there = _listed(path)
-    if JOURNAL in there:
-        raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
+    of_a_model(path, there)
     if config is None:
         config = _json(path / CONFIG, infinite=True)[0] if CONFIG in there or not own else {}
         config = with_quant(config, _json(path / QUANT)[0]) if QUANT in there else config

@@ -26,6 +26,7 @@ TREE = "_METADATA"
 ARRAYS = "params.params."
 OPENS = (INDEX, NATIVE, METADATA, TREE)
 """What says which files a checkpoint consists of: it comes last, and goes first."""
+ADAPTER = "adapter_config.json"
 UNFINISHED = (".part", ".incomplete")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".part"} | PICKLES
@@ -41,6 +42,18 @@ _KINDS = re.compile(
     r"|.*_config\.json|.*\.index\.json|(tokenizer|vocab).*\.json|(vocab|merges|dict)\.txt|.*\.jinja"
     r"|.*\.(model|tiktoken|spm|bpe|codes)"
 )
+
+
+def of_a_model(path: Where, there: Iterable[str]) -> None:
+    """Raises AdapterError where a directory by its names holds a LoRA adapter alone, or is not finished."""
+    there = list(there)
+    if JOURNAL in there:
+        raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
+    kept = {".safetensors", *PICKLES}
+    weights = (n for n in there if Path(n).suffix in kept and not _OTHER.fullmatch(Path(n).stem))
+    if ADAPTER in there and not {INDEX, NATIVE} & {*there} and not any(weights):
+        fix = f"fmoe.lora.load({str(path)!r}, BASE) reads it, and fmoe.lora.merge puts it into the base's weights"
+        raise AdapterError(f"{path} is a LoRA adapter, as {ADAPTER} tells, expected a model. Fix: {fix}")
 
 
 class Chosen(NamedTuple):
