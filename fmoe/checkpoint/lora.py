@@ -187,11 +187,8 @@ def save(
 
 
 def _json(path: Path) -> dict[str, Any]:
-    with disk.reading(path, missing="is missing: a PEFT directory has one") as file:
-        text = bytearray(disk.Stamp.of(file).size)
-        disk.read_at(path, file, memoryview(text), 0)
     try:
-        return parse(bytes(text), infinite=True)
+        return parse(disk.content(path, "is missing: a PEFT directory has one"), infinite=True)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: {error}") from None
 

@@ -12,6 +12,7 @@ from fmoe.checkpoint.files.containers.gguf_written import like as like_of
 from fmoe.checkpoint.files.containers.orbax_written import orbax_layout
 from fmoe.checkpoint.files.containers.written import dcp_layout
 from fmoe.checkpoint.files.directory import INDEX, Checkpoint
+from fmoe.checkpoint.files.disk import content
 from fmoe.checkpoint.files.weights import OUT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.staging import Staging
@@ -78,7 +79,7 @@ def beside(
     for path in source.others():
         name = str(path)
         if name not in {*small, *layout.heads, *made, *out} and path.suffix in ALONG:
-            made[name] = (Path(str(source.path)) / name).read_bytes()
+            made[name] = content(source.path / name)
     return made
 
 

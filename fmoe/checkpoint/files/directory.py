@@ -235,14 +235,9 @@ def _where(path: Where, headers: Mapping[str, Header]) -> dict[str, str]:
 
 def _json(path: Where, *, infinite: bool = False) -> tuple[dict[str, Any], str]:
     """What a file of JSON holds, and its text."""
-    with disk.reading(path, missing=f"is missing: a checkpoint directory has one. {FIX}") as file:
-        size = disk.Stamp.of(file).size
-        if size > MOST:
-            raise AdapterError(f"{path} has {size:,} bytes, expected at most {MOST:,}")
-        text = bytearray(size)
-        disk.read_at(path, file, memoryview(text), 0)
+    text = disk.content(path, f"is missing: a checkpoint directory has one. {FIX}", MOST)
     try:
-        return parse(bytes(text), infinite=infinite), text.decode()
+        return parse(text, infinite=infinite), text.decode()
     except ValueError as error:
         raise AdapterError(f"{path} is no JSON: {error}") from None
     except TypeError as error:

@@ -140,6 +140,17 @@ def unchanged(path: Where, descriptor: Opened, was: Stamp | None) -> None:
         raise AdapterError(f"{path} has changed since it was opened ({what}): nothing else may write to it; run again")
 
 
+def content(path: Where, missing: str = "is not there", most: int | None = None) -> bytes:
+    """All bytes of a small file. most: Raises AdapterError where it has more of them."""
+    with reading(path, missing=missing) as file:
+        size = Stamp.of(file).size
+        if most is not None and size > most:
+            raise AdapterError(f"{path} has {size:,} bytes, expected at most {most:,}")
+        text = bytearray(size)
+        read_at(path, file, memoryview(text), 0)
+    return bytes(text)
+
+
 def read_at(path: Where, descriptor: Opened, into: memoryview, at: int) -> None:
     """into = the bytes of the file from at on, all of them. Raises AdapterError where it ends before, or fails."""
     if isinstance(descriptor, Address):

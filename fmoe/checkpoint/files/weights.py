@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmoe.checkpoint.files.header import PICKLE
-from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError
 
@@ -52,7 +52,9 @@ def of_a_model(path: Where, there: Iterable[str]) -> None:
     kept = {".safetensors", *PICKLES}
     weights = (n for n in there if Path(n).suffix in kept and not _OTHER.fullmatch(Path(n).stem))
     if ADAPTER in there and not {INDEX, NATIVE} & {*there} and not any(weights):
-        fix = f"fmoe.lora.load({str(path)!r}, BASE) reads it, and fmoe.lora.merge puts it into the base's weights"
+        away = isinstance(path, Address)  # LoRA is read from folders
+        read = "download it, fmoe.lora.load(DIR, BASE)" if away else f"fmoe.lora.load({str(path)!r}, BASE)"
+        fix = f"{read} reads it, and fmoe.lora.merge puts it into the base's weights"
         raise AdapterError(f"{path} is a LoRA adapter, as {ADAPTER} tells, expected a model. Fix: {fix}")
 
 

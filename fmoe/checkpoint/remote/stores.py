@@ -17,6 +17,7 @@ USUAL = ["config.json", "model.safetensors", "model.safetensors.index.json", "fm
 USUAL += ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"]
 USUAL += ["merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "README.md", "LICENSE"]
 USUAL += ["chat_template.json", "preprocessor_config.json", "processor_config.json", "vocab.txt", "tiktoken.model"]
+USUAL += ["adapter_config.json"]
 """What is asked for by name where no folder can be listed."""
 
 
