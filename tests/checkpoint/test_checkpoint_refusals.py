@@ -79,7 +79,15 @@ def no_weights(path: Path) -> None:
         (path / file).unlink()
 
 
+def an_adapter(path):
+    for file in path.iterdir():
+        file.unlink()
+    (path / "adapter_config.json").write_text("{}")
+    (path / "adapter_model.safetensors").write_bytes(b"")
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
+    "a LoRA adapter alone": (an_adapter, r"is a LoRA adapter, .*expected a model\. Fix: fmoe\.lora\.load\("),
     "a file that is not there": (lambda path: (path / TWO).unlink(), f"{TWO} is not there, and {INDEX} names it"),
     "a link to nowhere": (dangling, f"{ONE} is not there"),
     "a file outside": (listed(f"../source/{ONE}"), f"'../source/{ONE}'"),

@@ -32,6 +32,7 @@ CALLS = {
 }
 
 DIRECTORIES = {
+    "its matrices are added to the weights of a model, and are none": "a LoRA adapter alone",
     "weights would be missing": (
         "a file that is not there|a link to nowhere|a file that never was|no weights|an empty index"
     ),
