@@ -15,7 +15,7 @@ from fmoe.checkpoint.remote.address import Address, Where, place
 from fmoe.families import FAMILIES
 from fmoe.folding import meant
 from fmoe.systems import SYSTEMS
-from fmoe.types import EXPERT_TENSORS, AdapterError, brief
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, brief
 
 MATRICES = EXPERT_TENSORS[:2]  # the names that no Hugging Face checkpoint has
 NO_CONFIG = "has no Hugging Face config. Fix: config=, or --config DIR_OR_JSON"
@@ -107,7 +107,8 @@ def ours_alone(path: Where | str, verb: str) -> None:
 def no_system(source: Checkpoint, verb: str) -> None:
     """Raises AdapterError for another system's names in safetensors files. Of an unknown family none are known."""
     if source.kind in FAMILIES and (here := side(source)) in SYSTEMS:
-        raise AdapterError(others(source.path, f"{here}'s", verb, f" --from {here}" * isinstance(source.path, Address)))
+        text = others(source.path, f"{here}'s", verb, f" --from {here}" * isinstance(source.path, Address))
+        raise AdapterError([Problem(text, SYSTEMS[here].marked(source.specs) or _stacked(source))])
 
 
 def others(path: object, whose: str, verb: str, said: str = "") -> str:
@@ -130,5 +131,10 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     fits = [n for n in fits if (container == "dcp") == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
         raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")
-    stacked = any(n.rpartition(".")[2] in MATRICES for n in source.specs)
-    return fits[0] if fits else "automodel" if stacked else "hf"  # our names without our fmoe.json: a trainer's
+    return (
+        fits[0] if fits else "automodel" if _stacked(source) else "hf"
+    )  # our names without our fmoe.json: a trainer's
+
+
+def _stacked(source: Checkpoint) -> tuple[str, ...]:
+    return tuple(n for n in source.specs if n.rpartition(".")[2] in MATRICES)

@@ -64,6 +64,10 @@ class System:
             return False
         return _any(self.mark, names) and not (self.unlike and _any(self.unlike, names))
 
+    def marked(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The names that show it."""
+        return tuple(n for n in names if self.mark and _any(self.mark, (n,)))
+
     def adapter(self, model_type: str, config: Any = None, **choices: Any) -> Adapter:
         """Hugging Face <-> this system, every tensor claimed.
 

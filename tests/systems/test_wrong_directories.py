@@ -133,8 +133,10 @@ def test_whoever_reads_ours_alone_says_whose_it_is_and_to_convert_it(directory, 
     read, verb = READERS[reader]
     path, _ = directory(system)
     fix = rf"Fix: fmoe convert {re.escape(str(path))} HF --to hf, then {verb} that"
-    with pytest.raises(AdapterError, match=rf"^{re.escape(str(path))} is {SIDE.get(system, system)}'s. {fix}"):
+    with pytest.raises(AdapterError, match=rf"^{re.escape(str(path))} is {SIDE.get(system, system)}'s. {fix}") as error:
         read(path)
+    if SYSTEMS[system].container == "safetensors":
+        assert error.value.keys, "it names the tensors that show it"
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "minimax_m3_vl_text"])
