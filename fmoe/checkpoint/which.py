@@ -107,8 +107,10 @@ def ours_alone(path: Where | str, verb: str) -> None:
 def no_system(source: Checkpoint, verb: str) -> None:
     """Raises AdapterError for another system's names in safetensors files. Of an unknown family none are known."""
     if source.kind in FAMILIES and (here := side(source)) in SYSTEMS:
-        text = others(source.path, f"{here}'s", verb, f" --from {here}" * isinstance(source.path, Address))
-        raise AdapterError([Problem(text, SYSTEMS[here].marked(source.specs) or _stacked(source))])
+        names = SYSTEMS[here].marked(source.specs) or _stacked(source)
+        whose = f"{here}'s, by {names[0]!r}" + f" and {len(names) - 1} more" * (len(names) > 1)
+        text = others(source.path, whose, verb, f" --from {here}" * isinstance(source.path, Address))
+        raise AdapterError([Problem(text, names)])
 
 
 def others(path: object, whose: str, verb: str, said: str = "") -> str:
