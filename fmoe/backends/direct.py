@@ -102,7 +102,7 @@ class _Recorded(Function):
         u = empty((weights.numel(), up.shape[2]), x)
         y = _forward(dict(zip(NAMES, (up, down), strict=True)), x, weights, order, config, dtype, keep=u)
         ctx.save_for_backward(x, weights, up, down, u)
-        ctx.indices, ctx.order, ctx.config = indices, order, config
+        ctx.indices, ctx.order, ctx.config = indices.clone(), order, config  # whoever fills them anew may
         return y
 
     @staticmethod

@@ -91,6 +91,22 @@ def test_gradients_have_the_same_bits_and_so_have_their_own(
         same(T, K)
 
 
+def test_indices_that_are_filled_anew_before_backward_change_no_derivative() -> None:
+    config = replace(CONFIG, **BARE)
+    x, routing = tokens(config, T=5)
+    ids, params = routing.indices % config.n_routed_experts, draw(config)
+
+    def second(ids: Tensor, change: bool) -> Tensor:
+        mine = x.detach().requires_grad_()
+        y = experts(params, mine, Routing(ids, routing.weights), config)
+        if change:
+            ids.zero_()
+        (first,) = torch.autograd.grad(y.square().sum(), mine, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), mine)[0]
+
+    assert torch.equal(second(ids.clone(), True), second(ids, False))
+
+
 @pytest.mark.parametrize("wanted", range(1, 16))
 def test_no_gradient_is_computed_that_nobody_needs(wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, **BARE)
