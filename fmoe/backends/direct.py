@@ -62,25 +62,24 @@ def _forward(
     up, down = (params[name] for name in NAMES)
     w, act, after = order.weights(weights, x), activation(config), config.apply_router_weight_after_down
     biased, biased_y = "gate_up_proj_bias" in params, "down_proj_bias" in params
-    ids = torch.tensor([e for e, n in order.sizes.items() for _ in range(n)]) if biased or biased_y else None
     plain = not (after or biased_y) and w.dtype == torch.promote_types(x.dtype, torch.float32)
     out = empty((len(w), down.shape[2]), x if plain else w)
+
+    def bias(name: str, sizes: dict[int, int]) -> Tensor:
+        ids = torch.tensor([*sizes]).repeat_interleave(torch.tensor([*sizes.values()]))
+        return params[name].index_select(0, ids).to(x.dtype)
+
     for rows, sizes in parts(order, up, down, x):
-
-        def bias(name: str, rows: slice = rows) -> Tensor:
-            assert ids is not None
-            return params[name].index_select(0, ids[rows]).to(x.dtype)
-
         u = multiply(order.rows(x, rows), up, sizes, None if keep is None else keep[rows])
-        h = act(u + bias("gate_up_proj_bias") if biased else u, None if after else w[rows])
+        h = act(u + bias("gate_up_proj_bias", sizes) if biased else u, None if after else w[rows])
         if plain:
             multiply(h, down, sizes, out[rows])
             continue
         o = multiply(h, down, sizes)
         if after:
-            out[rows] = w[rows] * (o + bias("down_proj_bias") if biased_y else o).to(w.dtype)
+            out[rows] = w[rows] * (o + bias("down_proj_bias", sizes) if biased_y else o).to(w.dtype)
         else:
-            out[rows] = o.to(w.dtype) + w[rows] * bias("down_proj_bias").to(w.dtype) if biased_y else o
+            out[rows] = o.to(w.dtype) + w[rows] * bias("down_proj_bias", sizes).to(w.dtype) if biased_y else o
     return order.added(out, weights.shape[1], dtype)
 
 

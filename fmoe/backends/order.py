@@ -70,10 +70,8 @@ def ordered(indices: Tensor, E: int, sort: bool = False) -> Order | None:
 
 def parts(order: Order, up: Tensor, down: Tensor, x: Tensor) -> Iterator[tuple[slice, dict[int, int]]]:
     """The rows of some experts at a time; all at once where a part would not give the same bits, or costs more."""
-    N, ragged = (
-        sum(order.sizes.values()),
-        any(size % 64 for size in down.shape[1:]),
-    )  # a vector unit rounds its rest on its own
+    N = sum(order.sizes.values())
+    ragged = any(size % 64 for size in down.shape[1:])  # a vector unit rounds what is left over in its own way
     if N < 2 * PART or ragged or at_once(x, up) or at_once(x, down):
         yield slice(0, N), order.sizes
         return

@@ -133,9 +133,9 @@ def side(source: Checkpoint, from_: str | None = None) -> str:
     fits = [n for n in fits if (container == "dcp") == (SYSTEMS[n].container == "dcp")] or fits
     if len(fits) > 1:
         raise AdapterError(f"{source.path} may be {' or '.join(fits)}. Fix: from_=, or --from SYSTEM")
-    return (
-        fits[0] if fits else "automodel" if _stacked(source) else "hf"
-    )  # our names without our fmoe.json: a trainer's
+    if fits:
+        return fits[0]
+    return "automodel" if _stacked(source) else "hf"  # our names without our fmoe.json: a trainer's
 
 
 def _stacked(source: Checkpoint) -> tuple[str, ...]:
