@@ -108,7 +108,7 @@ def no_system(source: Checkpoint, verb: str) -> None:
     """Raises AdapterError for another system's names in safetensors files. Of an unknown family none are known."""
     if source.kind in FAMILIES and (here := side(source)) in SYSTEMS:
         names = SYSTEMS[here].marked(source.specs) or _stacked(source)
-        whose = f"{here}'s, by {names[0]!r}" + f" and {len(names) - 1} more" * (len(names) > 1)
+        whose = f"{here}'s, as is told by {names[0]!r}" + f" and {len(names) - 1} more" * (len(names) > 1)
         text = others(source.path, whose, verb, f" --from {here}" * isinstance(source.path, Address))
         raise AdapterError([Problem(text, names)])
 

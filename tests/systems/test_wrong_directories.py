@@ -134,18 +134,18 @@ def test_whoever_reads_ours_alone_says_whose_it_is_and_to_convert_it(directory, 
     path, _ = directory(system)
     fix = rf"Fix: fmoe convert {re.escape(str(path))} HF --to hf, then {verb} that"
     with pytest.raises(
-        AdapterError, match=rf"^{re.escape(str(path))} is {SIDE.get(system, system)}'s(, by .*)?\. {fix}"
+        AdapterError, match=rf"^{re.escape(str(path))} is {SIDE.get(system, system)}'s(, as is told by .*)?\. {fix}"
     ) as error:
         read(path)
     if SYSTEMS[system].container == "safetensors":
-        assert f"'s, by {error.value.keys[0]!r}" in str(error.value), "it names the tensors that show it"
+        assert f"'s, as is told by {error.value.keys[0]!r}" in str(error.value), "it names the tensors that show it"
 
 
 @pytest.mark.parametrize("kind", ["gemma4_text", "minimax_m3_vl_text"])
 def test_what_automodel_holds_in_other_numbers_or_names_is_not_read_as_ours(tmp_path, kind):
     fmoe.convert(zoo.saved(kind)[1], tmp_path / "there", "automodel", fsync=False)
     for read, verb in READERS.values():
-        with pytest.raises(AdapterError, match=f"there is automodel's, by '.*'.* Fix: .*then {verb} that"):
+        with pytest.raises(AdapterError, match=f"there is automodel's, as is told by '.*'.* Fix: .*then {verb} that"):
             read(tmp_path / "there")
     assert fmoe.inspect(tmp_path / "there")["format"] == "automodel"
     assert fmoe.verify(tmp_path / "there").tensors
