@@ -43,7 +43,8 @@ def test_to_a_system_and_back_by_address_is_as_from_the_folder(hf, tmp_path, sys
         away, here = f"{server.url}/there", fmoe.inspect(tmp_path / "there")["format"]
         for call in (fmoe.load, fmoe.adapter, lambda path: fmoe.convert(path, tmp_path / "no", to="hf")):
             with pytest.raises(
-                AdapterError, match=rf"there is {here}'s\. Fix: .*/there HF --to hf --from {here}, then"
+                AdapterError,
+                match=rf"there is {here}'s, as is told by '.+\. Fix: .*/there HF --to hf --from {here}, then",
             ):
                 call(away)
         assert fmoe.inspect(away)["format"] == here
