@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,12 +61,14 @@ def ordered(indices: Tensor, E: int, sort: bool = False) -> Order | None:
         told = indices[0].tolist()
         if told and min(told) >= 0 and max(told) < E and len({*told}) == K:
             return Order(dict.fromkeys(told, 1))
-    ids, slot = indices.flatten().sort(stable=True)
-    if not len(ids) or ids[0] < 0 or ids[-1] >= E:
+    ids = indices.numpy().ravel()  # each step costs numpy a third of what it costs torch
+    if not ids.size or ids.view(np.uint64).max() >= E:
         return None
-    back = torch.empty_like(slot).scatter_(0, slot, torch.arange(len(slot)))
-    sizes = {e: n for e, n in enumerate(torch.bincount(ids).tolist()) if n}
-    return Order(sizes, slot, slot // K, back)
+    slot = ids.astype(np.min_scalar_type(E)).argsort(kind="stable")  # a radix sort of 16 bits
+    back = np.empty_like(slot)
+    back[slot] = np.arange(len(slot))
+    sizes = {e: n for e, n in enumerate(np.bincount(ids).tolist()) if n}
+    return Order(sizes, *map(torch.from_numpy, (slot, slot // K, back)))
 
 
 def parts(order: Order, up: Tensor, down: Tensor, x: Tensor) -> Iterator[tuple[slice, dict[int, int]]]:

@@ -142,14 +142,13 @@ def test_what_goes_nowhere_takes_the_long_way(why: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [*range(1, 18), loop.FEW, loop.FEW + 1])
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("by", [None, "_mm", "_few", "_some", "_in_fp32"])
 def test_products_of_few_rows_by_large_matrices(
-    streams: bool, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    by: str | None, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "LARGE", 1)
-    if streams:  # as on a CPU that has a matrix unit, whether this one has or not
-        monkeypatch.setattr(loop, "widens", lambda x: False)
-        monkeypatch.setattr(loop, "_streams", lambda x, w: w.stride(1) == 1)
+    if by and not (by == "_in_fp32" and dtype.itemsize > 2):  # as on a CPU of another kind than this one
+        monkeypatch.setattr(loop, "_by", lambda x, w: getattr(loop, by))
     made = torch.Generator().manual_seed(n)
     new = lambda *shape: torch.randn(shape, generator=made).to(dtype)
     x, y, w, offsets = new(n + 3, 16), new(n + 3, 24), new(3, 16, 24), torch.tensor([1, 1, n + 1]).int()

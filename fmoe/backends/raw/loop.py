@@ -4,6 +4,7 @@ Raw products, without autograd: `products.py` adds that. They wait for the devic
 touch no expert without rows. Weights are read as they are stored, in either order and any dtype.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
@@ -14,8 +15,8 @@ from fmoe.backends.raw.memory import empty, partly
 
 LARGE = 1 << 19
 """Numbers of a matrix from which on its own memory, and not a call, is what a product of few rows costs."""
-FEW = 48
-"""Rows, up to which a matrix unit takes them turned in less time."""
+SOME, FEW, LONG = 8, 48, 1024
+"""Rows, from which on and up to which a matrix takes less time as the first factor, and terms of each sum."""
 
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def multiply(x: Tensor, w: Tensor, sizes: dict[int, int], out: Tensor | None = N
         return y if out is None else out.copy_(y)
     if out is None:
         out = empty((x.shape[0], w.shape[2]), x)
-    by = _in_fp32 if widens(x) else _few if _streams(x, w) else _mm
+    by = _by(x, w)
     # one call makes all the slices: a slice at a time costs what a small product does
     parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
     for e, rows, place in zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False):
@@ -90,23 +91,38 @@ def widens(x: Tensor) -> bool:
     return not (amx or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()))
 
 
+def _by(x: Tensor, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """Who multiplies rows by a matrix in the least time, as measured: (rows, matrix, out). Files have it [out, in]."""
+    if widens(x):
+        return _in_fp32
+    if w.stride(1) != 1 or not x.is_cpu or w.dtype != x.dtype:
+        return _mm
+    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return _few
+    long = x.dtype == torch.float32 and w.shape[1] >= LONG and torch.cpu._is_avx512_supported()
+    return _some if long else _mm
+
+
 def _mm(x: Tensor, w: Tensor, out: Tensor) -> None:
     torch.mm(x, w, out=out)
 
 
+def _turned(x: Tensor, w: Tensor, out: Tensor) -> None:
+    out.copy_(torch.mm(w.mT, x.mT).mT)
+
+
 def _few(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """A matrix unit wants what it multiplies by in an order of its own: a matrix that is the first factor it reads as
+    it lies, in 0.7 of the time."""
     if len(x) == 1:
         torch.mv(w.mT, x[0], out=out[0])
-    elif len(x) <= FEW:
-        out.copy_(torch.mm(w.mT, x.mT).mT)
     else:
-        _mm(x, w, out)
+        (_turned if len(x) <= FEW else _mm)(x, w, out)
 
 
-def _streams(x: Tensor, w: Tensor) -> bool:
-    """Are these 16 bits whose product with few rows takes less time the other way around? A matrix unit wants what it
-    multiplies by in an order of its own: a matrix that is the first factor it reads as it lies, in 0.7 of the time."""
-    return x.is_cpu and x.dtype == torch.bfloat16 == w.dtype and w.stride(1) == 1 and torch.cpu._is_amx_tile_supported()
+def _some(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """MKL packs what it multiplies by from some rows on; as the first factor such a matrix costs 0.6 to 0.9."""
+    (_turned if SOME <= len(x) <= FEW else _mm)(x, w, out)
 
 
 def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
@@ -119,7 +135,8 @@ def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 def at_once(x: Tensor, w: Tensor) -> bool:
     """Are these matrices so small that one product of all of them costs less than one for each?"""
-    return _at_once(x, w.shape[1], w.shape[2], w if w.stride(2) == 1 else w.mT)
+    K, M = w.shape[1:]
+    return K * M < LARGE and _at_once(x, K, M, w if w.stride(2) == 1 else w.mT)
 
 
 def _at_once(x: Tensor, K: int, M: int, other: Tensor) -> bool:
