@@ -19,6 +19,7 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sending import Outbox, place_of
+from fmoe.checkpoint.sides import unnamed_choices
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.staging import Staging
@@ -72,14 +73,13 @@ def convert(
     fields that carry over. What does not (a tensor that only one of them has, another router, a field) is an error, in
     full; lossy: is done without, and told in the report.
     to: or another system, as "torchtitan" (`fmoe.systems`), or from one: found by files and names, or said with from_.
-    config: a Hugging Face config (a dict, a JSON file or its directory), for a source without one.
-    like: to "gguf", an existing GGUF file of the same model, whose metadata the new one takes. trust_pickle: read
-    Megatron's mp_rank_* too, whole training states: as data, through a list of exact names; nothing of them runs.
-    choices: as in `fmoe.adapter`; adapter=: one of your own;
-    a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read. To "hf",
-    dtype="bfloat16" writes what is quantised decoded and experts in that dtype (cast="all": and all else that may be;
-    without it a note names what is not), and quantize="fp8" (mxfp8, mxfp4, nvfp4, int4)
-    the experts, and what else the family quantises, in codes with fresh scales; config.json says which it is.
+    config: a Hugging Face config (a dict, a JSON file or its directory), for a source without one. like: to "gguf", an
+    existing GGUF file of the same model, whose metadata the new one takes. trust_pickle: read Megatron's mp_rank_* too,
+    whole training states: as data, through a list of exact names; nothing of them runs.
+    choices: as in `fmoe.adapter`; adapter=: one of your own; a range is one of an axis, as `e=range(0, 16)`, and only
+    its bytes are read. To "hf", dtype="bfloat16" writes what is quantised decoded and experts in that dtype
+    (cast="all": and all else that may be; without it a note names what is not), and quantize="fp8" (mxfp8, mxfp4,
+    nvfp4, int4) the experts, and what else the family quantises, in codes with fresh scales; config.json says it.
 
     dst: a directory, or an address that takes files: s3://..., any of fsspec's, or hf://ORG/NAME, in one commit. Then
     each file is made in a folder of the cache (XDG_CACHE_HOME moves it; the notes say how much it takes), sent when it
@@ -107,18 +107,16 @@ def convert(
     """
     if of_systems(src, to, config, from_, own := "adapter" in choices):
         if process_group is not None or bandwidth is not None:
-            raise AdapterError(
-                "to and from other systems one process converts, as fast as it can: without ranks, bandwidth"
-            )
+            text = "to and from other systems one process converts, as fast as it can: without ranks, bandwidth"
+            raise AdapterError(text)
         given: dict[str, Any] = dict(force=force, dry_run=dry_run, fsync=fsync, threads=threads, lossy=lossy)
-        given |= choices | {"max_shard_size": max_shard_size, "progress": progress, "checksums": checksums}
-        given |= {"like": like, "trust_pickle": trust_pickle}
+        given |= choices | dict(max_shard_size=max_shard_size, progress=progress, checksums=checksums)
+        given |= dict(like=like, trust_pickle=trust_pickle)
         return convert_between(src, here(dst, "other systems"), to, config, from_, **given)
     if like is not None:
         raise AdapterError(f"like={str(like)!r} with to={to!r}: expected to='gguf', which takes its metadata")
     source = open_ours(src, "convert", own, config)
-    rank = process_group.rank() if process_group else None
-    place = place_of(dst, source.path, rank=rank, checksums=checksums)
+    place = place_of(dst, source.path, rank=process_group.rank() if process_group else None, checksums=checksums)
     how, crossing = {n: v for n, v in choices.items() if not isinstance(v, range)}, None
     ranges = narrowed(str(source.config.get("model_type")), source.config, choices)
     if to != "native":
@@ -129,24 +127,22 @@ def convert(
         there, crossing = across(source, to, **how)
         adapter = there
         if crossing.lost and not lossy:
-            raise AdapterError(
-                [f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these", *crossing.lost]
-            )
+            text = f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these"
+            raise AdapterError([text, *crossing.lost])
     survived: list[Survival] = []
     there = telling(there, survived.append)
     plan = plan_from(source, there, **ranges)
     found = crossing.notes if crossing else complete(source, adapter, plan, to, how)
-    layout, small = _layout(source, plan, to, size_of(max_shard_size), how | ranges)
+    said = {} if own or to != "native" else unnamed_choices(adapter, [*source.specs])
+    layout, small = _layout(source, plan, to, size_of(max_shard_size), said | how | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
-    if config is not None:
-        others["config.json"] = json.dumps(source.config, indent=2, default=str).encode() + b"\n"
+    others |= {} if config is None else {"config.json": _json(source.config)}
     if "dtype" in how and crossing is None and source.config:
         notes += not_cast(plan.targets, how["dtype"], source.config, to)
     if to != "native" and source.config:
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
-        if crossing or agreed != config:
-            others["config.json"] = json.dumps(agreed, indent=2, default=str).encode() + b"\n"
+        others |= {"config.json": _json(agreed)} if crossing or agreed != config else {}
         if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
@@ -211,8 +207,12 @@ def convert(
         else:
             resumed = plan.nbytes
         sums = finish(stage)
-    report = replace(report, notes=(*found, *notes))
-    return replace(report, read=engine.read, written=engine.written, resumed=resumed, checksums=sums)
+    report = replace(report, notes=(*found, *notes), checksums=sums)
+    return replace(report, read=engine.read, written=engine.written, resumed=resumed)
+
+
+def _json(config: Mapping[str, Any]) -> bytes:
+    return json.dumps(config, indent=2, default=str).encode() + b"\n"
 
 
 def _layout(

@@ -1,19 +1,20 @@
 """Native parameters as a directory: shards and an index that Transformers and fmoe read."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
-from fmoe.checkpoint.files.origin import FORMAT, OWN
+from fmoe.checkpoint.files.origin import FORMAT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import as_own
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
+from fmoe.checkpoint.sides import unnamed_choices
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
@@ -22,13 +23,11 @@ from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
-from fmoe.codecs.quantised import Quantised
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
 from fmoe.families.kind import Family, as_dict
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
-from fmoe.layout.table import Table
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, bits
 
@@ -147,7 +146,7 @@ def prepare(
     files = Layout.of(plan.targets, shard(plan.targets, size_of(max_shard_size)), {})
     small = {INDEX: files.index} if files.index else {}
     if layout == "native":
-        small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges, _choices(adapter, hf.targets))
+        small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges, unnamed_choices(adapter, [*hf.targets]))
     config = _json(path / CONFIG) if (path / CONFIG).exists() else adapter.config
     notes: tuple[str, ...] = ()
     if config is not None:
@@ -219,21 +218,6 @@ def _adapter(path: Path, adapter: Adapter | Family | None) -> Adapter:
         raise AdapterError(f"which family? pass adapter=fmoe.adapter(...), or put a {CONFIG} into {path}")
     config = _json(path / CONFIG)
     return adapter_at(str(config.get("model_type")), config)
-
-
-def _choices(adapter: Adapter, names: Iterable[str]) -> dict[str, str]:
-    """The choices that an adapter was made with, as far as names do not say them."""
-    kind = FAMILIES.get(str((adapter.config or {}).get("model_type")))
-    if kind is None:
-        return dict(OWN)
-    tables = lambda made: [s for s in made.resolve(names).stages if isinstance(s, Table)]
-    how = {"quantized": "keep"} if any(isinstance(s, Quantised) and s.keep for s in adapter.stages) else {}
-    opened = kind.adapter(adapter.config, **how)
-    if tables(opened) == tables(adapter):
-        return how
-    choices = {n: o for stage in opened.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
-    fits = lambda name, label: tables(opened.choose(**{name: label})) == tables(adapter)
-    return how | {name: label for name, labels in choices.items() for label in labels if fits(name, label)}
 
 
 def _origin(hf: Plan, most: int, ranges: Mapping[str, range], choices: Mapping[str, str]) -> str:

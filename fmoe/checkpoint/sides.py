@@ -10,16 +10,19 @@ import torch
 from fmoe import systems
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.files.origin import OWN
 from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
 from fmoe.checkpoint.which import side
 from fmoe.checkpoint.whole import gaps_of
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.formats import FORMATS
-from fmoe.families import family
+from fmoe.codecs.quantised import Quantised
+from fmoe.families import FAMILIES, family
 from fmoe.families.complete import Gaps, gaps
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.suspects import QUANTISED
+from fmoe.layout.table import Table
 from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, Problem
 
@@ -122,3 +125,18 @@ def packed(source: Checkpoint, here: str) -> bool:
     """Whether a source of a system that can hold them holds codes and scales, which its table moves as they are."""
     can = here in SYSTEMS and SYSTEMS[here].keeps(source.model_type)
     return can and any(spec.dtype in CODES and WEIGHT.search(name) for name, spec in source.specs.items())
+
+
+def unnamed_choices(adapter: Adapter, names: list[str]) -> dict[str, str]:
+    """The choices that an adapter was made with, as far as its HF names do not say them."""
+    kind = FAMILIES.get(str((adapter.config or {}).get("model_type")))
+    if kind is None:
+        return dict(OWN)
+    tables = lambda made: [s for s in made.resolve(names).stages if isinstance(s, Table)]
+    how = {"quantized": "keep"} if any(isinstance(s, Quantised) and s.keep for s in adapter.stages) else {}
+    opened = kind.adapter(adapter.config, **how)
+    if tables(opened) == tables(adapter):
+        return how
+    choices = {n: o for stage in opened.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
+    fits = lambda name, label: tables(opened.choose(**{name: label})) == tables(adapter)
+    return how | {name: label for name, labels in choices.items() for label in labels if fits(name, label)}

@@ -104,7 +104,9 @@ class Beside:
 
     def resolve(self, names: Names, *, default: bool) -> "Beside":
         left, right = self._split(names)
-        return Beside(resolve_stages(self.left, Names(left)), resolve_stages(self.right, Names(right)))
+        return Beside(
+            resolve_stages(self.left, Names(left, names.specs)), resolve_stages(self.right, Names(right, names.specs))
+        )
 
     def rename(self, names: Names) -> list[str]:
         made = []

@@ -140,6 +140,7 @@ def rules_of(entries: Iterable[Entry]) -> list[Rule]:
 def settle(entries: Iterable[Entry], names: Names, *, default: bool) -> tuple[Entry, ...]:
     """Open choices settled by the names that are there. With no evidence: published if `default`, else still open.
 
+    Of options with the same names, by the sizes that the rules are bound to, where names come with shapes.
     Raises AdapterError where names speak for two options.
     """
     settled: list[Entry] = []
@@ -187,7 +188,16 @@ def _evident(either: Either, names: Names) -> str | None:
             keys = (next(iter(claim.values())), next(iter(found[best].values())))
             text = f"mixed layouts: {keys[0]!r} is {either.name} {label!r}, {keys[1]!r} is {either.name} {best!r}"
             raise AdapterError([Problem(f"{text}; a checkpoint has one", keys)])
-    return best
+    rivals = [label for label, claim in found.items() if claim.keys() == found[best].keys()]
+    alike = [label for label in rivals if names.specs and _fit(either.choose(label), names)]
+    return best if best in alike or not alike else alike[0]
+
+
+def _fit(entries: Iterable[Entry], names: Names) -> bool:
+    """Whether one tensor of each kind that these rules claim has the sizes that they are bound to."""
+    pairs = ((rule, rows.names[0]) for rule in walk(entries) if isinstance(rule, Rule)
+             for _, _, rows in hits(rule, names))  # fmt: skip
+    return all(rule.fits(names.specs[name].shape) for rule, name in pairs if name in names.specs)
 
 
 def _claims(entries: Iterable[Entry], names: Names) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import product, starmap
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address, Capture
@@ -20,12 +20,14 @@ Reader = Callable[[Columns], Sequence[Value]]
 
 
 class Names:
-    """A set of names, by template: `rows[template]` are its names, and their numbers."""
+    """A set of names, by template: `rows[template]` are its names, and their numbers; specs: their shapes, if known."""
 
-    def __init__(self, names: Iterable[str]):
+    def __init__(self, names: Iterable[str], specs: Mapping[str, Any] | None = None):
         if not isinstance(names, Iterable):
             raise AdapterError(f"{brief(names)}: expected key names")
         self.names = list(names)
+        given = specs or (names if isinstance(names, Mapping) else {})
+        self.specs = given if all(hasattr(t, "shape") for t in given.values()) else {}
         if {*map(type, self.names)} - {str} and (odd := [n for n in self.names if not isinstance(n, str)]):
             raise AdapterError(f"{brief(odd[0])}: a key that is a {type(odd[0]).__name__}, expected a name")
         text = "." + "\n.".join(self.names) + "\n"
@@ -33,17 +35,17 @@ class Names:
             bad = tuple(n for n in self.names if "\n" in n or BLANK in n)
             raise AdapterError([Problem(f"{bad[0]!r}: a name holds a line break or a zero byte", bad)])
         templates, numbers = blanked(text)
-        found: dict[str, tuple[int, list[str], list[int]]] = {}
+        alike: dict[str, tuple[int, list[str], list[int]]] = {}
         at = 0
         for name, dotted in zip(self.names, templates, strict=False):
-            same = found.get(dotted)
+            same = alike.get(dotted)
             if same is None:
-                same = found[dotted] = (dotted.count(BLANK), [], [])
+                same = alike[dotted] = (dotted.count(BLANK), [], [])
             count, mine, starts = same
             mine.append(name)
             starts.append(at)
             at += count
-        self.rows = {t[1:]: Rows(mine, partial(columns, numbers, s, n)) for t, (n, mine, s) in found.items()}
+        self.rows = {t[1:]: Rows(mine, partial(columns, numbers, s, n)) for t, (n, mine, s) in alike.items()}
         self.templates = tuple(self.rows)
 
     def ending(self, tails: tuple[str, ...]) -> list[str]:
@@ -130,13 +132,8 @@ class Pattern:
 
     def render(self, values: dict[str, Value]) -> str:
         """The name that the captures' values spell."""
-        out = []
-        for part in self.address.parts:
-            if isinstance(part, str):
-                out.append(part)
-            else:
-                out.append(self._text(part, values[part.name]))
-        return "".join(out)
+        parts = (p if isinstance(p, str) else self._text(p, values[p.name]) for p in self.address.parts)
+        return "".join(parts)
 
     def renders(self, fixed: Mapping[str, Value], free: Mapping[str, Iterable[Value]]) -> list[str]:
         """All names that the free captures' values spell beside fixed ones; of the free ones, the last varies first."""

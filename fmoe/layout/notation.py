@@ -7,9 +7,10 @@ A name captured on both sides indexes the relation; captured on one side only, i
 letter occurs once per side, a rule is a bijection, and its inverse is the pair swapped: nobody writes one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from fmoe.layout.eager.html import table_of
@@ -114,6 +115,18 @@ class Rule:
         return frozenset(
             c.name for c in captures if c.name in counted or len(c.name) == 1 or c.offset or c.by or c.width
         )
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a source of this shape has all dimensions whose sizes are known.
+
+        >>> from fmoe.layout.spelled.parsing import parse
+        >>> square = Rule(parse("w [i d]"), parse("w [d i]")).bind({"i": 2, "d": 3})
+        >>> square.fits((2, 3)), square.fits((3, 2))
+        (True, False)
+        """
+        sizes = [[len(self.bound[a]) if a in self.bound else None for a in dim] for dim in self.dims[0]]
+        same = lambda dim, n: None in dim or prod(dim) == n
+        return len(shape) == len(sizes) and all(map(same, sizes, shape))
 
     def indexed(self, name: str) -> bool:
         """Whether a capture is a number."""

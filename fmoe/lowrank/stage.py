@@ -245,4 +245,5 @@ def _apart(names: Names) -> tuple[Names, Names]:
     mine = {n for template, rows in names.rows.items() if is_lora(template) for n in rows.names}
     if not mine:
         return Names([]), names
-    return Names([n for n in names.names if n in mine]), Names([n for n in names.names if n not in mine])
+    part = lambda ours: Names([n for n in names.names if (n in mine) == ours], names.specs)
+    return part(True), part(False)

@@ -72,6 +72,26 @@ def test_an_open_adapter_writes_the_published_layout(tmp_path):
     same(fmoe.adapter("qwen3_5_moe", config, layout="per_expert").to_hf(opened.from_hf(published)), tensors)
 
 
+SIZES = [(3, 4), (4, 4), (4, 2), (2, 4), (4, 8), (8, 4)]
+
+
+@pytest.mark.parametrize(("D", "I"), SIZES)
+@pytest.mark.parametrize("layout", ["transposed", "fused"])
+def test_layouts_of_the_same_names_are_told_apart_by_the_configs_sizes_however_square(layout, D, I, tmp_path):
+    """Of gate_up [2I, D] and down [D, I] one at least is not square."""
+    sizes = dict(hidden_size=D, moe_intermediate_size=I, num_experts=2, num_hidden_layers=1)
+    config = dict(model_type="qwen3_vl_moe", text_config=sizes)
+    native = {f"model.layers.0.mlp.experts.{n}": torch.randn(s) for n, s in
+              [("gate_and_up_projs", (2, D, 2 * I)), ("down_projs", (2, I, D))]}  # fmt: skip
+    tensors = fmoe.adapter("qwen3_vl_moe", config, layout=layout).to_hf(native)
+    same(fmoe.adapter("qwen3_vl_moe", config).from_hf(tensors), native)
+    hf.save(config, {n: t.contiguous() for n, t in tensors.items()}, tmp_path / "hf")
+    assert fmoe.inspect(tmp_path / "hf")["layout"] == {"layout": layout}
+    fmoe.convert(tmp_path / "hf", tmp_path / "native", fsync=False)
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", fsync=False)
+    same(load(tmp_path / "back"), tensors)
+
+
 def test_native_names_are_the_seeds():
     config, tensors = synthetic.qwen3_5_moe(mtp="split")
     native = fmoe.adapter("qwen3_5_moe", config).from_hf(tensors)

@@ -114,7 +114,7 @@ mistral4 = Family(
 qwen3_vl_moe = replace(
     qwen3_moe,
     model_types=("qwen3_vl_moe",),
-    rules=either(  # the same names: `layout="fused"` has to be said
+    rules=either(  # the same names: sizes tell which, as Transformers looks at them
         "layout",
         transposed=transposed(),
         fused=fused(),
