@@ -27,7 +27,7 @@ class Names:
             raise AdapterError(f"{brief(names)}: expected key names")
         self.names = list(names)
         given = specs or (names if isinstance(names, Mapping) else {})
-        self.specs = given if all(hasattr(t, "shape") for t in given.values()) else {}
+        self.specs = given if hasattr(next(iter(given.values()), None), "shape") else {}
         if {*map(type, self.names)} - {str} and (odd := [n for n in self.names if not isinstance(n, str)]):
             raise AdapterError(f"{brief(odd[0])}: a key that is a {type(odd[0]).__name__}, expected a name")
         text = "." + "\n.".join(self.names) + "\n"

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs import Change, Changed, CodecPlan
+from fmoe.families.known import class_of
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.build import either
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
+from fmoe.systems.automodel_deepseek import deepseek_v4, deepseek_v41
 from fmoe.systems.system import System
 from fmoe.systems.wording.facts import Facts
 from fmoe.systems.wording.say import absent, joined, pairs, rest
@@ -21,7 +24,6 @@ from fmoe.systems.wording.stages import Fill, Stateless
 from fmoe.types import AdapterError, Problem, TensorSpec
 
 LAYER = "{pre}layers.{l}."
-TOP = {"embed.{rest}": "model.embed_tokens.{rest}", "head.{rest}": "lm_head.{rest}"}
 
 
 def qwen3_omni_moe(facts: Facts) -> Adapter:
@@ -75,12 +77,18 @@ def kimi_k25(facts: Facts) -> Adapter:
 
 def mistral4(facts: Facts) -> Adapter:
     """A correction bias of zeros beside every router, which has none on disk."""
-    inside = "text_config" in facts.config
-    t = "model.language_model." if inside else ""
-    strip = {"language_model.{p=model|lm_head}.{rest}": t + "{p=model|lm_head}.{rest}"}
-    towers = {"{p=vision_tower|multi_modal_projector}.{rest}": "model.{p=vision_tower|multi_modal_projector}.{rest}"}
-    zeros = Fill(r"(.*\.mlp\.gate)\.weight", r"\1.e_score_correction_bias", lossy=facts.lossy)
-    return joined(pairs("", "", strip), pairs("", "", towers if inside else {}), [rest()]) >> Adapter((zeros,))
+    inside, zeros = "text_config" in facts.config, r"\1.e_score_correction_bias"
+    bias = Adapter((Fill(r"(.*\.mlp\.gate)\.weight", zeros, lossy=facts.lossy),))
+    both = "{p=model|lm_head}.{rest}"
+    if inside:
+        strip = {"language_model." + both: "model.language_model." + both}
+        towers = "{p=vision_tower|multi_modal_projector}.{rest}"
+        return joined(pairs("", "", strip | {towers: "model." + towers}), [rest()]) >> bias
+    published, text = (joined(pairs(prefix, "", {both: both})) for prefix in ("language_model.", ""))
+    names = either("names", published=published, text=text)
+    if class_of(facts.config) == "Mistral4ForCausalLM":  # Transformers' text model alone
+        names = either("names", text=text, published=published)
+    return joined([names], [rest()]) >> bias
 
 
 def inkling(facts: Facts) -> Adapter:
@@ -118,38 +126,6 @@ def minimax_m3(facts: Facts) -> Adapter:
         for tower in ("multi_modal_projector|patch_merge_mlp",)
     }
     return joined(pairs("", "", strip | towers), [rest()]) >> made
-
-
-def deepseek_v4(facts: Facts) -> Adapter:
-    """The indexer inside the compressor, and the draft's stages as layers."""
-    parts = "{p=wq_a|wq_b|wkv|wo_a|wo_b|q_norm|kv_norm}.{rest}"
-    layer = {
-        "attn.attn_sink": "self_attn.sinks_param.weight",
-        "attn." + parts: "self_attn." + parts,
-        "attn.indexer.{p=wq_b|weights_proj}.{rest}": "self_attn.compressor.indexer.{p=wq_b|weights_proj}.{rest}",
-        "{p=attn_norm|ffn_norm}.weight": "{p=input_layernorm|post_attention_layernorm}.weight",
-        "hc_{m=attn|ffn}_{p=fn|base|scale}": "{m=attn|ffn}_hc.{p=fn|base|scale}",
-        "mlp.{rest}": "mlp.{rest}",
-    }
-    for here, there in {"attn.": "self_attn.compressor.", "attn.indexer.": "self_attn.compressor.indexer."}.items():
-        layer[here + "compressor.{p=wkv|wgate}.{rest}"] = there + "{p=wkv|wgate}.{rest}"
-        layer[here + "compressor.norm.weight"] = there + "kv_norm.weight"
-        layer[here + "compressor.ape"] = there + "ape_param.weight"
-    head = {"hc_head_{p=fn|base|scale}": "hc_head.hc_{p=fn|base|scale}", "norm.weight": "norm.weight"}
-    stage = "{p=e_proj|h_proj|enorm|hnorm}.{rest}"
-    return joined(
-        pairs("", "", TOP),
-        pairs("", "model.", head),
-        pairs("layers.{l}.", "model.layers.{l}.", layer),
-        pairs("mtp.{l}.", "mtp.layers.{l}.", layer | head | {stage: stage}),
-        [rest()],
-    )
-
-
-def deepseek_v41(facts: Facts) -> Adapter:
-    """The model's names below `model.`; the draft's (`mtp`) as on disk, where its adapter of its own looks."""
-    inside = ("{p=layers|norm|vision|aligner}.{rest}", "{p=image_start|image_end|image_newline}")
-    return joined(pairs("", "", TOP), pairs("", "model.", {name: name for name in inside}), [rest()])
 
 
 def gemma4(facts: Facts) -> Adapter:

@@ -105,7 +105,7 @@ class System:
         facts = Facts(self.name, kind, as_dict(config), choices)
         table = _whole(self.tables[model_type](facts)) if model_type in self.tables else Adapter()
         entries = (e for s in table.stages if isinstance(s, Table) for e in walk(s.entries))
-        rules = tuple(e for e in entries if isinstance(e, Rule))
+        rules = tuple(e for e in entries if isinstance(e, Rule) and e.source != e.target)  # x <-> x knows no name
         return made >> Adapter((KnownNames(model_type, class_of(facts.config), rules),)) >> table
 
     def _chosen(self, choices: Mapping[str, Any]) -> dict[str, Any]:

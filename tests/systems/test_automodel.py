@@ -4,6 +4,7 @@ import hf_zoo as zoo
 import pytest
 import torch
 from automodel_names import GATED, ROWS, W123, D, E, I, drawn
+from directories import load
 from torch import cat, stack
 
 import fmoe
@@ -11,6 +12,7 @@ from fmoe.families.known import known
 from fmoe.integrations import automodel
 from fmoe.layout.names import Names
 from fmoe.systems.wording.known_names import KnownNames
+from fmoe.testing import same
 
 
 def row(config, hf, names, at):
@@ -138,3 +140,17 @@ def test_a_name_that_the_class_has_not_is_refused_and_all_of_its_own_pass(model_
             more = {**specs, odd: spec}
             with pytest.raises(fmoe.AdapterError, match=f"{odd}'.*{entry['class']}"):
                 stage.plan(more, Names(more), {}, frozenset())
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "mistral4", "qwen3_vl_moe"])
+def test_the_forms_that_transformers_writes_become_the_same_names_as_what_is_published(name, tmp_path):
+    """Names of one form are not enough: what a loader looks up is one table, whoever wrote the file."""
+    model, there = zoo.build(name), {}
+    for original in (True, False):
+        model.save_pretrained(tmp_path / f"{original}", save_original_format=original)
+        fmoe.convert(tmp_path / f"{original}", tmp_path / f"{original}-there", "automodel", fsync=False)
+        there[original] = load(tmp_path / f"{original}-there")
+    same(there[True], there[False])
+    fmoe.convert(tmp_path / "True-there", tmp_path / "published", "hf", fsync=False)
+    fmoe.convert(tmp_path / "published", tmp_path / "again", "automodel", fsync=False)
+    same(load(tmp_path / "again"), there[True])

@@ -51,9 +51,9 @@ class KnownNames(Stateless):
     def _claimed_by_none(self, names: list[str]) -> tuple[str, ...]:
         """Those that no rule of what comes next claims, a scale as the tensor that it is of."""
         plain = {n: _SCALE.sub("", n) for n in names}
-        there = Names(list(dict.fromkeys(plain.values())))
+        there = Names(list(dict.fromkeys([*plain, *plain.values()])))
         claimed = {n for rule in self.after for _, _, rows in hits(rule, there) for n in rows.names}
-        return tuple(n for n in names if plain[n] not in claimed)
+        return tuple(n for n in names if claimed.isdisjoint((n, plain[n])))
 
     def __str__(self) -> str:
         return f"known: names of modules that {self.model_type} has"
