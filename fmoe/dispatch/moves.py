@@ -59,6 +59,9 @@ def added(rows: Tensor, row: Tensor, k: int, dtype: torch.dtype | None = None) -
     dtype = dtype or wide
     if k == 1:
         return rows.index_select(0, row).to(dtype)
+    if k == 2 and rows.dtype.itemsize == 2:  # a sum of two is rounded once in any case
+        a, b = (rows.index_select(0, of) for of in row.view(-1, 2).unbind(1))
+        return a + b if dtype == rows.dtype else (a.to(wide) + b.to(wide)).to(dtype)
     if rows.is_cpu and rows.dtype == torch.float32 and k <= IN_ORDER and rows.numel() >= PART // 2:
         return F.embedding_bag(row.view(-1, k), rows, mode="sum").to(dtype)
     part = len(row) if rows.device.type != "cpu" else max(1, PART // (k * rows.shape[1])) * k

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fmoe
 from fmoe.dispatch import Dispatcher
+from fmoe.dispatch.moves import IN_ORDER, added
 from fmoe.types import MoEConfig, Routing
 
 
@@ -32,6 +33,21 @@ def test_sums_are_fp32_in_both_directions(name: str) -> None:
         assert torch.autograd.grad(rows.x, x, r)[0].item() == 258
 
     everywhere(name, lone(Routing(torch.tensor([[0, 1, 2]]), torch.ones(1, 3)), r[:1], E=3), law)
+
+
+@pytest.mark.parametrize("to", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("k, D", [(1, 3), (2, 3), (3, 5), (8, 4), (IN_ORDER, 2), (2, 1 << 15), (3, 1 << 15)])
+def test_the_rows_of_a_token_are_added_one_after_the_other_and_rounded_once(
+    k: int, D: int, dtype: torch.dtype, to: torch.dtype | None
+) -> None:
+    made = torch.Generator().manual_seed(k)
+    rows, row = torch.randn(4 * k, D, generator=made).to(dtype), torch.randperm(4 * k, generator=made)
+    expected = torch.zeros(4, D, dtype=torch.promote_types(dtype, torch.float32))
+    for of in row.view(4, k).unbind(1):
+        expected += rows[of]
+    y = added(rows, row, k, to)
+    assert y.dtype == (to or expected.dtype) and torch.equal(y, expected.to(y.dtype))
 
 
 @pytest.mark.parametrize("name", OVER_GROUPS)
