@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmoe.backends.raw.loop import at_once
-from fmoe.dispatch.moves import added
+from fmoe.dispatch.moves import added, summed
 
 PART = 512
 """Rows from which on the experts that have them are a part: 1 MB of 1,024 columns in bf16."""
@@ -38,7 +38,7 @@ class Order(NamedTuple):
     def added(self, rows: Tensor, K: int, dtype: torch.dtype) -> Tensor:
         """The sum [T, D] of the rows of each token, in fp32 (fp64 stays), rounded to a dtype."""
         if self.back is None:
-            return rows.sum(0, keepdim=True, dtype=torch.promote_types(rows.dtype, torch.float32)).to(dtype)
+            return summed(rows[None], torch.promote_types(rows.dtype, torch.float32)).to(dtype)
         return added(rows, self.back, K, dtype)
 
     def slots(self, rows: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmoe.dispatch.moves import summed
+
 
 class Context:
     """(group, rank, size) and the name of the dispatcher that they serve."""
@@ -58,7 +60,9 @@ class Context:
         """
         mine = lengths[self.rank]
         parts = self.all_to_all(step, rows, lengths, [mine] * self.size)
-        return parts.unflatten(0, (self.size, mine)).sum(0)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = summed(parts.unflatten(0, (self.size, mine)).flatten(1), wide)
+        return total.to(rows.dtype).view(mine, *rows.shape[1:])
 
     def _run(self, step: str, verb: Callable[..., Any], *args: Any) -> None:
         self.check(step)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from fmoe.dispatch.moves import gather, spread
+from fmoe.dispatch.moves import gather, spread, summed
 from fmoe.dispatch.rows import Dispatcher, Rows
 from fmoe.dispatch.watched import unwatched
 from fmoe.types import MoEConfig, Routing
@@ -96,7 +96,7 @@ def combine(rows: Tensor, plan: Plan) -> Tensor:
     rows = rows if plan.routed is None else _only(rows, plan.routed)
     slots = rows.new_zeros(plan.n_tokens * plan.k, rows.shape[1]).index_copy(0, plan.slot_ids, rows)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return slots.unflatten(0, (plan.n_tokens, plan.k)).sum(1, dtype=wide)
+    return summed(slots.unflatten(0, (plan.n_tokens, plan.k)), wide)
 
 
 def _everywhere(plan: Plan) -> bool:

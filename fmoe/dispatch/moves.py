@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fmoe.dispatch.watched import unwatched
 
 PART = 1 << 17  # numbers that stay in the cache next to a core between two steps
-IN_ORDER = 16  # terms that torch.sum adds one after the other, as a bag does; more it adds in parts
+IN_ORDER, VECTORS = 16, 32  # terms that torch.sum adds one after the other on a CPU, and columns in whole vectors
 
 
 def spread(x: Tensor, slots: Tensor, k: int) -> Tensor:
@@ -62,14 +62,33 @@ def added(rows: Tensor, row: Tensor, k: int, dtype: torch.dtype | None = None) -
     if k == 2 and rows.dtype.itemsize == 2:  # a sum of two is rounded once in any case
         a, b = (rows.index_select(0, of) for of in row.view(-1, 2).unbind(1))
         return a + b if dtype == rows.dtype else (a.to(wide) + b.to(wide)).to(dtype)
-    if rows.is_cpu and rows.dtype == torch.float32 and k <= IN_ORDER and rows.numel() >= PART // 2:
+    if rows.is_cpu and rows.dtype == torch.float32 and rows.numel() >= PART // 2:
         return F.embedding_bag(row.view(-1, k), rows, mode="sum").to(dtype)
     part = len(row) if rows.device.type != "cpu" else max(1, PART // (k * rows.shape[1])) * k
     if part >= len(row):
-        return rows.index_select(0, row).unflatten(0, (-1, k)).sum(1, dtype=wide).to(dtype)
+        return summed(rows.index_select(0, row).unflatten(0, (-1, k)), wide).to(dtype)
     out = rows.new_empty(len(row) // k, rows.shape[1], dtype=dtype)
     for some, place in zip(row.split(part), out.split(part // k), strict=True):
-        place.copy_(rows.index_select(0, some).unflatten(0, (-1, k)).sum(1, dtype=wide))
+        place.copy_(summed(rows.index_select(0, some).unflatten(0, (-1, k)), wide))
+    return out
+
+
+def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """terms[.., 0, :] + terms[.., 1, :] + .. in a dtype, [.., K, D] -> [.., D]: on a CPU one after the other.
+
+    torch.sum adds what is left of whole vectors, and of many terms, in parts: a token alone, or beside others that take
+    another way, would be rounded otherwise.
+
+    >>> summed(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), torch.float64).tolist()
+    [15.0]
+    """
+    K, D = terms.shape[-2:]
+    if K <= 3 or not terms.is_cpu or (K <= IN_ORDER and D % VECTORS == 0):
+        return terms.sum(-2, dtype=dtype)
+    first, *rest = terms.unbind(-2)
+    out = first.to(dtype)
+    for term in rest:
+        out = out + term
     return out
 
 

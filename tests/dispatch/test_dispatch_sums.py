@@ -13,7 +13,9 @@ from routings import Case, cases, everywhere, laws, lone
 from torch import Tensor
 
 import fmoe
+from fmoe.backends.order import Order
 from fmoe.dispatch import Dispatcher
+from fmoe.dispatch.local import Plan, combine
 from fmoe.dispatch.moves import IN_ORDER, added
 from fmoe.types import MoEConfig, Routing
 
@@ -35,19 +37,29 @@ def test_sums_are_fp32_in_both_directions(name: str) -> None:
     everywhere(name, lone(Routing(torch.tensor([[0, 1, 2]]), torch.ones(1, 3)), r[:1], E=3), law)
 
 
+SHAPES = [(4, 1, 3), (4, 2, 3), (1, 3, 5), (4, 8, 33), (1, 8, 40), (300, 8, 40), (4, IN_ORDER, 64), (1, 20, 64)]
+SHAPES += [(4, k, 1 << 15) for k in (2, 3, 5)]
+
+
 @pytest.mark.parametrize("to", [None, torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("k, D", [(1, 3), (2, 3), (3, 5), (8, 4), (IN_ORDER, 2), (2, 1 << 15), (3, 1 << 15)])
+@pytest.mark.parametrize("T, k, D", SHAPES)
 def test_the_rows_of_a_token_are_added_one_after_the_other_and_rounded_once(
-    k: int, D: int, dtype: torch.dtype, to: torch.dtype | None
+    T: int, k: int, D: int, dtype: torch.dtype, to: torch.dtype | None
 ) -> None:
+    """However many tokens there are, wherever a row's columns end, and whichever slots of others go nowhere."""
     made = torch.Generator().manual_seed(k)
-    rows, row = torch.randn(4 * k, D, generator=made).to(dtype), torch.randperm(4 * k, generator=made)
-    expected = torch.zeros(4, D, dtype=torch.promote_types(dtype, torch.float32))
-    for of in row.view(4, k).unbind(1):
+    rows, row = torch.randn(T * k, D, generator=made).to(dtype), torch.randperm(T * k, generator=made)
+    expected = torch.zeros(T, D, dtype=torch.promote_types(dtype, torch.float32))
+    for of in row.view(T, k).unbind(1):
         expected += rows[of]
     y = added(rows, row, k, to)
     assert y.dtype == (to or expected.dtype) and torch.equal(y, expected.to(y.dtype))
+    some = combine(rows[row[:-1]], Plan(torch.arange(T * k - 1), torch.tensor([T * k - 1]), T, k))
+    assert torch.equal(some[:-1], expected[:-1])
+    if T == 1:
+        alone = Order(dict.fromkeys(range(k), 1)).added(rows[row], k, y.dtype)
+        assert torch.equal(alone, expected.to(y.dtype))
 
 
 @pytest.mark.parametrize("name", OVER_GROUPS)
