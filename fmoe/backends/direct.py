@@ -116,7 +116,9 @@ class _Recorded(Function):
 def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ctx: Any) -> list[Tensor | None]:
     from fmoe.backends.mlp import mlp
 
-    inputs, plan = (x, weights, up, down), local.plan(Routing(ctx.indices, weights), ctx.config)
+    # views: one may be made of another, as weights are of x, and each gradient is that of its own place alone
+    inputs = x, weights, up, down = [t.view_as(t) for t in (x, weights, up, down)]
+    plan = local.plan(Routing(ctx.indices, weights), ctx.config)
     rows = mlp(dict(zip(NAMES, (up, down), strict=True)), local.dispatch(x, weights, plan), ctx.config, by="loop")
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
     y = local.combine(rows, plan)

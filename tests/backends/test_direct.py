@@ -107,6 +107,23 @@ def test_indices_that_are_filled_anew_before_backward_change_no_derivative() -> 
     assert torch.equal(second(ids.clone(), True), second(ids, False))
 
 
+def test_a_gradient_that_will_be_differentiated_is_that_of_its_own_place() -> None:
+    """Also where weights are made of x, down of up, and one tensor stands in two places."""
+    config = replace(CONFIG, **BARE, dim=4, moe_inter_dim=4, expert_activation="relu2")
+    x, routing = tokens(config, T=2)
+    ids, drawn = routing.indices % config.n_routed_experts, draw(config)
+    leaves = [t.detach().requires_grad_() for t in (x, drawn["gate_and_up_projs"])]
+    y = lambda x, up, down: experts(
+        dict(zip(short.NAMES, (up, down), strict=True)), x, Routing(ids, x[:, :3].exp()), config
+    )
+    for down in (torch.sin, lambda up: up, lambda up: up.mT):
+        f = lambda x, up, down=down: y(x, up, down(up)).square().sum()
+        plain = torch.autograd.grad(f(*leaves), leaves)
+        for one, other in zip(torch.autograd.grad(f(*leaves), leaves, create_graph=True), plain, strict=True):
+            near(one, other, 1e-13)
+        assert torch.autograd.gradgradcheck(lambda x, f=f: f(x, leaves[1].detach()), leaves[:1], fast_mode=True)
+
+
 @pytest.mark.parametrize("wanted", range(1, 16))
 def test_no_gradient_is_computed_that_nobody_needs(wanted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, **BARE)
