@@ -4,10 +4,12 @@ Some experts at a time: their rows, activations and gradients stay in a core's c
 what autograd keeps is what the first product gives.
 """
 
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
+from fmoe_kernels.host.batch import of_members
 from fmoe_kernels.host.function import Function
 from torch import Tensor
 
@@ -106,14 +108,15 @@ class _Recorded(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, up, down, u = ctx.saved_tensors
+        # with gradients enabled, there will be a derivative of these
+        made = partial(_differentiable if torch.is_grad_enabled() else _backward, ctx, *ctx.saved_tensors)
         with torch.autocast("cpu", enabled=False):
-            if torch.is_grad_enabled():  # of which there will be a derivative
-                return *_differentiable(dy, x, weights, up, down, ctx), None, None, None, None
-            return *_backward(dy, x, weights, up, down, u, ctx), None, None, None, None
+            return *of_members(made, dy), None, None, None, None
 
 
-def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, ctx: Any) -> list[Tensor | None]:
+def _differentiable(
+    ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, u: Tensor, dy: Tensor
+) -> list[Tensor | None]:
     from fmoe.backends.mlp import mlp
 
     # views: one may be made of another, as weights are of x, and each gradient is that of its own place alone
@@ -127,7 +130,7 @@ def _differentiable(dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Te
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, u: Tensor, ctx: Any
+    ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, u: Tensor, dy: Tensor
 ) -> list[Tensor | None]:
     order, act, needed = ctx.order, activation(ctx.config), ctx.needs_input_grad
     dy, w = dy.to(x.dtype), order.weights(weights, x)

@@ -77,8 +77,8 @@ def dispatch(x: Tensor, weights: Tensor, plan: Plan) -> Rows:
             spread(x, plan.slot_ids, plan.k), weights.flatten().index_select(0, plan.slot_ids).to(wide), plan.counts
         )
     # the transpose of `expand` is one sum over k, rounded once; that of x[token_ids] is a scatter, in any order
-    copies = x[:, None].expand(-1, plan.k, -1).flatten(0, 1)[plan.slot_ids]
-    sent = weights.flatten()[plan.slot_ids].to(wide)
+    copies = x[:, None].expand(-1, plan.k, -1).flatten(0, 1).index_select(0, plan.slot_ids)
+    sent = weights.flatten().index_select(0, plan.slot_ids).to(wide)
     if plan.routed is not None:
         copies, sent = _only(copies, plan.routed), _only(sent, plan.routed[:, 0])
     return Rows(copies, sent, plan.counts)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from fmoe_kernels.host.function import Function
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -136,7 +137,7 @@ def _turned(ctx: Any) -> tuple[Any, ...]:
     return forth, back, plan, f"backward of {step}"
 
 
-class _Forth(torch.autograd.Function):
+class _Forth(Function):
     setup_context = staticmethod(_keep)
 
     @staticmethod
@@ -149,7 +150,7 @@ class _Forth(torch.autograd.Function):
         return *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None, None, None, None
 
 
-class _Back(torch.autograd.Function):
+class _Back(Function):
     setup_context = staticmethod(_keep)
 
     @staticmethod

@@ -1,8 +1,11 @@
 """Whether anybody listens: what nobody hears of may take the short way, which costs a tenth of the long one."""
 
 import torch
+from fmoe_kernels.host.batch import of_members, older
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+__all__ = ["at_most_recorded", "of_members", "recorded", "unwatched"]
 
 PLAIN = (Tensor, nn.Parameter)
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -27,9 +30,10 @@ def at_most_recorded(*tensors: Tensor) -> bool:
     """Are these plain tensors with data, and nobody about but autograd in reverse mode?
 
     A tensor that a transform wrapped has no data of its own, also when the transform is over: what torch.func.vjp
-    returns finds such ones among what was saved. Function.apply and operators unwrap them.
+    returns finds such ones among what was saved. Function.apply and operators unwrap them. Nor has a batch of
+    gradients, which `of_members` takes apart.
     """
     about = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
     if about or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return False
-    return all(type(t) in PLAIN and not t.is_meta and not wrapped(t) for t in tensors)
+    return all(type(t) in PLAIN and not t.is_meta and not wrapped(t) and not older(t) for t in tensors)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from fmoe.dispatch.watched import of_members
+
 
 def recompute(f: Callable[..., Tensor], *args: Any) -> Tensor:
     """f(*args), computed again in backward: only the tensors in args are kept. args: any pytrees.
@@ -56,7 +58,7 @@ class _Recompute(torch.autograd.Function):
             return ctx.f(*(given.get(i, leaf) for i, leaf in enumerate(leaves)))
 
         vjp = torch.func.vjp(of_needed, *(leaves[i] for i in needed))[1]
-        grads = dict(zip(needed, vjp(dy), strict=True))
+        grads = dict(zip(needed, of_members(vjp, dy), strict=True))
         return None, *(grads.get(i) for i in range(len(leaves)))
 
     @staticmethod

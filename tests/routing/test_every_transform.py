@@ -114,6 +114,13 @@ def by_backward(f: Callable[..., Tensor], *args: Tensor) -> tuple[Any, ...]:
     return tuple(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
 
 
+def in_batches(f: Callable[..., Tensor], *args: Tensor) -> tuple[Any, ...]:
+    leaves = [t.clone().requires_grad_() for t in args]
+    how = dict(is_grads_batched=True, allow_unused=True)
+    found = torch.autograd.grad(f(*leaves), leaves, torch.tensor([2.0, 1.0], dtype=torch.float64), **how)
+    return tuple(torch.zeros_like(t) if g is None else g[1] for g, t in zip(found, leaves, strict=True))
+
+
 ALL = (0, 1, 2, 3)
 HOW: dict[str, Callable[..., tuple[Any, ...]]] = {
     "grad": lambda f, *a: torch.func.grad(f, ALL)(*a),
@@ -122,6 +129,7 @@ HOW: dict[str, Callable[..., tuple[Any, ...]]] = {
     ),
     "compile of grad": lambda f, *a: torch.compile(torch.func.grad(f, ALL), fullgraph=True, backend="aot_eager")(*a),
     "compile": lambda f, *a: by_backward(torch.compile(f, fullgraph=True, backend="aot_eager"), *a),
+    "in batches": in_batches,
     "checkpoint": lambda f, *a: by_backward(lambda *b: checkpoint(f, *b, use_reentrant=False), *a),
 }
 CELLS = [(name, how) for name in CALLS for how in HOW]

@@ -1,5 +1,11 @@
-"""vmap of an opaque function: one call for each member of the batch."""
+"""vmap of an opaque function: one call for each member of the batch.
 
+Two kinds of it: torch.vmap, and the older one in which autograd takes gradients in batches (`is_grads_batched`, and
+`vectorize` of torch.autograd.functional). The older asks no Function how it is batched, and hides from autograd that a
+batch requires a gradient.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,3 +34,25 @@ def one_by_one(
 def _one(batch: Tensor, dim: int) -> Tensor:
     """A batch of no members as one of a single member of zeros."""
     return batch.new_zeros(*batch.shape[:dim], 1, *batch.shape[dim + 1 :])
+
+
+older = torch._C._functorch.is_legacy_batchedtensor
+
+
+def of_members(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), in the older vmap called for each member of the batch: it never sees the batch itself."""
+    for a in args:
+        if isinstance(a, Tensor) and older(a):
+            return _each(function, args)
+    return function(*args)
+
+
+def _each(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    here = {i for i, a in enumerate(args) if isinstance(a, Tensor) and older(a)}
+    wholes = [torch._remove_batch_dim(a, level, 1, 0) if i in here else a for i, a in enumerate(args)]
+    size = len(wholes[min(here)])
+    made = [function(*(a[n] if i in here else a for i, a in enumerate(wholes))) for n in range(size)]
+    whole = lambda parts: None if parts[0] is None else torch._add_batch_dim(torch.stack(parts), 0, level)
+    return whole(made) if isinstance(made[0], Tensor) else tuple(whole(parts) for parts in zip(*made, strict=True))

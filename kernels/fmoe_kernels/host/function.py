@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from fmoe_kernels.host.batch import of_members
+
 
 class Function(torch.autograd.Function):
     """torch.autograd.Function for a forward without default arguments.
@@ -18,4 +20,4 @@ class Function(torch.autograd.Function):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         plain: Any = super(torch.autograd.Function, cls)
-        return plain.apply(*unwrap_dead_wrappers(args))
+        return of_members(plain.apply, *unwrap_dead_wrappers(args))
