@@ -13,7 +13,7 @@ from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.origin import OWN
 from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
 from fmoe.checkpoint.which import side
-from fmoe.checkpoint.whole import gaps_of
+from fmoe.checkpoint.whole import gaps_of, spelling
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.formats import FORMATS
 from fmoe.codecs.quantised import Quantised
@@ -74,7 +74,11 @@ def gaps_between(source: Checkpoint, here: str, adapter: Adapter) -> Gaps:
     if here == "native":
         return gaps_of(source, source.specs, hf)
     kind = family(source.model_type)
-    return gaps(kind, source.config, kind.adapter(source.config).resolve(hf).plan(hf).targets)
+    made = kind.adapter(source.config).resolve(hf)
+    native = made.plan(hf).targets
+    there = made.inverse if here == "hf" else made.inverse >> adapter
+    found = gaps(kind, source.config, native)
+    return gaps(kind, source.config, native, spelling(there)) if found.problems else found
 
 
 def whole_between(source: Checkpoint, here: str, adapter: Adapter, fix: str = "") -> Gaps:

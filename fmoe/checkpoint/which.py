@@ -8,7 +8,7 @@ from typing import Any
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.containers.mp_rank import UNTRUSTED
 from fmoe.checkpoint.files.containers.source import container_of, open_foreign
-from fmoe.checkpoint.files.directory import NATIVE, Checkpoint, open_checkpoint
+from fmoe.checkpoint.files.directory import MISSING, NATIVE, Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.files.weights import ADAPTER
 from fmoe.checkpoint.remote.address import Address, Where, place
@@ -71,7 +71,7 @@ def open_source(
         theirs = isinstance(from_, str) and from_ in SYSTEMS
         if theirs and given is None and path.is_dir() and not any(isfile(path / n) for n in ("config.json", ADAPTER)):
             raise AdapterError(f"{path} {NO_CONFIG}")
-        return open_checkpoint(src, given, own=own)
+        return _opened(src, given, own)
     if container_of(path) == "mp_rank" and not trust_pickle:
         raise AdapterError(f"{path} {UNTRUSTED}")
     if given is None:
@@ -88,10 +88,33 @@ def open_ours(path: Where | str, verb: str, own: bool = False, config: Any = Non
     Raises AdapterError for another system's, whose names or axes mean other things: it says whose, and to convert it.
     """
     ours_alone(path, verb)
-    source = open_checkpoint(path, config_of(config), own=own)
+    source = _opened(path, config_of(config), own)
     if not own:
         no_system(source, verb)
     return source
+
+
+def _opened(src: Where | str, config: dict[str, Any] | None, own: bool) -> Checkpoint:
+    """`open_checkpoint`, which is told apart by names alone where another system's directory has no config."""
+    try:
+        return open_checkpoint(src, config, own=own)
+    except AdapterError as error:
+        if config is not None or MISSING not in str(error):
+            raise
+        try:
+            source = open_checkpoint(src, {})
+        except AdapterError:
+            raise error from None
+        may = [s for s in SYSTEMS.values() if s.container in ("memory", "safetensors") and s.seen(source.specs)]
+        found = {s.name: s.marked(source.specs)[0] for s in may}
+        if stacked := _stacked(source):
+            found["automodel"] = stacked[0]
+        if not found:
+            raise
+        told = " or ".join(f"{name}'s, as is told by {n!r}" for name, n in found.items())
+        how = f"fmoe convert {src} HF --to hf --from {next(iter(found))} --config DIR_OR_JSON"
+        text = f"{source.path / 'config.json'} is missing, and the tensors are {told}. Fix: {how}"
+        raise AdapterError([Problem(f"{text}, the config of the model on Hugging Face", (*found.values(),))]) from None
 
 
 def ours_alone(path: Where | str, verb: str) -> None:

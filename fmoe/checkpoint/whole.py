@@ -7,11 +7,13 @@ from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
 from fmoe.families import FAMILIES
 from fmoe.families.complete import Gaps, gaps
 from fmoe.families.kind import as_dict
+from fmoe.families.sizes import Spell
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.beside import Beside
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Drop, Entry, walk
 from fmoe.layout.grouping import Specs
+from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.idle import dropped
 from fmoe.layout.stage import Stage
@@ -31,6 +33,9 @@ def gaps_of(
     foreign = "adapter" in choices or choices.get("system", "native") != "native"
     kind = None if foreign else FAMILIES.get(source.model_type)
     found = gaps(kind, source.config, native) if kind else Gaps([], [])
+    if kind and found.problems and not source.native:
+        there = kind.adapter(source.config).resolve(source.specs).inverse
+        found = gaps(kind, source.config, native, spelling(there))
     if source.origin is None or back is None:
         return found
     lost = [n for n in source.origin["weight_map"] if n not in back]
@@ -45,6 +50,18 @@ def gaps_of(
     lost = [n for n in lost if n not in gone]
     text = f"{some(lost)}: in {NATIVE} as what the directory was made from, and no native tensor gives it back"
     return Gaps([*found.problems, *told, *([Problem(text, tuple(lost))] if lost else [])], found.notes)
+
+
+def spelling(there: Adapter) -> Spell:
+    """What files call a native tensor, by the way there; of what they hold in parts, the first."""
+
+    def spell(name: str) -> list[str]:
+        at = [name]
+        for stage in there.stages:
+            at = stage.resolve(Names(at), default=True).rename(Names(at)) or at
+        return at
+
+    return spell
 
 
 def narrowed(model_type: str, config: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, range]:

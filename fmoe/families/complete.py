@@ -22,7 +22,7 @@ from fmoe.families.known import (
     recognised,
     towers,
 )
-from fmoe.families.sizes import odd_sizes
+from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
 from fmoe.layout.claims import some
@@ -55,10 +55,10 @@ class Gaps(NamedTuple):
     notes: list[str]
 
 
-def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
+def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: Spell = lambda name: (name,)) -> Gaps:
     """What a checkpoint with these native names lacks, and, of names with shapes, whose size its config contradicts.
 
-    config: as config.json has it.
+    config: as config.json has it. spell: what a native name is called in the files, which problems name first.
 
     >>> from fmoe.families import family
     >>> config = {"num_hidden_layers": 2, "num_experts": 4, "mlp_only_layers": [1]}
@@ -66,7 +66,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
     "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
     """
     said = as_dict(config)
-    odd = list(odd_sizes(config, said, names)) if isinstance(names, Mapping) else []
+    odd = list(odd_sizes(config, said, names, spell)) if isinstance(names, Mapping) else []
     names = list(names)
     stacks, count = by_stack(names), layer_count(said)
     main = decoder(stacks)
@@ -87,25 +87,28 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str]) -> Gaps:
             few = text and not known_class
             missing |= dict.fromkeys(_unlike(stack, ours if text else layers, said if text else {}, few))
     none = bool(kind.values(said).get("n_routed_experts")) and not any(n.endswith("down_projs") for n in names)
-    experts = _experts(kind, main, ours, sparse, none)
+    experts = _experts(kind, main, ours, sparse, none, spell)
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)
     if strange or other:
         count_lost = len(lost if strange else other)
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
-    return Gaps([*experts, *_missing([n for n in missing if n not in told]), *_missing(ahead), *odd], notes)
+    left = [n for n in missing if n not in told]
+    return Gaps([*experts, *_missing(left, spell), *_missing(ahead, spell), *odd], notes)
 
 
-def _missing(names: list[str]) -> list[Problem]:
+def _missing(names: list[str], spell: Spell) -> list[Problem]:
     """One sentence for all names that differ in numbers alone."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
-    return [Problem(f"{some(same)}: missing", tuple(same)) for same in alike.values()]
+    return [Problem(f"{some(spelt(same, spell))}: missing", keys(same, spell)) for same in alike.values()]
 
 
-def _experts(kind: Family, main: str, layers: Layers, sparse: set[int] | None, none: bool) -> list[Problem]:
+def _experts(
+    kind: Family, main: str, layers: Layers, sparse: set[int] | None, none: bool, spell: Spell
+) -> list[Problem]:
     """Layers that should have experts and have none, or half of them. none: no tensor at all is of experts."""
     ends = lambda layer: {n.rpartition(".")[2] for n in layer}
     if sparse is None:  # the config does not say which; some must have
@@ -114,10 +117,12 @@ def _experts(kind: Family, main: str, layers: Layers, sparse: set[int] | None, n
     for l in sorted(sparse):
         there = layers.get(l, set())
         if lost := [f"{main}.{l}.{_block(kind)}experts.{part}" for part in PARTS if part not in ends(there)]:
-            beside = sorted(n for n in there if n.startswith(_block(kind)) and not n.endswith(PARTS))
-            found = f"found {', '.join(f'{main}.{l}.{n}' for n in beside[:6])}" if beside else "found nothing"
-            text = f"layer {f'{main}.{l}'!r} has no experts: expected {', '.join(map(repr, lost))}, {found} beside"
-            problems.append(Problem(text, (*lost, *(f"{main}.{l}.{n}" for n in beside))))
+            others = sorted(n for n in there if n.startswith(_block(kind)) and not n.endswith(PARTS))
+            beside = [f"{main}.{l}.{n}" for n in others]
+            found = f"found {', '.join(spelt(beside, spell)[:6])}" if beside else "found nothing"
+            expected = ", ".join(map(repr, spelt(lost, spell)))
+            text = f"layer {f'{main}.{l}'!r} has no experts: expected {expected}, {found} beside"
+            problems.append(Problem(text, keys([*lost, *beside], spell)))
     return problems
 
 

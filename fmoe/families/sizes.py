@@ -7,7 +7,7 @@ A quotient, "hidden_size*num_key_value_heads/num_attention_heads", has the width
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -18,16 +18,31 @@ from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
 from fmoe.types import Problem
 
+Spell = Callable[[str], Sequence[str]]
+"""What a native name is called in the files: one name, or some of what is stacked."""
+
+
+def spelt(names: Iterable[str], spell: Spell) -> list[str]:
+    return list(dict.fromkeys(n for name in names for n in spell(name)))
+
+
+def keys(names: Iterable[str], spell: Spell) -> tuple[str, ...]:
+    """What a problem of native names is about: what files call them, and they."""
+    return tuple(dict.fromkeys([*spelt(names, spell), *names]))
+
 
 @cache
 def known_sizes() -> dict[str, dict[str, list[list[Any]]]]:
     return dict(json.loads(Path(__file__).with_name("sizes.json").read_text()))
 
 
-def odd_sizes(config: Mapping[str, Any], said: Mapping[str, Any], native: Mapping[str, Any]) -> Iterator[Problem]:
+def odd_sizes(
+    config: Mapping[str, Any], said: Mapping[str, Any], native: Mapping[str, Any], spell: Spell = lambda name: (name,)
+) -> Iterator[Problem]:
     """A problem for each size that the config says and tensors have not, where its class in Transformers is known.
 
     config: as config.json has it; said: it and its text model's fields. native: names -> what has a shape and a dtype.
+    spell: as in `complete.gaps`.
 
     >>> import torch
     >>> config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 9}
@@ -54,8 +69,9 @@ def odd_sizes(config: Mapping[str, Any], said: Mapping[str, Any], native: Mappin
                 odd.setdefault((k, next(iter(held.values()))), []).extend(held)
         told = ", ".join(f"{f} {own[f]}" for f in dict.fromkeys(fields))
         for (k, n), names in odd.items():
-            text = f"{some(names)}: {n} in dimension {k}, and config.json has {told}: expected {size}"
-            yield Problem(text, tuple(names))
+            dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
+            text = f"{some(spelt(names, spell))}: {n} in {dim}, and config.json has {told}: expected {size}"
+            yield Problem(text, keys(names, spell))
 
 
 def _plain(spec: Any) -> int:

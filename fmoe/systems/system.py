@@ -60,9 +60,11 @@ class System:
 
     def marks(self, names: Iterable[str], model_type: str | None) -> bool:
         """Whether a checkpoint's names show that it is this system's: of a family that it knows."""
-        if not self.mark or not self.knows(model_type):
-            return False
-        return _any(self.mark, names) and not (self.unlike and _any(self.unlike, names))
+        return self.knows(model_type) and self.seen(names)
+
+    def seen(self, names: Iterable[str]) -> bool:
+        """Whether names show that they are this system's, of whatever family."""
+        return bool(self.mark) and _any(self.mark, names) and not (self.unlike and _any(self.unlike, names))
 
     def marked(self, names: Iterable[str]) -> tuple[str, ...]:
         """The names that show it."""

@@ -13,7 +13,7 @@ import fmoe
 
 EXPERTS = "model.layers.1.mlp.experts."
 LOST = {
-    "all experts of a layer": (lambda n: n.startswith(EXPERTS), EXPERTS + "gate_and_up_projs"),
+    "all experts of a layer": (lambda n: n.startswith(EXPERTS), EXPERTS + "0.gate_proj.weight"),
     "a router": (lambda n: n == "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.gate.weight"),
 }
 

@@ -19,7 +19,6 @@ import hf
 import hf_zoo as zoo
 import torch
 import transformers
-from tiny import CHOICES
 
 import fmoe
 from fmoe.families import family
@@ -48,6 +47,12 @@ def natives(cls: Any, config: Any, name: str, original: bool) -> set[str]:
 
 def sized(cls: Any, config: Any, name: str, original: bool) -> dict[str, TensorSpec]:
     """The same with shapes."""
+    given, specs = in_files(cls, config, name, original)
+    return fmoe.adapter(given["model_type"], given).from_hf(specs)
+
+
+def in_files(cls: Any, config: Any, name: str, original: bool) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
+    """The config as it is written, and names and shapes of what a model of it saves."""
     from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
@@ -56,11 +61,9 @@ def sized(cls: Any, config: Any, name: str, original: bool) -> dict[str, TensorS
     state = {n: t for n, t in model.state_dict().items() if n not in tied}
     specs = revert_weight_conversion(model, state) if original else state
     given = model.config.to_dict()
-    adapter = fmoe.adapter(model.config.model_type, given, **({"layout": "fused"} if name in CHOICES else {}))
-    experts = adapter.moe_config.n_routed_experts if name == "longcat_flash" else None  # zero experts have weights here
+    experts = given["n_routed_experts"] if name == "longcat_flash" else None  # zero experts have weights here
     late = lambda n: experts and (hit := re.search(r"\.experts\.(\d+)\.", n)) and int(hit[1]) >= experts
-    kept = {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in specs.items() if not late(n)}
-    return adapter.from_hf(kept)
+    return given, {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in specs.items() if not late(n)}
 
 
 def text_of(config: Any) -> Any:

@@ -153,3 +153,17 @@ def test_what_automodel_holds_in_other_numbers_or_names_is_not_read_as_ours(tmp_
 
 def model_specs(kind):
     return {n: fmoe.TensorSpec(tuple(t.shape), t.dtype) for n, t in model(kind)[1].items()}
+
+
+@pytest.mark.parametrize("name", [n for n in SYSTEMS if SYSTEMS[n].container in ("memory", "safetensors")])
+def test_safetensors_without_a_config_are_told_by_their_names_and_what_is_said_to_do_works(name, directory, tmp_path):
+    whole, kind = directory(name)
+    shutil.copytree(whole, tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").unlink()
+    for call in (fmoe.inspect, fmoe.verify, fmoe.load, fmoe.adapter, lambda p: fmoe.convert(p, tmp_path / "new")):
+        with pytest.raises(AdapterError, match=r"config.json is missing, and the tensors are (\w+)'s") as error:
+            call(tmp_path / "bare")
+        said = re.search(r"--from (\w+) --config", str(error.value))[1]
+        assert said in (name, SIDE.get(name)), error.value
+    done = fmoe.convert(tmp_path / "bare", tmp_path / "new", "hf", from_=said, config=whole, fsync=False)
+    assert done.made

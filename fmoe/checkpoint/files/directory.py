@@ -31,6 +31,7 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 __all__ = ["DTYPES", "INDEX", "JOURNAL", "NATIVE", "Checkpoint", "open_checkpoint", "read_header"]
 
 CONFIG = "config.json"
+MISSING = "is missing: a checkpoint directory has one"
 FIX = "Fix: adapter= (--adapter package.module:name) for rules of your own, which need none; or --config DIR_OR_JSON"
 Spans = Sequence[tuple[int, int]]
 """(where it begins in a tensor, how many bytes) of every part."""
@@ -235,7 +236,7 @@ def _where(path: Where, headers: Mapping[str, Header]) -> dict[str, str]:
 
 def _json(path: Where, *, infinite: bool = False) -> tuple[dict[str, Any], str]:
     """What a file of JSON holds, and its text."""
-    text = disk.content(path, f"is missing: a checkpoint directory has one. {FIX}", MOST)
+    text = disk.content(path, f"{MISSING}. {FIX}", MOST)
     try:
         return parse(text, infinite=infinite), text.decode()
     except ValueError as error:
