@@ -85,10 +85,9 @@ def summed(terms: Tensor, dtype: torch.dtype) -> Tensor:
     K, D = terms.shape[-2:]
     if K <= 3 or not terms.is_cpu or (K <= IN_ORDER and D % VECTORS == 0):
         return terms.sum(-2, dtype=dtype)
-    first, *rest = terms.unbind(-2)
-    out = first.to(dtype)
-    for term in rest:
-        out = out + term
+    out = terms.select(-2, 0).to(dtype)
+    for k in range(1, K):
+        out = out + terms.select(-2, k)
     return out
 
 

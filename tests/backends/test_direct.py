@@ -159,13 +159,18 @@ def test_what_goes_nowhere_takes_the_long_way(why: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [*range(1, 18), loop.FEW, loop.FEW + 1])
-@pytest.mark.parametrize("by", [None, "_mm", "_few", "_some", "_in_fp32"])
+@pytest.mark.parametrize(
+    "kind", ["this", "16 bits in fp32", (False, range(0)), (True, range(2, 9)), (False, range(8, 49))]
+)
 def test_products_of_few_rows_by_large_matrices(
-    by: str | None, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: Any, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a CPU of each kind, whichever this one is."""
     monkeypatch.setattr(loop, "LARGE", 1)
-    if by and not (by == "_in_fp32" and dtype.itemsize > 2):  # as on a CPU of another kind than this one
-        monkeypatch.setattr(loop, "_by", lambda x, w: getattr(loop, by))
+    if kind != "this":
+        turned = (False, range(0)) if isinstance(kind, str) else kind
+        monkeypatch.setattr(loop, "widens", lambda x: isinstance(kind, str) and x.dtype.itemsize == 2)
+        monkeypatch.setattr(loop, "_turned", lambda x, w: turned if w.stride(1) == 1 else (False, range(0)))
     made = torch.Generator().manual_seed(n)
     new = lambda *shape: torch.randn(shape, generator=made).to(dtype)
     x, y, w, offsets = new(n + 3, 16), new(n + 3, 24), new(3, 16, 24), torch.tensor([1, 1, n + 1]).int()

@@ -15,7 +15,7 @@ from fmoe.backends.raw.memory import empty, partly
 
 LARGE = 1 << 19
 """Numbers of a matrix from which on its own memory, and not a call, is what a product of few rows costs."""
-SOME, FEW, LONG = 8, 48, 1024
+SOME, FEW, LONG = 8, 49, 1024
 """Rows, from which on and up to which a matrix takes less time as the first factor, and terms of each sum."""
 
 
@@ -40,12 +40,30 @@ def multiply(x: Tensor, w: Tensor, sizes: dict[int, int], out: Tensor | None = N
         return y if out is None else out.copy_(y)
     if out is None:
         out = empty((x.shape[0], w.shape[2]), x)
-    by = _by(x, w)
     # one call makes all the slices: a slice at a time costs what a small product does
     parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
-    for e, rows, place in zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False):
-        mine = w.select(0, e)
-        by(rows, mine if w.dtype == x.dtype else mine.to(x.dtype), place)
+    cells = zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False)
+    if w.dtype != x.dtype or widens(x):
+        for e, rows, place in cells:
+            mine = w[e].to(x.dtype)
+            _in_fp32(rows, mine, place) if widens(x) else torch.mm(rows, mine, out=place)
+        return out
+    # a matrix that is read leaves nothing else in a core's cache: all that can be done before the products is
+    turned, back = _turned(x, w), list[tuple[Tensor, Tensor]]()
+    calls: list[tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]] = []
+    for e, rows, place in cells:
+        mine, n = w.select(0, e), rows.shape[0]
+        if n == 1 and turned[0]:
+            calls.append((torch.mv, mine.mT, rows[0], place[0]))
+        elif n in turned[1]:
+            calls.append((torch.mm, mine.mT, rows.mT, rows.new_empty(w.shape[2], n)))
+            back.append((place, calls[-1][3]))
+        else:
+            calls.append((torch.mm, rows, mine, place))
+    for f, a, b, c in calls:
+        f(a, b, out=c)
+    for place, c in back:
+        place.copy_(c.mT)
     return out
 
 
@@ -91,38 +109,18 @@ def widens(x: Tensor) -> bool:
     return not (amx or (x.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()))
 
 
-def _by(x: Tensor, w: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
-    """Who multiplies rows by a matrix in the least time, as measured: (rows, matrix, out). Files have it [out, in]."""
-    if widens(x):
-        return _in_fp32
-    if w.stride(1) != 1 or not x.is_cpu or w.dtype != x.dtype:
-        return _mm
-    if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        return _few
-    long = x.dtype == torch.float32 and w.shape[1] >= LONG and torch.cpu._is_avx512_supported()
-    return _some if long else _mm
+def _turned(x: Tensor, w: Tensor) -> tuple[bool, range]:
+    """Whether one row, and how many, take less time with the matrix as the first factor, of what was measured.
 
-
-def _mm(x: Tensor, w: Tensor, out: Tensor) -> None:
-    torch.mm(x, w, out=out)
-
-
-def _turned(x: Tensor, w: Tensor, out: Tensor) -> None:
-    out.copy_(torch.mm(w.mT, x.mT).mT)
-
-
-def _few(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """A matrix unit wants what it multiplies by in an order of its own: a matrix that is the first factor it reads as
-    it lies, in 0.7 of the time."""
-    if len(x) == 1:
-        torch.mv(w.mT, x[0], out=out[0])
-    else:
-        (_turned if len(x) <= FEW else _mm)(x, w, out)
-
-
-def _some(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """MKL packs what it multiplies by from some rows on; as the first factor such a matrix costs 0.6 to 0.9."""
-    (_turned if SOME <= len(x) <= FEW else _mm)(x, w, out)
+    Files have it [out, in]. A matrix unit wants what it multiplies by in an order of its own: the first factor it reads
+    as it lies, in 0.7 of the time. MKL packs what it multiplies by from some rows on, which takes 1.1 to 1.6 times.
+    """
+    if w.stride(1) == 1 and x.is_cpu:
+        if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            return True, range(2, FEW)
+        if x.dtype == torch.float32 and w.shape[1] >= LONG and torch.cpu._is_avx512_supported():
+            return False, range(SOME, FEW)
+    return False, range(0)
 
 
 def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
