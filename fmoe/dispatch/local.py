@@ -77,11 +77,10 @@ def dispatch(x: Tensor, weights: Tensor, plan: Plan) -> Rows:
             spread(x, plan.slot_ids, plan.k), weights.flatten().index_select(0, plan.slot_ids).to(wide), plan.counts
         )
     # the transpose of `expand` is one sum over k, rounded once; that of x[token_ids] is a scatter, in any order
-    copies = x[:, None].expand(-1, plan.k, -1).flatten(0, 1).index_select(0, plan.slot_ids)
-    sent = weights.flatten().index_select(0, plan.slot_ids).to(wide)
-    if plan.routed is not None:
-        copies, sent = _only(copies, plan.routed), _only(sent, plan.routed[:, 0])
-    return Rows(copies, sent, plan.counts)
+    copies, sent, ids = x[:, None].expand(-1, plan.k, -1).flatten(0, 1), weights.flatten().to(wide), plan.slot_ids
+    if plan.routed is None:  # this alone has a gradient in batches; that, one for each of no routings
+        return Rows(copies.index_select(0, ids), sent.index_select(0, ids), plan.counts)
+    return Rows(_only(copies[ids], plan.routed), _only(sent[ids], plan.routed[:, 0]), plan.counts)
 
 
 def combine(rows: Tensor, plan: Plan) -> Tensor:
