@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.which import open_ours
+from fmoe.families import known
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
@@ -92,8 +94,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
             raise AdapterError(f"{found}: pass base=, a directory, an adapter, or a model_type with its config")
         names = hf_names(open_ours(base, "open")) if Path(base).is_dir() else None
         base = adapter_at(base, config)
-    rank = None if said.rank_pattern else said.r
-    base = told(base, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
+    base = _as(base, said)
     header = read_header(path / WEIGHTS, f"is not there{instead(os.listdir(path))}")
     files = dict.fromkeys(header.specs, WEIGHTS)
     source = Checkpoint(path, {}, header.specs, files, header.offsets, {WEIGHTS: header.stamp})
@@ -103,9 +104,16 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         raise AdapterError([Problem(text, whole)])
     adapter = base.resolve(tensors)
     params = adapter.from_hf(tensors)
-    if problems := [*_ranks(params, said, adapter), *missing(params, said, adapter, names)]:
+    everywhere = partial(known.everywhere, adapter.config or {})
+    if problems := [*_ranks(params, said, adapter), *missing(params, said, adapter, names, everywhere)]:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
+
+
+def _as(adapter: Adapter, said: LoraConfig) -> Adapter:
+    """The adapter, open but for what a config says of its LoRA tensors."""
+    rank = None if said.rank_pattern else said.r
+    return told(adapter, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
 
 
 def _stamped(said: LoraConfig, path: Path) -> LoraConfig:
@@ -160,15 +168,13 @@ def save(
     if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
         where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"
         raise AdapterError([Problem(f"{some(odd)}: {where}, expected plain tensors with values", (*odd,))])
-    if config is not None:
-        adapter = told(adapter, config.peft_version, None, grouped=config.grouped)
+    adapter = adapter if config is None else _as(adapter, config)
     tensors = adapter.to_hf(params)
     if config is None:
         config = _config(params, adapter, lora_alpha, base)
     elif base is not None:
         config = replace(config, base=base)
-    rank = None if config.rank_pattern else config.r
-    back = told(adapter, config.peft_version, config.target_parameters, rank, grouped=config.grouped)
+    back = _as(adapter, config)
     back.from_hf(tensors)  # what is written can be read
     if problems := list(_ranks(params, config, back.resolve(tensors))):
         raise AdapterError(problems)

@@ -97,6 +97,23 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     return text + (_of_towers(entry, stacks) if whole else [])
 
 
+def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
+    """Whether all layers of a stack have a module of this name, its number a star. None: the class is not known.
+
+    >>> everywhere({"model_type": "jamba"}, "model.layers.*.input_layernorm")
+    True
+    >>> everywhere({"model_type": "jamba"}, "model.layers.*.self_attn.q_proj")
+    False
+    """
+    entry = known().get(str(config.get("model_type"))) or known().get(str(_text(config).get("model_type")))
+    if entry is None:
+        return None
+    name = form.partition(".*.")[2] + ".weight"
+    parts = [part for f in entry["forms"] for part in (f, *f["towers"].values())]
+    sets = [s for part in parts for groups in part["stacks"].values() for s in groups if any(name in one for one in s)]
+    return bool(sets) and all(name in one for s in sets for one in s)
+
+
 def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     """Whether the output embedding is the input's."""
     said = [c.get("tie_word_embeddings") for c in (config, _text(config))]

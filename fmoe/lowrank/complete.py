@@ -1,7 +1,7 @@
 """What an adapter_config.json targets in its base model, and a file of LoRA matrices lacks."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fmoe.layout.adapter import Adapter
@@ -14,34 +14,69 @@ from fmoe.lowrank.targets import parameter, table_of, targets_of
 from fmoe.types import AdapterError, Params, Problem
 
 _LAYER = re.compile(r"(?<=\.)(\d+)(?=\.)")
-PERIODS = ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", "expert_layer_period")
+PERIODS = (
+    "encoder_sparse_step",
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "moe_layer_freq",
+    "expert_layer_period",
+)
 MIXED = ("hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_layer_types", "mlp_only_layers")
+_BESIDE = re.compile(r"vision|visual|audio")
 _SKIPPED = re.compile(r"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|\.experts\.")
 
 
-def missing(params: Params, config: LoraConfig, adapter: Adapter, names: Iterable[str] | None) -> Iterator[Problem]:
+def missing(
+    params: Params,
+    config: LoraConfig,
+    adapter: Adapter,
+    names: Iterable[str] | None,
+    everywhere: Callable[[str], bool | None] = lambda form: None,
+) -> Iterator[Problem]:
     """A problem for each target of which the matrices are not there. names: the base's Hugging Face names, if known.
 
-    With them, every module and every expert parameter that a target names has matrices. Without, every target has
-    some, and the layers of each have no gap.
+    With them, every module and every expert parameter that a target names has matrices, where Transformers gives it
+    another name in memory as many. Without, every target has some, and the layers of each have no gap. everywhere:
+    whether all layers have a module of this name, its number a star; None: not known.
     """
     if not params:
         yield Problem("the adapter's file holds no matrices, expected some for each target of adapter_config.json")
         return
-    keys = {key.removeprefix(WRAPPED) for t in targets_of(adapter, params) for key in t.keys}
+    made = targets_of(adapter, params)
+    keys = {key.removeprefix(WRAPPED) for t in made for key in t.keys}
     some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
-        wanted = set() if names is None or some_layers else _wanted(target, config, adapter, list(names))
-        lost = sorted(wanted - keys, key=_numbers)
+        known = None if names is None or some_layers else _wanted(target, config, adapter, list(names))
+        lost = sorted(known - keys, key=_numbers) if known else []
+        lost = [n for n in lost if not _stacked(adapter, n)]
+        lost = [] if known and len({*fits} - known) == len(lost) else lost  # others by name, in memory
         if lost and (fits or not _expert_like(target)):
             at = (*(f"{WRAPPED}{n}" for n in lost),)
             yield Problem(f"{some(lost)}: no matrices, and adapter_config.json targets {target!r}", at)
+        elif not fits and (holders := _holders(target, config, keys)):
+            text = f"LoRA of {target.rpartition('.')[2]!r}, a parameter of which fmoe knows no weight that it adapts"
+            yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
         elif not fits and (lost or names is None and target != "all-linear"):
             yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif names is None and not some_layers and not _LAYER.search(f".{target}."):
-            yield from _gaps(target, fits, adapter)
+            yield from _gaps(target, fits, adapter, config, everywhere)
+
+
+def _holders(target: str, config: LoraConfig, keys: set[str]) -> list[str]:
+    """The modules with matrices that a target's parameter is one of, where it is no weight."""
+    module, _, last = target.rpartition(".")
+    held = target in config.target_parameters and module and last != "weight"
+    return [f"{WRAPPED}{k}" for k in sorted(keys, key=_numbers) if held and (k == module or k.endswith(f".{module}"))]
+
+
+def _stacked(adapter: Adapter, module: str) -> bool:
+    """Whether this is no module's weight, but one of all experts."""
+    names = [f"{module}.weight"]
+    for stage in adapter.stages:
+        names = stage.resolve(Names(names), default=True).rename(Names(names))
+    return any(n.rpartition(".")[2] in NATIVE for n in names)
 
 
 def _regex(config: LoraConfig) -> bool:
@@ -49,7 +84,7 @@ def _regex(config: LoraConfig) -> bool:
 
 
 def _expert_like(target: str) -> bool:
-    return "experts" in target
+    return "experts" in target or "router" in target
 
 
 def _numbers(name: str) -> list[Any]:
@@ -66,7 +101,10 @@ def _fits(target: str, key: str, config: LoraConfig) -> bool:
 def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str]) -> set[str]:
     """What of the base a target names: expert parameters where it is one, else the modules that have a weight."""
     if target in config.target_parameters:
-        return {k for k in _parameters(adapter, names) if _fits(target, k, config)}
+        found = {k for k in _parameters(adapter, names) if _fits(target, k, config)}
+        return found | {
+            n for n in names if n.endswith(".weight") and not _SKIPPED.search(n) and _fits(target, n, config)
+        }
     if target == "all-linear":
         return set()
     excluded = config.other.get("exclude_modules") or ()
@@ -106,19 +144,29 @@ def _layers(adapter: Adapter) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _gaps(target: str, keys: list[str], adapter: Adapter) -> Iterator[Problem]:
+def _gaps(
+    target: str, keys: list[str], adapter: Adapter, said: LoraConfig, everywhere: Callable[[str], bool | None]
+) -> Iterator[Problem]:
     """Layers between others, or behind them, that lack what these have, where layers are all of one kind."""
     config: Any = adapter.config or {}
-    if any(config.get(field) for field in MIXED):
-        return
+    mixed = any(c.get(field) for c in (config, config.get("text_config") or {}) for field in MIXED)
+    excluded = said.other.get("exclude_modules") or ()
     forms: dict[str, set[int]] = {}
     for key in keys:
         if numbers := _LAYER.findall(f"{key}."):
             forms.setdefault(_LAYER.sub("*", f"{key}.", count=1), set()).add(int(numbers[0]))
     for form, found in forms.items():
+        alike = _expert_like(form) or everywhere(form.rstrip("."))
+        if not alike if alike is not None else mixed:
+            continue
+        if mixed and _expert_like(form):
+            continue
         every = 1 if not _expert_like(form) else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
         first = min(found) if _expert_like(form) else 0
-        lost = [n for n in range(first, _layers(adapter) or max(found), max(1, every)) if n not in found]
+        count = None if _BESIDE.search(form) else _layers(adapter)
+        name = lambda n, form=form: form.replace("*", str(n), 1).rstrip(".")
+        lost = [n for n in range(first, count or max(found), max(1, every)) if n not in found]
+        lost = [n for n in lost if target in said.target_parameters or not _excluded(name(n), excluded)]
         if lost:
-            name = form.replace("*", str(lost[0]), 1).rstrip(".")
-            yield Problem(f"{name!r}: no matrices, and adapter_config.json targets {target!r}", (f"{WRAPPED}{name}",))
+            text = f"{name(lost[0])!r}: no matrices, and adapter_config.json targets {target!r}"
+            yield Problem(text, (f"{WRAPPED}{name(lost[0])}",))

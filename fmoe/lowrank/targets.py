@@ -65,7 +65,8 @@ def targets_of(adapter: Adapter, params: Params) -> list[Target]:
                 made.append(Target(source, params[source].shape[-1], wrapped, found))
             elif source.endswith(".lora_A.weight"):
                 key = source.removesuffix(".lora_A.weight").removeprefix(WRAPPED)
-                made.append(Target(source, params[source].shape[0], False, (key,)))
+                whole = any(f".{key}.weight".endswith(f".{t}") for t in table.targets or ())
+                made.append(Target(source, params[source].shape[0], whole, (f"{key}.weight" if whole else key,)))
     return made
 
 

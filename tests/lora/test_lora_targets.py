@@ -1,0 +1,108 @@
+"""What PEFT's target_modules and target_parameters reach besides experts: read with its meaning, or refused by name."""
+
+import json
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_cases import ALONE, ALPHA, MODELS, WARNS, R, adapter_of, build, close
+from safetensors.torch import load_file, save_file
+
+import fmoe
+from fmoe.testing import same
+
+pytestmark = WARNS
+MIXED = ["qwen3_moe", "jamba", "dots3_note", "bailing_hybrid", "qwen3_vl_moe"]  # layers, and towers, of several kinds
+ADDS = {"minimax", "minimax_m2", "mixtral"}  # PEFT's config names parameters here that a regular expression leaves out
+RENAMED = {"dots3_note", "mistral_large4_text"}  # the expression below fits published names that it fits not in memory
+
+
+def wrapped(name: str, **how: Any) -> Any:
+    """PEFT's model with random matrices, and its weights and adapter before."""
+    model = build(name)
+    adapter = adapter_of(model)
+    before = adapter.from_hf({n: t.clone() for n, t in model.state_dict().items()})
+    made = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, **how))
+    drawn = torch.Generator().manual_seed(1)
+    for n, p in made.named_parameters():
+        if ".lora_" in n:
+            p.data.copy_(0.3 * torch.randn(p.shape, generator=drawn))
+    return made, before, adapter
+
+
+def has_pefts_meaning(path: Any, made: Any, before: dict[str, Any], adapter: fmoe.Adapter, base: Any = None) -> None:
+    made.save_pretrained(path)
+    files = load_file(path / "adapter_model.safetensors")
+    tuned = fmoe.lora.load(path, base or adapter)
+    same(tuned.adapter.to_hf(tuned.params), files)
+    fmoe.lora.save(tuned.params, path / "again", tuned.adapter, tuned.config)
+    same(load_file(path / "again" / "adapter_model.safetensors"), files)
+    ours = fmoe.lora.merge(before, tuned.params, tuned.scales)
+    theirs = adapter.from_hf(made.merge_and_unload().state_dict())
+    assert any(not torch.equal(before[n], t) for n, t in theirs.items())
+    for n, t in theirs.items():
+        close(ours[n].float(), t.float(), 1e-6)
+
+
+ROUTERS = {"qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight", "jamba": "feed_forward.router.weight"}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_is_a_parameter_of_two_dimensions(name, tmp_path):
+    """Its rank and alpha are of the parameter's name."""
+    how = dict(rank_pattern={ROUTERS[name]: 2}, alpha_pattern={ROUTERS[name]: 1.5})
+    made, before, adapter = wrapped(name, target_modules=[], target_parameters=[ROUTERS[name]], **how)
+    has_pefts_meaning(tmp_path, made, before, adapter)
+
+
+@pytest.mark.parametrize("name", [*MIXED, *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS
+                                               if n not in (*ALONE, *MIXED, *ADDS))])  # fmt: skip
+@pytest.mark.parametrize("from_directory", [False, True])
+def test_all_linear_layers(from_directory, name, tmp_path):
+    """Of a base by its adapter alone, and by its directory, whose names are those that it is published under."""
+    if from_directory and name in RENAMED:
+        pytest.skip("refused: modules seem lost")
+    try:
+        made, before, adapter = wrapped(name, target_modules=r".*layers\.\d+\.(?!.*gate_up).*(proj|linear\w*|dense)")
+    except ValueError as error:
+        pytest.skip(f"PEFT: {str(error)[:60]}")
+    if from_directory:
+        build(name).save_pretrained(tmp_path / "base")
+    has_pefts_meaning(tmp_path, made, before, adapter, tmp_path / "base" if from_directory else None)
+
+
+def changed(path: Any, drop: str = "", **said: Any) -> Any:
+    """The directory without the tensors whose names have a part, and another config."""
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file({n: t for n, t in tensors.items() if not drop or drop not in n}, path / "adapter_model.safetensors")
+    config = path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    return path
+
+
+def test_a_lost_layer_is_missed_also_where_memory_has_other_names(tmp_path):
+    made, _, adapter = wrapped("bailing_hybrid", target_modules=["q_proj", "down_proj"])
+    build("bailing_hybrid").save_pretrained(tmp_path / "base")
+    made.save_pretrained(tmp_path / "a")
+    fmoe.lora.load(tmp_path / "a", tmp_path / "base")
+    layer = next(n for n in load_file(tmp_path / "a" / "adapter_model.safetensors") if ".q_proj." in n)
+    changed(tmp_path / "a", layer.partition(".lora_")[0])
+    with pytest.raises(fmoe.AdapterError, match="q_proj.*no matrices"):
+        fmoe.lora.load(tmp_path / "a", tmp_path / "base")
+
+
+def test_layers_that_exclude_modules_leaves_out_are_no_gap(tmp_path):
+    made, before, adapter = wrapped("qwen3_moe", target_modules=["q_proj"], exclude_modules=r".*layers\.0\..*")
+    has_pefts_meaning(tmp_path, made, before, adapter)
+    with pytest.raises(fmoe.AdapterError, match=r"layers\.0\.self_attn\.q_proj.*no matrices"):
+        fmoe.lora.load(changed(tmp_path, exclude_modules=None), adapter)
+
+
+def test_a_parameter_that_is_no_weight_is_refused_by_name(tmp_path):
+    made, _, adapter = wrapped("jamba", target_modules=[], target_parameters=["mamba.A_log"])
+    made.save_pretrained(tmp_path / "a")
+    build("jamba").save_pretrained(tmp_path / "base")
+    for base in (adapter, tmp_path / "base"):
+        with pytest.raises(fmoe.AdapterError, match="mamba': LoRA of 'A_log'.*Fix: merge it with PEFT"):
+            fmoe.lora.load(tmp_path / "a", base)
