@@ -1,5 +1,6 @@
 """Which rows the host gives to which expert, and in which parts a core takes them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from fmoe.dispatch.moves import added, summed
 
 PART = 512
 """Rows from which on the experts that have them are a part: 1 MB of 1,024 columns in bf16."""
+FEW = 512
+"""Slots, up to which torch orders them in less time than numpy: 0.1 ms against 0.2 of 32, 0.9 against 0.2 of 32,768."""
 
 
 class Order(NamedTuple):
@@ -61,14 +64,20 @@ def ordered(indices: Tensor, E: int, sort: bool = False) -> Order | None:
         told = indices[0].tolist()
         if told and min(told) >= 0 and max(told) < E and len({*told}) == K:
             return Order(dict.fromkeys(told, 1))
-    ids = indices.numpy().ravel()  # each step costs numpy a third of what it costs torch
-    if not ids.size or ids.view(np.uint64).max() >= E:
+    if T * K <= FEW:  # where a processor that reads weights forgets code, the fewest different steps cost least
+        ids, slot = indices.flatten().sort(stable=True)
+        sizes = dict(Counter(ids.tolist()))
+        if not sizes or min(sizes) < 0 or max(sizes) >= E:
+            return None
+        return Order(sizes, slot, slot // K, slot.argsort())
+    experts = indices.numpy().ravel()
+    if experts.view(np.uint64).max() >= E:
         return None
-    slot = ids.astype(np.min_scalar_type(E)).argsort(kind="stable")  # a radix sort of 16 bits
-    back = np.empty_like(slot)
-    back[slot] = np.arange(len(slot))
-    sizes = {e: n for e, n in enumerate(np.bincount(ids).tolist()) if n}
-    return Order(sizes, *map(torch.from_numpy, (slot, slot // K, back)))
+    slots = experts.astype(np.min_scalar_type(E)).argsort(kind="stable")  # a radix sort of 16 bits
+    back = np.empty_like(slots)
+    back[slots] = np.arange(len(slots))
+    sizes = {e: n for e, n in enumerate(np.bincount(experts).tolist()) if n}
+    return Order(sizes, *map(torch.from_numpy, (slots, slots // K, back)))
 
 
 def parts(order: Order, up: Tensor, down: Tensor, x: Tensor) -> Iterator[tuple[slice, dict[int, int]]]:

@@ -5,8 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from naive import draw, near, tokens
 from torch import Tensor
 
@@ -182,3 +185,20 @@ def test_products_of_few_rows_by_large_matrices(
     near(dw[2], x[1 : n + 1].double().mT @ y[1 : n + 1].double(), rounding)
     near(dw[0], x[:1].double().mT @ y[:1].double(), rounding)
     assert not dw[1].any()
+
+
+@pytest.mark.parametrize("few", [0, 512])
+@settings(deadline=None, max_examples=60)
+@given(drawn=st.data())
+def test_slots_are_sorted_by_expert_however_many_they_are(few: int, drawn: st.DataObject) -> None:
+    E, T, K = drawn.draw(st.tuples(st.sampled_from([1, 3, 255, 256, 70_000]), st.integers(0, 5), st.integers(1, 4)))
+    ids = drawn.draw(st.lists(st.integers(-1, E) | st.integers(0, min(E, 4) - 1), min_size=T * K, max_size=T * K))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "FEW", few)
+        found = order.ordered(torch.tensor(ids, dtype=torch.int64).view(T, K), E, sort=True)
+    if not ids or min(ids) < 0 or max(ids) >= E:
+        assert found is None
+        return
+    slots = sorted(range(T * K), key=ids.__getitem__)
+    assert found is not None and [*found.sizes.items()] == [(e, ids.count(e)) for e in sorted({*ids})]
+    assert [t.tolist() for t in found[1:]] == [slots, [s // K for s in slots], np.argsort(slots).tolist()]
