@@ -20,6 +20,7 @@ from fmoe.families.known import (
     groups,
     lacking,
     recognised,
+    told_of,
     towers,
 )
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
@@ -80,12 +81,13 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     strange = len(lost) > known and 2 * (len(names) - known) >= len(lost)
     missing = dict.fromkeys([] if strange else [n for n in lost if n not in other])
     ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
-    known_class = entries(config) is not None and not strange
+    known_class, told_by = entries(config) is not None and not strange, told_of(config, stacks)
     for stack, layers in stacks.items():
         if layer_count(said) is not None and stack.rpartition(".")[2] in LAYERS:
             text = stack == main
             few = text and not known_class
-            missing |= dict.fromkeys(_unlike(stack, ours if text else layers, said if text else {}, few))
+            alike = _unlike(stack, ours if text else layers, said if text else {}, few)
+            missing |= dict.fromkeys(n for l, n in alike if n.removeprefix(f"{stack}.{l}.") not in told_by(stack, l))
     none = bool(kind.values(said).get("n_routed_experts")) and not any(n.endswith("down_projs") for n in names)
     experts = _experts(kind, main, ours, sparse, none, spell)
     told = {n for problem in experts for n in problem.keys}
@@ -138,8 +140,8 @@ def _modules(sets: Iterable[Iterable[str]]) -> set[str]:
     return {n.partition(".")[0] for names in sets for n in names}
 
 
-def _unlike(stack: str, layers: Layers, said: Mapping[str, Any], few: bool) -> Iterator[str]:
-    """What a layer lacks that most others of its kind have. few: that half of them have."""
+def _unlike(stack: str, layers: Layers, said: Mapping[str, Any], few: bool) -> Iterator[tuple[int, str]]:
+    """Layers, and what each lacks that most others of its kind have. few: that half of them have."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for l in layers:
         kinds.setdefault(_kind(said, l, len(layers)), []).append(l)
@@ -148,7 +150,7 @@ def _unlike(stack: str, layers: Layers, said: Mapping[str, Any], few: bool) -> I
         most = {n for n, times in have.items() if 2 * times > len(alike) or few and 2 * times == len(alike)}
         for l in alike:
             if any(layers[l] < layers[other] for other in alike):
-                yield from (f"{stack}.{l}.{n}" for n in sorted(most - layers[l]))
+                yield from ((l, f"{stack}.{l}.{n}") for n in sorted(most - layers[l]))
 
 
 def _kind(said: Mapping[str, Any], l: int, count: int) -> tuple[Any, ...]:

@@ -1,18 +1,20 @@
-"""Which tensors a model must have, as Transformers' classes say it: data that `tests/helpers/known_names.py` wrote.
+"""Which tensors a model has, as Transformers' classes say it: data that `tests/helpers/known/known_names.py` wrote.
 
 An entry is a class: `forms`, as published and as in memory. Of a form, `stem` stands before the layers; `root`: names
 outside of layers; `tied`: those of them that are not saved where embeddings are tied; `stacks`: for each stack of
 layers its modules, each the smallest sets of names, one of which a layer has; `needs`: what a flag of the config adds
-to layers with some name; `towers`: what stands beside the text model, with a root and stacks of its own; `others`:
-what it has besides with some configs.
+to layers with some name; `where`: which layers have what others have not (`where.py`); `towers`: what stands beside the
+text model, with a root and stacks of its own; `others`: what it has besides with some configs.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from fmoe.families.where import settled
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)", re.ASCII)
 _STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
@@ -56,6 +58,8 @@ def lacking(groups: Groups, layer: set[str], sparse: bool | None = None) -> list
     missing: list[str] = []
     for sets in groups:
         experts = [s for s in sets if any(".experts." in n for n in s)]
+        if sparse is False and len(experts) == len(sets):
+            continue
         fit = (experts if sparse else [s for s in sets if s not in experts]) if sparse is not None and experts else sets
         best = min(fit or sets, key=lambda s: (len({*s} - layer) - len({*s} & layer), s))
         missing += [n for n in best if n not in layer]
@@ -94,7 +98,7 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     ways = [_absent(form, stacks, sparse, count, whole, said) for form in entry["forms"]]
     tied = _tied(config, entry)
     text = min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
-    return text + (_of_towers(entry, stacks) if whole else [])
+    return text + (_of_towers(entry, stacks, config) if whole else [])
 
 
 def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
@@ -137,16 +141,36 @@ def _absent(
     tail = lambda name: name[name.find("lm_head") :] if "lm_head" in name and not BESIDE.search(name) else None
     held = lambda name: name in bare or tail(name) in map(tail, bare) and tail(name) is not None
     ours = [n for n in form["root"] if whole or n.startswith(form["stem"]) and "lm_head" not in n]
-    missing = [n for n in map(moved, ours) if not held(n)]
+    missing = [n for n in map(moved, ours) if not (held(n) or beyond(n, bare))]
     for stack, groups in form["stacks"].items():
         name, text = moved(stack), stack == main
         layers = {l: s for l, s in stacks.get(name, {}).items() if not text or l < count}
         for l in sorted({*layers, *(range(count) if text else ())}):
             known_sparse = None if sparse is None or not text else l in sparse
             found = layers.get(l, set())
-            lost = [*lacking(groups, found, known_sparse), *_unflagged(form["needs"].get(stack, []), found, said)]
-            missing += [f"{name}.{l}.{n}" for n in lost]
+            told = settled(form["where"].get(stack, ()), said, l, found)
+            lost = {*lacking(groups, found, known_sparse), *_unflagged(form["needs"].get(stack, []), found, said)}
+            lost = {n for n in lost if told.get(n, True)} | {n for n, there in told.items() if there and n not in found}
+            missing += [f"{name}.{l}.{n}" for n in sorted(lost)]
+    told = settled(form["where"].get("", ()), said, 0, [*bare, *form["root"]])
+    missing += [moved(n) for n, there in told.items() if there and not held(moved(n))]
     return missing, {moved(n) for n in form["tied"]}
+
+
+def beyond(name: str, held: Iterable[str]) -> bool:
+    """Whether it is the last of those that are numbered alike, or after it: how many there are, layers say."""
+    stem, _, number = name.rpartition(".")
+    others = (n.rpartition(".") for n in held)
+    return number.isdigit() and not any(s == stem and n.isdigit() and int(n) > int(number) for s, _, n in others)
+
+
+def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable[[str, int], set[str]]:
+    """stack, layer -> the names of which the config says whether that layer has them, as its class has it."""
+    form, said = next(iter(nearest(config, stacks)), None), {**config, **_text(config)}
+    own: dict[str, Any] = form["where"] if form else {}
+    bare = {s: s.removeprefix(form["stem"]) for s in own if s} if form else {}
+    rules = lambda stack: own.get(stack) or next((own[s] for s in bare if stack.endswith(bare[s])), ())
+    return lambda stack, l: {*settled(rules(stack), said, l, stacks[stack][l])}
 
 
 def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any]) -> list[str]:
@@ -155,7 +179,7 @@ def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any])
     return [n for names in on for n in names if n not in layer]
 
 
-def _of_towers(entry: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[str]:
+def _of_towers(entry: Mapping[str, Any], stacks: Mapping[str, Layers], config: Mapping[str, Any]) -> list[str]:
     """What those parts beside the text model lack of which anything is there, in the form that fits best."""
     bare, ways = stacks.get("", {}).get(0, set()), []
     for form in entry["forms"]:
@@ -170,7 +194,11 @@ def _of_towers(entry: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[s
             missing += [n for n in tower["root"] if names and n not in bare]
             for stack, groups in tower["stacks"].items() if names else ():
                 each = layers[stack] or {0: set()}
-                missing += [f"{stack}.{l}.{n}" for l in sorted(each) for n in lacking(groups, each[l])]
+                for l in sorted(each):
+                    told = settled(form["where"].get(stack, ()), config, l, each[l])
+                    lost = {n for n in lacking(groups, each[l]) if told.get(n, True)}
+                    lost |= {n for n, there in told.items() if there and n not in each[l]}
+                    missing += [f"{stack}.{l}.{n}" for n in sorted(lost)]
         ways.append((held - len(missing), missing))
     return max(ways, key=lambda way: way[0])[1]
 

@@ -1,8 +1,9 @@
 """Have a checkpoint's tensors the sizes that its config says? What Transformers makes of a config's numbers, as data.
 
-`sizes.json`, which `tests/helpers/known_sizes.py` wrote: model type -> a sum of products of config fields, as
-"2*num_heads*head_dim" -> the dimensions of its text model that are that: a native name, `#` for the layer, and which.
-A quotient, "hidden_size*num_key_value_heads/num_attention_heads", has the width of a head that no field says.
+`sizes.json`, which `tests/helpers/known/known_sizes.py` wrote: model type -> a sum of products of config fields, as
+"2*num_heads*head_dim" -> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers
+a stack has. A name that starts with `#` is of the text model's layers; a field may have a path. A quotient,
+"hidden_size*num_key_value_heads/num_attention_heads", has the width of a head that no field says.
 """
 
 import json
@@ -31,6 +32,9 @@ def keys(names: Iterable[str], spell: Spell) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*spelt(names, spell), *names]))
 
 
+PARTS = ("vision_config", "audio_config")
+
+
 @cache
 def known_sizes() -> dict[str, dict[str, list[list[Any]]]]:
     return dict(json.loads(Path(__file__).with_name("sizes.json").read_text()))
@@ -53,7 +57,9 @@ def odd_sizes(
     found = entries(config)
     if not found or not found[1]:
         return
-    own = text if isinstance(text := config.get("text_config"), Mapping) else config
+    text = config.get("text_config")
+    own = {**(text if isinstance(text, Mapping) else config)}
+    own |= {f"{p}.{f}": v for p in PARTS for f, v in as_part(config, p).items()}
     stacks, count = by_stack(native), layer_count(said)
     main = decoder(stacks)
     layers = [l for l in stacks.get(main, {}) if count is None or l < count]
@@ -62,16 +68,28 @@ def odd_sizes(
         if any(type(own.get(f)) is not int for f in fields) or "/" in formula and "head_dim" in own:
             continue
         size, odd = _value(formula, own), dict[tuple[int, int], list[str]]()
-        for template, k in dims:
-            names = [f"{main}.{l}{template[1:]}" for l in layers] if template[0] == "#" else [template]
+        told = ", ".join(f"{f} {own[f]}" for f in dict.fromkeys(fields))
+        for template, k in dims if size else ():  # nothing of that width: other fields say what is there, if anything
+            at, numbered, rest = template.partition("#")
+            stack = at[:-1] or main
+            if k < 0:
+                if stack in stacks and (n := max(stacks[stack]) + 1) != size:
+                    yield Problem(f"{stack}.*: {n} layers, and config.json has {told}: expected {size}", (stack,))
+                continue
+            here = layers if stack == main else stacks.get(stack, {})
+            names = [f"{stack}.{l}{rest}" for l in here] if numbered else [template]
             held = {n: native[n].shape[k] for n in names if n in native and _plain(native[n]) > k}
             if len({*held.values()} - {size}) == 1 and size not in held.values():  # layers may be of several kinds
                 odd.setdefault((k, next(iter(held.values()))), []).extend(held)
-        told = ", ".join(f"{f} {own[f]}" for f in dict.fromkeys(fields))
         for (k, n), names in odd.items():
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
             text = f"{some(spelt(names, spell))}: {n} in {dim}, and config.json has {told}: expected {size}"
             yield Problem(text, keys(names, spell))
+
+
+def as_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _plain(spec: Any) -> int:

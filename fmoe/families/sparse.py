@@ -6,7 +6,7 @@ from typing import Any
 from fmoe.types import AdapterError
 
 Config = Mapping[str, Any]
-COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
+COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layers", "num_layers")
 MOST = 10_000
 LISTS = ("layers_block_type", "hybrid_override_pattern")
 

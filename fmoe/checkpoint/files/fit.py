@@ -26,7 +26,7 @@ def layers_fit(path: Where, config: Mapping[str, Any], names: Iterable[str]) -> 
     for prefix, number in {hit.groups() for hit in map(_LAYER.match, names) if hit}:
         if "mtp" not in prefix.split("."):
             found[prefix].add(int(number))
-    if type(count) is not int or not found:
+    if type(count) is not int or not found or said.get("is_encoder_decoder"):  # and each has a count of its own
         return
     prefix, numbers = max(found.items(), key=lambda item: (len(item[1]), item[0]))
     most = count + sum(n for n in beyond if type(n) is int and n > 0)

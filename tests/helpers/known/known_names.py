@@ -17,6 +17,7 @@ from typing import Any
 
 import hf
 import hf_zoo as zoo
+import known_where as where
 import torch
 import transformers
 
@@ -83,17 +84,17 @@ def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:
         n for f in ("n_routed_experts", "n_activated_experts") for n in family(config.model_type).fields[f].split()
     }
     for field, value in text.to_dict().items():
-        if field in fixed or field in ("tie_word_embeddings", "enable_moe_block") or field.startswith("_"):
+        if field in fixed or field == "tie_word_embeddings" or field.startswith("_"):
             continue
         if isinstance(value, bool):
             others: list[Any] = [not value]
         elif value is None:
             others = [True, 8]
-        elif isinstance(value, int) and not SIZES.search(field):
+        elif isinstance(value, int) and ("dense" in field or not SIZES.search(field)):
             others = [0, None, 1, 2]
         elif isinstance(value, list) and value and isinstance(value[0], str):
-            kinds = {*value, "dense", "sparse"} if "mlp" in field else {*value}
-            others = [[kind] * len(value) for kind in sorted(kinds)]
+            kinds = where.kinds(type(config), field, value)
+            others = [[kind] * len(value) for kind in kinds] + [[kind, *value[1:]] for kind in kinds]
         elif isinstance(value, list) and value and isinstance(value[0], int):
             others = [[kind] * len(value) for kind in (0, 1)]
         else:
@@ -116,12 +117,14 @@ def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
     text_of(config).tie_word_embeddings = config.tie_word_embeddings = False
     seen = [(text_of(config).to_dict(), natives(cls, config, name, original))]
     beside: list[set[str]] = []
+    told_by = [(where.flat(config.to_dict(), seen[0][0]), seen[0][1])]
     for part in parts_of(config) if variants else ():
-        for other in varied(config, part):
+        for other in (*varied(config, part), *(where.longer(config, text_of) if part is text_of else ())):
             try:
                 names = natives(cls, other, name, original)
             except Exception:  # Transformers builds no such model, or it has other experts than the family's
                 continue
+            told_by += [(where.flat(other.to_dict(), text_of(other).to_dict()), names)]
             seen += [(text_of(other).to_dict(), names)] if part is text_of else []
             beside += [names] if part is not text_of else []
     found = [names for _, names in seen]
@@ -141,7 +144,10 @@ def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
     told = {n for sets in required.values() for least in sets for s in least for n in s}
     parts = towers(config, stem, found[0])
     others = {hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and hit[1].startswith(tuple(parts))}
+    defaults = where.flat(cls.config_class().to_dict(), text_of(cls.config_class()).to_dict())
+    rows = {s: where.placed(told_by, s) for s in ("", *stacks, *sorted(others))} if variants else {}
     return {
+        "where": {s: rules for s, mine in rows.items() if (rules := where.rules(mine, defaults))},
         "stem": stem,
         "root": sorted(always),
         "tied": sorted(found[0] - natives(cls, tied, name, original)),

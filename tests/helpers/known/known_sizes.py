@@ -10,18 +10,20 @@ import json
 import sys
 from collections import defaultdict
 from fractions import Fraction
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import hf
 import hf_zoo as zoo
 import known_names
+import known_where as where
 import torch
 import transformers
 
 import fmoe
-from fmoe.families.known import NUMBERED, decoder
+from fmoe.families.known import NUMBERED, by_stack, decoder
 
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
 Dims = dict[tuple[str, int], int]
@@ -29,29 +31,33 @@ MOST = 4  # numbers in one dimension
 
 
 def dims(name: str, cls: Any, config: Any) -> Dims | None:
-    """(template of a native name, dimension) -> its size, of the text model; None: there is no such model."""
+    """(template of a native name, dimension) -> its size; None: there is no such model.
+
+    A stack has as many layers as its last one's number says: (template of its layers, -1).
+    """
     try:
         specs = known_names.sized(cls, config, name, True)
     except Exception:  # Transformers builds no such model
         return None
-    main = decoder(fmoe.families.known.by_stack(specs))
-    stem = main.rpartition(".")[0] + "." if "." in main else ""
+    stacks = by_stack(specs)
+    main = decoder(stacks)
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
     for native, spec in specs.items():
         hit = NUMBERED.match(native)
-        ours = hit[1] == main if hit else native.startswith(stem) or native.startswith("lm_head")
-        if ours and ".experts." not in native and not known_names.TOWER.search(native):
+        if ".experts." not in native:
             for k, n in enumerate(spec.shape):
-                found[f"#.{hit[3]}" if hit else native, k].add(n)
-    return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1}
+                found[f"{'' if hit[1] == main else hit[1] + '.'}#.{hit[3]}" if hit else native, k].add(n)
+    both = config.is_encoder_decoder
+    counts = {(f"{s}.#", -1): max(layers) + 1 for s, layers in stacks.items() if s and (s != main or both)}
+    return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1} | counts
 
 
 def changed(config: Any, values: dict[str, int]) -> Any:
     made = copy.deepcopy(config)
-    text = known_names.text_of(made)
     try:
         for field, value in values.items():
-            setattr(text, field, value)
+            part, _, name = field.rpartition(".")
+            setattr(getattr(made, part) if part else known_names.text_of(made), name, value)
     except Exception:  # the config's own checks
         return None
     return made
@@ -60,7 +66,8 @@ def changed(config: Any, values: dict[str, int]) -> Any:
 def formulas(name: str) -> dict[str, list[list[Any]]]:
     """A sum of products of config fields, as "2*a*b+c", or "a*b/c" -> the dimensions that are it: [template, which]."""
     cls, config = known_names.base(name)
-    text = {n: v for n, v in known_names.text_of(config).to_dict().items() if type(v) is int and v > 0}
+    said = where.flat(config.to_dict(), known_names.text_of(config).to_dict())
+    text = {n: v for n, v in said.items() if type(v) is int and v > 0}
     seen: dict[tuple[tuple[str, int], ...], Dims | None] = {}
 
     def at(**values: int) -> Dims | None:
@@ -71,7 +78,8 @@ def formulas(name: str) -> dict[str, list[list[Any]]]:
         return seen[key]
 
     base = at() or {}
-    flags = [c for c in known_names.varied(config) if not counted(text, known_names.text_of(c).to_dict())]
+    ways = (c for part in known_names.parts_of(config) for c in known_names.varied(config, part))
+    flags = [c for c in ways if not counted(text, where.flat(c.to_dict(), known_names.text_of(c).to_dict()))]
     others = [d for other in flags if (d := dims(name, cls, other))]
     fixed = {k: n for k, n in base.items() if all(d.get(k, n) == n for d in others)}
     steps = {f: [v + 1, 2 * v] for f, v in text.items()}
@@ -97,14 +105,20 @@ def fitted(where: tuple[str, int], mine: list[str], text: dict[str, int], steps:
         for times in ("", *mine):
             if all(said[a] // said[c] * said.get(times, 1) == n for said, n in rows):
                 return f"{a}{times and '*'}{times}/{c}"
+    for powers in product(range(3), repeat=len(mine)):  # as of a patch, "3*patch_size*patch_size"
+        word = "*".join(f for f, n in zip(mine, powers, strict=True) for _ in range(n))
+        values = [prod(said[f] ** n for f, n in zip(mine, powers, strict=True)) for said, _ in rows]
+        if word and rows and all(rows[0][1] * v == n * values[0] for v, (_, n) in zip(values, rows, strict=True)):
+            times = Fraction(rows[0][1], values[0])
+            return (f"{times}*{word}" if times != 1 else word) if times.denominator == 1 else ""
     terms = [(f,) for f in mine] + list(combinations(mine, 2))
-    product = lambda said, term: said[term[0]] * (said[term[1]] if len(term) > 1 else 1)
-    matrix = torch.tensor([[product(said, t) for t in terms] for said, _ in rows], dtype=torch.float64)
+    times_of = lambda said, term: said[term[0]] * (said[term[1]] if len(term) > 1 else 1)
+    matrix = torch.tensor([[times_of(said, t) for t in terms] for said, _ in rows], dtype=torch.float64)
     if len(rows) <= len(terms) or torch.linalg.matrix_rank(matrix) < len(terms):
         return ""
     solved = torch.linalg.lstsq(matrix, torch.tensor([float(n) for _, n in rows], dtype=torch.float64)[:, None])
     by = [Fraction(float(c)).limit_denominator(1) for c in solved.solution.flatten()]
-    if any(sum(c * product(said, t) for c, t in zip(by, terms, strict=True)) != n for said, n in rows):
+    if any(sum(c * times_of(said, t) for c, t in zip(by, terms, strict=True)) != n for said, n in rows):
         return ""
     if any(c < 0 for c in by):
         return ""

@@ -1,0 +1,50 @@
+"""Which layers have what not all of them have, by the config: rules that `tests/helpers/known/known_where.py` read off.
+
+A rule is a list of ways, each a list of conditions, the names that are there if all conditions of one way hold, and the
+module, with its dot, that a layer must have for that. A condition: ["at", field, values], of the layer's entry in a
+list; ["on" or "off", field, whether it is on where a config does not say]; ["first"] or ["later"], of the layer's
+number; ["every", field, remainder], of every so many layers; ["own", field], of those whose entry in a list is their
+own number. A field may have a path, "vision_config.use_bias".
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Rules = Sequence[Sequence[Any]]
+
+
+def settled(rules: Rules, said: Mapping[str, Any], layer: int, held: Iterable[str]) -> dict[str, bool]:
+    """Names -> whether this layer has them, of those of which the config says it.
+
+    >>> rules = [[[[["at", "kinds", ["full"]], ["on", "sinks", True]]], ["attn.sinks"], "attn."]]
+    >>> [settled(rules, {"kinds": ["full", "slid"]}, l, ["attn.q"]) for l in (0, 1, 2)]
+    [{'attn.sinks': True}, {'attn.sinks': False}, {}]
+    """
+    held, found = [*held], dict[str, bool]()
+    for ways, names, module in rules:
+        told = [_all(conditions, said, layer) for conditions in ways]
+        if (True in told or None not in told) and any(n.startswith(module) for n in held):
+            found |= dict.fromkeys(names, True in told)
+    return found
+
+
+def _all(conditions: Sequence[Sequence[Any]], said: Mapping[str, Any], layer: int) -> bool | None:
+    told = [_holds(condition, said, layer) for condition in conditions]
+    return False if False in told else None if None in told else True
+
+
+def _holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> bool | None:
+    kind, *rest = condition
+    if not rest:
+        return (layer == 0) == (kind == "first")
+    *path, field = rest[0].split(".")
+    for part in path:
+        said = said[part] if isinstance(said.get(part), Mapping) else {}
+    listed = said.get(field)
+    if kind in ("own", "at"):
+        value = listed[layer] if (known := isinstance(listed, list) and len(listed) > layer) else None
+        return (value == layer if kind == "own" else value in rest[1]) if known else None
+    if kind == "every":
+        step = said.get(field)
+        return step > 0 and (layer - rest[1]) % step == 0 if type(step) is int else None
+    return bool(said.get(field, rest[1])) == (kind == "on")

@@ -1,0 +1,59 @@
+"""A tensor that some layers have is missed alone where the config says that a layer has it: every class."""
+
+import hf
+import hf_zoo as zoo
+import known_names
+import known_where
+import pytest
+
+from fmoe.families import FAMILIES
+from fmoe.families.complete import gaps
+from fmoe.families.known import by_stack, known, nearest
+from fmoe.families.where import settled
+
+
+def by_layer(name):
+    """Whether a list or a layer's number decides, and not flags alone."""
+    (form, *_) = known()[known_names.family_type(name)]["forms"]
+    return any(
+        c[0] not in ("on", "off") for rules in form["where"].values() for r in rules for way in r[0] for c in way
+    )
+
+
+NAMES = [n for n in (*hf.MODELS, *zoo.MODELS) if by_layer(n)]
+
+
+def cases(name):
+    """Configs with more layers, and with lists of what each layer is turned round."""
+    cls, config = known_names.base(name)
+    yield next(known_where.longer(config, known_names.text_of))
+    for field, value in known_names.text_of(config).to_dict().items():
+        if isinstance(value, list) and len({*map(str, value)}) > 1:
+            _, other = known_names.base(name)
+            setattr(known_names.text_of(other), field, value[::-1])
+            yield other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_config_gives_a_layer_is_missed_alone_and_nothing_else_is(name):
+    cls, _ = known_names.base(name)
+    kind, lost = FAMILIES[known_names.family_type(name)], 0
+    for config in cases(name):
+        config.architectures = [cls.__name__]
+        try:
+            names = known_names.sized(cls, config, name, True)
+        except Exception:  # Transformers builds no such model
+            continue
+        said = config.to_dict()
+        assert gaps(kind, said, names).problems == []
+        stacks = by_stack(names)
+        form = nearest(said, stacks)[0]
+        for stack, layers in stacks.items():
+            for l, held in list(layers.items())[:3] if stack in form["where"] else ():
+                told = settled(form["where"][stack], {**said, **said.get("text_config", {})}, l, held)
+                for n in (n for n, there in told.items() if there):
+                    gone = f"{stack}.{l}.{n}" if stack else n
+                    problems = gaps(kind, said, [m for m in names if m != gone]).problems
+                    assert any(gone in p.keys for p in problems), gone
+                    lost += 1
+    assert lost

@@ -1,0 +1,172 @@
+"""Which layers of a class have what not all of them have, by the config: read off models built without memory.
+
+What a rule is, `fmoe/families/where.py` says.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
+
+from fmoe.families.known import by_stack
+
+Condition = list[Any]
+Way = list[Condition]
+
+
+COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+
+
+class Row(NamedTuple):
+    """A layer that was seen: the config's fields, its number, and the names in it."""
+
+    said: dict[str, Any]
+    layer: int
+    names: frozenset[str]
+
+
+def flat(config: Any, text: Any) -> dict[str, Any]:
+    """The text model's fields, and those of what stands beside it with their path."""
+    found = dict(text)
+    for part in ("vision_config", "audio_config"):
+        if isinstance(inner := config.get(part), dict):
+            found |= {f"{part}.{n}": v for n, v in inner.items()}
+    return found
+
+
+def kinds(model: type, field: str, values: list[str]) -> list[str]:
+    """What a list of kinds of layers may say: those kinds that a model's source knows."""
+    mlp = ("dense", "sparse", "moe")
+    attention = [k for k in ALLOWED_LAYER_TYPES if k not in mlp]
+    others = mlp if "mlp" in field else attention if "layer_types" in field else ()
+    texts = _sources(Path(inspect.getfile(model)).parent)
+    return sorted({*values, *(k for k in others if any(f'"{k}"' in text for text in texts))})
+
+
+@cache
+def _sources(folder: Path) -> list[str]:
+    return [p.read_text() for p in folder.glob("*.py")]
+
+
+def longer(config: Any, text_of: Callable[[Any], Any]) -> Iterator[Any]:
+    """The config with twice and with four times its layers, lists for each layer repeated."""
+    for times in (2, 4):
+        made = copy.deepcopy(config)
+        text = text_of(made)
+        given = text.to_dict()
+        counts = [f for f in COUNTS if type(given.get(f)) is int]
+        lists = [f for f, v in given.items() if isinstance(v, list) and any(len(v) == given[c] > 1 for c in counts)]
+        try:
+            for f in counts:
+                setattr(text, f, given[f] * times)
+            for f in lists:
+                setattr(text, f, given[f] * times)
+        except Exception:  # the config's own checks
+            continue
+        yield made
+
+
+def placed(told_by: list[tuple[dict[str, Any], set[str]]], stack: str) -> list[Row]:
+    """The layers of a stack as each config made them."""
+    return [Row(said, l, frozenset(layer)) for said, names in told_by
+            for l, layer in by_stack(names).get(stack, {}).items()]  # fmt: skip
+
+
+def rules(rows: Iterable[Row], defaults: dict[str, Any]) -> list[list[Any]]:
+    """[ways, names, module] for the names that some layers with a module have and others with it have not."""
+    rows = list({(repr(r.said), r.layer, r.names): r for r in rows}.values())
+    found: dict[str, list[Any]] = {}
+    for name in sorted({n for row in rows for n in row.names}):
+        module, mine = _anchored(name, rows)
+        if ".experts." not in name and mine and (ways := _ways(name, mine, defaults)):
+            found.setdefault(repr((ways, module)), [ways, [], module])[1].append(name)
+    return list(found.values())
+
+
+def _anchored(name: str, rows: list[Row]) -> tuple[str, list[Row]]:
+    """The innermost module that layers have with this name and without, and those layers."""
+    parts = name.split(".")
+    for k in range(len(parts) - 1, -1, -1):
+        module = ".".join([*parts[:k], ""]) if k else ""
+        mine = [r for r in rows if any(n.startswith(module) for n in r.names)]
+        if not all(name in r.names for r in mine):
+            return module, mine
+    return "", []
+
+
+def _ways(name: str, rows: list[Row], defaults: dict[str, Any]) -> list[Way]:
+    """By one condition; or by one list's entries, and for each of them by one more."""
+    if one := _one(name, rows, defaults):
+        return [[one]]
+    for field in _lists(rows):
+        ways: list[Way] = []
+        for value in sorted({r.said[field][r.layer] for r in rows}, key=str):
+            part = [r for r in rows if r.said[field][r.layer] == value]
+            has = {name in r.names for r in part}
+            more = [] if len(has) == 1 else [_one(name, part, defaults)]
+            if None in more:
+                break
+            ways += [] if has == {False} else [[["at", field, [value]], *more]]
+        else:
+            return ways
+    for here in _alone(rows, defaults):
+        there = [r for r in rows if _holds(here, r)]
+        if any(name in r.names for r in rows if not _holds(here, r)) or not there:
+            continue
+        if more := _one(name, there, defaults):
+            return [[here, more]]
+    return []
+
+
+def _one(name: str, rows: list[Row], defaults: dict[str, Any]) -> Condition | None:
+    """The one condition that holds in exactly the rows with this name."""
+    for field in _lists(rows):
+        has, lacks = ({r.said[field][r.layer] for r in rows if (name in r.names) == there} for there in (True, False))
+        if has and not has & lacks:
+            return ["at", field, sorted(has, key=str)]
+    return next((c for c in _alone(rows, defaults) if all(_holds(c, r) == (name in r.names) for r in rows)), None)
+
+
+def _alone(rows: list[Row], defaults: dict[str, Any]) -> list[Condition]:
+    fields = [f for f, v in rows[0].said.items() if v is None or isinstance(v, int)]
+    fields = [f for f in fields if len({bool(r.said.get(f)) for r in rows}) > 1]
+    steps = [f for f, v in rows[0].said.items() if "step" in f and all(type(r.said[f]) is int for r in rows)]
+    each = [["every", f, r] for f in steps for r in (0, 1, -1)]
+    own = [["own", f] for f in rows[0].said if all(_numbers(r.said.get(f), r.layer) for r in rows)]
+    return [
+        ["first"],
+        ["later"],
+        *each,
+        *own,
+        *([how, f, bool(defaults.get(f))] for f in fields for how in ("on", "off")),
+    ]
+
+
+def _lists(rows: list[Row]) -> list[str]:
+    """Fields that have an entry for each of these layers, not the same for all."""
+    said: Callable[[Row, str], Any] = lambda r, f: r.said.get(f)
+    whole = lambda f: all(isinstance(v := said(r, f), list) and len(v) > r.layer and _plain(v) for r in rows)
+    return [f for f in rows[0].said if whole(f) and len({r.said[f][r.layer] for r in rows}) > 1]
+
+
+def _plain(values: list[Any]) -> bool:
+    return all(isinstance(v, str | int) for v in values)
+
+
+def _numbers(value: Any, layer: int) -> bool:
+    return isinstance(value, list) and len(value) > layer and all(type(v) is int for v in value)
+
+
+def _holds(condition: Condition, row: Row) -> bool:
+    if condition[0] in ("first", "later"):
+        return (row.layer == 0) == (condition[0] == "first")
+    if condition[0] == "own":
+        return bool(row.said[condition[1]][row.layer] == row.layer)
+    if condition[0] == "every":
+        step = row.said[condition[1]]
+        return step > 0 and (row.layer - condition[2]) % step == 0
+    return bool(row.said.get(condition[1])) == (condition[0] == "on")
