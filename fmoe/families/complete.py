@@ -21,11 +21,11 @@ from fmoe.families.known import (
     lacking,
     recognised,
     told_of,
-    towers,
 )
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
+from fmoe.families.towers import lost_of_towers, towers
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
@@ -73,7 +73,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     main = decoder(stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(said, kind.sparse)
-    lost = absent(config, stacks, sparse, count)
+    lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks)
     lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
     other = renamed(lost, config, stacks)
     known = recognised(config, stacks)

@@ -97,8 +97,7 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     said = {**config, **_text(config)}
     ways = [_absent(form, stacks, sparse, count, whole, said) for form in entry["forms"]]
     tied = _tied(config, entry)
-    text = min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
-    return text + (_of_towers(entry, stacks, config) if whole else [])
+    return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
 
 
 def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
@@ -179,30 +178,6 @@ def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any])
     return [n for names in on for n in names if n not in layer]
 
 
-def _of_towers(entry: Mapping[str, Any], stacks: Mapping[str, Layers], config: Mapping[str, Any]) -> list[str]:
-    """What those parts beside the text model lack of which anything is there, in the form that fits best."""
-    bare, ways = stacks.get("", {}).get(0, set()), []
-    for form in entry["forms"]:
-        missing, held = list[str](), 0
-        for part, tower in form["towers"].items():
-            layers = {s: stacks.get(s, {}) for s in tower["stacks"]}
-            names = [
-                *(n for n in bare if n.startswith(part)),
-                *(n for ls in layers.values() for l in ls.values() for n in l),
-            ]
-            held += len(names)
-            missing += [n for n in tower["root"] if names and n not in bare]
-            for stack, groups in tower["stacks"].items() if names else ():
-                each = layers[stack] or {0: set()}
-                for l in sorted(each):
-                    told = settled(form["where"].get(stack, ()), config, l, each[l])
-                    lost = {n for n in lacking(groups, each[l]) if told.get(n, True)}
-                    lost |= {n for n, there in told.items() if there and n not in each[l]}
-                    missing += [f"{stack}.{l}.{n}" for n in sorted(lost)]
-        ways.append((held - len(missing), missing))
-    return max(ways, key=lambda way: way[0])[1]
-
-
 def _main(form: Mapping[str, Any]) -> str:
     """The stack of a form's text model."""
     experts = lambda stack: any(".experts." in n for sets in form["stacks"][stack] for s in sets for n in s)
@@ -235,15 +210,6 @@ def class_names(forms: list[dict[str, Any]]) -> tuple[set[str], tuple[str, ...]]
     inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
     others = {n for form in forms for n in form["others"]}
     return inside | others, tuple({n.removeprefix(f["stem"]) for f in forms for n in (*f["root"], *f["others"])})
-
-
-def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Parts beside the text model that the class has and of which nothing is there: a text-only checkpoint."""
-    entry = known().get(str(config.get("model_type")))
-    if entry is None or entry["class"] != class_of(config):
-        return []
-    names = list(names)
-    return [part for part in entry["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]
 
 
 def groups(seen: Iterable[Iterable[str]]) -> Groups:
