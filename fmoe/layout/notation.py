@@ -117,7 +117,7 @@ class Rule:
         )
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a source of this shape has all dimensions whose sizes are known.
+        """Whether a source of this shape has all dimensions whose sizes are known; a rule that spells none takes any.
 
         >>> from fmoe.layout.spelled.parsing import parse
         >>> square = Rule(parse("w [i d]"), parse("w [d i]")).bind({"i": 2, "d": 3})
@@ -126,7 +126,7 @@ class Rule:
         """
         sizes = [[len(self.bound[a]) if a in self.bound else None for a in dim] for dim in self.dims[0]]
         same = lambda dim, n: None in dim or prod(dim) == n
-        return len(shape) == len(sizes) and all(map(same, sizes, shape))
+        return not sizes or (len(shape) == len(sizes) and all(map(same, sizes, shape)))
 
     def indexed(self, name: str) -> bool:
         """Whether a capture is a number."""
