@@ -196,7 +196,7 @@ def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, 
     missing += ["mtp.norm.weight"] * ("fc" in last(bare) and not last(bare) & {*ENDS})
     ends = last((*bare, *(n for s in held.values() for n in s)))
     joint = max(JOINTS, key=lambda names: len(ends & {*names}))
-    if ends & {*joint}:
+    if ends & {*joint} or any(n.startswith(main + ".") for n in held):
         where = "mtp" if last(bare) & {*joint} else next(iter(held), "mtp")
         missing += [f"{where}.{n}.weight" for n in joint if n not in ends]
     return missing, []

@@ -2,7 +2,8 @@
 
 `sizes.json`, which `tests/helpers/known/known_sizes.py` wrote: model type -> a sum of products of config fields, as
 "2*num_heads*head_dim" -> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers
-a stack has. A name that starts with `#` is of the text model's layers; a field may have a path. A quotient,
+a stack has. A name that starts with `#` is of the text model's layers; with `#layer_types=word`, of those of which that
+list says the word. A third entry: where the formula is 0, something else is there. A field may have a path. A quotient,
 "hidden_size*num_key_value_heads/num_attention_heads", has the width of a head that no field says.
 """
 
@@ -32,7 +33,7 @@ def keys(names: Iterable[str], spell: Spell) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*spelt(names, spell), *names]))
 
 
-PARTS = ("vision_config", "audio_config")
+PARTS = ("vision_config", "audio_config", "attn_config", "ffn_config")
 
 
 @cache
@@ -69,15 +70,18 @@ def odd_sizes(
             continue
         size, odd = _value(formula, own), dict[tuple[int, int], list[str]]()
         told = ", ".join(f"{f} {own[f]}" for f in dict.fromkeys(fields))
-        for template, k in dims if size else ():  # nothing of that width: other fields say what is there, if anything
+        for template, k, *other in dims:
             at, numbered, rest = template.partition("#")
+            kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             stack = at[:-1] or main
+            if not size and other:
+                continue
             if k < 0:
                 if stack in stacks and (n := max(stacks[stack]) + 1) != size:
                     yield Problem(f"{stack}.*: {n} layers, and config.json has {told}: expected {size}", (stack,))
                 continue
             here = layers if stack == main else stacks.get(stack, {})
-            names = [f"{stack}.{l}{rest}" for l in here] if numbered else [template]
+            names = [f"{stack}.{l}.{rest}" for l in here if _of(kind, own, l)] if numbered else [template]
             held = {n: native[n].shape[k] for n in names if n in native and _plain(native[n]) > k}
             if len({*held.values()} - {size}) == 1 and size not in held.values():  # layers may be of several kinds
                 odd.setdefault((k, next(iter(held.values()))), []).extend(held)
@@ -85,6 +89,13 @@ def odd_sizes(
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
             text = f"{some(spelt(names, spell))}: {n} in {dim}, and config.json has {told}: expected {size}"
             yield Problem(text, keys(names, spell))
+
+
+def _of(kind: str, said: Mapping[str, Any], layer: int) -> bool:
+    """Whether a list says of a layer what "layer_types=full_attention" says; "": any layer."""
+    field, _, word = kind.partition("=")
+    listed = said.get(field)
+    return not kind or isinstance(listed, list) and layer < len(listed) and listed[layer] == word
 
 
 def as_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

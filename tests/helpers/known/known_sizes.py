@@ -28,12 +28,14 @@ from fmoe.families.known import NUMBERED, by_stack, decoder
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
 Dims = dict[tuple[str, int], int]
 MOST = 4  # numbers in one dimension
+KINDS = "layer_types"
 
 
 def dims(name: str, cls: Any, config: Any) -> Dims | None:
     """(template of a native name, dimension) -> its size; None: there is no such model.
 
-    A stack has as many layers as its last one's number says: (template of its layers, -1).
+    A stack has as many layers as its last one's number says: (template of its layers, -1). Where what a list says of
+    a layer decides, as "layer_types", the template names it: "#layer_types=full_attention.self_attn.q_proj.weight".
     """
     try:
         specs = known_names.sized(cls, config, name, True)
@@ -42,11 +44,15 @@ def dims(name: str, cls: Any, config: Any) -> Dims | None:
     stacks = by_stack(specs)
     main = decoder(stacks)
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
+    kinds = known_names.text_of(config).to_dict().get(KINDS) or ()
     for native, spec in specs.items():
         hit = NUMBERED.match(native)
-        if ".experts." not in native:
-            for k, n in enumerate(spec.shape):
-                found[f"{'' if hit[1] == main else hit[1] + '.'}#.{hit[3]}" if hit else native, k].add(n)
+        if ".experts." in native:
+            continue
+        for k, n in enumerate(spec.shape):
+            found[f"{'' if hit[1] == main else hit[1] + '.'}#.{hit[3]}" if hit else native, k].add(n)
+            if hit and hit[1] == main and int(hit[2]) < len(kinds):
+                found[f"#{KINDS}={kinds[int(hit[2])]}.{hit[3]}", k].add(n)
     both = config.is_encoder_decoder
     counts = {(f"{s}.#", -1): max(layers) + 1 for s, layers in stacks.items() if s and (s != main or both)}
     return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1} | counts
@@ -87,7 +93,13 @@ def formulas(name: str) -> dict[str, list[list[Any]]]:
     for (template, k), size in sorted(fixed.items()):
         mine = [f for f in text if any((d := at(**{f: v})) and d.get((template, k), size) != size for v in steps[f])]
         if 0 < len(mine) <= MOST and (told := fitted((template, k), mine, text, steps, at)):
-            found.setdefault(told, []).append([template, k])
+            none = [d for f in mine if (d := at(**{f: 0})) and d.get((template, k))]
+            found.setdefault(told, []).append([template, k, 0] if none else [template, k])
+    for kinded in [at for dims in found.values() for at in dims if at[0].startswith(f"#{KINDS}=")]:
+        bare = "#." + kinded[0].partition(".")[2]
+        for told, all_of in found.items():
+            if any(at[:2] == [bare, kinded[1]] for at in all_of) and kinded in all_of:
+                found[told] = [at for at in all_of if at != kinded]
     return found
 
 

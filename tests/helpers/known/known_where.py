@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from fmoe.families.known import by_stack
+from fmoe.families.sizes import PARTS
 
 Condition = list[Any]
 Way = list[Condition]
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 def flat(config: Any, text: Any) -> dict[str, Any]:
     """The text model's fields, and those of what stands beside it with their path."""
     found = dict(text)
-    for part in ("vision_config", "audio_config"):
+    for part in PARTS:
         if isinstance(inner := config.get(part), dict):
             found |= {f"{part}.{n}": v for n, v in inner.items()}
     return found
