@@ -69,7 +69,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     said = as_dict(config)
     odd = list(odd_sizes(config, said, names, spell)) if isinstance(names, Mapping) else []
     names = list(names)
-    stacks, count = by_stack(names), layer_count(said)
+    stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
     main = decoder(stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(said, kind.sparse)

@@ -142,7 +142,7 @@ def _absent(
     ours = [n for n in form["root"] if whole or n.startswith(form["stem"]) and "lm_head" not in n]
     missing = [n for n in map(moved, ours) if not (held(n) or beyond(n, bare))]
     for stack, groups in form["stacks"].items():
-        name, text = moved(stack), stack == main
+        name, text = moved(stack), stack == main and not said.get("is_encoder_decoder")
         layers = {l: s for l, s in stacks.get(name, {}).items() if not text or l < count}
         for l in sorted({*layers, *(range(count) if text else ())}):
             known_sparse = None if sparse is None or not text else l in sparse

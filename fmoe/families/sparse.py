@@ -6,7 +6,7 @@ from typing import Any
 from fmoe.types import AdapterError
 
 Config = Mapping[str, Any]
-COUNTS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layers", "num_layers")
+COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
 MOST = 10_000
 LISTS = ("layers_block_type", "hybrid_override_pattern")
 
@@ -74,7 +74,9 @@ WAYS: dict[str, Callable[[Config, int, int], bool]] = {
     "moe_layers": lambda c, l, n: l in c["moe_layers"],
     "interleave_moe_layer_step": lambda c, l, n: (l + 1) % c["interleave_moe_layer_step"] == 0,
     "moe_layers_enum": lambda c, l, n: l in [int(i) for i in c["moe_layers_enum"].split(",")],
-    "expert_layer_period": lambda c, l, n: l % c["expert_layer_period"] == (c.get("expert_layer_offset") or 0),
+    "expert_layer_period": lambda c, l, n: (
+        l % c["expert_layer_period"] == (c.get("expert_layer_offset") or 0) and c.get("num_experts") != 1
+    ),
     "decoder_sparse_step": lambda c, l, n: (
         (l + 1) % c["decoder_sparse_step"] == 0 and l not in (c.get("mlp_only_layers") or ())
     ),

@@ -26,7 +26,7 @@ NAMES = [n for n in (*hf.MODELS, *zoo.MODELS) if by_layer(n)]
 def cases(name):
     """Configs with more layers, and with lists of what each layer is turned round."""
     cls, config = known_names.base(name)
-    yield next(known_where.longer(config, known_names.text_of))
+    yield from (config, next(known_where.longer(config, known_names.text_of)))
     for field, value in known_names.text_of(config).to_dict().items():
         if isinstance(value, list) and len({*map(str, value)}) > 1:
             _, other = known_names.base(name)
@@ -60,3 +60,20 @@ def test_what_the_config_gives_a_layer_is_missed_alone_and_nothing_else_is(name)
                     assert any(gone in p.keys for p in problems), gone
                     lost += 1
     assert lost
+
+
+OTHER = [("jamba", dict(num_experts=1, num_experts_per_tok=1)), ("switch_transformers", dict(num_layers=1))]
+OTHER += [(name, dict(num_dense_layers=1)) for name in ("afmoe", "lfm2_moe")]
+OTHER += [("hy_v3", dict(num_shared_experts=0)), ("nllb-moe", dict(decoder_layers=4))]
+OTHER += [("inkling2_text", dict(num_hidden_layers=1))]
+
+
+@pytest.mark.parametrize(("name", "said"), OTHER)
+def test_a_class_with_another_number_is_whole(name, said):
+    """What was refused though Transformers itself had written it."""
+    cls, config = known_names.base(name)
+    config.architectures = [cls.__name__]
+    for field, value in said.items():
+        setattr(config, field, value)
+    names = known_names.sized(cls, config, name, True)
+    assert gaps(FAMILIES[known_names.family_type(name)], config.to_dict(), names).problems == []
