@@ -1,5 +1,6 @@
 """PEFT's directories: adapter_model.safetensors and adapter_config.json, as native LoRA matrices and back."""
 
+import errno
 import json
 import os
 import re
@@ -11,17 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import parse
-from fmoe.checkpoint.files.weights import ADAPTER, instead
+from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.remote.targets import here
+from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known
 from fmoe.layout.adapter import Adapter
@@ -84,6 +87,8 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     """
     place(path)
     path = Path(path)
+    if (path / JOURNAL).exists():
+        raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a save that was interrupted. Fix: save it again")
     said = _stamped(LoraConfig.read(_json(path / CONFIG)), path / STAMP)
     base, names = said.base if base is None else base, None
     if not isinstance(base, Adapter):
@@ -159,8 +164,6 @@ def save(
         raise AdapterError(
             [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]
         )
-    if not force and (there := [f for f in (CONFIG, WEIGHTS) if (path / f).exists()]):
-        raise AdapterError(f"{path / there[0]} is there already: pass force=True to replace it")
     if foreign := [n for n, t in params.items() if not isinstance(t, Tensor)]:
         kind = type(params[foreign[0]]).__name__
         raise AdapterError([Problem(f"{some(foreign)}: {kind}, expected tensors", (*foreign,))])
@@ -178,18 +181,18 @@ def save(
     back.from_hf(tensors)  # what is written can be read
     if problems := list(_ranks(params, config, back.resolve(tensors))):
         raise AdapterError(problems)
-    path.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
-    parts = [path / f".{WEIGHTS}.part", path / f".{CONFIG}.part"]
-    save_file(
-        {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()},
-        parts[0],
-        {"format": "pt"},
-    )
-    parts[1].write_text(text)
-    for part, name in zip(parts, (WEIGHTS, CONFIG), strict=True):
-        os.replace(part, path / name)
+    dense = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    put = {WEIGHTS: lambda part: _saved(dense, part), CONFIG: lambda part: part.write_text(text)}
+    written(path, put, force)
     return config
+
+
+def _saved(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # a disk that is full, and whatever else the system says
+        raise OSError(errno.EIO, str(error), str(path)) from None
 
 
 def _json(path: Path) -> dict[str, Any]:
