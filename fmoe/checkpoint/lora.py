@@ -158,8 +158,9 @@ def save(
     path, adapter = here(path, "adapters"), as_adapter(adapter)
     if not isinstance(params, Mapping):
         raise AdapterError(f"a {type(params).__name__}, expected a dict of names to tensors")
-    if path.exists() and not path.is_dir():
-        raise AdapterError(f"{path} is a file, expected a directory for {WEIGHTS} and {CONFIG}")
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
+        found = "a file" if path.exists() else "a link to nowhere"
+        raise AdapterError(f"{path} is {found}, expected a directory for {WEIGHTS} and {CONFIG}")
     if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:
         raise AdapterError(
             [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]

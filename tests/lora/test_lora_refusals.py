@@ -45,6 +45,17 @@ def test_lone_gates_lone_ups_and_experts_that_are_missing():
             with pytest.raises(fmoe.AdapterError, match="missing") as error:
                 adapter.from_hf({n: t for n, t in files.items() if n not in gone})
             assert set(gone) <= set(error.value.keys)
+    for part, other in (("gate_proj", "up_proj"), ("up_proj", "gate_proj")):
+        alone = {n: t for n, t in files.items() if other not in n}
+        with pytest.raises(fmoe.AdapterError, match=f"LoRA of {part!r} without {other!r}.*lora_B of zeros") as error:
+            adapter.from_hf(alone)
+        assert {n for n in files if ".lora_A." in n and ("gate_proj" in n or "up_proj" in n)} == set(error.value.keys)
+        told = {n: alone[n.replace(other, part)] for n in files if other in n}  # what the message says
+        whole = adapter.from_hf(alone | {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in told.items()})
+        A, B = (whole[n] for n in whole if "gate_and_up" in n)
+        delta, I = (A @ B).mT, B.shape[2] // 2
+        mine, its = (delta[:, :I], delta[:, I:]) if part == "gate_proj" else (delta[:, I:], delta[:, :I])
+        assert mine.any() and not its.any()
     gone = [n for n in files if ".experts.2." in n]
     with pytest.raises(fmoe.AdapterError, match="missing") as error:
         adapter.from_hf({n: t for n, t in files.items() if n not in gone})

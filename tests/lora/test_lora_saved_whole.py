@@ -84,6 +84,12 @@ def test_links_are_replaced_and_never_written_through(name, tmp_path):
     assert held(tmp_path / "a") == NEW and mine.read_text() == "mine" and len([*(tmp_path / "a").iterdir()]) == 2
 
 
+def test_a_link_to_nowhere_is_no_directory(tmp_path):
+    (tmp_path / "a").symlink_to("nowhere")
+    with pytest.raises(fmoe.AdapterError, match="is a link to nowhere, expected a directory"):
+        save(tmp_path / "a", NEW)
+
+
 def test_other_work_that_was_interrupted_there_is_left_alone(tmp_path):
     path = tmp_path / "a"
     path.mkdir()
