@@ -146,7 +146,7 @@ class Family:
                 f"quantize={quantize!r}: {why}. Fix: convert it to a family that names them apart, first"
             )
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
-        stages = (codec, *(s.bind(bounds) if isinstance(s, Table) else s for s in tables))
+        stages = (codec, *(s.bind(bounds).counted() if isinstance(s, Table) else s for s in tables))
         if dtype is not None:
             stages = (*stages, CastExperts(as_dtype(dtype)))
         whole = config if config is None or isinstance(config, Mapping) else config.to_dict()

@@ -1,6 +1,6 @@
 """The stage that is a table of entries: planned, resolved, and turned round as one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -84,6 +84,10 @@ class Table:
         """The same table with the letters of its rules bounded: an int is a size, an iterable the values allowed."""
         return Table(tuple(bind(e, sizes) for e in self.entries), heard=self.heard)
 
+    def counted(self) -> "Table":
+        """The same without renames of what comes after all experts, where nobody says how many those are."""
+        return replace(self, entries=tuple(_counted(self.entries)))
+
     def choices(self) -> dict[str, tuple[str, ...]]:
         return {e.name: tuple(label for label, _ in e.options) for e in self.entries if isinstance(e, Either)}
 
@@ -92,3 +96,12 @@ class Table:
 
     def __str__(self) -> str:
         return "\n".join(map(short, told(map(str, self.entries))))
+
+
+def _counted(entries: Iterable[Entry]) -> Iterator[Entry]:
+    for entry in entries:
+        if isinstance(entry, Either):
+            options = tuple((label, tuple(_counted(option))) for label, option in entry.options)
+            yield entry if options == entry.options else replace(entry, options=options)
+        elif not (isinstance(entry, Rule) and entry.unsettled == "E" and entry.source.axes is None):
+            yield entry

@@ -1,16 +1,22 @@
-"""LongCat-Flash: experts one by one, and in memory zero experts beside them, which have no weights."""
+"""LongCat-Flash: experts one by one, and zero experts after them, which need no weights.
+
+As published they have none; Transformers writes gate and up of each: those that are there go along.
+"""
 
 from dataclasses import replace
 
-from fmoe.families.layouts import BIAS, KEPT, MLP, experts
+from fmoe.families.layouts import BIAS, EXPERTS, KEPT, MLP, fused, per_expert
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.sparse import EVERY
-from fmoe.layout.build import rule
+from fmoe.layout.build import either, rule
+
+GATE_UP = "{g=gate_proj|up_proj}.weight"
+ZERO = rule(EXPERTS + "{k=z+E}." + GATE_UP, MLP + "zero_experts.{z}." + GATE_UP)
 
 longcat_flash = replace(
     deepseek_v3,
     model_types=("longcat_flash",),
-    rules=experts()
+    rules=either("layout", per_expert=per_expert() | ZERO, fused=fused())
     | rule(MLP + "router.classifier.{p=weight|bias}", MLP + "gate.{p=weight|bias}")
     | rule(MLP + "router.e_score_correction_bias", MLP + BIAS)
     | KEPT,
