@@ -47,7 +47,8 @@ __version__ = "0.1.0"
 _MODULES = """activations backends checkpoint codecs dcp dispatch docs draw families integrations lora losses nn
     parallel routing sharding surgery sync systems testing""".split()
 _NAMES = {
-    "types": "AdapterError MoEConfig Params Routed Routing TensorSpec subtree",
+    "types": "AdapterError MoEConfig Params Routed Routing TensorSpec",
+    "entrance": "subtree",
     "layout.adapter": "Adapter",
     "layout.build": "alias drop either keep rename rule together",
     "checkpoint": "adapter convert inspect load save verify",

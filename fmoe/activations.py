@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmoe.entrance import held
 from fmoe.folding import meant
 from fmoe.types import MoEConfig
 
@@ -202,3 +203,6 @@ def _even(u: Tensor) -> Tensor:
     if u.shape[-1] % 2:
         raise ValueError(f"u has {u.shape[-1]} columns, expected an even number: a gated activation takes gate and up")
     return u
+
+
+held(globals(), late="*", error=ValueError)

@@ -214,7 +214,8 @@ def check_fields(config: Any) -> None:
         if kind not in KINDS or (value is None and none):
             continue
         taken, told = KINDS[kind]
-        wrong = not isinstance(value, taken) or kind == "int" and value < 0 or kind == "bool" and value not in (0, 1)
+        wrong = not isinstance(value, taken) or kind == "bool" and value not in (0, 1)
+        wrong = wrong or (kind == "int" and (isinstance(value, bool) or not 0 <= value < 2**63))
         endless = isinstance(value, float) and not (isfinite(value) or value == inf and "limit" in f.name)
         if wrong or endless:
             end = ", or None" if none else ""

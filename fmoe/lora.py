@@ -8,8 +8,11 @@ Native names, beside those of the weights: `lora_gate_and_up_A` [E, D, r], `lora
 """
 
 from fmoe.checkpoint.lora import Tuned, load, save
+from fmoe.entrance import held
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.params import even, init, lift, merge, unmerge
 from fmoe.lowrank.stage import is_lora
 
 __all__ = ["LoraConfig", "Tuned", "even", "init", "is_lora", "lift", "load", "merge", "save", "unmerge"]
+
+held(globals(), "LoraConfig even init is_lora lift load merge save unmerge")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fmoe.entrance import held
 from fmoe.folding import meant
 from fmoe.routing.choose import score_of
 from fmoe.routing.usage import slots, summed
@@ -106,6 +107,8 @@ def attach(y: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
     >>> x.grad
     tensor(43.)
     """
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ValueError(f"attach: loss is {loss.dtype} {list(loss.shape)}, expected one floating number")
     out: Tensor = _Attach.apply(y, loss, scale)
     return out
 
@@ -181,3 +184,6 @@ def _kept(t: Tensor, here: Tensor) -> Tensor:
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+held(globals(), "router_z attach", late="load_balancing", error=ValueError)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fmoe.entrance import held
 from fmoe.shapes import NORM
 from fmoe.sharding import is_dtensor
 from fmoe.types import Params
@@ -73,3 +74,6 @@ def ep_dim(mesh: DeviceMesh) -> int | None:
     names = mesh.mesh_dim_names or ("",)
     alone = mesh.ndim == 1 and not names[0].startswith("ep_")
     return names.index("ep") if "ep" in names else 0 if alone else None
+
+
+held(globals(), error=ValueError)

@@ -1,7 +1,6 @@
 """Which experts are mine, and tensors of experts in and out of DTensor (NeMo Automodel's `state_dict_utils`).
 
-`expert_range` says which experts a rank has. DTensor's own Shard(0) cuts an uneven E into ceil-chunks: where the two
-differ for any rank, every rank raises. Nothing communicates. DTensor is imported on first use: not all torch has it.
+`expert_range` says which experts a rank has; where DTensor's own Shard(0), ceil-chunks, differs, every rank raises.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from fmoe.entrance import held
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-_CUTS = {"ep": 0, "ep_shard": 1, "ep_replicate": None}  # mesh dims, and the dim of an expert tensor that each cuts
 
 
 def expert_range(n_experts: int, n_ranks: int, rank: int) -> range:
@@ -28,11 +27,10 @@ def expert_range(n_experts: int, n_ranks: int, rank: int) -> range:
     >>> [expert_range(8, 3, rank) for rank in range(3)]
     [range(0, 3), range(3, 6), range(6, 8)]
     """
-    if n_experts < 0 or not 0 <= rank < n_ranks:
+    if not 0 <= n_experts < 2**63 or not 0 <= rank < n_ranks:
         raise ValueError(f"expected n_experts >= 0 and 0 <= rank < n_ranks, got {n_experts=}, {n_ranks=}, {rank=}")
     count, extra = divmod(n_experts, n_ranks)
-    start = rank * count + min(rank, extra)
-    return range(start, start + count + (rank < extra))
+    return range(*(r * count + min(r, extra) for r in (rank, rank + 1)))
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
@@ -41,17 +39,16 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     >>> is_dtensor(torch.ones(2))
     False
     """
-    # no DTensor exists before its module was imported, so a plain tensor never pays for that import
     return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def get_submesh(device_mesh: DeviceMesh, dims: tuple[str, ...]) -> DeviceMesh:
     """device_mesh[dims], and what it raises: KeyError for other names.
 
-    >>> get_submesh({("ep",): "ranks that share experts"}, ("ep",))  # indexed as a DeviceMesh is
+    >>> get_submesh(type("Mesh", (dict,), {})({("ep",): "ranks that share experts"}), ("ep",))  # indexed as a mesh is
     'ranks that share experts'
     """
-    return device_mesh[dims]
+    return device_mesh[tuple(dims)]
 
 
 def get_expert_range_for_rank_from_mesh(device_mesh: DeviceMesh | None, n_experts: int) -> tuple[int, int]:
@@ -64,7 +61,7 @@ def get_expert_range_for_rank_from_mesh(device_mesh: DeviceMesh | None, n_expert
     (0, 8)
     """
     if device_mesh is None:
-        return 0, n_experts
+        return 0, len(expert_range(n_experts, 1, 0))
     mesh = get_submesh(device_mesh, ("ep",)) if "ep" in (device_mesh.mesh_dim_names or ()) else device_mesh
     mine = expert_range(n_experts, mesh.size(), _place(mesh))
     return mine.start, mine.stop
@@ -90,7 +87,7 @@ def get_expert_slice_for_rank(experts_tensor: Tensor, n_experts: int) -> tuple[T
     (tensor([1., 1., 1., 1.]), 0, 4)
     """
     if not is_dtensor(experts_tensor):
-        return experts_tensor, 0, n_experts
+        return experts_tensor, 0, len(expert_range(n_experts, 1, 0))
     mine = _experts_of(experts_tensor, n_experts, "DTensor of experts")
     return experts_tensor.to_local(), mine.start, mine.stop
 
@@ -116,9 +113,8 @@ def split_experts_weights_dtensor_aware(weight: Tensor, n_experts: int) -> tuple
 def validate_dtensor_expert_sharding(tensor: Tensor, expected_experts: int, tensor_name: str = "tensor") -> bool:
     """True: dim 0 of the whole tensor is E, and no mesh dim cuts it but the experts' own; else ValueError.
 
-    The rule for a DTensor: with an `ep` mesh dim, `ep` is Shard(0) or Replicate and no other mesh dim is Shard(0); on
-    (ep_shard, ep), (Shard(1), Shard(0)) is valid, (Shard(0), Shard(1)) is not. Without `ep`, one mesh dim is Shard(0)
-    or all are Replicate. All else is invalid (Shard(1) alone too), and an uneven E not cut as `expert_range`.
+    The rule for a DTensor: with an `ep` mesh dim, `ep` is Shard(0) or Replicate and no other mesh dim is Shard(0).
+    Without, one mesh dim is Shard(0) or all are Replicate. All else is invalid, as an E not cut as by `expert_range`.
 
     >>> validate_dtensor_expert_sharding(torch.ones(4, 2), 4)
     True
@@ -248,3 +244,7 @@ def _rewrap(experts: list[Tensor], weight: DTensor) -> list[Tensor]:
     submesh = mesh if len(rest) == mesh.ndim else get_submesh(mesh, tuple(names[i] for i in rest))
     kept = [Shard(p.dim - 1) if isinstance(p, Shard) else Replicate() for p in rest.values()]
     return [DTensor.from_local(e, submesh, kept, shape=weight.shape[1:], stride=weight.stride()[1:]) for e in experts]
+
+
+_CUTS = {"ep": 0, "ep_shard": 1, "ep_replicate": None}  # mesh dims, and the dim of an expert tensor that each cuts
+held(globals(), error=ValueError)

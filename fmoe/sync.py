@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from fmoe.entrance import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.types import Params
@@ -49,3 +50,6 @@ def stream(
     plan = bridge(trainer, engine)._plan(params, asked, local)
     units = [(sources, targets) for sources, targets in plan.units() if targets]
     return (item for sources, targets in units for item in plan.run({n: params[n] for n in sources}, targets).items())
+
+
+held(globals(), "bridge stream")

@@ -31,6 +31,7 @@ EXPERT_TENSORS = ("gate_and_up_projs", "down_projs", "gate_up_proj_bias", "down_
 EXPERT_ACTIVATIONS = ("swiglu", "swigluoai", "quick_geglu", "geglu", "relu2", "situ")
 """What a config may call an expert activation; `activations.py` says what each computes."""
 
+FROM_0 = "gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter router_jitter norm_topk_eps norm_topk_min"
 LATENT_NORMS, LIMITS = ("", "before", "after"), ("swiglu_limit", "shared_swiglu_limit")
 
 
@@ -46,7 +47,7 @@ def subtree(params: Params, prefix: str) -> dict[str, Tensor]:
     found = {name.removeprefix(stem): tensor for name, tensor in params.items() if name.startswith(stem)}
     if not found:
         raise ValueError(
-            f"nothing stands below {stem!r}; names begin, for example, as {next(iter(params), 'nothing')!r}"
+            f"nothing stands below prefix {stem!r}; names begin, for example, as {next(iter(params), 'nothing')!r}"
         )
     return found
 
@@ -137,8 +138,7 @@ class Problem(NamedTuple):
 class MoEConfig:
     """What an expert layer is, before any tensor exists (field names: the seed's `MoEConfig`).
 
-    Each field says below what it means and who reads it. Widths count features. `dim` is the model's width;
-    `moe_latent_size`, when set, replaces it inside the experts (`expert_dim`).
+    Each field says what it means and who reads it. `moe_latent_size`, when set, replaces `dim` inside the experts.
 
     >>> MoEConfig(n_routed_experts=8, n_activated_experts=2, dim=64, moe_inter_dim=32, dtype="bf16").dtype
     torch.bfloat16
@@ -196,11 +196,11 @@ class MoEConfig:
     def __post_init__(self) -> None:
         for name in "n_routed_experts n_activated_experts dim moe_inter_dim".split():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
                 raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
         if not torch.compiler.is_compiling():  # inside a graph sizes are tensors'; torch 2.11 cannot trace this
             check_fields(self)
-        for name in (*"gate_bias_update_factor aux_loss_coeff logit_softcap input_jitter".split(), *LIMITS):
+        for name in (*FROM_0.split(), "norm_eps", "expert_norm_eps", *LIMITS):
             if not (isinstance(v := getattr(self, name) or 0, int | float) and (v >= 0 or v < 0 and "limit" in name)):
                 raise ValueError(f"MoEConfig.{name} is {v!r}, expected a number{' from 0 on' * ('limit' not in name)}")
         if (K := self.n_activated_experts) > (E := self.n_routed_experts):

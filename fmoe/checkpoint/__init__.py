@@ -9,6 +9,7 @@ from fmoe.checkpoint.open import adapter, adapter_of, plan_from
 from fmoe.checkpoint.report import Report
 from fmoe.checkpoint.save import save
 from fmoe.checkpoint.verify import verify
+from fmoe.entrance import held
 
 __all__ = [
     "Checkpoint",
@@ -24,3 +25,5 @@ __all__ = [
     "save",
     "verify",
 ]
+
+held(globals(), "adapter_of convert diff inspect load open_checkpoint plan_from save verify", late="adapter")

@@ -12,13 +12,14 @@ from fmoe.checkpoint.files.mapped import Maps, mapped
 from fmoe.checkpoint.look.stats import opened
 from fmoe.checkpoint.open import adapter_of, made_with, plan_from
 from fmoe.checkpoint.which import no_system, ours_alone
+from fmoe.families.kind import Family
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.types import AdapterError, TensorSpec, bits
 
 
 def diff(
-    one: Path | str, other: Path | str, *, values: bool = False, adapter: Adapter | None = None
+    one: Path | str, other: Path | str, *, values: bool = False, adapter: Adapter | Family | None = None
 ) -> Iterator[dict[str, Any]]:
     """What differs between two checkpoints: {name, status, ...} of every tensor, in the order of names.
 

@@ -14,7 +14,7 @@ from fmoe.checkpoint.stream.slices import groups
 from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import gaps_of
 from fmoe.families import family
-from fmoe.families.kind import as_dict
+from fmoe.families.kind import Family, as_dict
 from fmoe.folding import apart, short
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
@@ -31,7 +31,7 @@ def inspect(
     config: Any = None,
     from_: str | None = None,
     trust_pickle: bool = False,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Family | None = None,
     **choices: Any,
 ) -> dict[str, Any]:
     """Family, layout, expert layers, dtypes, sizes and problems of a directory; no tensor is read.

@@ -91,7 +91,10 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a save that was interrupted. Fix: save it again")
     said = _stamped(LoraConfig.read(_json(path / CONFIG)), path / STAMP)
     base, names = said.base if base is None else base, None
-    if not isinstance(base, Adapter):
+    if isinstance(base, Adapter):
+        if config is not None:
+            raise AdapterError("lora.load: config is given beside an adapter, which has its own. Fix: leave it out")
+    else:
         if base is not None:
             place(base)
         if base is None or config is None and not Path(base).is_dir():

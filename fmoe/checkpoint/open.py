@@ -25,7 +25,11 @@ from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, as_dtype
 
 
 def adapter(
-    path_or_model_type: "str | Path | Iterable[Adapter]", config: Any = None, *, system: str = "native", **choices: Any
+    path_or_model_type: "str | Path | Adapter | Iterable[Adapter]",
+    config: Any = None,
+    *,
+    system: str = "native",
+    **choices: Any,
 ) -> Adapter:
     """The adapter of a checkpoint directory, of a `model_type` with its config, or of your own rules side by side.
 

@@ -27,6 +27,8 @@ def of_systems(src: Where | str, to: str, config: Any, from_: str | None, own: b
     for name, said in (("to", to), ("from_", from_)):
         if not isinstance(said, str) and (said is not None or name == "to"):
             raise AdapterError(f"{name}={brief(said)}: expected the name of a layout or a system")
+    if from_ is not None and from_ not in (known := ("native", "hf", *SYSTEMS)):
+        raise AdapterError(f"from_={brief(from_)}: expected one of {', '.join(known)}{meant(from_, known)}")
     if own and to not in SYSTEMS and from_ not in SYSTEMS:
         return False
     there = not isinstance(src, Address) and "://" not in str(src)

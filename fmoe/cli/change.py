@@ -61,7 +61,9 @@ def convert(
     fsync: Annotated[bool, typer.Option(help="wait until the disk has everything")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="as many as there are cores, at most 8")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="to a family: do without what does not carry over")] = False,
-    number: Annotated[int | None, typer.Option("--ranks", min=1, help="as many processes share the work")] = None,
+    number: Annotated[
+        int | None, typer.Option("--ranks", min=1, max=1024, help="as many processes share the work")
+    ] = None,
     bandwidth: Annotated[str | None, typer.Option(help="read at most so much in a second, as 200MB")] = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -55,7 +55,7 @@ def draw(
     path: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.svg, .png, .pdf or .html")] = Path("layout.svg"),
     experts: Annotated[str | None, typer.Option(help="mark these experts, as 0:16")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="mark the experts of each of so many ranks")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=10**6, help="mark the experts of each of so many ranks")] = 1,
 ) -> None:
     """A picture of a checkpoint: its layouts side by side, bytes by layer and kind; no tensor is read.
 

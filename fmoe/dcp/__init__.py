@@ -12,5 +12,8 @@ all ranks raise the same `AdapterError`, and none waits for another.
 from fmoe.dcp.boxes import surfacing
 from fmoe.dcp.loading import Planner, load
 from fmoe.dcp.saving import save
+from fmoe.entrance import held
 
 __all__ = ["Planner", "load", "save", "surfacing"]
+
+held(globals(), "Planner.__init__ load save")

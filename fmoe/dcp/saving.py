@@ -22,6 +22,7 @@ from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.codecs.survival import Survival, told
 from fmoe.dcp.boxes import first_of_copies, pieces, run_starts, surfacing
+from fmoe.families.kind import Family
 from fmoe.layout.adapter import Adapter
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, bits
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def save(
     params: Params,
     path: Path | str,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Family | None = None,
     layout: Literal["hf", "native"] = "hf",
     max_shard_size: int | str = "5GB",
     *,

@@ -20,5 +20,8 @@ from fmoe.dispatch.all_to_all import all_to_all
 from fmoe.dispatch.deepep import deepep
 from fmoe.dispatch.local import local
 from fmoe.dispatch.rows import Dispatcher, Rows
+from fmoe.entrance import held
 
 __all__ = ["Dispatcher", "Rows", "all_gather", "all_to_all", "deepep", "local"]
+
+held(globals(), "all_gather all_to_all deepep", error=ValueError)

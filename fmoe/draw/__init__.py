@@ -10,5 +10,8 @@ All are made from names, shapes and counts: no tensor is read.
 
 from fmoe.draw.figures import checkpoint, layout, load
 from fmoe.draw.files import save
+from fmoe.entrance import held
 
 __all__ = ["checkpoint", "layout", "load", "save"]
+
+held(globals())

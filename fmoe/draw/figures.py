@@ -10,7 +10,7 @@ from torch import Tensor
 from fmoe.draw.files import pyplot
 from fmoe.draw.panels import Drawn, Panel, panels
 from fmoe.layout.adapter import Adapter
-from fmoe.types import human
+from fmoe.types import AdapterError, human
 
 SHOWN = 6  # experts of a stack that are drawn
 
@@ -26,6 +26,7 @@ def layout(adapter: Adapter, *, ranks: int = 1, e: range | None = None) -> Any:
     True
     """
     found = panels(adapter)
+    _check(ranks)
     plot = pyplot()
     tall = max(len(panel.tensors) for panel in found)
     figure, axes = plot.subplots(1, len(found), figsize=(4.6 * len(found), 1.1 + 1.9 * tall), squeeze=False)
@@ -48,6 +49,7 @@ def checkpoint(path: Path | str, *, ranks: int = 1, e: range | None = None) -> A
     from fmoe.checkpoint.look.sizes import kind_of, layer_of
     from fmoe.checkpoint.which import open_ours
 
+    _check(ranks)
     source = open_ours(path, "draw")
     adapter = adapter_of(source)
     found, plot = panels(adapter), pyplot()
@@ -80,6 +82,8 @@ def load(counts: "Tensor | Sequence[Tensor] | Mapping[str, Tensor]") -> Any:
     """
     names = list(counts) if isinstance(counts, Mapping) else []
     stack = list(counts.values()) if isinstance(counts, Mapping) else counts
+    if not len(stack):
+        raise AdapterError("draw.load: counts is empty, expected a row for each layer")
     table = torch.as_tensor(stack) if isinstance(stack, Tensor) else torch.stack([torch.as_tensor(c) for c in stack])
     table = table.double().reshape(-1, table.shape[-1]).cpu()
     relative = table / table.mean(1, keepdim=True).clamp(min=1e-12)
@@ -96,6 +100,11 @@ def load(counts: "Tensor | Sequence[Tensor] | Mapping[str, Tensor]") -> Any:
     axis.set_title(f"expert load: busiest {relative.max():.1f} times the mean, {int((table == 0).sum())} idle")
     figure.tight_layout()
     return figure
+
+
+def _check(ranks: int) -> None:
+    if ranks < 1:
+        raise AdapterError(f"draw: ranks is {ranks}, expected a positive int")
 
 
 def _panel(axis: Any, panel: Panel, tall: int, n_experts: int, ranks: int, e: range | None) -> None:

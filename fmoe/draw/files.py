@@ -31,6 +31,8 @@ def save(figure: Any, path: Path | str) -> None:
     True
     """
     path = Path(path)
+    if isinstance(figure, type) or not hasattr(figure, "savefig"):
+        raise AdapterError(f"draw.save: figure is of type {type(figure).__name__}, expected a figure of matplotlib")
     if path.suffix.lower() not in ENDINGS:
         raise AdapterError(f"{path} ends in {path.suffix or 'nothing'!r}, expected one of {', '.join(ENDINGS)}")
     if path.suffix.lower() == ".html":

@@ -4,6 +4,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import entry_points
 
+from fmoe.entrance import held
 from fmoe.families.kind import VERIFIED, Family
 from fmoe.folding import meant
 from fmoe.types import AdapterError, brief
@@ -70,3 +71,5 @@ for _entry in entry_points(group="fmoe.families"):  # of installed packages: eac
         register(_entry.load())
     except Exception as _error:  # one package's fault is not everybody's
         warnings.warn(f"fmoe.families: entry point {_entry.name!r} ({_entry.value}): {_error}", stacklevel=1)
+
+held(globals(), "Family family register")

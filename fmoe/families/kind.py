@@ -243,7 +243,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     """The config's fields, those of its text model (`text_config`, at any depth) and `ffn_config` (DBRX's) first."""
     if config is None:
         return {}
-    if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+    if isinstance(config, type) or not (isinstance(config, Mapping) or hasattr(config, "to_dict")):
         raise AdapterError(f"config is a {type(config).__name__}, expected a dict or a Transformers config")
     given = config if isinstance(config, Mapping) else config.to_dict()
     inner = as_dict(given.get("text_config")) | as_dict(given.get("ffn_config"))

@@ -11,7 +11,6 @@ converted, whatever was called before. The adapter inside, `adapter.adapter`, is
 Automodel is not imported. Once it is, by whoever loads, its loader takes an adapter that is made for one of its own.
 """
 
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fmoe.checkpoint import adapter as adapter_of
+from fmoe.entrance import held
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.eager.running import pattern
 from fmoe.lowrank.targets import told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError
@@ -119,7 +120,7 @@ class StateDictAdapter:
         each expert alone. Other keywords of the loader are of no consequence. The views are this call's: it forgets
         what was lent before.
         """
-        adapter, left_out = self._writing(kwargs), re.compile(exclude_key_regex or "$^")
+        adapter, left_out = self._writing(kwargs), pattern(exclude_key_regex or "$^")
         # what is left out need not be a tensor: Transformer Engine's `_extra_state` is a file or None
         state_dict = {n: t for n, t in state_dict.items() if isinstance(t, Tensor) or not left_out.match(n)}
         out = adapter.to_hf(state_dict, exclude_key_regex, quantization or None)
@@ -198,3 +199,6 @@ def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _local(t: Any) -> Tensor:
     return t.to_local() if is_dtensor(t) else t
+
+
+held(globals(), "StateDictAdapter")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fmoe.backends import Backend
+from fmoe.entrance import held
 from fmoe.integrations import bindings, stacks, transformers
 from fmoe.integrations.kinds import Registered, kind_of
 from fmoe.layout.eager.html import table
@@ -134,3 +135,6 @@ def _set(module: nn.Module, what: dict[str, Any]) -> Callable[[], None]:
         module.__dict__ |= before
 
     return restore
+
+
+held(globals(), "patch", where="fmoe")

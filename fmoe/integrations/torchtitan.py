@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmoe.checkpoint import adapter as adapter_of
+from fmoe.entrance import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import keep, rule
 from fmoe.types import AdapterError
@@ -105,3 +106,6 @@ def files_of(index: Path) -> dict[str, int] | None:
             raise AdapterError(f"{index}: {name!r} lies in {file!r}, expected a number as in model-00001-of-00002")
         out[name] = int(number[1])
     return out
+
+
+held(globals(), "StateDictAdapter")

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fmoe.backends import NAMES, Backend
+from fmoe.entrance import held
 from fmoe.folding import meant
 from fmoe.integrations import bindings, peft
 from fmoe.integrations.bindings import FLAGS, OTHERS, binding_of, gate_of_once, is_decorated, unknown
@@ -135,3 +136,6 @@ def _heard(model: nn.Module) -> int:
         told = str(module.config._experts_implementation)
         module.__dict__["_fmoe_registered"] = Registered(told, BACKENDS[told])
     return len(mine)
+
+
+held(globals(), "register")

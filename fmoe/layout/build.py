@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from fmoe.entrance import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import Drop, Either, Entry, Keep, Together, rules_of
 from fmoe.layout.notation import Rule
@@ -167,3 +168,11 @@ def _entries(adapter: Adapter) -> tuple[Entry, ...]:
     if len(adapter.stages) > 1 or not all(isinstance(s, Table) for s in adapter.stages):
         raise AdapterError(f"only a single table can stand here, not:\n{adapter}")
     return tuple(e for s in adapter.stages if isinstance(s, Table) for e in s.entries)
+
+
+held(
+    globals(),
+    "rule keep drop alias either rename together Adapter.__init__",
+    late="".join(f"Adapter.{n} " for n in "plan from_hf to_hf convert_single_tensor_to_hf iter_hf views".split()),
+    where="fmoe",
+)

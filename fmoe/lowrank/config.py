@@ -96,7 +96,7 @@ class LoraConfig:
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or not 1 <= self.r < 2**31:
             raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
         _of_kinds(vars(self))
         if problems := [*_refused(self.other)]:

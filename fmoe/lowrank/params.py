@@ -39,7 +39,7 @@ def init(
     """
     if kind not in ("xavier", "kaiming"):
         raise AdapterError(f"lora.init: kind is {kind!r}, expected 'xavier' or 'kaiming'")
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r < 2**31:
         raise AdapterError(f"lora.init: r is {r!r}, expected a positive int")
     specs_of(params)
     made: dict[str, Tensor] = {}

@@ -50,6 +50,9 @@ class MoE(nn.Module):
         check_config("MoE", config)
         trained_dtype("MoE", config)
         self.config, c = config, config
+        if experts is not None and not hasattr(experts, "init_weights"):
+            told = f"experts is of type {type(experts).__name__}, expected a module with init_weights"
+            raise ValueError(f"MoE: {told}. Fix: fmoe.nn.GroupedExperts(config)")
         self.experts: Any = GroupedExperts(config, backend) if experts is None else experts
         self.gate = NormedGate(c) if c.router_norm else Gate(c)
         if c.n_shared_experts:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fmoe.activations import is_gated_activation
-from fmoe.backends import Backend
+from fmoe.backends import NAMES, Backend
 from fmoe.dispatch import Dispatcher, all_gather, local
+from fmoe.folding import meant
 from fmoe.layer.checks import AXES
 from fmoe.layer.experts import experts
-from fmoe.nn.linear import NormWeight, trained_dtype
+from fmoe.nn.linear import NormWeight, check_std, trained_dtype
 from fmoe.parallel import local_params
 from fmoe.shapes import NORM, check_config
 from fmoe.sharding import is_dtensor
@@ -49,6 +50,12 @@ class GroupedExperts(nn.Module):
         super().__init__()
         check_config(type(self).__name__, config)
         named = getattr(backend, "experts", backend)
+        if not (named is None or isinstance(named, str) or callable(named)) or isinstance(named, nn.Module):
+            told = f"backend is of type {type(named).__name__}, expected a name, a function or None"
+            raise ValueError(f"{type(self).__name__}: {told}. Fix: one of {', '.join(NAMES)}")
+        if isinstance(named, str) and named not in (*NAMES, *_SEED_NAMES):
+            told = f"backend is {named!r}, expected one of {', '.join(NAMES)}, or a function{meant(named, NAMES)}"
+            raise ValueError(f"{type(self).__name__}: {told}")
         self.config, self.backend = config, _SEED_NAMES.get(named, named) if isinstance(named, str) else named
         E, D, I = config.n_routed_experts, config.expert_dim, config.moe_inter_dim
         U = 2 * I if is_gated_activation(config.expert_activation) else I
@@ -100,6 +107,7 @@ class GroupedExperts(nn.Module):
         DTensors get the numbers of one device, whatever their placements, where all ranks have drawn as much from the
         same seed before. buffer_device is the seed's; there are no buffers.
         """
+        check_std(type(self).__name__, init_std)
         self._reset_norm()
         for name, p in self.named_parameters(recurse=False):
             if name.endswith("_bias"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Any, Self
 
 import torch
@@ -28,6 +29,11 @@ def trained_dtype(what: str, config: MoEConfig) -> torch.dtype:
     if not dtype.is_floating_point or dtype.itemsize == 1:
         raise ValueError(f"{what}: config.dtype is {dtype}, expected one that gradients take, such as bfloat16")
     return dtype
+
+
+def check_std(what: str, init_std: float) -> None:
+    if not 0 <= init_std < inf:
+        raise ValueError(f"{what}: init_std is {init_std}, expected a number from 0 on")
 
 
 class Linear(nn.Linear):

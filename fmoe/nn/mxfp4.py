@@ -10,6 +10,7 @@ from fmoe.backends import Backend
 from fmoe.backends.held import WEIGHTS
 from fmoe.codecs.formats import FORMATS
 from fmoe.nn.experts import GroupedExperts
+from fmoe.nn.linear import check_std
 from fmoe.sharding import is_dtensor
 from fmoe.types import MoEConfig, Params
 
@@ -84,6 +85,7 @@ class GroupedExpertsMXFP4(GroupedExperts):
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None, init_std: float = 0.02) -> None:
         """Weights ~ Normal(0, init_std), encoded; biases 0; on `meta` nothing. DTensors are not drawn: load them."""
+        check_std(type(self).__name__, init_std)
         for name, p in self.named_parameters(recurse=False):
             if is_dtensor(p):
                 raise ValueError(f"GroupedExpertsMXFP4: {name!r} is a DTensor, expected it loaded: codes are not drawn")

@@ -7,6 +7,7 @@ update_bias             balance without a loss, as DeepSeek-V3 has it
 drop                    experts of a capacity
 """
 
+from fmoe.entrance import held
 from fmoe.routing.choose import route, routed, routed_of, routing_of, topk_routing
 from fmoe.routing.gate import gate_logits
 from fmoe.routing.metrics import load_balance_metrics
@@ -28,3 +29,6 @@ __all__ = [
     "topk_routing",
     "update_bias",
 ]
+
+_HOT = "count gate_logits route routed routed_of routing_of topk_routing update_bias"
+held(globals(), "drop load load_balance_metrics", late=_HOT, error=ValueError)

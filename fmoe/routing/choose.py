@@ -79,6 +79,8 @@ def routing_of(
     if scale is not None:
         at = routing.indices.clamp(0, len(scale) - 1)  # a slot that goes nowhere weighs 0, whatever its scale
         routing = routing._replace(weights=routing.weights * scale[at].to(routing.weights.dtype))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"routing_of: dtype is of type {type(dtype).__name__}, expected x's, a torch.dtype")
     out = torch.promote_types(dtype, torch.float32) if config.router_weights_fp32 else dtype
     return routing._replace(weights=routing.weights.to(out))
 

@@ -33,8 +33,13 @@ def load_balance_metrics(
     >>> round(found["moe/cv_max"], 3), found["moe/expert_utilization_max"], found["moe/dead_expert_frac_mean"]
     (1.155, 2.0, 0.25)
     """
+    if top_k < 0:
+        raise ValueError(f"load_balance_metrics: top_k is {top_k}, expected an int from 0 on")
     numbered = _by_layer(counts)
-    losses = {} if aux_losses is None else {l: float(loss) for l, loss in _by_layer(aux_losses).items()}
+    given = {} if aux_losses is None else _by_layer(aux_losses)
+    if odd := [l for l, loss in given.items() if getattr(loss, "ndim", 0)]:
+        raise ValueError(f"load_balance_metrics: aux_losses has {odd[0]!r} of {given[odd[0]].shape}, expected numbers")
+    losses = {l: float(loss) for l, loss in given.items()}
     if not numbered:
         return {}
     layers = {l: _layer(c) for l, c in numbered.items()}

@@ -19,6 +19,8 @@ def count(routing: Routing, n_experts: int, group: "ProcessGroup | None" = None)
     >>> count(Routing(torch.tensor([[0, 2], [2, -1]]), torch.ones(2, 2)), 3).tolist()
     [1, 0, 2]
     """
+    if not 0 <= n_experts < 2**31:
+        raise ValueError(f"routing.count: n_experts is {n_experts}, expected a number of experts")
     ids, gone = slots(routing, n_experts)
     ids = ids.masked_fill(gone, n_experts).flatten()
     # integers: whatever the order they are added in, the sum is the same
@@ -75,6 +77,8 @@ def load(counts: Tensor) -> dict[str, float]:
     >>> load(torch.tensor([2, 2, 0, 0]))
     {'max_over_mean': 2.0, 'entropy': 0.6931471805599453, 'idle_experts': 2}
     """
+    if counts.ndim != 1:
+        raise ValueError(f"routing.load: counts have shape {list(counts.shape)}, expected [E]")
     wide = counts.to(torch.float64)
     share = wide / wide.sum().clamp(min=1)
     entropy = -torch.special.xlogy(share, share).sum()
@@ -84,6 +88,8 @@ def load(counts: Tensor) -> dict[str, float]:
 
 def slots(routing: Routing, n_experts: int | None) -> tuple[Tensor, Tensor]:
     """(ids [T, K] int64, gone [T, K] bool): which slots go nowhere."""
+    if not isinstance(routing, tuple):
+        raise ValueError(f"routing is of type {type(routing).__name__}, expected Routing(indices, weights, mask)")
     indices, _, mask = Routing(*routing)
     ids = indices.long()
     gone = ids < 0 if n_experts is None else (ids < 0) | (ids >= n_experts)

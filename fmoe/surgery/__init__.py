@@ -12,8 +12,11 @@ config has for a size changes, and `fmoe.save(native, path, fmoe.adapter(model_t
 loads.
 """
 
+from fmoe.entrance import held
 from fmoe.surgery.blocks import merge, permute, replicate, select
 from fmoe.surgery.rows import layers
 from fmoe.surgery.upcycle import upcycle
 
 __all__ = ["layers", "merge", "permute", "replicate", "select", "upcycle"]
+
+held(globals(), late="*", error=ValueError)

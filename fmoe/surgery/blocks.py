@@ -65,7 +65,7 @@ def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor
     (tensor([1., 1., 3., 3.]), 2)
     """
     given, kind, moe = known(config)
-    if not isinstance(times, int) or times < 1:
+    if not isinstance(times, int) or isinstance(times, bool) or not 1 <= times < 2**31:
         raise ValueError(f"replicate: times is {times!r}, expected a positive int")
     if moe.n_expert_groups > 1:
         raise ValueError(f"replicate: experts are routed by {moe.n_expert_groups} groups, which copies would outweigh")
@@ -145,7 +145,7 @@ def _taken(
         ids = {name: range(E) for name in found} | dict(ids)
     of = _by_layer(what, found, ids, "order" if whole else "keep", 1)
     for name, own in of.items():
-        wrong = len(set(own)) < len(own) or any(not 0 <= i < E for i in own) or (whole and len(own) != E)
+        wrong = not own or len(set(own)) < len(own) or any(not 0 <= i < E for i in own) or (whole and len(own) != E)
         if wrong:
             told = f"each of 0 to {E - 1} once" if whole else f"some of 0 to {E - 1}, each once"
             raise ValueError(f"{what}: {name}: ids are {own}, expected {told}")

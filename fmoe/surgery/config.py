@@ -12,9 +12,18 @@ from fmoe.routing import SCORES
 from fmoe.types import MoEConfig
 
 
+def as_given(config: Any) -> dict[str, Any]:
+    """A copy of the config as a dict. Raises ValueError for what is none."""
+    if isinstance(config, type) or not (isinstance(config, Mapping) or hasattr(config, "to_dict")):
+        raise ValueError(
+            f"surgery: config is of type {type(config).__name__}, expected a dict or a Transformers config"
+        )
+    return dict(config if isinstance(config, Mapping) else config.to_dict())
+
+
 def known(config: Any) -> tuple[dict[str, Any], Family, MoEConfig]:
     """(the config as a dict, its family, its MoEConfig). Raises ValueError where its router is none of ours."""
-    given = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    given = as_given(config)
     kind, moe = _known(given)
     return given, kind, moe
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fmoe.surgery.config import as_given
 from fmoe.types import Params
 
 MLP = re.compile(r"(.*layers\.\d+\.mlp)\.(gate|up|down)_proj\.(\w+)")
@@ -51,7 +52,7 @@ def upcycle(
     >>> config["num_local_experts"], config["model_type"]
     (4, 'mixtral')
     """
-    given = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    given = as_given(config)
     _check(native, given, n_experts, n_activated, to)
     given = DENSE[given["model_type"]] | {n: v for n, v in given.items() if v is not None or n in ("sliding_window",)}
     if "rope_parameters" not in given:
@@ -85,7 +86,7 @@ def _check(native: Params, config: Mapping[str, Any], n_experts: int, n_activate
     if to not in SPARSE or source not in DENSE:
         told = f"of {', '.join(DENSE)} to {', '.join(SPARSE)}"
         raise ValueError(f"upcycle: {source!r} to {to!r}, expected a checkpoint {told}")
-    if not 1 <= n_activated <= n_experts:
+    if not 1 <= n_activated <= n_experts < 2**31:
         raise ValueError(f"upcycle: n_activated={n_activated} of n_experts={n_experts}, expected 1 <= K <= E")
     if config.get("quantization_config"):
         raise ValueError("upcycle: config has a quantization_config, expected weights that are decoded")

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from fmoe.entrance import held
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.systems.system import System
@@ -32,3 +33,6 @@ def adapter(name: str, model_type: str, config: Any = None, **choices: Any) -> A
         told = f"native, {', '.join(SYSTEMS)}{meant(name, ('native', *SYSTEMS))}"
         raise AdapterError(f"system={name!r}: expected one of {told}")
     return SYSTEMS[name].adapter(model_type, config, **choices)
+
+
+held(globals(), "System adapter")

@@ -15,6 +15,7 @@ The strategies need hypothesis: `pip install "fmoe[testing]"`. The laws do not.
 
 from typing import TYPE_CHECKING, Any
 
+from fmoe.entrance import held
 from fmoe.testing.compared import same, tensors
 from fmoe.testing.laws import assert_laws
 from fmoe.testing.naive import by_einops
@@ -39,3 +40,6 @@ def __getattr__(name: str) -> Any:
             raise
         raise ImportError(f'fmoe.testing.{name} needs hypothesis: pip install "fmoe[testing]"') from error
     return getattr(strategies, name)
+
+
+held(globals(), "assert_laws by_einops same tensors")

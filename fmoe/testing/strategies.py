@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from fmoe.codecs.fp8 import SUFFIX
+from fmoe.entrance import held
 from fmoe.families import family
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.beside import Beside
@@ -228,3 +229,6 @@ def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:
     names = list(dict.fromkeys([*KEPT, *(patterns(rule)[0].render(values) for values in spelled)]))
     fitting = {n for _, _, rows in hits(rule, Names(names)) for n in rows.names}
     return [n for n in names if n in fitting]
+
+
+held(globals(), "checkpoints family_checkpoints rules", where="fmoe.testing")

@@ -24,6 +24,7 @@ tools
 CHECKPOINTS = """
 folding
 types
+entrance
 sharding
 layout.eager.html layout.spelled
 layout.notation layout.templates
@@ -72,6 +73,7 @@ dcp
 LAYERS = """
 folding
 types
+entrance
 sharding
 codecs.values codecs.blocks codecs.stored codecs.format codecs.formats codecs.stacks
 activations shapes parallel

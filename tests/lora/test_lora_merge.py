@@ -72,16 +72,18 @@ def test_merge_refuses_what_it_cannot_add():
             "'l.lora_down_A' is torch.int8, expected plain",
         ),
         (lora | {"l.lora_down_B": lora["l.lora_down_B"].to("meta")}, "'l.lora_down_B' is on meta, .*one device"),
-        (lora | {"l.lora_down_A": "a name"}, "'l.lora_down_A'"),
-        ([], "a list, expected a dict"),
+        (lora | {"l.lora_down_A": "a name"}, "'l.lora_down_A'. is a str .*, expected Tensor"),
+        ([], r"lora= is a list, expected Mapping\[str, Tensor\]"),
     ):
         with pytest.raises(fmoe.AdapterError, match=text):
             fmoe.lora.merge(params, wrong, 1.0)
+    with pytest.raises(fmoe.AdapterError, match="'l.lora_gate_and_up_A' is .*, expected a finite number"):
+        fmoe.lora.merge(params, lora, float("inf"))
     for wrong in (float("nan"), "1", None, True):
-        with pytest.raises(fmoe.AdapterError, match="'l.lora_gate_and_up_A' is .*, expected a finite number"):
+        with pytest.raises(fmoe.AdapterError, match="scale= is .*, expected float"):
             fmoe.lora.merge(params, lora, wrong)
-    for r in (0, -1, "2", 2.0):
-        with pytest.raises(fmoe.AdapterError, match="r is .*, expected a positive int"):
+    for r, told in ((0, "a positive int"), (-1, "a positive int"), ("2", "int"), (2.0, "int")):
+        with pytest.raises(fmoe.AdapterError, match=f"r=? is .*, expected {told}"):
             fmoe.lora.init(params, r)
     with pytest.raises(fmoe.AdapterError, match=r"'down_projs' is \[2\], expected \[E, in, out\]"):
         fmoe.lora.init({"down_projs": torch.ones(2)}, 2)

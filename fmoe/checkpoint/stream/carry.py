@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from os import cpu_count
 from typing import TypeVar
 
+from fmoe.types import AdapterError
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -17,7 +19,9 @@ def default_threads() -> int:
 
 @contextmanager
 def pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads. What an error or an interruption leaves over is not begun."""
+    """Threads. What an error or an interruption leaves over is not begun. Raises AdapterError for less than one."""
+    if threads is not None and not 1 <= threads < 2**31:
+        raise AdapterError(f"threads is {threads}, expected a positive int, or None for as many as there are cores")
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
         yield executor

@@ -126,15 +126,19 @@ def one(fqn: str, tensor: Any) -> dict[str, Any]:
 def without(tensors: dict[str, Any], exclude_key_regex: str | None) -> dict[str, Any]:
     if exclude_key_regex is None:
         return tensors
-    if not isinstance(exclude_key_regex, str):
-        raise AdapterError(f"exclude_key_regex is {brief(exclude_key_regex)}, expected a regular expression")
+    left_out = pattern(exclude_key_regex)
+    return {n: t for n, t in tensors.items() if not left_out.match(n)}
+
+
+def pattern(exclude_key_regex: object) -> re.Pattern[str]:
+    """The names to leave out. Raises AdapterError for what is no regular expression."""
     try:
-        pattern = re.compile(exclude_key_regex)
+        if isinstance(exclude_key_regex, str):
+            return re.compile(exclude_key_regex)
+        why = "it is no text"
     except re.error as error:
-        raise AdapterError(
-            f"exclude_key_regex is {exclude_key_regex!r}, expected a regular expression: {error}"
-        ) from None
-    return {n: t for n, t in tensors.items() if not pattern.match(n)}
+        why = str(error)
+    raise AdapterError(f"exclude_key_regex is {brief(exclude_key_regex)}, expected a regular expression: {why}")
 
 
 class Views(dict[str, Tensor]):

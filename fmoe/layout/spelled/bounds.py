@@ -11,6 +11,8 @@ _MOST = 10**9  # numbers in names have nine digits at most
 def size(name: str, values: object) -> Bound:
     """The values that a letter takes, from a size or from what it may be."""
     if isinstance(values, int) and not isinstance(values, bool):
+        if values < 0:
+            raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or some numbers")
         values = range(values) if 0 <= values <= _MOST else (values,)
     if isinstance(values, range):
         ends = [values.start, values.stop - values.step]

@@ -1,0 +1,182 @@
+"""What a public function is given, held against its annotations: `held(globals())` ends a public module.
+
+Before a call, and before anything is read or written, what is clearly none of what is annotated raises an error that
+names the argument. Of late functions (hot ones, and those that know better what to say) only numbers and words given
+by keyword are looked at before; if the call fails, and an argument does not fit, the error names it and is raised from
+the first one. Modules of fmoe that took a function before its module ended have it as it was written, and pay nothing.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial, update_wrapper
+from inspect import Parameter, signature, unwrap
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmoe.entrance.fitting import is_word, misfit, resolved, said
+from fmoe.types import AdapterError, Problem, subtree  # noqa: F401  (fmoe.subtree is found here)
+
+_MANY = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+_PLACED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def held(
+    room: dict[str, Any], names: str = "", *, late: str = "", where: str = "", error: type[ValueError] = AdapterError
+) -> None:
+    """Functions of a module, and methods of its classes, by ones whose arguments are looked at.
+
+    room: the module's `globals()`. names: functions, classes (whole) and methods (`Class.name`), in a row; without any,
+    all of `__all__`, or the module's own. late: those that are looked at after they failed, `*` for all. where: the
+    module in which users find them. error: what is raised.
+
+    >>> def half(n: int) -> int:
+    ...     return n // 2
+    >>> half.__module__ = "a_room"
+    >>> held(room := {"half": half}, "half", where="a_room")
+    >>> room["half"]("3")
+    Traceback (most recent call last):
+    fmoe.types.AdapterError: a_room.half: n= is a str ('3'), expected int. Fix: see help(a_room.half)
+    """
+    last, where = {*late.split()}, where or room["__name__"]
+    asked = [*names.split(), *last - {"*"}] or room.get("__all__") or [n for n, v in room.items() if _is_own(v, room)]
+    for name, _, key in (name.partition(".") for name in asked):
+        value, owner = room[name], f"{where}.{name}"
+        if isinstance(value, FunctionType):
+            room[name] = made = _held(value, owner, not last.isdisjoint((name, "*")), error)
+            home = sys.modules.get(value.__module__)
+            if getattr(home, name, None) is value:  # one name, one function: pickle finds it there
+                setattr(home, name, made)
+        elif isinstance(value, type) and not (issubclass(value, BaseException | tuple) or (key and name in asked)):
+            for n in [key] if key else [n for n in vars(value) if n == "__init__" or not n.startswith("_")]:
+                told = owner if n == "__init__" else f"{owner}.{n}"
+                _hold(value, n, told, not last.isdisjoint((f"{name}.{n}", "*")), error)
+
+
+def _is_own(value: Any, room: dict[str, Any]) -> bool:
+    """Whether it is a public function of the room, and takes anything else than any object."""
+    if not isinstance(value, FunctionType) or value.__globals__ is not room or value.__name__.startswith("_"):
+        return False
+    return any(hint not in (object, "object", Any) for n, hint in value.__annotations__.items() if n != "return")
+
+
+def _hold(cls: type, key: str, owner: str, late: bool, error: type[ValueError]) -> None:
+    method = vars(cls)[key]
+    if isinstance(method, FunctionType):
+        setattr(cls, key, _held(method, owner, late, error, 1))
+    elif isinstance(method, classmethod):
+        setattr(cls, key, classmethod(_held(method.__func__, owner, late, error, 1)))
+
+
+def _held(fn: Any, owner: str, late: bool, error: type[ValueError], bound: int = 0) -> Callable[..., Any]:
+    """fn, behind a function with its name, signature, documentation and globals (by which doctest finds its home)."""
+    parameters, compiling, is_ours = _Parameters(fn, bound), torch.compiler.is_compiling, _is_ours
+    look, together = partial(_look, parameters, owner, error), partial(_together, parameters, owner, error)
+
+    def before(*args: Any, **kwargs: Any) -> Any:
+        if not compiling():
+            look(args, kwargs)
+        return fn(*args, **kwargs)
+
+    def after(*args: Any, **kwargs: Any) -> Any:
+        if kwargs and not compiling() and (words := parameters.words_of(kwargs)):
+            look((), words)
+        try:
+            return fn(*args, **kwargs)
+        except Exception as fault:
+            if not compiling() and not is_ours(fault):
+                look(args, kwargs, fault)
+                together(args, kwargs, fault)
+            raise
+
+    made = after if late else before
+    return update_wrapper(FunctionType(made.__code__, unwrap(fn).__globals__, fn.__name__, None, made.__closure__), fn)
+
+
+class _Parameters:
+    """The parameters of a function, but the first that are bound; annotations are resolved when they are asked for."""
+
+    def __init__(self, fn: Any, bound: int):
+        self._fn, self._bound = fn, bound
+
+    @cached_property
+    def all(self) -> list[tuple[str, Any, Any]]:
+        """(name, kind, annotation)"""
+        there = [*signature(self._fn).parameters.values()][self._bound :]
+        return [(p.name, p.kind, resolved(p.annotation, self._fn)) for p in there]
+
+    @cached_property
+    def placed(self) -> list[tuple[str, Any]]:
+        return [(name, hint) for name, kind, hint in self.all if kind in _PLACED]
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        return {name: hint for name, kind, hint in self.all if kind not in _MANY}
+
+    @cached_property
+    def others(self) -> dict[Any, Any]:
+        """Of `*args` and `**kwargs`."""
+        return {kind: hint for _, kind, hint in self.all if kind in _MANY}
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        return frozenset(name for name, hint in self.named.items() if is_word(hint))
+
+    def words_of(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Of what is given by keyword, what is annotated as a number or a word."""
+        return {name: value for name, value in kwargs.items() if name in self._words}
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """(name, value, annotation) of each argument."""
+        args = args[self._bound :]
+        for (name, hint), value in zip(self.placed, args, strict=False):
+            yield name, value, hint
+        for i, value in enumerate(args[len(self.placed) :], len(self.placed) + 1):
+            yield f"argument {i}", value, self.others.get(Parameter.VAR_POSITIONAL, Any)
+        for name, value in kwargs.items():
+            yield name, value, self.named.get(name, self.others.get(Parameter.VAR_KEYWORD, Any))
+
+
+def _look(
+    parameters: _Parameters,
+    owner: str,
+    error: type[ValueError],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fault: BaseException | None = None,
+) -> None:
+    """Raises `error` for the first argument that is not what is annotated."""
+    for name, value, hint in parameters.of(args, kwargs):
+        if found := misfit(value, hint):
+            text, keys = said(name, *found)
+            text = f"{owner}: {text}. Fix: see help({owner})"
+            raise (AdapterError([Problem(text, keys)]) if error is AdapterError else error(text)) from fault
+
+
+def _is_ours(fault: Exception) -> bool:
+    """Whether fmoe found the fault, and said what it is; some of NumPy's and torch's are ValueErrors too."""
+    return isinstance(fault, ValueError) and not re.search("is ambiguous|Overflow when", str(fault))
+
+
+_SIZES = re.compile(r"shapes? |size of tensor|expanded size|out of bounds|out of range|without overflow|expected dtype")
+
+
+def _together(
+    parameters: _Parameters,
+    owner: str,
+    error: type[ValueError],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fault: Exception,
+) -> None:
+    """Raises `error` with the shapes of all tensors, where torch says that some do not go together."""
+    given = {name: value for name, value, _ in parameters.of(args, kwargs) if isinstance(value, Tensor)}
+    if given and type(fault) in (RuntimeError, IndexError) and _SIZES.search(str(fault)):
+        said = ", ".join(f"{n} is {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in given.items())
+        raise error(f"{owner}: {said}, expected tensors that go together ({fault}). See help({owner})") from fault
+
+
+held(globals(), "subtree", where="fmoe", error=ValueError)

@@ -1,0 +1,173 @@
+"""What nobody means, and where some of it is meant after all: each with its reason."""
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy
+import torch
+
+from fmoe.entrance.fitting import misfit
+
+
+class Some:
+    """A class of somebody's."""
+
+
+JUNK: dict[str, Any] = {
+    "None": None,
+    "3": 3,
+    "-1": -1,
+    "2**63": 2**63,
+    "1.5": 1.5,
+    "nan": float("nan"),
+    "True": True,
+    "x": "x",
+    "''": "",
+    "(": "(",
+    "bytes": b"x",
+    "[]": [],
+    "{}": {},
+    "object": object(),
+    "array": numpy.ones((2, 7)),
+    "nested": [[1, "a"], [None]],
+    "class": Some,
+    "function": lambda *args: None,
+    "module": torch.nn.Linear(2, 2),
+    "tensor": torch.ones(2, 7, dtype=torch.int8),
+    "set": {1},
+    "numbers": {1: 2},
+}
+WORDS, COUNTS, NUMBERS = "x '' (", "3 2**63", "3 -1 2**63 1.5"
+
+# dotted name(argument), with wildcards -> what is meant there, and why
+MEANT: dict[str, tuple[str, str]] = {
+    "*(because)": (WORDS, "a reason in any words"),
+    "*.validate_dtensor_expert_sharding(tensor_name)": (WORDS, "what messages say"),
+    "*.same(what)": (WORDS, "what messages say"),
+    "*Adapter(moe)": (WORDS, "why nobody knows its config"),
+    "fmoe.either(name)": (WORDS, "a choice of any name"),
+    "fmoe.alias(of)": (WORDS, "a tensor of any name"),
+    "fmoe.drop(pattern)": (WORDS, "a tensor of any name"),
+    "fmoe.keep(pattern)": (WORDS, "a tensor of any name"),
+    "fmoe.rename(*)": ("''", "no prefix"),
+    "*.resolve(names)": (WORDS, "the letters of a text are names"),
+    "*convert_single_tensor_to_hf(fqn)": (WORDS, "a tensor of any name"),
+    "*(exclude_key_regex)": ("x ''", "a regular expression"),
+    "*convert_single_tensor_to_hf(tensor)": ("tensor", "a tensor"),
+    "fmoe.adapter(path_or_model_type)": ("[]", "no rules"),
+    "*.convert(dst)": (WORDS, "a place to write"),
+    "*convert(dst)": (WORDS, "a place to write"),
+    "*save(path)": (WORDS, "a place to write"),
+    "*.get_hf_storage_reader(path)": (WORDS, "torch looks when it reads"),
+    "*torchtitan.StateDictAdapter(hf_assets_path)": (WORDS, "where an index may be"),
+    "*(max_shard_size)": (COUNTS, "bytes"),
+    "*(bandwidth)": (COUNTS, "bytes a second"),
+    "*(threads)": ("3", "threads"),
+    "*(progress)": ("class function module", "functions of the user's: what they raise is theirs"),
+    "*(backend)": ("class function", "functions of the user's: what they raise is theirs"),
+    "fmoe.moe(backend)": ("class function module", "functions of the user's: what they raise is theirs"),
+    "fmoe.experts(backend)": ("class function module", "functions of the user's: what they raise is theirs"),
+    "*.GroupedExpertsTE(backend)": ("*", "the seed's argument: it is te"),
+    "*StateDictAdapter(backend)": ("*", "the loader's argument, kept for it"),
+    "*StateDictAdapter(moe_config)": ("*", "the loader's argument, kept for it"),
+    "*StateDictAdapter(model_args)": ("*", "the loader's argument, kept for it"),
+    "*.iter_checkpoint_load_parts(device_mesh)": ("*", "the loader's argument: there is no part"),
+    "*.is_dtensor(tensor)": ("*", "a question about anything"),
+    "*.MoEConfig(score_func)": (WORDS, "a router of somebody's own"),
+    "*.MoEConfig(latent_norm)": ("''", "none"),
+    "*.MoEConfig(n_activated_experts)": ("3", "as many as there are"),
+    "*.MoEConfig(*limit)": (NUMBERS + " True", "a number"),
+    "*.MoEConfig(*scale)": (NUMBERS + " True", "a number"),
+    "*.MoEConfig(activation_alpha)": (NUMBERS + " True", "a number"),
+    "*.MoEConfig(norm_offset)": (NUMBERS + " True", "a number"),
+    "*.MoEConfig(*_eps)": ("3 2**63 1.5 True", "a number from 0 on"),
+    "*.MoEConfig(*_min)": ("3 2**63 1.5 True", "a number from 0 on"),
+    "*.MoEConfig(*_jitter)": ("3 2**63 1.5 True", "a number from 0 on"),
+    "*.MoEConfig(*softcap)": ("3 2**63 1.5 True", "a number from 0 on"),
+    "*.MoEConfig(*_coeff)": ("3 2**63 1.5 True", "a number from 0 on"),
+    "*.MoEConfig(*_factor)": ("3 2**63 1.5 True", "a number from 0 on"),
+    "*.MoEConfig(*)": ("3", "a count"),
+    "*.MoEConfig(dtype)": ("None", "bf16"),
+    "*.choose(quantization)": ("None True", "as the checkpoint, and quantised"),
+    "*.merge(weights)": ("None", "the mean"),
+    "*.from_hf(device_mesh)": ("None", "no mesh"),
+    "*.rule(e)": ("3", "a size"),
+    "*.alias(r)": ("3 set numbers", "a size, or some numbers"),
+    "*.LoraConfig(r)": ("3", "a rank"),
+    "*.lora.init(r)": ("3", "a rank"),
+    "*(lora_alpha)": (NUMBERS, "a factor"),
+    "*.lora.*(scale)": (NUMBERS, "a factor"),
+    "*.lora.*(base)": (WORDS, "the name of a model"),
+    "*.LoraConfig*(key)": (WORDS, "any module"),
+    "*.LoraConfig(peft_version)": (WORDS, "what wrote it"),
+    "*.LoraConfig(target_modules)": (WORDS, "a regular expression, or names"),
+    "*.is_lora(name)": (WORDS, "a question about any name"),
+    "*.map_peft_target_module_to_hf(name)": (WORDS, "any module"),
+    "*.activations.*(p)": (NUMBERS + " nan True", "what multiplies"),
+    "*.activations.*(*)": (NUMBERS, "a number"),
+    "*.relu2(u)": ("tensor", "of whole numbers too"),
+    "*.attach(y)": ("tensor", "any tensor"),
+    "*.attach(scale)": (NUMBERS, "a factor"),
+    "*(rate)": (NUMBERS, "a factor"),
+    "*(init_std)": ("3 2**63 1.5", "a number from 0 on"),
+    "*(indices)": ("tensor", "experts of each token, as many as one likes"),
+    "*.routing.drop(capacity)": (COUNTS, "a count"),
+    "*(top_k)": (COUNTS, "a count"),
+    "*(counts)": ("tensor", "counts by layer"),
+    "*(n_experts)": ("3", "a count"),
+    "*.load_balance_metrics(aux_losses)": ("numbers", "a loss of layer 1"),
+    "*.expert_range(*)": (COUNTS, "a count"),
+    "*.should_load_expert_for_rank(expert_id)": ("3 -1 2**63", "a question about any number"),
+    "*.create_dtensor_from_local(rank)": ("3 -1 2**63", "the seed's argument: its value is not used"),
+    "*.sharding.*tensor)": ("tensor", "a plain tensor"),
+    "*.sharding.*(weight)": ("tensor", "a plain tensor"),
+    "*.draw.*(ranks)": (COUNTS, "a count"),
+    "*.deepep(api)": (WORDS, "a group of one rank moves nothing"),
+    "*.deepep(max_tokens)": ("3 -1 2**63", "a group of one rank moves nothing"),
+    "*.replicate(times)": ("3", "a count"),
+    "*.Family(*)": (WORDS, "data of a family: a reader says what is wrong"),
+    "*.System(*)": (WORDS, "data of a system: a reader says what is wrong"),
+    "*.System.*(model_type)": (WORDS, "a question about any name"),
+    "*.family_checkpoints(model_type)": (WORDS, "a strategy looks when it draws"),
+    "*.testing.*(max_axes)": ("3 -1 2**63", "a strategy looks when it draws"),
+    "*.testing.*(seed)": ("3 -1 2**63", "a seed"),
+    "*.by_einops(e)": ("3 -1 2**63", "sizes that names say are theirs"),
+    "*.register(name)": (WORDS, "any name"),
+}
+
+
+def is_meant(call: str, argument: str, junk: str, hint: Any) -> bool:
+    """Whether a call may return: nothing where None may stand, yes, what is empty, and what MEANT says."""
+    if junk in ("None", "True", "[]", "{}") and hint is not Any and not misfit(JUNK[junk], hint):
+        return True
+    if junk in ("None", "{}") and argument in ("config", "layout"):
+        return True  # not given
+    told = f"{call}({argument})"
+    return any(junk in what.split() or what == "*" for name, (what, _) in MEANT.items() if fnmatchcase(told, name))
+
+
+# what stands in a message for an argument, where it is not its name
+STANDS: dict[str, str] = {
+    "": "config.json",
+    "path_or_model_type": "rules of your own",
+    "name": "alias",
+    "hf native": "rule ",
+    "params lora native": "a key that is|parameter|experts|nothing stands below|matri|proj",
+    "specs hf_state_dict state_dict names": "a key that is",
+    "groups weights": "layers ",
+    "order keep": "ids are|layers |would have",
+    "config said": "peft_type|upcycle",
+    "backend": "has no experts",
+    "token_mask": "routing.mask",
+    "tensor": "shape",
+    "dims": "mesh",
+}
+
+
+def stands_for(argument: str) -> str:
+    """A pattern of what may stand for an argument in a message."""
+    return "|".join([argument.strip("*") or "$^", STANDS[""], *(p for n, p in STANDS.items() if argument in n.split())])
+
+
+Calls = dict[str, Callable[..., Any]]
