@@ -54,7 +54,7 @@ def sort_files(forms: Forms, mine: Names, form: str | None, version: str, target
         names = tuple(single or wrapped)
         found.problems.append(Problem(f"{some(names)}: the form {found.form!r}, and lora={form!r} was chosen", names))
     if single and (alone := _half(forms.per_expert, Names(single))):
-        found.problems.append(alone)
+        found.problems += alone
     elif single:
         found.jobs.append(Job(forms.per_expert, [*single], twins=True))
     if not forms.nested:
@@ -142,16 +142,17 @@ def twins(rules: Iterable[Rule], names: Names, *, of_gates: bool = False) -> dic
     return made
 
 
-def _half(rules: Iterable[Rule], names: Names) -> Problem | None:
-    """What there is to say where all experts have matrices of gate alone, or of up."""
+def _half(rules: Iterable[Rule], names: Names) -> list[Problem]:
+    """What there is to say where all experts have matrices of gate alone, or of up; and each that is missing."""
     of_ups, of_gates = (twins(rules, names, of_gates=which) for which in (False, True))
     ours, others = ([*of_ups], [*of_ups.values()]) if of_ups else ([*of_gates.values()], [*of_gates])
     if not ours or (of_ups and of_gates) or {*map(_other, others)} & {*names.names}:
-        return None
+        return []
     mine, other = (END.sub("", n).rpartition(".")[2] for n in (ours[0], others[0]))
     text = f"{some(ours)}: LoRA of {mine!r} without {other!r}, and natively these are one matrix"
     fix = f"beside each, {others[0]!r} equal to {mine!r}'s and its lora_B of zeros are the same update"
-    return Problem(f"{text}. Fix: {fix}; name {other!r} in target_modules too", (*ours, *others))
+    told = Problem(f"{text}. Fix: {fix}; name {other!r} in target_modules too", (*ours,))
+    return [told, *(Problem(f"{n!r}: missing", (n,)) for o in others for n in (o, _other(o)))]
 
 
 def paired(native: Specs, plans: Iterable[TablePlan]) -> Iterator[Problem]:
