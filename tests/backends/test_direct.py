@@ -161,30 +161,28 @@ def test_what_goes_nowhere_takes_the_long_way(why: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [*range(1, 18), loop.FEW, loop.FEW + 1])
 @pytest.mark.parametrize(
     "kind", ["this", "16 bits in fp32", (False, range(0)), (True, range(2, 9)), (False, range(8, 49))]
 )
-def test_products_of_few_rows_by_large_matrices(
-    kind: Any, n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_products_of_few_rows_by_large_matrices(kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU of each kind, whichever this one is."""
     monkeypatch.setattr(loop, "LARGE", 1)
     if kind != "this":
         turned = (False, range(0)) if isinstance(kind, str) else kind
         monkeypatch.setattr(loop, "widens", lambda x: isinstance(kind, str) and x.dtype.itemsize == 2)
         monkeypatch.setattr(loop, "_turned", lambda x, w: turned if w.stride(1) == 1 else (False, range(0)))
-    made = torch.Generator().manual_seed(n)
-    new = lambda *shape: torch.randn(shape, generator=made).to(dtype)
-    x, y, w, offsets = new(n + 3, 16), new(n + 3, 24), new(3, 16, 24), torch.tensor([1, 1, n + 1]).int()
     rounding = {8: 1e-14, 4: 1e-6, 2: 8e-3}[dtype.itemsize]
-    for weights in (w, w.mT.contiguous().mT):
-        out = loop.gmm(x, weights, offsets)[: n + 1]
-        near(out, torch.cat([x[:1].double() @ w[0].double(), x[1 : n + 1].double() @ w[2].double()]), rounding)
-    dw = loop.tgmm(x, y, offsets)
-    near(dw[2], x[1 : n + 1].double().mT @ y[1 : n + 1].double(), rounding)
-    near(dw[0], x[:1].double().mT @ y[:1].double(), rounding)
-    assert not dw[1].any()
+    for n in (*range(1, 18), loop.FEW, loop.FEW + 1):
+        made = torch.Generator().manual_seed(n)
+        new = lambda *shape, made=made: torch.randn(shape, generator=made).to(dtype)
+        x, y, w, offsets = new(n + 3, 16), new(n + 3, 24), new(3, 16, 24), torch.tensor([1, 1, n + 1]).int()
+        for weights in (w, w.mT.contiguous().mT):
+            out = loop.gmm(x, weights, offsets)[: n + 1]
+            near(out, torch.cat([x[:1].double() @ w[0].double(), x[1 : n + 1].double() @ w[2].double()]), rounding)
+        dw = loop.tgmm(x, y, offsets)
+        near(dw[2], x[1 : n + 1].double().mT @ y[1 : n + 1].double(), rounding)
+        near(dw[0], x[:1].double().mT @ y[:1].double(), rounding)
+        assert not dw[1].any()
 
 
 @pytest.mark.parametrize("few", [0, 512])
