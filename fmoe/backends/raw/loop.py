@@ -49,21 +49,18 @@ def multiply(x: Tensor, w: Tensor, sizes: dict[int, int], out: Tensor | None = N
             _in_fp32(rows, mine, place) if widens(x) else torch.mm(rows, mine, out=place)
         return out
     # a matrix that is read leaves nothing else in a core's cache: all that can be done before the products is
-    turned, back = _turned(x, w), list[tuple[Tensor, Tensor]]()
+    one, few = _turned(x, w)
     calls: list[tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]] = []
     for e, rows, place in cells:
         mine, n = w.select(0, e), rows.shape[0]
-        if n == 1 and turned[0]:
+        if n == 1 and one:
             calls.append((torch.mv, mine.mT, rows[0], place[0]))
-        elif n in turned[1]:
-            calls.append((torch.mm, mine.mT, rows.mT, rows.new_empty(w.shape[2], n)))
-            back.append((place, calls[-1][3]))
+        elif n in few:
+            calls.append((_mm_turned, mine.mT, rows.mT, place.mT))
         else:
             calls.append((torch.mm, rows, mine, place))
-    for f, a, b, c in calls:
-        f(a, b, out=c)
-    for place, c in back:
-        place.copy_(c.mT)
+    for by, a, b, c in calls:
+        by(a, b, out=c)
     return out
 
 
@@ -121,6 +118,11 @@ def _turned(x: Tensor, w: Tensor) -> tuple[bool, range]:
         if x.dtype == torch.float32 and w.shape[1] >= LONG and torch.cpu._is_avx512_supported():
             return False, range(SOME, FEW)
     return False, range(0)
+
+
+def _mm_turned(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """torch.mm, which given an `out` of columns would turn both factors round."""
+    return out.copy_(torch.mm(a, b))
 
 
 def _in_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
