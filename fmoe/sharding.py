@@ -34,7 +34,7 @@ def expert_range(n_experts: int, n_ranks: int, rank: int) -> range:
 
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
-    """isinstance(tensor, DTensor). Source: NeMo Automodel state_dict_utils.
+    """isinstance(tensor, DTensor), without an import of what makes one. Source: NeMo Automodel state_dict_utils.
 
     >>> is_dtensor(torch.ones(2))
     False
@@ -114,7 +114,7 @@ def validate_dtensor_expert_sharding(tensor: Tensor, expected_experts: int, tens
     """True: dim 0 of the whole tensor is E, and no mesh dim cuts it but the experts' own; else ValueError.
 
     The rule for a DTensor: with an `ep` mesh dim, `ep` is Shard(0) or Replicate and no other mesh dim is Shard(0).
-    Without, one mesh dim is Shard(0) or all are Replicate. All else is invalid, as an E not cut as by `expert_range`.
+    Without an `ep` dim, one mesh dim is Shard(0) or all are Replicate. And E is cut as `expert_range` cuts it.
 
     >>> validate_dtensor_expert_sharding(torch.ones(4, 2), 4)
     True

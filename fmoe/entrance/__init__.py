@@ -9,7 +9,7 @@ the first one. Modules of fmoe that took a function before its module ended have
 import re
 import sys
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial, update_wrapper
+from functools import cached_property, update_wrapper
 from inspect import Parameter, signature, unwrap
 from types import FunctionType
 from typing import Any
@@ -73,8 +73,8 @@ def _hold(cls: type, key: str, owner: str, late: bool, error: type[ValueError]) 
 
 def _held(fn: Any, owner: str, late: bool, error: type[ValueError], bound: int = 0) -> Callable[..., Any]:
     """fn, behind a function with its name, signature, documentation and globals (by which doctest finds its home)."""
-    parameters, compiling, is_ours = _Parameters(fn, bound), torch.compiler.is_compiling, _is_ours
-    look, together = partial(_look, parameters, owner, error), partial(_together, parameters, owner, error)
+    parameters, compiling, is_ours = _Parameters(fn, bound, owner, error), torch.compiler.is_compiling, _is_ours
+    look, together = parameters.look, parameters.together
 
     def before(*args: Any, **kwargs: Any) -> Any:
         if not compiling():
@@ -97,10 +97,13 @@ def _held(fn: Any, owner: str, late: bool, error: type[ValueError], bound: int =
 
 
 class _Parameters:
-    """The parameters of a function, but the first that are bound; annotations are resolved when they are asked for."""
+    """The parameters of a function, but the first that are bound; annotations are resolved when they are asked for.
 
-    def __init__(self, fn: Any, bound: int):
-        self._fn, self._bound = fn, bound
+    owner: what messages call the function; error: what is raised.
+    """
+
+    def __init__(self, fn: Any, bound: int, owner: str, error: type[ValueError]):
+        self._fn, self._bound, self._owner, self._error = fn, bound, owner, error
 
     @cached_property
     def all(self) -> list[tuple[str, Any, Any]]:
@@ -139,21 +142,22 @@ class _Parameters:
         for name, value in kwargs.items():
             yield name, value, self.named.get(name, self.others.get(Parameter.VAR_KEYWORD, Any))
 
+    def look(self, args: tuple[Any, ...], kwargs: dict[str, Any], fault: Exception | None = None) -> None:
+        """Raises the error for the first argument that is not what is annotated."""
+        for name, value, hint in self.of(args, kwargs):
+            if found := misfit(value, hint):
+                text, keys = said(name, *found)
+                text = f"{self._owner}: {text}. Fix: see help({self._owner})"
+                made = AdapterError([Problem(text, keys)]) if self._error is AdapterError else self._error(text)
+                raise made from fault
 
-def _look(
-    parameters: _Parameters,
-    owner: str,
-    error: type[ValueError],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    fault: BaseException | None = None,
-) -> None:
-    """Raises `error` for the first argument that is not what is annotated."""
-    for name, value, hint in parameters.of(args, kwargs):
-        if found := misfit(value, hint):
-            text, keys = said(name, *found)
-            text = f"{owner}: {text}. Fix: see help({owner})"
-            raise (AdapterError([Problem(text, keys)]) if error is AdapterError else error(text)) from fault
+    def together(self, args: tuple[Any, ...], kwargs: dict[str, Any], fault: Exception) -> None:
+        """Raises the error with the shapes of all tensors, where torch says that some do not go together."""
+        given = {name: value for name, value, _ in self.of(args, kwargs) if isinstance(value, Tensor)}
+        if given and type(fault) in (RuntimeError, IndexError) and _SIZES.search(str(fault)):
+            shapes = [f"{n} is {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in given.items()]
+            text = f"{', '.join(shapes)}, expected tensors that go together ({fault})"
+            raise self._error(f"{self._owner}: {text}. See help({self._owner})") from fault
 
 
 def _is_ours(fault: Exception) -> bool:
@@ -162,21 +166,6 @@ def _is_ours(fault: Exception) -> bool:
 
 
 _SIZES = re.compile(r"shapes? |size of tensor|expanded size|out of bounds|out of range|without overflow|expected dtype")
-
-
-def _together(
-    parameters: _Parameters,
-    owner: str,
-    error: type[ValueError],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    fault: Exception,
-) -> None:
-    """Raises `error` with the shapes of all tensors, where torch says that some do not go together."""
-    given = {name: value for name, value, _ in parameters.of(args, kwargs) if isinstance(value, Tensor)}
-    if given and type(fault) in (RuntimeError, IndexError) and _SIZES.search(str(fault)):
-        said = ", ".join(f"{n} is {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in given.items())
-        raise error(f"{owner}: {said}, expected tensors that go together ({fault}). See help({owner})") from fault
 
 
 held(globals(), "subtree", where="fmoe", error=ValueError)
