@@ -22,7 +22,7 @@ from fmoe.checkpoint.sending import Outbox, place_of
 from fmoe.checkpoint.sides import unnamed_choices
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.room import check_space, size_of
-from fmoe.checkpoint.staging.staging import Staging
+from fmoe.checkpoint.staging.stage import Staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.digests import unchanged, untold

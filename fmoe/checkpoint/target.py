@@ -15,7 +15,7 @@ from fmoe.checkpoint.files.directory import INDEX, Checkpoint
 from fmoe.checkpoint.files.disk import content
 from fmoe.checkpoint.files.weights import OUT
 from fmoe.checkpoint.files.writer import Layout, shard
-from fmoe.checkpoint.staging.staging import Staging
+from fmoe.checkpoint.staging.stage import Staging
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import FIELDS, QUANT, coded, decoded
 from fmoe.codecs.quantised import Quantised

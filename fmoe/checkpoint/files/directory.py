@@ -19,7 +19,7 @@ from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import MOST, parse
-from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, UNFINISHED, chosen, instead, of_a_model
+from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, chosen, instead, of_a_model, unfinished
 from fmoe.checkpoint.remote.address import Address, Where, look, where
 from fmoe.checkpoint.remote.spans import scattered
 from fmoe.checkpoint.remote.stores import AT_ONCE
@@ -128,23 +128,23 @@ class Checkpoint:
         Raises AdapterError for one that may not be copied, as a link that leads out of the directory.
         """
         ours = {INDEX, NATIVE, JOURNAL, SUMS, *self.stamps}
+        goes = lambda p: str(p) not in ours and not unfinished(str(p))
         if isinstance(self.path, Address):
-            there = map(Path, self.path.names())
-            return [p for p in there if str(p) not in ours and p.suffix not in UNFINISHED and str(p)[0] != "."]
-        return list(disk.others(self.path, lambda p: str(p) not in ours and p.suffix not in UNFINISHED))
+            return [p for p in map(Path, self.path.names()) if goes(p) and str(p)[0] != "."]
+        return list(disk.others(self.path, goes))
 
     def left(self) -> list[str]:
         """What goes nowhere: hidden files and folders, what is unfinished, an index that speaks of other files."""
         if isinstance(self.path, Address):
             away = self.path.names()
-            gone = [n for n in away if n[0] == "." or n.endswith(UNFINISHED) or n == INDEX and self.index is None]
+            gone = [n for n in away if n[0] == "." or unfinished(n) or n == INDEX and self.index is None]
             return gone if self.path.listed else [*gone, "whatever else lies there: it cannot be listed"]
         there = sorted(os.listdir(self.path))
         hidden = [n for n in there if n.startswith(".")]
-        below = sorted(p.relative_to(self.path) for p in self.path.rglob("*") if p.suffix in UNFINISHED)
-        unfinished = [str(p) for p in below if not p.parts[0].startswith(".")]
+        below = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*"))
+        stays = [n for n in below if unfinished(n) and not n.startswith(".")]
         stale = [INDEX] if INDEX in there and self.index is None else []
-        return [*hidden, *unfinished, *stale]
+        return [*hidden, *stays, *stale]
 
 
 def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None, *, own: bool = False) -> Checkpoint:

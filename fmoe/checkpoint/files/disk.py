@@ -170,9 +170,16 @@ def read_at(path: Where, descriptor: Opened, into: memoryview, at: int) -> None:
 def write_at(path: Path, descriptor: int, data: memoryview, at: int) -> None:
     """All the bytes, to the file from at on. Raises OSError that names it."""
     done = 0
-    try:
+    with naming(path):
         while done < len(data):
             done += os.pwrite(descriptor, data[done:], at + done)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[Path]:
+    """An OSError of inside names the file."""
+    try:
+        yield path
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

@@ -19,6 +19,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NATIVE = "fmoe.json"
 JOURNAL = "fmoe.journal"
+LEASE = "fmoe.lease"
 SUMS = "fmoe.sha256"
 OUT = "model.gguf"
 METADATA = ".metadata"
@@ -101,6 +102,11 @@ def _sound(path: Where, file: str, files: Iterable[str]) -> None:
 def holds(name: str) -> bool:
     """Whether a file of this name is what a checkpoint cannot be without."""
     return name.endswith((".safetensors", ".distcp")) or name in OPENS
+
+
+def unfinished(name: str) -> bool:
+    """Whether a file of this name is in the making, or tells of such."""
+    return name.endswith(UNFINISHED) or name.startswith((JOURNAL, LEASE))
 
 
 def instead(there: Iterable[str]) -> str:

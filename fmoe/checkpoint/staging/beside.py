@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fmoe.checkpoint.files.directory import Checkpoint
-from fmoe.checkpoint.files.weights import JOURNAL, WEIGHTS, former
+from fmoe.checkpoint.files.weights import JOURNAL, LEASE, WEIGHTS, former
 from fmoe.checkpoint.remote.address import Where
 
 
@@ -32,7 +32,7 @@ def of_the_former(dst: Path, replaced: Iterable[str], written: Iterable[str]) ->
     """Notes that name which files of the model that was in dst go, and what stays there."""
     replaced, written = set(replaced), set(written)
     there = (
-        [n for n in sorted(os.listdir(dst)) if not n.startswith(JOURNAL) and not n.endswith(".part")]
+        [n for n in sorted(os.listdir(dst)) if not n.startswith((JOURNAL, LEASE)) and not n.endswith(".part")]
         if dst.is_dir()
         else []
     )

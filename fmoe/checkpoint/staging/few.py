@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.files.weights import JOURNAL
 from fmoe.checkpoint.staging.journal import ONCE, lines
-from fmoe.checkpoint.staging.staging import naming, staging
+from fmoe.checkpoint.staging.staging import staging
 from fmoe.types import AdapterError
 
 

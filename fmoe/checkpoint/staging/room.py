@@ -7,11 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmoe.checkpoint.files.weights import JOURNAL, OUT, holds
+from fmoe.checkpoint.files.weights import JOURNAL, LEASE, OUT, holds
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable
 from fmoe.checkpoint.staging.journal import ONCE, lines
-from fmoe.checkpoint.staging.locks import LEASE
 from fmoe.codecs.config import QUANT
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
