@@ -1,6 +1,5 @@
 """PEFT's directories: adapter_model.safetensors and adapter_config.json, as native LoRA matrices and back."""
 
-import errno
 import json
 import os
 import re
@@ -11,20 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import parse
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead
+from fmoe.checkpoint.files.writer import Layout
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.staging.few import written
+from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known
 from fmoe.layout.adapter import Adapter
@@ -37,7 +35,7 @@ from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import is_lora
 from fmoe.lowrank.targets import Target, interleaved, renamed, table_of, targets_of, told
 from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Params, Problem
+from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 STAMP = "automodel_peft_config.json"
@@ -186,17 +184,20 @@ def save(
     if problems := list(_ranks(params, config, back.resolve(tensors))):
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
-    dense = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    put = {WEIGHTS: lambda part: _saved(dense, part), CONFIG: lambda part: part.write_text(text)}
+    put = {WEIGHTS: lambda part: _saved(tensors, part), CONFIG: lambda part: part.write_text(text)}
     written(path, put, force)
     return config
 
 
-def _saved(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, {"format": "pt"})
-    except SafetensorError as error:  # a disk that is full, and whatever else the system says
-        raise OSError(errno.EIO, str(error), str(path)) from None
+def _saved(tensors: Params, path: Path) -> None:
+    """As the safetensors library writes it, which tells no error of the system by its number, nor clears away."""
+    layout = Layout.of(
+        {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()}, dict.fromkeys(tensors, ""), {}
+    )
+    with open(path, "wb", buffering=0) as out:
+        disk.write_at(path, out.fileno(), memoryview(layout.heads[""][0]), 0)
+        for name, tensor in tensors.items():
+            write_at(path, out.fileno(), bits(tensor.cpu()), layout.starts[name])
 
 
 def _json(path: Path) -> dict[str, Any]:

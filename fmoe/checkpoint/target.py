@@ -1,7 +1,6 @@
 """What a directory of another system consists of: its layout, its config, and the small files that go along."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from fmoe.checkpoint.files.containers.gguf_written import like as like_of
 from fmoe.checkpoint.files.containers.orbax_written import orbax_layout
 from fmoe.checkpoint.files.containers.written import dcp_layout
 from fmoe.checkpoint.files.directory import INDEX, Checkpoint
-from fmoe.checkpoint.files.disk import content
+from fmoe.checkpoint.files.disk import content, write_at
 from fmoe.checkpoint.files.weights import OUT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.stage import Staging
@@ -86,9 +85,7 @@ def beside(
 def framed(stage: Staging, layout: Layout) -> None:
     """What is known of the files before their data, written."""
     for file, pieces in getattr(layout, "frames", {}).items():
-        descriptor = os.open(stage.part(file), os.O_WRONLY | os.O_CLOEXEC)
-        try:
+        part = stage.part(file)
+        with open(part, "r+b", buffering=0) as out:
             for at, data in pieces:
-                os.pwrite(descriptor, data, at)
-        finally:
-            os.close(descriptor)
+                write_at(part, out.fileno(), memoryview(data), at)

@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.remote.trouble import Unreadable
+from fmoe.checkpoint.staging.journal import forgotten
 from fmoe.checkpoint.staging.shares import Share
 from fmoe.checkpoint.staging.stage import Staging
 from fmoe.checkpoint.stream.carry import default_threads, in_order, pool
@@ -122,9 +124,9 @@ def _settle(engine: Engine, journal: Share, items: Sequence[int], fsync: bool) -
         return
     try:
         for path in engine.files(items):
-            with open(path, "rb") as file:
+            with naming(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
     except OSError:
-        journal.lost()
+        forgotten(journal.lost, engine.files(items))
         raise
     journal.synced(items)

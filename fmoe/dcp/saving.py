@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.save import Job, prepare
 from fmoe.checkpoint.staging.journal import ONCE
@@ -138,7 +139,7 @@ class _Writer(dcp.StorageWriter):
                     self._write(parts[job.files.files[name]], job.files.starts[name], tensor)
         told(self.planner.survived)
         for part in parts.values() if self.fsync else ():
-            with open(part, "rb") as file:
+            with naming(part), open(part, "rb") as file:
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result([])

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,3 +91,13 @@ def note(journal: int, **line: Any) -> None:
     text = (json.dumps(line) + "\n").encode()
     if os.write(journal, text) < len(text):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def forgotten(said: Callable[[], None], parts: Iterable[Path]) -> None:
+    """What was done does not count: the journal says so, or, where it cannot, as on a full disk, the parts are gone."""
+    try:
+        said()
+    except OSError:
+        for part in parts:
+            with suppress(OSError):
+                part.unlink()

@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.files.weights import JOURNAL
 from fmoe.checkpoint.staging.journal import boot, note
 
@@ -14,26 +16,32 @@ class Share:
     """Written by one rank while it works."""
 
     def __init__(self, path: Path, rank: int, work: str):
-        place = path / f"{JOURNAL}.{rank}"
+        self._place = path / f"{JOURNAL}.{rank}"
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._journal = os.open(place, flags, 0o644)
-        os.write(self._journal, b"\n")  # what an interruption cut short ends here
-        note(self._journal, work=work, boot=boot())
+        self._journal = os.open(self._place, flags, 0o644)
+        with naming(self._place):
+            os.write(self._journal, b"\n")  # what an interruption cut short ends here
+        self._note(work=work, boot=boot())
 
     def mark(self, item: int) -> None:
-        note(self._journal, item=item)
+        self._note(item=item)
 
     def synced(self, items: Iterable[int]) -> None:
         """The disk has what these have written."""
-        note(self._journal, synced=list(items))
-        os.fsync(self._journal)
+        self._note(synced=list(items))
+        with naming(self._place):
+            os.fsync(self._journal)
 
     def lost(self) -> None:
         """The disk has failed to take something: what was not synced counts no longer."""
-        note(self._journal, work="", boot="")
+        self._note(work="", boot="")
 
     def close(self) -> None:
         os.close(self._journal)
+
+    def _note(self, **line: Any) -> None:
+        with naming(self._place):
+            note(self._journal, **line)
 
 
 def shared(path: Path, work: str) -> set[int]:

@@ -12,7 +12,7 @@ from typing import Any
 from fmoe.checkpoint.files.disk import copied, naming
 from fmoe.checkpoint.files.weights import INDEX, JOURNAL, METADATA, OPENS, TREE, holds
 from fmoe.checkpoint.remote.address import Where
-from fmoe.checkpoint.staging.journal import ONCE, boot, lines, note, told
+from fmoe.checkpoint.staging.journal import ONCE, boot, forgotten, lines, note, told
 from fmoe.checkpoint.staging.shares import forget, shared
 from fmoe.types import AdapterError
 
@@ -139,9 +139,11 @@ class Staging:
         (self.path / JOURNAL).unlink()
         try:
             self._settled([self.path])
-        except OSError:  # the same call ends it
-            with suppress(OSError):
+        except OSError as error:  # the same call ends it
+            try:
                 (self.path / JOURNAL).write_bytes(kept)
+            except OSError:
+                error.strerror = f"{error.strerror}, when all files had their names: they are whole"
             raise
 
     def _emptied(self, folder: Path) -> None:
@@ -188,7 +190,7 @@ class Staging:
         try:
             self._settled(map(self._part, names))
         except OSError:  # what was on its way is lost, and the system says so but once
-            self._note(boot="")
+            forgotten(lambda: self._note(boot=""), map(self._part, names))
             raise
 
     def _settled(self, paths: Iterable[Path]) -> None:

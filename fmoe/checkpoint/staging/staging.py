@@ -26,9 +26,8 @@ def staging(
     """
     fresh = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    journal = opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
-        with _alone(path, journal) as held:
+        with _alone(path) as (journal, held):
             stage = Staging(path, work, journal, held, fresh=fresh, fsync=fsync)
             try:
                 stage.old = claim()
@@ -39,25 +38,27 @@ def staging(
                 wrong = isinstance(error, AdapterError) and not isinstance(error, Unreadable)
                 bad = wrong or not resumable
                 if stage.stale is None and (bad or not stage.begun) and held():
-                    stage.abandon()
+                    with suppress(OSError):  # what is left then is unfinished, and why is what has gone wrong first
+                        stage.abandon()
                 raise
     finally:
-        os.close(journal)
         if fresh and not (path / JOURNAL).exists():
             _prune(path)
 
 
 @contextmanager
-def _alone(path: Path, journal: int) -> Iterator[Callable[[], bool]]:
-    """As `locked`; where no lock is to be had, a journal that nobody has written to does not stay behind."""
+def _alone(path: Path) -> Iterator[tuple[int, Callable[[], bool]]]:
+    """The journal, and as `locked`; where no lock is to be had, one that nobody has written to does not stay behind."""
+    journal = opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     with ExitStack() as stack:
+        stack.callback(os.close, journal)
         try:
             held = stack.enter_context(locked(path, journal))
         except OSError:
             if not os.fstat(journal).st_size:
                 (path / JOURNAL).unlink(missing_ok=True)
             raise
-        yield held
+        yield journal, held
 
 
 def _prune(path: Path) -> None:
