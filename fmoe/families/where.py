@@ -3,8 +3,9 @@
 A rule is a list of ways, each a list of conditions, the names that are there if all conditions of one way hold, and the
 module, with its dot, that a layer must have for that. A condition: ["at", field, values], of the layer's entry in a
 list; ["on" or "off", field, whether it is on where a config does not say]; ["first"] or ["later"], of the layer's
-number; ["every", field, remainder], of every so many layers; ["own", field], of those whose entry in a list is their
-own number. A field may have a path, "vision_config.use_bias".
+number; ["every" or "other", field, remainder], of every so many layers, or of those between, where the remainder is a
+number or a field; ["own", field], of those whose entry in a list is their own number. A field may have a path,
+"vision_config.use_bias".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +45,9 @@ def _holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> boo
     if kind in ("own", "at"):
         value = listed[layer] if (known := isinstance(listed, list) and len(listed) > layer) else None
         return (value == layer if kind == "own" else value in rest[1]) if known else None
-    if kind == "every":
-        step = said.get(field)
-        return step > 0 and (layer - rest[1]) % step == 0 if type(step) is int else None
+    if kind in ("every", "other"):
+        step, first = said.get(field), said.get(rest[1]) if isinstance(rest[1], str) else rest[1]
+        if type(step) is not int or type(first) is not int:
+            return None
+        return (step > 0 and (layer - first) % step == 0) == (kind == "every")
     return bool(said.get(field, rest[1])) == (kind == "on")

@@ -65,6 +65,8 @@ def test_what_the_config_gives_a_layer_is_missed_alone_and_nothing_else_is(name)
 OTHER = [("jamba", dict(num_experts=1, num_experts_per_tok=1)), ("switch_transformers", dict(num_layers=1))]
 OTHER += [(name, dict(num_dense_layers=1)) for name in ("afmoe", "lfm2_moe")]
 OTHER += [("hy_v3", dict(num_shared_experts=0)), ("nllb-moe", dict(decoder_layers=4))]
+OTHER += [("nllb-moe", dict(decoder_layers=6, decoder_sparse_step=3)), ("jamba", dict(attn_layer_offset=0))]
+OTHER += [("gemma4_text", dict(hidden_size_per_layer_input=8)), ("gemma4_text", dict(attention_k_eq_v=True))]
 OTHER += [("inkling2_text", dict(num_hidden_layers=1))]
 
 
@@ -77,3 +79,19 @@ def test_a_class_with_another_number_is_whole(name, said):
         setattr(config, field, value)
     names = known_names.sized(cls, config, name, True)
     assert gaps(FAMILIES[known_names.family_type(name)], config.to_dict(), names).problems == []
+
+
+SAID = [
+    ("jamba", "attn_layer_offset", 0),
+    ("nllb-moe", "decoder_sparse_step", 3),
+    ("nllb-moe", "encoder_sparse_step", 4),
+]
+SAID += [("gemma4_text", "hidden_size_per_layer_input", 8)]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), SAID)
+def test_a_number_that_says_of_layers_what_they_do_not_have_is_missed(name, field, value):
+    cls, config = known_names.base(name)
+    config.architectures = [cls.__name__]
+    names = known_names.sized(cls, config, name, True)
+    assert gaps(FAMILIES[known_names.family_type(name)], config.to_dict() | {field: value}, names).problems

@@ -78,25 +78,32 @@ def parts_of(config: Any) -> list[Callable[[Any], Any]]:
 
 
 def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:
-    """The config, with one field after the other of a part of it set to something else."""
+    """The config, with one field after the other of a part of it set to something else; and with one expert."""
     text = part(config)
     fixed = {
         n for f in ("n_routed_experts", "n_activated_experts") for n in family(config.model_type).fields[f].split()
     }
+    alone = copy.deepcopy(config)
+    for field in fixed & {*text.to_dict()} if text is text_of(config) else ():
+        setattr(part(alone), field, 1)
+    yield alone
     for field, value in text.to_dict().items():
         if field in fixed or field == "tie_word_embeddings" or field.startswith("_"):
             continue
+        plain = "dense" in field or value == 0 and "layers" not in field
         if isinstance(value, bool):
             others: list[Any] = [not value]
         elif value is None:
             others = [True, 8]
-        elif isinstance(value, int) and ("dense" in field or not SIZES.search(field)):
+        elif isinstance(value, int) and (plain or not SIZES.search(field)):
             others = [0, None, 1, 2]
         elif isinstance(value, list) and value and isinstance(value[0], str):
             kinds = where.kinds(type(config), field, value)
             others = [[kind] * len(value) for kind in kinds] + [[kind, *value[1:]] for kind in kinds]
+        elif value == [] and "mlp" in field:  # of layers, by their numbers
+            others = [[0], [1]]
         elif isinstance(value, list) and value and isinstance(value[0], int):
-            others = [[kind] * len(value) for kind in (0, 1)]
+            others = [*([kind] * len(value) for kind in (0, 1)), [1]]
         else:
             continue
         for other in others:
@@ -106,7 +113,7 @@ def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:
                 setattr(target, field, other)
                 if field == "mlp_only_layers":
                     target.mlp_only_layers = list(range(9))
-                yield changed
+                yield where.remade(changed) if where.STEPS.search(field) else changed
             except Exception:  # the config's own checks
                 continue
 
@@ -119,7 +126,8 @@ def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
     beside: list[set[str]] = []
     told_by = [(where.flat(config.to_dict(), seen[0][0]), seen[0][1])]
     for part in parts_of(config) if variants else ():
-        for other in (*varied(config, part), *(where.longer(config, text_of) if part is text_of else ())):
+        more = (*where.longer(config, text_of), *where.stepped(config, text_of)) if part is text_of else ()
+        for other in (*varied(config, part), *more):
             try:
                 names = natives(cls, other, name, original)
             except Exception:  # Transformers builds no such model, or it has other experts than the family's

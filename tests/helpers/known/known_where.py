@@ -5,6 +5,7 @@ What a rule is, `fmoe/families/where.py` says.
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,8 @@ Way = list[Condition]
 
 
 COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
+
+STEPS = re.compile(r"step|period|interval|freq|offset")
 
 
 class Row(NamedTuple):
@@ -69,6 +72,32 @@ def longer(config: Any, text_of: Callable[[Any], Any]) -> Iterator[Any]:
         except Exception:  # the config's own checks
             continue
         yield made
+
+
+def stepped(config: Any, text_of: Callable[[Any], Any]) -> Iterator[Any]:
+    """The config with four times its layers, and with another number in what says every how many have something."""
+    made = next((c for c in [*longer(config, text_of)][1:]), None)
+    for field, value in text_of(made).to_dict().items() if made is not None else ():
+        for other in {3, value + 1} - {value} if type(value) is int and STEPS.search(field) else ():
+            changed = copy.deepcopy(made)
+            try:
+                setattr(text_of(changed), field, other)
+                yield remade(changed)
+            except Exception:  # the config's own checks
+                continue
+
+
+def remade(config: Any) -> Any:
+    """The config with what its class makes of such numbers made again, as a list of kinds."""
+    return type(config).from_dict(config.to_dict())
+
+
+def stretch(text: Any, field: str, count: int) -> None:
+    """Lists with an entry for each layer, for as many layers as this number is to be."""
+    given = text.to_dict()
+    for f, v in given.items():
+        if isinstance(v, list) and len(v) == given[field] and len(v) > 1:
+            setattr(text, f, [v[l % len(v)] for l in range(count)])
 
 
 def placed(told_by: list[tuple[dict[str, Any], set[str]]], stack: str) -> list[Row]:
@@ -135,9 +164,10 @@ def _one(name: str, rows: list[Row], defaults: dict[str, Any]) -> Condition | No
 def _alone(rows: list[Row], defaults: dict[str, Any]) -> list[Condition]:
     fields = [f for f, v in rows[0].said.items() if v is None or isinstance(v, int)]
     fields = [f for f in fields if len({bool(r.said.get(f)) for r in rows}) > 1]
-    steps = [f for f, v in rows[0].said.items() if "step" in f and all(type(r.said[f]) is int for r in rows)]
-    each = [["every", f, r] for f in steps for r in (0, 1, -1)]
-    own = [["own", f] for f in rows[0].said if all(_numbers(r.said.get(f), r.layer) for r in rows)]
+    steps = [f for f in rows[0].said if STEPS.search(f) and all(type(r.said.get(f)) is int for r in rows)]
+    firsts = [0, 1, -1, *(f for f in steps if "offset" in f)]
+    each = [[how, f, r] for f in steps if "offset" not in f for r in firsts for how in ("every", "other")]
+    own = [["own", f] for f in rows[0].said if all(_numbers(r, f) for r in rows)]
     return [
         ["first"],
         ["later"],
@@ -158,8 +188,11 @@ def _plain(values: list[Any]) -> bool:
     return all(isinstance(v, str | int) for v in values)
 
 
-def _numbers(value: Any, layer: int) -> bool:
-    return isinstance(value, list) and len(value) > layer and all(type(v) is int for v in value)
+def _numbers(row: Row, field: str) -> bool:
+    """Whether a list has a number for each layer."""
+    value = row.said.get(field)
+    whole = isinstance(value, list) and len(value) == row.said.get("num_hidden_layers", len(value)) > row.layer
+    return whole and all(type(v) is int for v in value)
 
 
 def _holds(condition: Condition, row: Row) -> bool:
@@ -167,7 +200,7 @@ def _holds(condition: Condition, row: Row) -> bool:
         return (row.layer == 0) == (condition[0] == "first")
     if condition[0] == "own":
         return bool(row.said[condition[1]][row.layer] == row.layer)
-    if condition[0] == "every":
-        step = row.said[condition[1]]
-        return step > 0 and (row.layer - condition[2]) % step == 0
+    if condition[0] in ("every", "other"):
+        step, first = row.said[condition[1]], row.said.get(condition[2], condition[2])
+        return (step > 0 and (row.layer - first) % step == 0) == (condition[0] == "every")
     return bool(row.said.get(condition[1])) == (condition[0] == "on")
