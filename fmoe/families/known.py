@@ -118,9 +118,9 @@ def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
 
 
 def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether the output embedding is the input's."""
+    """Whether the output embedding is the input's: the whole model's word on it goes before its text model's."""
     said = [c.get("tie_word_embeddings") for c in (config, _text(config))]
-    return any(said) if any(v is not None for v in said) else entry["tied"]
+    return bool(next((v for v in said if v is not None), entry["tied"]))
 
 
 def _absent(

@@ -1,21 +1,19 @@
 """Have a checkpoint's tensors the sizes that its config says? What Transformers makes of a config's numbers, as data.
 
-`sizes.json`, which `tests/helpers/known/known_sizes.py` wrote: model type -> a sum of products of config fields, as
-"2*num_heads*head_dim" -> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers
-a stack has. A name that starts with `#` is of the text model's layers; with `#layer_types=word`, of those of which that
-list says the word. A third entry: where the formula is 0, something else is there. A field may have a path. A quotient,
-"hidden_size*num_key_value_heads/num_attention_heads", has the width of a head that no field says.
+`sizes.json`, which `tests/helpers/known/known_sizes.py` wrote: model type -> a formula of config fields (`formula.py`)
+-> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers a stack has, -2: how
+many tensors a list. A name that starts with `#` is of the text model's layers; with `#layer_types=word`, of those of
+which that list says the word. A third entry is the formula where the first one is 0; 0 where nobody knows that.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fmoe.families.known import by_stack, decoder, entries
+from fmoe.families.formula import fields, value
+from fmoe.families.known import Layers, by_stack, decoder, entries
 from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
 from fmoe.types import Problem
@@ -33,6 +31,14 @@ def keys(names: Iterable[str], spell: Spell) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*spelt(names, spell), *names]))
 
 
+class Expected(NamedTuple):
+    """A size, and the config's fields that say it, with what they are."""
+
+    size: int
+    told: str
+
+
+LAYERS, LIST = -1, -2
 PARTS = ("vision_config", "audio_config", "attn_config", "ffn_config")
 
 
@@ -59,43 +65,90 @@ def odd_sizes(
     if not found or not found[1]:
         return
     text = config.get("text_config")
-    own = {**(text if isinstance(text, Mapping) else config)}
-    own |= {f"{p}.{f}": v for p in PARTS for f, v in as_part(config, p).items()}
+    own = {**(text if isinstance(text, Mapping) else config)} | {p: config[p] for p in PARTS if p in config}
     stacks, count = by_stack(native), layer_count(said)
     main = decoder(stacks)
-    layers = [l for l in stacks.get(main, {}) if count is None or l < count]
+    here = {**stacks, main: [l for l in stacks.get(main, ()) if count is None or l < count]}
+    apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
-        fields = [f for f in re.split(r"[+*/]", formula) if not f.isdigit()]
-        if any(type(own.get(f)) is not int for f in fields) or "/" in formula and "head_dim" in own:
-            continue
-        size, odd = _value(formula, own), dict[tuple[int, int], list[str]]()
-        told = ", ".join(f"{f} {own[f]}" for f in dict.fromkeys(fields))
-        for template, k, *other in dims:
+        exact = "[l]" in formula or not apart.isdisjoint(fields(formula))
+        odd = dict[tuple[int, int, Expected], list[str]]()
+        for template, k, *zero in dims:
             at, numbered, rest = template.partition("#")
-            kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             stack = at[:-1] or main
-            if not size and other:
-                continue
+            says = lambda l: _expected(formula, zero, own, l, stack == main)  # noqa: B023
             if k < 0:
-                if stack in stacks and (n := max(stacks[stack]) + 1) != size:
-                    yield Problem(f"{stack}.*: {n} layers, and config.json has {told}: expected {size}", (stack,))
+                yield from (_layers if k == LAYERS else _list)(stack, says(-1), native, stacks, spell)
                 continue
-            here = layers if stack == main else stacks.get(stack, {})
-            names = [f"{stack}.{l}.{rest}" for l in here if _of(kind, own, l)] if numbered else [template]
-            held = {n: native[n].shape[k] for n in names if n in native and _plain(native[n]) > k}
-            if len({*held.values()} - {size}) == 1 and size not in held.values():  # layers may be of several kinds
-                odd.setdefault((k, next(iter(held.values()))), []).extend(held)
-        for (k, n), names in odd.items():
+            kind, _, rest = rest.partition(".") if numbered else ("", "", "")
+            places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
+            held = {n: l for n, l in (places if numbered else {template: -1}).items() if _plain(native.get(n)) > k}
+            alike = None if exact else says(-1)
+            wanted = {n: says(l) if exact else alike for n, l in held.items()}
+            wrong = [n for n, size in wanted.items() if size and size.size != native[n].shape[k]]
+            if exact or len(wrong) == len(held) and len({native[n].shape[k] for n in held}) == 1:
+                for n in wrong:  # of all layers, or where each has its own: without that, they may be of several kinds
+                    odd.setdefault((k, native[n].shape[k], wanted[n]), []).append(n)  # type: ignore[arg-type]
+        for (k, n, (size, told)), names in odd.items():
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
             text = f"{some(spelt(names, spell))}: {n} in {dim}, and config.json has {told}: expected {size}"
             yield Problem(text, keys(names, spell))
+
+
+def _expected(formula: str, zero: Sequence[Any], own: Mapping[str, Any], layer: int, text: bool) -> Expected | None:
+    """A size, if the config says it; of a layer, by what `per_layer_config` says of that before all else.
+
+    zero: what is in its place where it is 0. layer: -1 for none. text: whether it is one of the text model's.
+    """
+    said = own if layer < 0 or text else {p: _of_layer(part, layer) for p, part in own.items()}
+    said = _of_layer(said, layer) if text else said
+    size, used = value(formula, said, layer), [*fields(formula)]
+    if size == 0 and zero:
+        size, used = (value(zero[0], said, layer), [*used, *fields(zero[0])]) if zero[0] else (None, used)
+    told = {f.replace("[l]", f"[{layer}]"): n for f in used if (n := value(f, said, layer)) is not None}
+    return None if size is None else Expected(size, ", ".join(f"{f} {n}" for f, n in told.items()))
+
+
+def _parts(own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [("", own), *((f"{p}.", as_part(own, p)) for p in PARTS)]
+
+
+def _each(part: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Layer -> what `per_layer_config` says of it."""
+    found = as_part(part, "per_layer_config")
+    return {int(l): v for l, v in found.items() if str(l).isdigit() and isinstance(v, Mapping)}
+
+
+def _of_layer(part: Any, layer: int) -> Any:
+    return {**part, **_each(part).get(layer, {})} if isinstance(part, Mapping) else part
+
+
+def _layers(
+    stack: str, says: Expected | None, native: Mapping[str, Any], stacks: Mapping[str, Layers], spell: Spell
+) -> Iterator[Problem]:
+    """A stack of another number of layers than the config says."""
+    if says and stack in stacks and (n := max(stacks[stack]) + 1) != says.size:
+        text = f"{stack}.*: {n} layers, and config.json has {says.told}: expected {says.size}"
+        yield Problem(text, (stack,))
+
+
+def _list(
+    stack: str, says: Expected | None, native: Mapping[str, Any], stacks: Mapping[str, Layers], spell: Spell
+) -> Iterator[Problem]:
+    """A list of tensors that are fewer or more than the config says."""
+    held = {n for n in native if n.rpartition(".")[0] == stack and n.rpartition(".")[2].isdigit()}
+    if not says or len(held) == says.size or not any(n.startswith(stack.rpartition(".")[0] + ".") for n in native):
+        return
+    names = sorted({f"{stack}.{k}" for k in range(says.size)} ^ held)
+    text = f"{len(held)} tensors of {stack}.*, and config.json has {says.told}: expected {says.size}"
+    yield Problem(f"{some(spelt(names, spell))}: {text}", keys(names, spell))
 
 
 def _of(kind: str, said: Mapping[str, Any], layer: int) -> bool:
     """Whether a list says of a layer what "layer_types=full_attention" says; "": any layer."""
     field, _, word = kind.partition("=")
     listed = said.get(field)
-    return not kind or isinstance(listed, list) and layer < len(listed) and listed[layer] == word
+    return not kind or isinstance(listed, list) and layer < len(listed) and str(listed[layer]) == word
 
 
 def as_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -104,16 +157,8 @@ def as_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _plain(spec: Any) -> int:
-    """How many dimensions it has, if it is no codes."""
+    """How many dimensions it has, if it is there and no codes."""
+    if spec is None:
+        return 0
     whole = spec.dtype.itemsize > 1 if spec.dtype.is_floating_point else spec.dtype.itemsize == 8
     return len(spec.shape) if whole else 0
-
-
-def _value(formula: str, said: Mapping[str, Any]) -> int:
-    """Of a quotient "a*b/c", a // c * b, as classes take the width of a head."""
-    value = lambda factor: int(factor) if factor.isdigit() else int(said[factor])
-    above, _, below = formula.partition("/")
-    if below:
-        first, *others = map(value, above.split("*"))
-        return first // max(1, value(below)) * prod(others)
-    return sum(prod(map(value, term.split("*"))) for term in above.split("+"))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import hf
 import hf_zoo as zoo
@@ -12,8 +13,9 @@ from directories import load
 from hf import save
 
 import fmoe
+from fmoe.families.formula import fields
 from fmoe.families.kind import as_dict
-from fmoe.families.sizes import known_sizes, odd_sizes
+from fmoe.families.sizes import PARTS, known_sizes, odd_sizes
 
 NAMES = [*hf.MODELS, *zoo.MODELS]
 UNBUILT = {"dbrx", "dots1", "hunyuan_v1_moe", "lfm2_moe", "longcat_flash", "deepseek_ocr2_text"}
@@ -28,17 +30,34 @@ def said_and_native(name, config):
     return said, known_names.sized(cls, config, name, name == "longcat_flash")
 
 
-def of(config, field):
-    """The part of a config that has a field, and the field's name there."""
-    part, _, name = field.rpartition(".")
-    if part:
-        return config.get(part, {}), name
-    return (config["text_config"] if isinstance(config.get("text_config"), dict) else config), name
+def places(config, field):
+    """Where a config says what a formula calls by this name: of one layer's, all that each layer has of its own."""
+    *path, name = re.findall(r"\w+", field)
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    at = config if path and path[0] in PARTS else text
+    for part in path:
+        at = at.get(part, {})
+    if name == "l":
+        return [(at, l) for l in range(len(at))]
+    each = at.get("per_layer_config") if isinstance(at, dict) else None
+    return [(at, name if isinstance(at, dict) else int(name)), *((own, name) for own in (each or {}).values())]
 
 
-def says(config, field):
-    part, name = of(config, field)
-    return type(part.get(name)) is int
+def moved(config, field):
+    """The config with one more there, and what a problem says of that."""
+    other = copy.deepcopy(config)
+    there = lambda at, k: k in at if isinstance(at, dict) else k < len(at)
+    found = [(at, k) for at, k in places(other, field) if there(at, k) and type(at[k]) is int]
+    for at, k in found:
+        at[k] += 1
+    return other, [f"{field.replace('[l]', f'[{k}]')} {at[k]}" for at, k in found]
+
+
+def here(config, dims):
+    """Whether layers of one of these kinds are in this config, or its tensors are of no kind."""
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    kinds = [hit.groups() if (hit := re.match(r"#(\w+)=(\w+)", at[0])) else () for at in dims]
+    return any(not kind or kind[1] in map(str, text.get(kind[0], ())) for kind in kinds)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,16 +66,14 @@ def test_each_number_that_sizes_follow_is_missed_where_tensors_have_another_and_
     config.architectures = [cls.__name__]
     said, native = config.to_dict(), known_names.sized(cls, config, name, True)
     assert not [*odd_sizes(said, as_dict(said), native)]
-    formulas = known_sizes()[said["model_type"]]
-    assert formulas
-    for formula in formulas:
-        fields = [f for f in formula.split("*") if not f.isdigit()]
-        if "+" in formula or "/" in formula or not all(says(said, f) for f in fields):
-            continue
-        other = copy.deepcopy(said)
-        part, name = of(other, fields[-1])
-        part[name] += 1
-        assert any(f"{fields[-1]} {part[name]}" in p.text for p in odd_sizes(other, as_dict(other), native)), formula
+    found = known_sizes()[said["model_type"]]
+    assert found
+    for formula, dims in found.items():
+        for field in fields(formula) if here(said, dims) else ():
+            other, told = moved(said, field)
+            if told and "//" not in formula:  # what is divided may be the same of one more
+                problems = [p.text for p in odd_sizes(other, as_dict(other), native)]
+                assert any(t in p for t in told for p in problems), (formula, field)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in UNBUILT])

@@ -1,41 +1,45 @@
 """What the sizes of a model's tensors are, by its config: run as a program, this writes fmoe/families/sizes.json.
 
 `known_sizes.py [NAME ...]`. Every class of the zoo is built without memory, with one number of its config after the
-other changed, and then two. A dimension that follows as sums of products of numbers, exactly, every time, is kept;
-one that any other field changes (a flag, a list, what is absent) is not.
+other changed, and then two. A dimension that follows from numbers by a formula, exactly, every time, is kept; one that
+any other field changes (a flag, a list, what is absent) is not. Numbers that Transformers takes only together with
+another are changed together with it.
 """
 
-import copy
 import json
+import re
 import sys
 from collections import defaultdict
-from fractions import Fraction
-from itertools import combinations, permutations, product
-from math import prod
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import hf
 import hf_zoo as zoo
+import known_fit
 import known_names
-import known_where as where
-import torch
 import transformers
+from known_numbers import Step, alike, changed, numbers
 
 import fmoe
+from fmoe.families.formula import fields
 from fmoe.families.known import NUMBERED, by_stack, decoder
+from fmoe.families.sizes import LAYERS, LIST, PARTS
 
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
 Dims = dict[tuple[str, int], int]
 MOST = 4  # numbers in one dimension
-KINDS = "layer_types"
+OPTIONAL = {"head_dim", *(f"{p}.head_dim" for p in PARTS)}
+KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 def dims(name: str, cls: Any, config: Any) -> Dims | None:
     """(template of a native name, dimension) -> its size; None: there is no such model.
 
-    A stack has as many layers as its last one's number says: (template of its layers, -1). Where what a list says of
-    a layer decides, as "layer_types", the template names it: "#layer_types=full_attention.self_attn.q_proj.weight".
+    A stack has as many layers as its last one's number says: (template of its layers, -1); a list of tensors, -2.
+    Where what a list says of a layer decides, the template names it: "#layer_types=full_attention.self_attn.q_norm".
     """
     try:
         specs = known_names.sized(cls, config, name, True)
@@ -44,97 +48,169 @@ def dims(name: str, cls: Any, config: Any) -> Dims | None:
     stacks = by_stack(specs)
     main = decoder(stacks)
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
-    kinds = known_names.text_of(config).to_dict().get(KINDS) or ()
+    apart: dict[tuple[str, int], Dims] = defaultdict(dict)  # what is numbered, and no layers
+    said = known_names.text_of(config).to_dict()
+    kinds = {f: said[f] for f in KINDS if isinstance(said.get(f), list)}
+    counts: Dims = {}
     for native, spec in specs.items():
         hit = NUMBERED.match(native)
-        if ".experts." in native:
+        if ".experts." in native and not (hit and known_names.TOWER.search(hit[1])):  # ranges of experts are read too
             continue
+        bare, _, number = native.rpartition(".")
+        if not hit and number.isdigit():
+            counts[f"{bare}.#", LIST] = max(int(number) + 1, counts.get((f"{bare}.#", LIST), 0))
+        beside = hit and hit[1] != main
         for k, n in enumerate(spec.shape):
-            found[f"{'' if hit[1] == main else hit[1] + '.'}#.{hit[3]}" if hit else native, k].add(n)
-            if hit and hit[1] == main and int(hit[2]) < len(kinds):
-                found[f"#{KINDS}={kinds[int(hit[2])]}.{hit[3]}", k].add(n)
+            template = (f"{hit[1]}.#." if beside else "#.") + hit[3] if hit else native
+            found[template, k].add(n)
+            apart[template, k] |= {(native, k): n} if beside else {}
+            for field, listed in kinds.items() if hit and hit[1] == main else ():
+                if int(hit[2]) < len(listed):
+                    found[f"#{field}={listed[int(hit[2])]}.{hit[3]}", k].add(n)
     both = config.is_encoder_decoder
-    counts = {(f"{s}.#", -1): max(layers) + 1 for s, layers in stacks.items() if s and (s != main or both)}
-    return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1} | counts
+    counts |= {(f"{s}.#", LAYERS): max(layers) + 1 for s, layers in stacks.items() if s and (s != main or both)}
+    each = {at: n for template, sizes in found.items() if len(sizes) > 1 for at, n in apart[template].items()}
+    return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1} | each | counts
 
 
-def changed(config: Any, values: dict[str, int]) -> Any:
-    made = copy.deepcopy(config)
-    try:
-        for field, value in values.items():
-            part, _, name = field.rpartition(".")
-            setattr(getattr(made, part) if part else known_names.text_of(made), name, value)
-    except Exception:  # the config's own checks
-        return None
-    return made
+class Seen:
+    """A class's sizes with each config that was asked for, and how its numbers can be changed.
+
+    kind: a list of what layers are, and what all of them are to be. read: each config is read as from a file, where the
+    class may make some numbers of others, and takes fewer of them.
+    """
+
+    def __init__(self, name: str, kind: tuple[str, Any] | None = None, read: bool = False):
+        self.name, self.read = name, read
+        self.cls, self.config = known_names.base(name)
+        if kind:
+            text = known_names.text_of(self.config)
+            setattr(text, kind[0], [kind[1]] * len(getattr(text, kind[0])))
+        self.config = alike(self.config if not kind else changed(self.config, {}, True) or self.config)
+        self.said = numbers(self.config)
+        self._seen: dict[tuple[tuple[str, int], ...], Dims | None] = {}
+        self.base = self({}) or {}
+
+    @cached_property
+    def main(self) -> str:
+        return decoder(by_stack(known_names.natives(self.cls, self.config, self.name, True))) if self.base else ""
+
+    @cached_property
+    def steps(self) -> dict[str, list[Step]]:
+        """What to change to change a number: it alone, or with one that must go with it."""
+        found = {f: [s for s in ({f: v + 1}, {f: 2 * v}, {f: 3 * v}) if self(s)] for f, v in self.said.items()}
+        stuck = [f for f, steps in found.items() if len(steps) < 2]
+        pairs = [*combinations(stuck, 2), *product(stuck, [f for f in self.said if f not in stuck])]
+        for f, g in pairs:
+            if len(found[f]) < 2 or g in stuck:
+                for step in filter(self, ({n: times * self.said[n] for n in (f, g)} for times in (2, 3))):
+                    found[f], found[g] = [*found[f], step], [*found[g], step]
+        return found
+
+    @cached_property
+    def others(self) -> list[tuple[Step, Dims]]:
+        """The sizes where anything else is changed, with the numbers there: a flag, a list, what is absent."""
+        ways = (c for part in known_names.parts_of(self.config) for c in known_names.varied(self.config, part))
+        return [(numbers(c, 0), d) for c in ways if (d := dims(self.name, self.cls, c))]
+
+    def kinds(self) -> Iterator[tuple[str, Any]]:
+        """What lists say of layers, here or in the class's own config."""
+        for field in KINDS:
+            own, theirs = (known_names.text_of(c).to_dict().get(field) for c in (self.config, type(self.config)()))
+            words = {*own, *(theirs or ())} if isinstance(own, list) else set()
+            yield from ((field, word) for word in sorted(words if words <= {*map(str, words)} else {0, 1}, key=str))
+
+    def __call__(self, values: Step) -> Dims | None:
+        key = tuple(sorted(values.items()))
+        if key not in self._seen:
+            made = changed(self.config, values, self.read)
+            self._seen[key] = None if made is None else dims(self.name, self.cls, made)
+        return self._seen[key]
+
+    def holds(self, told: str, k: tuple[str, int]) -> bool:
+        """Whether a formula is a size whatever else is changed."""
+        said = ((numbers, d[k]) for numbers, d in self.others if k in d and {*fields(told)} <= {*numbers, *OPTIONAL})
+        return all(known_fit.at(told, numbers) in (n, 0) for numbers, n in said)
+
+    def reads(self, told: str, k: tuple[str, int]) -> bool:
+        """Whether it is a size by what a file says, where the class takes one with another number alone."""
+        steps = [{f: n} for f in fields(told) if (v := self.said.get(f)) for n in (v + 1, 2 * v)]
+        said = ((self.said | s, d[k]) for s in steps if (d := self(s)) and k in d)
+        return all(known_fit.at(told, numbers) == n for numbers, n in said)
+
+    def moved(self, k: tuple[str, int], size: int, beside: Step) -> list[str]:
+        """The numbers that a size follows, and those that must be changed with them."""
+        follows = lambda s: (d := self({**beside, **s})) and d.get(k, size) != size
+        moves = [f for f, steps in self.steps.items() if f not in beside and any(map(follows, steps))]
+        mine = {*moves, *(g for f in moves for step in self.steps[f] for g in step)}
+        at = k[0].partition("#")[0] or self.main
+        best = lambda f: ("." not in f, f.partition("_")[0] in at)  # of two that go together the last is taken
+        return sorted((f for f in self.said if f in mine), key=best)
+
+    def rows(self, k: tuple[str, int], mine: list[str], beside: Step) -> list[known_fit.Row]:
+        """What was seen of a size, with one of these numbers changed, and with two."""
+        tries: list[Step] = [{}, *(s for f in mine for s in self.steps[f])]
+        pairs = ((f, g) for f, g in combinations(mine, 2))
+        tries += [{**s, **t} for f, g in pairs for s in self.steps[f][:2] for t in self.steps[g][:2]]
+        found = ((self.said | beside | t, d[k]) for t in tries if (d := self({**beside, **t})) and k in d)
+        return list({repr(row): row for row in found}.values())
 
 
 def formulas(name: str) -> dict[str, list[list[Any]]]:
-    """A sum of products of config fields, as "2*a*b+c", or "a*b/c" -> the dimensions that are it: [template, which]."""
-    cls, config = known_names.base(name)
-    said = where.flat(config.to_dict(), known_names.text_of(config).to_dict())
-    text = {n: v for n, v in said.items() if type(v) is int and v > 0}
-    seen: dict[tuple[tuple[str, int], ...], Dims | None] = {}
-
-    def at(**values: int) -> Dims | None:
-        key = tuple(sorted(values.items()))
-        if key not in seen:
-            made = changed(config, values)
-            seen[key] = None if made is None else dims(name, cls, made)
-        return seen[key]
-
-    base = at() or {}
-    ways = (c for part in known_names.parts_of(config) for c in known_names.varied(config, part))
-    flags = [c for c in ways if not counted(text, where.flat(c.to_dict(), known_names.text_of(c).to_dict()))]
-    others = [d for other in flags if (d := dims(name, cls, other))]
-    fixed = {k: n for k, n in base.items() if all(d.get(k, n) == n for d in others)}
-    steps = {f: [v + 1, 2 * v] for f, v in text.items()}
-    found: dict[str, list[list[Any]]] = {}
-    for (template, k), size in sorted(fixed.items()):
-        mine = [f for f in text if any((d := at(**{f: v})) and d.get((template, k), size) != size for v in steps[f])]
-        if 0 < len(mine) <= MOST and (told := fitted((template, k), mine, text, steps, at)):
-            none = [d for f in mine if (d := at(**{f: 0})) and d.get((template, k))]
-            found.setdefault(told, []).append([template, k, 0] if none else [template, k])
-    for kinded in [at for dims in found.values() for at in dims if at[0].startswith(f"#{KINDS}=")]:
-        bare = "#." + kinded[0].partition(".")[2]
-        for told, all_of in found.items():
-            if any(at[:2] == [bare, kinded[1]] for at in all_of) and kinded in all_of:
-                found[told] = [at for at in all_of if at != kinded]
-    return found
+    """A formula of config fields -> the dimensions that are it: [template, which, what it is where that is 0]."""
+    seen = Seen(name)
+    again = Seen(name, read=True)
+    found = {at: told for at in sorted(seen.base) if (told := read(seen, again, at))}
+    for kind in seen.kinds():
+        other, word = Seen(name, kind), f"#{kind[0]}={kind[1]}."
+        left = [(t, k) for t, k in sorted(other.base) if t.startswith(word) and (t, k) not in found]
+        left = [(t, k) for t, k in left if (f"#.{t.removeprefix(word)}", k) not in found and other.main == seen.main]
+        again = Seen(name, kind, read=True)
+        for at in left:
+            found |= {at: told} if (told := read(other, again, at)) else {}
+    made: dict[str, list[list[Any]]] = {}
+    for (template, k), (told, zero) in found.items():
+        if "=" not in template or ("#." + template.partition(".")[2], k) not in found:
+            made.setdefault(told, []).append([template, k, *zero])
+    return made
 
 
-def counted(text: dict[str, int], other: dict[str, Any]) -> bool:
-    """Whether another number is what makes this config another."""
-    return any(type(other.get(f)) is int and other[f] != v for f, v in text.items())
+def read(seen: Seen, again: Seen, k: tuple[str, int]) -> tuple[str, list[str | int]] | None:
+    """A dimension's formula that is right by what a file says. again: the same class as it reads files."""
+    found = formula(seen, k)
+    return found if not found or again.reads(found[0], k) else formula(again, k) if k in again.base else None
 
 
-def fitted(where: tuple[str, int], mine: list[str], text: dict[str, int], steps: Any, at: Any) -> str:
-    """The formula of a dimension in these fields, if one fits everything that was seen; else ""."""
-    tries = [{}, *({f: v} for f in mine for v in steps[f])]
-    tries += [{f: u, g: v} for f, g in combinations(mine, 2) for u in steps[f] for v in steps[g]]
-    rows = [(text | t, d[where]) for t in tries if (d := at(**t)) and where in d]
-    for a, c in permutations(mine, 2):  # the width of a head, where it has no field
-        for times in ("", *mine):
-            if all(said[a] // said[c] * said.get(times, 1) == n for said, n in rows):
-                return f"{a}{times and '*'}{times}/{c}"
-    for powers in product(range(3), repeat=len(mine)):  # as of a patch, "3*patch_size*patch_size"
-        word = "*".join(f for f, n in zip(mine, powers, strict=True) for _ in range(n))
-        values = [prod(said[f] ** n for f, n in zip(mine, powers, strict=True)) for said, _ in rows]
-        if word and rows and all(rows[0][1] * v == n * values[0] for v, (_, n) in zip(values, rows, strict=True)):
-            times = Fraction(rows[0][1], values[0])
-            return (f"{times}*{word}" if times != 1 else word) if times.denominator == 1 else ""
-    terms = [(f,) for f in mine] + list(combinations(mine, 2))
-    times_of = lambda said, term: said[term[0]] * (said[term[1]] if len(term) > 1 else 1)
-    matrix = torch.tensor([[times_of(said, t) for t in terms] for said, _ in rows], dtype=torch.float64)
-    if len(rows) <= len(terms) or torch.linalg.matrix_rank(matrix) < len(terms):
-        return ""
-    solved = torch.linalg.lstsq(matrix, torch.tensor([float(n) for _, n in rows], dtype=torch.float64)[:, None])
-    by = [Fraction(float(c)).limit_denominator(1) for c in solved.solution.flatten()]
-    if any(sum(c * times_of(said, t) for c, t in zip(by, terms, strict=True)) != n for said, n in rows):
-        return ""
-    if any(c < 0 for c in by):
-        return ""
-    return "+".join("*".join([*([str(c)] if c != 1 else []), *t]) for c, t in zip(by, terms, strict=True) if c)
+def formula(seen: Seen, k: tuple[str, int]) -> tuple[str, list[str | int]] | None:
+    """The formula of a dimension, and what it is where that is 0, if it is fixed by few numbers and by nothing else."""
+    mine = seen.moved(k, seen.base[k], {})
+    told = fitted(seen, k, mine) if 0 < len(mine) <= MOST else ""
+    return (told, [*at_zero(seen, k, told)]) if told and seen.holds(told, k) else None
+
+
+def fitted(seen: Seen, k: tuple[str, int], mine: list[str]) -> str:
+    """The formula of a dimension in these fields. A head's width that no field says is taken from where one may."""
+    rows = seen.rows(k, mine, {})
+    told = known_fit.fitted(mine, rows)
+    for cut in re.findall(r"\(([\w.]*?)\w+//[a-z_][\w.]*\)", told):
+        width = next((f"{p}.head_dim" for p in PARTS if cut.startswith(p)), "head_dim")
+        with_width = seen({width: 14}) if width not in seen.said else None
+        if with_width and with_width.get(k) != seen.base[k]:
+            told = re.sub(r"\((\S+?//\S+?)\)", rf"({width} or \1)", told)
+            if known_fit.at(told, seen.said | {width: 14}) != with_width.get(k):
+                return ""
+    return told
+
+
+def at_zero(seen: Seen, k: tuple[str, int], told: str) -> Iterator[str | int]:
+    """What a size is where its formula is 0 and it is not: another number, or 0 for what nobody knows."""
+    for f in fields(told):
+        none = None if known_fit.at(told, seen.said | {f: 0}) else seen({f: 0})
+        if none and (size := none.get(k)):
+            others = seen.moved(k, size, {f: 0})
+            rows = seen.rows(k, others, {f: 0})
+            yield (known_fit.fitted(others, rows) if len(others) == 1 else "") or 0
+            return
 
 
 def main(names: list[str]) -> None:

@@ -1,0 +1,74 @@
+"""A number that a config's fields make, as Python writes it: `2*heads*(head_dim or hidden_size//heads)`.
+
+A field may have a path, `vision_config.depth`, and an index, `widths[0]`; `widths[l]` is the layer's own entry.
+"""
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+_FIELD = (ast.Name, ast.Attribute, ast.Subscript)
+
+
+def value(formula: str, said: Mapping[str, Any], layer: int = 0) -> int | None:
+    """What it is by what a config says. None: the config does not say it.
+
+    >>> value("widths[l]*(dim or 8//heads)", {"widths": [2, 3], "heads": 4}, layer=1)
+    6
+    """
+    return _value(_parsed(formula), said, layer)
+
+
+@cache
+def fields(formula: str) -> tuple[str, ...]:
+    """The fields in it, as they are written there, in their order.
+
+    >>> fields("2*vision_config.depth+widths[l]")
+    ('vision_config.depth', 'widths[l]')
+    """
+    return tuple(dict.fromkeys(map(ast.unparse, _fields(_parsed(formula)))))
+
+
+@cache
+def _parsed(formula: str) -> ast.expr:
+    return ast.parse(formula, mode="eval").body
+
+
+def _fields(node: ast.AST) -> list[ast.AST]:
+    return [node] if isinstance(node, _FIELD) else [f for part in ast.iter_child_nodes(node) for f in _fields(part)]
+
+
+def _value(node: ast.expr, said: Mapping[str, Any], layer: int) -> int | None:
+    if isinstance(node, ast.BoolOp):
+        return next((v for part in node.values if (v := _value(part, said, layer))), None)
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left, said, layer), _value(node.right, said, layer)
+        if left is None or right is None or not right and isinstance(node.op, ast.FloorDiv):
+            return None
+        return _OPERATORS[type(node.op)](left, right)
+    found = _said(node, said, layer)
+    return found if type(found) is int else None
+
+
+def _said(node: ast.expr, said: Mapping[str, Any], layer: int) -> Any:
+    """What a config says in one place; None where it has no such place."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return said.get(node.id)
+    if isinstance(node, ast.Attribute):
+        inner = _said(node.value, said, layer)
+        return inner.get(node.attr) if isinstance(inner, Mapping) else None
+    if isinstance(node, ast.Subscript):
+        listed = _said(node.value, said, layer)
+        k = node.slice.value if isinstance(node.slice, ast.Constant) else layer
+        return listed[k] if isinstance(listed, list) and isinstance(k, int) and k < len(listed) else None
+    raise TypeError(ast.unparse(node))

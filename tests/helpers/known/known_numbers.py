@@ -1,0 +1,60 @@
+"""The numbers of a config, by what a formula of `fmoe.families.formula` calls them."""
+
+import copy
+import re
+from typing import Any
+
+import known_names
+import known_where as where
+
+from fmoe.families.sizes import PARTS
+
+Step = dict[str, int]
+"""Numbers of a config."""
+
+
+def numbers(config: Any, least: int = 1) -> Step:
+    """All numbers of a config by how a formula calls them: of the text model, of what stands beside it, of lists."""
+    said, text = config.to_dict(), known_names.text_of(config).to_dict()
+    count = next((text[f] for f in where.COUNTS if type(text.get(f)) is int), 0)
+    places = [("", text), *((f"{p}.", said[p]) for p in PARTS if isinstance(said.get(p), dict))]
+    places += [(f"{f}.", v) for f, v in text.items() if isinstance(v, dict) and f not in (*PARTS, "rope_parameters")]
+    found: Step = {}
+    for path, part in places:
+        for field, v in part.items():
+            if type(v) is int and v >= least and str(field).isidentifier():
+                found[path + field] = v
+            elif not path and isinstance(v, list) and v and all(type(n) is int and n >= least for n in v):
+                same = len(v) == count and len({*v}) == 1
+                found |= {f"{field}[l]": v[0]} if same else {f"{field}[{i}]": n for i, n in enumerate(v[:4])}
+    return found
+
+
+def changed(config: Any, values: Step, read: bool = False) -> Any:
+    """The config with these numbers; None: its class takes none such. read: as the class reads it from a file."""
+    made = copy.deepcopy(config)
+    try:
+        for field, value in values.items():
+            *path, last = re.findall(r"\w+", field)
+            if field in where.COUNTS:
+                where.stretch(known_names.text_of(made), field, value)
+            at = made if path and path[0] in PARTS else known_names.text_of(made)
+            for part in path:
+                at = at[part] if isinstance(at, dict) else getattr(at, part)
+            if field.endswith("[l]"):
+                at[:] = [value] * len(at)
+            elif isinstance(at, list | dict):
+                at[int(last) if isinstance(at, list) else last] = value
+            else:
+                setattr(at, last, value)
+        return alike(where.remade(made)) if read else made
+    except Exception:  # the config's own checks
+        return None
+
+
+def alike(config: Any) -> Any:
+    """The config with nothing said of one layer alone: what its numbers say, they say of all."""
+    for part in known_names.parts_of(config):
+        if getattr(part(config), "per_layer_config", None):
+            part(config).per_layer_config = {}
+    return config
