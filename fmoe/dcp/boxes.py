@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.distributed.checkpoint import CheckpointException
 from fmoe.layout.sharded.placements import indices_of
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Piece(NamedTuple):
@@ -84,3 +87,17 @@ def surfacing() -> Iterator[None]:
             told = f"rank {rank}: {type(failure).__name__}: {failure}" if dist.is_initialized() else str(failure)
             problems += failure.found if isinstance(failure, AdapterError) else [Problem(told)]
         raise AdapterError(problems) from error
+
+
+@contextmanager
+def alive(group: "ProcessGroup | None") -> Iterator[None]:
+    """What torch.distributed finds out of a rank that ends without a word, as an AdapterError that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not dist.is_initialized() or dist.get_world_size(group) < 2:
+            raise
+        others = [r for r in range(dist.get_world_size(group)) if r != dist.get_rank(group)]
+        who = f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {others}"
+        why = str(error).splitlines()[0].rpartition("] ")[2]
+        raise AdapterError(f"{who} has ended, or is silent ({why}): run this again on all ranks") from error

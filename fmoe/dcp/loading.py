@@ -22,7 +22,7 @@ from fmoe.checkpoint.remote.address import where
 from fmoe.checkpoint.stream.slices import read
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import whole
-from fmoe.dcp.boxes import pieces, surfacing
+from fmoe.dcp.boxes import alive, pieces, surfacing
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.sharded.placements import indices_of
@@ -61,7 +61,7 @@ def load(
     """
     planner, reader = Planner(params, adapter), Reader(path)
     planner.reader = reader
-    with surfacing(), warnings.catch_warnings():
+    with alive(process_group), surfacing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
         dcp.load({}, storage_reader=reader, planner=planner, process_group=process_group)
 

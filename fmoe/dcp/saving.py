@@ -22,7 +22,7 @@ from fmoe.checkpoint.staging.room import check_space, replaced
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.codecs.survival import Survival, told
-from fmoe.dcp.boxes import first_of_copies, pieces, run_starts, surfacing
+from fmoe.dcp.boxes import alive, first_of_copies, pieces, run_starts, surfacing
 from fmoe.families.kind import Family
 from fmoe.layout.adapter import Adapter
 from fmoe.sharding import is_dtensor
@@ -62,7 +62,7 @@ def save(
     ...     fmoe.dcp.save(params, path, adapter), len(fmoe.load(path))
     (288, 2)
     """
-    with ExitStack() as stack, surfacing(), warnings.catch_warnings():
+    with ExitStack() as stack, alive(process_group), surfacing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
         planner = _Planner(params, here(path, "parameters"), adapter, layout, max_shard_size, quantization=quantization)
         writer = _Writer(planner, stack, force, fsync)

@@ -7,6 +7,7 @@ import builtins
 import errno
 import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,3 +83,12 @@ def failing(folder: Path, at: int | None, code: int = 0, *, on: bool = False) ->
     with mock.patch.multiple(os, open=open_os, **made):
         with mock.patch.object(io, "open", open_file), mock.patch.object(builtins, "open", open_file):
             yield calls
+
+
+def chosen(calls: list[str]) -> list[int]:
+    """The first and the last call of each kind on each kind of file."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for i, call in enumerate(calls):
+        name, _, path = call.partition(" ")
+        kinds.setdefault((name, re.sub(r"\d+", "", path)), []).append(i)
+    return sorted({i for found in kinds.values() for i in (found[0], found[-1])})

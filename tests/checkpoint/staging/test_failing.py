@@ -4,7 +4,6 @@ And the same call ends it; what reaches the user names the file.
 """
 
 import errno
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -15,7 +14,7 @@ import pytest
 import torch
 from command import demo
 from directories import files
-from failing import failing
+from failing import chosen, failing
 
 import fmoe
 import fmoe.dcp
@@ -77,15 +76,6 @@ CASES: dict[str, tuple[Callable[[Path], object] | None, Callable[[Path], object]
     "convert over another": (saved(OLD), converted("native", force=True)),
     "convert to another system": (None, converted("torchtitan")),
 }
-
-
-def chosen(calls: list[str]) -> list[int]:
-    """The first and the last call of each kind on each kind of file."""
-    kinds: dict[tuple[str, str], list[int]] = {}
-    for i, call in enumerate(calls):
-        name, _, path = call.partition(" ")
-        kinds.setdefault((name, re.sub(r"\d+", "", path)), []).append(i)
-    return sorted({i for found in kinds.values() for i in (found[0], found[-1])})
 
 
 def told(error: BaseException, dst: Path) -> None:
