@@ -19,9 +19,12 @@ DESCRIPTORS = ("write", "pwrite", "fsync", "ftruncate", "copy_file_range", "send
 
 
 @contextmanager
-def failing(folder: Path, at: int | None, code: int = 0, *, on: bool = False) -> Iterator[list[str]]:
+def failing(
+    folder: Path, at: int | None, code: int = 0, *, on: bool = False, before: Callable[[str], None] = lambda call: None
+) -> Iterator[list[str]]:
     """at: the number of the call that gives this errno. on: and so does every later one, but those that need no room
-    on a disk that is full. What is not there when it is to be removed has gone by then.
+    on a disk that is full. What is not there when it is to be removed has gone by then. before: what is done before
+    every call, which makes none of its own.
     """
     calls: list[str] = []
     inside, opened, opened_os = f"{folder}/", io.open, os.open
@@ -31,6 +34,7 @@ def failing(folder: Path, at: int | None, code: int = 0, *, on: bool = False) ->
     def change(name: str, path: str, said: bool) -> None:
         if f"{path}/".startswith(inside):
             calls.append(f"{name} {path.removeprefix(inside)}")
+            before(calls[-1])
             later = on and len(calls) > (at or 0) and not (full and name in ("unlink", "rmdir"))
             if at is not None and (len(calls) - 1 == at or later):
                 if (name, code) == ("unlink", errno.ENOENT):

@@ -28,7 +28,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @contextmanager
 def locked(path: Path, journal: int) -> Iterator[Callable[[], bool]]:
-    """Alone in this directory, whose journal is open; gives what tells whether that is still so.
+    """Alone in this directory, whose journal is open; gives what tells whether that is still so, and it still there.
 
     Raises AdapterError at once where another process is; OSError.
     """
@@ -41,19 +41,23 @@ def locked(path: Path, journal: int) -> Iterator[Callable[[], bool]]:
             error.filename = str(path / JOURNAL)
             raise
         with _leased(path, journal) as held:
-            _there(path, journal)
-            yield held
+            yield from _there(path, lambda: _same(path, journal) and held())
         return
-    _there(path, journal)
-    yield lambda: True
+    yield from _there(path, lambda: _same(path, journal))
 
 
-def _there(path: Path, journal: int) -> None:
-    """Raises AdapterError where the journal is another file by now, or none."""
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(journal), os.stat(path / JOURNAL)):
-            return
-    raise AdapterError(f"{path}: another process has just finished writing to it")
+def _there(path: Path, held: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    if not held():
+        raise AdapterError(f"{path}: another process has just finished writing to it")
+    yield held
+
+
+def _same(path: Path, journal: int) -> bool:
+    """Whether the journal is still the one of this directory."""
+    try:
+        return os.path.samestat(os.fstat(journal), os.lstat(path / JOURNAL))
+    except OSError:
+        return False
 
 
 def _busy(path: Path) -> AdapterError:

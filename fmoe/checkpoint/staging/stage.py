@@ -22,7 +22,7 @@ class Staging:
 
     begun: whether there is something to go on with, or to remove. old: the files that these replace. done: how many
     jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done. sent: which
-    files are elsewhere, and hold nothing here. held: whether nobody else has taken the directory over.
+    files are elsewhere, and hold nothing here. held: whether this is still the directory, and nobody else's.
     """
 
     def __init__(self, path: Path, work: str, journal: int, held: Callable[[], bool], *, fresh: bool, fsync: bool):
@@ -57,7 +57,7 @@ class Staging:
         """
         self.sizes = {name: size for name, (_, size) in heads.items()}
         self.names = [*heads, *small]
-        self._no_folders()
+        self._names_free()
         self.begun = True
         found = lines(self.path)
         with naming(self.path / JOURNAL):
@@ -90,6 +90,7 @@ class Staging:
 
     def fill(self, name: str, given: bytes | Where) -> None:
         """A file written whole, of these bytes or as a copy."""
+        self._alone()
         with naming(self.part(name)) as part:
             part.unlink(missing_ok=True)  # an earlier run's, or a link that leads elsewhere
             part.write_bytes(given) if isinstance(given, bytes) else copied(given, part)
@@ -159,12 +160,18 @@ class Staging:
         if self.begun or not lines(self.path):
             (self.path / JOURNAL).unlink(missing_ok=True)
 
-    def _no_folders(self) -> None:
-        """Raises AdapterError where a folder has the name of a file to come: nothing is written over it."""
+    def _names_free(self) -> None:
+        """Raises AdapterError where a folder has the name of a file to come, or two files have one."""
         ours = [p for n in self.names for p in (self.path / n, self._part(n))]
         for path in (*ours, *self.path.glob("*.safetensors.part")):
             if path.is_dir() and not path.is_symlink():
                 raise AdapterError(f"{path} is a folder, expected no more than a file of that name: move it away")
+        alike: dict[str, list[str]] = {}
+        for name in self.names:
+            alike.setdefault(name.casefold(), []).append(name)
+        if (self.path / JOURNAL.upper()).exists() and (twins := next((n for n in alike.values() if len(n) > 1), None)):
+            text = f"{' and '.join(map(repr, twins))} are one name to the file system of {self.path}"
+            raise AdapterError(f"{text}: rename one of them in the source, or write to another")
 
     def _part(self, name: str) -> Path:
         return self.path / f"{name}.part"
@@ -176,8 +183,8 @@ class Staging:
 
     def _alone(self) -> None:
         if not self.held():
-            text = "another process has taken it over while this one stood still for a minute or more"
-            raise AdapterError(f"{self.path}: {text}: let that end, then run this again")
+            text = "was moved, or another process has taken it over while this one stood still for a minute or more"
+            raise AdapterError(f"{self.path} {text}: let that end, then run this again")
 
     def _discard(self) -> None:
         """No part of this work, of what the journal tells of, or of weights at all."""

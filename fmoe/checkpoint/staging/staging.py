@@ -34,10 +34,11 @@ def staging(
                 yield stage
                 fresh = False
             except BaseException as error:
-                fresh = stage.fresh
+                ours = held()
+                fresh = stage.fresh and ours
                 wrong = isinstance(error, AdapterError) and not isinstance(error, Unreadable)
                 bad = wrong or not resumable
-                if stage.stale is None and (bad or not stage.begun) and held():
+                if stage.stale is None and (bad or not stage.begun) and ours:
                     with suppress(OSError):  # what is left then is unfinished, and why is what has gone wrong first
                         stage.abandon()
                 raise
