@@ -97,15 +97,20 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     left = [n for n in missing if n not in told]
-    return Gaps([*experts, *_missing(left, spell), *_missing(ahead, spell), *odd], notes)
+    by = {f"{s}.{l}.{n}": why for s in stacks if s and left for l in stacks[s] for n, why in told_by(s, l).items()}
+    return Gaps([*experts, *_missing(left, spell, by), *_missing(ahead, spell, {}), *odd], notes)
 
 
-def _missing(names: list[str], spell: Spell) -> list[Problem]:
-    """One sentence for all names that differ in numbers alone."""
-    alike: dict[str, list[str]] = {}
+def _missing(names: list[str], spell: Spell, by: Mapping[str, str]) -> list[Problem]:
+    """One sentence for all names that differ in numbers alone. by: the config's numbers that ask for a name."""
+    alike: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"\d+", "#", name), []).append(name)
-    return [Problem(f"{some(spelt(same, spell))}: missing", keys(same, spell)) for same in alike.values()]
+        alike.setdefault((re.sub(r"\d+", "#", name), by.get(name, "")), []).append(name)
+    why = lambda numbers: f", and config.json has {numbers}" if numbers else ""
+    return [
+        Problem(f"{some(spelt(same, spell))}: missing{why(numbers)}", keys(same, spell))
+        for (_, numbers), same in alike.items()
+    ]
 
 
 def _experts(

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fmoe.families.where import settled
+from fmoe.families.where import says, settled
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)", re.ASCII)
 _STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
@@ -163,13 +163,13 @@ def beyond(name: str, held: Iterable[str]) -> bool:
     return number.isdigit() and not any(s == stem and n.isdigit() and int(n) > int(number) for s, _, n in others)
 
 
-def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable[[str, int], set[str]]:
-    """stack, layer -> the names of which the config says whether that layer has them, as its class has it."""
+def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable[[str, int], dict[str, str]]:
+    """stack, layer -> the names of which the config says whether that layer has them, and by what numbers it does."""
     form, said = next(iter(nearest(config, stacks)), None), {**config, **_text(config)}
     own: dict[str, Any] = form["where"] if form else {}
     bare = {s: s.removeprefix(form["stem"]) for s in own if s} if form else {}
     rules = lambda stack: own.get(stack) or next((own[s] for s in bare if stack.endswith(bare[s])), ())
-    return lambda stack, l: {*settled(rules(stack), said, l, stacks[stack][l])}
+    return lambda stack, l: {n: says(rules(stack), said, n) for n in settled(rules(stack), said, l, stacks[stack][l])}
 
 
 def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any]) -> list[str]:

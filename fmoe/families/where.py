@@ -29,6 +29,17 @@ def settled(rules: Rules, said: Mapping[str, Any], layer: int, held: Iterable[st
     return found
 
 
+def says(rules: Rules, said: Mapping[str, Any], name: str) -> str:
+    """The numbers by which a config says that of a name, as "period 2, offset 1"; "" for one that no number decides.
+
+    >>> says([[[[["every", "period", "offset"]]], ["attn.q"], ""]], {"period": 2, "offset": 1}, "attn.q")
+    'period 2, offset 1'
+    """
+    conditions = [c for ways, names, _ in rules if name in names for way in ways for c in way]
+    fields = dict.fromkeys(f for c in conditions for f in c[1:] if isinstance(f, str))
+    return ", ".join(f"{f} {said[f]}" for f in fields if type(said.get(f)) is int)
+
+
 def _all(conditions: Sequence[Sequence[Any]], said: Mapping[str, Any], layer: int) -> bool | None:
     told = [_holds(condition, said, layer) for condition in conditions]
     return False if False in told else None if None in told else True

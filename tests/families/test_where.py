@@ -94,4 +94,5 @@ def test_a_number_that_says_of_layers_what_they_do_not_have_is_missed(name, fiel
     cls, config = known_names.base(name)
     config.architectures = [cls.__name__]
     names = known_names.sized(cls, config, name, True)
-    assert gaps(FAMILIES[known_names.family_type(name)], config.to_dict() | {field: value}, names).problems
+    problems = gaps(FAMILIES[known_names.family_type(name)], config.to_dict() | {field: value}, names).problems
+    assert any(f"{field} {value}" in p.text for p in problems)
