@@ -24,16 +24,17 @@ from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
-from fmoe.families import known
+from fmoe.families import known, opened
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
 from fmoe.lowrank.complete import missing
 from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.matrices import is_copy, tied
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import is_lora
-from fmoe.lowrank.targets import Target, interleaved, renamed, table_of, targets_of, told
+from fmoe.lowrank.targets import scales_of, table_of, targets_of, told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
@@ -53,9 +54,7 @@ class Tuned(NamedTuple):
     @property
     def scales(self) -> Scales:
         """alpha / r of every matrix A, by its name; how gate and up lie in its B; and which native weight it adapts."""
-        found = {t.a: _one(t, self.config) for t in targets_of(self.adapter, self.params)}
-        mixed = interleaved(self.adapter, [n for n in found if n.endswith("_gate_and_up_A")])
-        return Scales(found, mixed, renamed(self.adapter, self.params))
+        return scales_of(self.params, self.config, self.adapter, opened(self.adapter))
 
     def __repr__(self) -> str:
         r, alpha = self.config.r, self.config.lora_alpha
@@ -105,13 +104,14 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     files = dict.fromkeys(header.specs, WEIGHTS)
     source = Checkpoint(path, {}, header.specs, files, header.offsets, {WEIGHTS: header.stamp})
     tensors = source.read(files)
-    if whole := tuple(n for n in tensors if not is_lora(n)):
+    if whole := tuple(n for n in tensors if not is_lora(n) and not is_copy(n, tensors)):
         text = f"{some(whole)}: no matrix A or B, expected those alone. Fix: merge it with PEFT (merge_and_unload)"
         raise AdapterError([Problem(text, whole)])
     adapter = base.resolve(tensors)
     params = adapter.from_hf(tensors)
-    everywhere = partial(known.everywhere, adapter.config or {})
-    if problems := [*_ranks(params, said, adapter), *missing(params, said, adapter, names, everywhere)]:
+    model = adapter.config or {}
+    problems = [*_ranks(params, said, adapter), *(tied(params) if known.ties(model) else ())]
+    if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model))]:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 
@@ -205,17 +205,6 @@ def _json(path: Path) -> dict[str, Any]:
         return parse(disk.content(path, "is missing: a PEFT directory has one"), infinite=True)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: {error}") from None
-
-
-def _one(target: Target, config: LoraConfig) -> float:
-    """The scale of a matrix A: experts of one layer have one."""
-    scales = {config.scale(key) for key in target.keys}
-    if len(scales) > 1:
-        text = (
-            f"{target.a!r}: rank_pattern and alpha_pattern give its experts the scales {sorted(scales)}, expected one"
-        )
-        raise AdapterError([Problem(text, (target.a,))])
-    return scales.pop()
 
 
 def _ranks(params: Params, config: LoraConfig, adapter: Adapter) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from fmoe.entrance import held
 from fmoe.families.kind import VERIFIED, Family
 from fmoe.folding import meant
+from fmoe.layout.adapter import Adapter
 from fmoe.types import AdapterError, brief
 
 _FILES = {
@@ -58,6 +59,17 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise AdapterError(f"model_type {model_type!r} is unknown. {KNOWN}{meant(model_type, FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def opened(adapter: Adapter) -> Adapter:
+    """A family's adapter with its layouts open; one that is of no family as it is.
+
+    >>> chosen = FAMILIES["qwen3_moe"].adapter({"model_type": "qwen3_moe"}, layout="fused")
+    >>> "layout" in repr(chosen), "layout=per_expert|fused" in repr(opened(chosen))
+    (False, True)
+    """
+    kind = FAMILIES.get(str((adapter.config or {}).get("model_type")))
+    return kind.adapter(adapter.config) if kind else adapter
 
 
 for _folder, _files in _FILES.items():

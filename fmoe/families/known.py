@@ -96,7 +96,7 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     entry, whole = found
     said = {**config, **_text(config)}
     ways = [_absent(form, stacks, sparse, count, whole, said) for form in entry["forms"]]
-    tied = _tied(config, entry)
+    tied = ties(config, entry)
     return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
 
 
@@ -117,10 +117,15 @@ def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
     return bool(sets) and all(name in one for s in sets for one in s)
 
 
-def _tied(config: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
-    """Whether the output embedding is the input's: the whole model's word on it goes before its text model's."""
+def ties(config: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> bool:
+    """Whether the output embedding is the input's: the whole model's word on it goes before its text model's.
+
+    >>> ties({"model_type": "qwen3_moe"}), ties({"model_type": "qwen3_moe", "tie_word_embeddings": True})
+    (False, True)
+    """
+    entry = entry or known().get(str(config.get("model_type"))) or known().get(str(_text(config).get("model_type")))
     said = [c.get("tie_word_embeddings") for c in (config, _text(config))]
-    return bool(next((v for v in said if v is not None), entry["tied"]))
+    return bool(next((v for v in said if v is not None), entry and entry["tied"]))
 
 
 def _absent(

@@ -14,16 +14,31 @@ from fmoe.types import AdapterError, Params, Problem
 
 _WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
 _LINEAR = ".lora_A.weight"
+_ROWS = ".lora_embedding_A"
+COPY = ".base_layer.weight"
+"""What PEFT calls the whole weight of an embedding or a head that it writes beside its matrices."""
 _WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
 
 
 class Matrices(NamedTuple):
-    """The names of a weight and of its A and B; `experts`: stacked, and multiplied from the right."""
+    """The names of a weight and of its A and B; `experts`: stacked, and multiplied from the right.
+
+    rows: of an embedding [V, D], A [r, V] and B [D, r]. copy: the weight itself, where it stands beside them.
+    """
 
     weight: str
     a: str
     b: str
     experts: bool
+    rows: bool = False
+
+    @property
+    def copy(self) -> str:
+        return self.weight.removesuffix(".weight") + COPY
+
+    def turned(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors whose product lies as the weight does."""
+        return (A, B) if self.experts else (A.mT, B.mT) if self.rows else (B, A)
 
 
 def matrices(lora: Params) -> Iterator[Matrices]:
@@ -31,7 +46,7 @@ def matrices(lora: Params) -> Iterator[Matrices]:
 
     >>> import torch
     >>> list(matrices({"q.lora_A.weight": torch.ones(2, 6), "q.lora_B.weight": torch.ones(5, 2)}))
-    [Matrices(weight='q.weight', a='q.lora_A.weight', b='q.lora_B.weight', experts=False)]
+    [Matrices(weight='q.weight', a='q.lora_A.weight', b='q.lora_B.weight', experts=False, rows=False)]
     """
     seen: set[str] = set()
     for name in lora:
@@ -41,6 +56,9 @@ def matrices(lora: Params) -> Iterator[Matrices]:
         elif name.endswith(_LINEAR):
             stem = name.removesuffix(_LINEAR)
             pair = Matrices(stem + ".weight", name, stem + ".lora_B.weight", False)
+        elif name.endswith(_ROWS):
+            stem = name.removesuffix(_ROWS)
+            pair = Matrices(stem + ".weight", name, name[:-1] + "B", False, rows=True)
         else:
             continue
         if pair.b not in lora:
@@ -50,11 +68,30 @@ def matrices(lora: Params) -> Iterator[Matrices]:
             kind = "[E, in, r] and [E, r, out]" if pair.experts else "[r, in] and [out, r]"
             text = f"lora: {pair.a!r} is {list(A)} and {pair.b!r} {list(B)}, expected {kind}"
             raise AdapterError([Problem(text, (pair.a, pair.b))])
-        seen |= {pair.a, pair.b}
+        seen |= {pair.a, pair.b, pair.copy}
         yield pair
     if other := tuple(n for n in lora if n not in seen):
         told = f"lora: {some(other)}: no matrix A or B of a pair, which cannot be merged. {_WHOLE}"
         raise AdapterError([Problem(told, other)])
+
+
+def is_copy(name: str, lora: Params) -> bool:
+    """Whether a name is that of a whole weight that stands beside its own matrices.
+
+    >>> is_copy("head.base_layer.weight", {"head.lora_A.weight": 0}), is_copy("head.weight", {"head.lora_A.weight": 0})
+    (True, False)
+    """
+    stem = name.removesuffix(COPY)
+    return name.endswith(COPY) and not lora.keys().isdisjoint((stem + _LINEAR, stem + _ROWS))
+
+
+def tied(lora: Params) -> Iterator[Problem]:
+    """A problem for the matrices of an embedding, or a head, where both are one tensor: merged, both would change."""
+    at = [p for p in matrices(lora) if p.rows or p.weight.endswith("lm_head.weight")]
+    if names := tuple(n for p in at for n in (p.a, p.b)):
+        text = f"{some(names)}: LoRA of an embedding that is its base's head too, and a merge would change both"
+        fix = "Fix: untie the base first: write lm_head.weight, a copy of its embedding, and tie_word_embeddings=false"
+        yield Problem(f"{text}. {fix} in its config.json", names)
 
 
 def scale_of(scale: Scale, pair: Matrices) -> float:

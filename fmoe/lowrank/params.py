@@ -6,7 +6,7 @@ from torch import Tensor
 from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.layout.eager.running import specs_of
 from fmoe.lowrank.derive import NATIVE
-from fmoe.lowrank.matrices import matrices, scale_of
+from fmoe.lowrank.matrices import Matrices, matrices, scale_of
 from fmoe.lowrank.scales import Scale, Scales, alternates
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.sharding import is_dtensor
@@ -14,7 +14,7 @@ from fmoe.types import AdapterError, Params, Problem
 
 _NATIVE = (
     "Fix: pass what fmoe.load gives of its base, and params and scales as fmoe.lora.load gives them; "
-    "where the file's weight is cut or turned natively, merge it with PEFT (merge_and_unload)"
+    "where Transformers has other names in memory than in files, pass adapter.from_hf(model.state_dict())"
 )
 
 
@@ -74,8 +74,10 @@ def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | Non
 
     Computed in fp32 for 16-bit weights, in fp64 for fp32 ones, expert by expert, and rounded once to W's dtype. Experts
     `lora_..._A` [E, n, r], `_B` [E, r, out], gate and up with matrices A of their own ([E, D, 2, r]) too; and plain
-    `X.lora_A.weight` [r, in], `X.lora_B.weight` [out, r] of `X.weight` [out, in]. lora: with or without PEFT's
-    `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`tuned.scales`).
+    `X.lora_A.weight` [r, in], `X.lora_B.weight` [out, r] of `X.weight` [out, in], also where that is cut or turned
+    natively (`tuned.scales` knows how); and `X.lora_embedding_A` [r, V], `X.lora_embedding_B` [D, r] of an embedding
+    [V, D]. A weight of the adapter's own, `X.base_layer.weight`, stands in for W, as in PEFT. lora: with or without
+    PEFT's `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`tuned.scales`).
     interleaved: whether gate and up columns of B alternate, as for quick_geglu (GPT-OSS). It matters for an A
     [E, D, 2, r] alone, and the scales that `fmoe.lora.load` gives know it: there, leave it out. Raises AdapterError for
     such an A of which nothing says it, for a matrix alone, none at all, a weight that is not there, shapes that do not
@@ -164,36 +166,56 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
     if not specs_of(lora):
         raise AdapterError("lora: no matrices A and B, expected some to add: is the adapter's file empty?")
     lora = _lifted(lora, scale, interleaved)
+    parts = scale.parts if isinstance(scale, Scales) else {}
     for pair in matrices(lora):
+        A, B = lora[pair.a], lora[pair.b]
+        by, (one, other) = sign * scale_of(scale, pair), pair.turned(A, B)
+        if pair.a in parts:
+            for t in (A, B):
+                _plain(pair.a if t is A else pair.b, t, A.device, pair.a)
+            for name, part in parts[pair.a](by * (one.double() @ other.double())).items():
+                W = _weight(params, name, pair)
+                _plain(name, W, A.device, pair.a)
+                made[name] = (W.double() + part).to(W.dtype)
+            continue
         weight = pair.weight.removeprefix(WRAPPED)
         weight = scale.weights.get(pair.a, weight) if isinstance(scale, Scales) else weight
-        name = next((n for n in (pair.weight, weight) if n in params), None)
-        if name is None:
-            told = f"lora: {pair.a!r} has no weight {weight!r} to be added to, expected it among params. {_NATIVE}"
-            raise AdapterError([Problem(told, (pair.a,))])
-        W, A, B = params[name], lora[pair.a], lora[pair.b]
+        name = pair.weight if pair.weight in params else weight
+        W = _weight(params, name, pair)
         for odd, t in ((name, W), (pair.a, A), (pair.b, B)):
-            if is_dtensor(t) or not t.is_floating_point() or t.element_size() < 2:
-                found = f"{t.dtype}{' in a DTensor' * is_dtensor(t)}"
-                raise AdapterError([Problem(f"lora: {odd!r} is {found}, expected plain floats", (odd,))])
-            if t.device != W.device:
-                found = f"on {t.device}, and {name!r} on {W.device}, expected one device"
-                raise AdapterError([Problem(f"lora: {odd!r} is {found}", (odd,))])
-        if (
-            pair.experts
-            and W.shape != (A.shape[0], A.shape[1], B.shape[2])
-            or not pair.experts
-            and W.shape
-            != (
-                B.shape[0],
-                A.shape[1],
-            )
-        ):
+            _plain(odd, t, W.device, name)
+        if pair.copy in lora and sign > 0:
+            W = _instead(W, lora[pair.copy], name, pair)
+        if W.shape != (*one.shape[:-1], other.shape[-1]):
             found = f"A {list(A.shape)}, B {list(B.shape)}"
             raise AdapterError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
-        by = sign * scale_of(scale, pair)
-        made[name] = _sum(W, A, B, by) if pair.experts else _sum(W[None], B[None], A[None], by)[0]
+        made[name] = _sum(W, one, other, by) if pair.experts else _sum(W[None], one[None], other[None], by)[0]
     return made
+
+
+def _weight(params: Params, name: str, pair: Matrices) -> Tensor:
+    if name not in params:
+        told = f"lora: {pair.a!r} has no weight {name!r} to be added to, expected it among params. {_NATIVE}"
+        raise AdapterError([Problem(told, (pair.a,))])
+    return params[name]
+
+
+def _plain(odd: str, t: Tensor, device: torch.device, of: str) -> None:
+    if is_dtensor(t) or not t.is_floating_point() or t.element_size() < 2:
+        found = f"{t.dtype}{' in a DTensor' * is_dtensor(t)}"
+        raise AdapterError([Problem(f"lora: {odd!r} is {found}, expected plain floats", (odd,))])
+    if t.device != device:
+        raise AdapterError(
+            [Problem(f"lora: {odd!r} is on {t.device}, and {of!r} on {device}, expected one device", (odd,))]
+        )
+
+
+def _instead(W: Tensor, copy: Tensor, name: str, pair: Matrices) -> Tensor:
+    """The weight that an adapter was trained beside, as PEFT puts it in the place of the base's."""
+    if copy.shape != W.shape:
+        told = f"lora: {pair.copy!r} is {list(copy.shape)}, and {name!r} {list(W.shape)}: its vocabulary is another"
+        raise AdapterError([Problem(f"{told}. Fix: resize the base's embeddings first, as for training", (pair.copy,))])
+    return copy.to(W.dtype).to(W.device)
 
 
 def _sum(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -1,6 +1,8 @@
 """What multiplies A @ B, matrix by matrix; the weight it is added to; how gate and up lie in B, each with its own A."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import Tensor
 
 from fmoe.types import AdapterError, Problem
 
@@ -11,7 +13,8 @@ _FIX = "fmoe.activations.is_interleaved(config.expert_activation): True for quic
 class Scales(dict[str, float]):
     """alpha / r of every matrix A, by its name. interleaved: the A's in whose B gate and up columns alternate.
 
-    weights: the names of native weights, of the A's that files name otherwise.
+    weights: the names of native weights, of the A's that files name otherwise. parts: what an update of the file's
+    weight is natively, of the A's whose weight a rule cuts or turns.
 
     >>> scales = Scales({"lora_gate_and_up_A": 2.0}, interleaved=["lora_gate_and_up_A"])
     >>> scales, alternates("lora_gate_and_up_A", scales, None)
@@ -19,10 +22,14 @@ class Scales(dict[str, float]):
     """
 
     def __init__(
-        self, scales: Mapping[str, float], interleaved: Iterable[str], weights: Mapping[str, str] | None = None
+        self,
+        scales: Mapping[str, float],
+        interleaved: Iterable[str],
+        weights: Mapping[str, str] | None = None,
+        parts: Mapping[str, Callable[[Tensor], Mapping[str, Tensor]]] | None = None,
     ) -> None:
         super().__init__(scales)
-        self.interleaved, self.weights = frozenset(interleaved), dict(weights or {})
+        self.interleaved, self.weights, self.parts = frozenset(interleaved), dict(weights or {}), dict(parts or {})
 
 
 def alternates(name: str, scale: Scale | None, interleaved: bool | None) -> bool:

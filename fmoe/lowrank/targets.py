@@ -1,15 +1,20 @@
 """What PEFT calls the parameters and modules that LoRA matrices adapt."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
+
+from torch import Tensor
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import claim
-from fmoe.layout.entries import settle
+from fmoe.layout.entries import Either, Entry, Together, settle
 from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.table import Table
-from fmoe.lowrank.matrices import matrices
+from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.matrices import Matrices, matrices
+from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import END, OURS, WRAPPED
 from fmoe.lowrank.stage import CURRENT, LoraTable
 from fmoe.types import AdapterError, Params, Problem
@@ -63,6 +68,9 @@ def targets_of(adapter: Adapter, params: Params) -> list[Target]:
                 modules = tuple(dict.fromkeys(END.sub("", n).removeprefix(WRAPPED) for n in names if END.search(n)))
                 found = (parameter(table, source),) if wrapped else modules
                 made.append(Target(source, params[source].shape[-1], wrapped, found))
+            elif source.endswith(".lora_embedding_A"):
+                key = source.removesuffix(".lora_embedding_A").removeprefix(WRAPPED)
+                made.append(Target(source, params[source].shape[0], False, (key,)))
             elif source.endswith(".lora_A.weight"):
                 key = source.removesuffix(".lora_A.weight").removeprefix(WRAPPED)
                 whole = any(f".{key}.weight".endswith(f".{t}") for t in table.targets or ())
@@ -80,6 +88,30 @@ def parameter(table: LoraTable, name: str) -> str:
     raise AdapterError([Problem(f"{name!r}: PEFT wraps no parameter for it", (name,))])
 
 
+def scales_of(params: Params, config: LoraConfig, adapter: Adapter, whole: Adapter) -> Scales:
+    """alpha / r of every matrix A, and which native weight, or parts of some, it adapts.
+
+    whole: the same adapter with its layouts open: a file names modules as they are in memory, whichever its base has.
+    """
+    found = {t.a: _one(t, config) for t in targets_of(adapter, params)}
+    mixed = interleaved(adapter, [n for n in found if n.endswith("_gate_and_up_A")])
+    names, cut = renamed(adapter, params), parts(adapter, params)
+    also = {a: n for a, n in renamed(whole, params).items() if a not in cut}
+    more = {a: of for a, of in parts(whole, params).items() if a not in names}
+    return Scales(found, mixed, also | names, more | cut)
+
+
+def _one(target: Target, config: LoraConfig) -> float:
+    """The scale of a matrix A: experts of one layer have one."""
+    scales = {config.scale(key) for key in target.keys}
+    if len(scales) > 1:
+        text = (
+            f"{target.a!r}: rank_pattern and alpha_pattern give its experts the scales {sorted(scales)}, expected one"
+        )
+        raise AdapterError([Problem(text, (target.a,))])
+    return scales.pop()
+
+
 def interleaved(adapter: Adapter, names: Iterable[str]) -> frozenset[str]:
     """The native A's among names in whose B gate and up columns alternate, as the adapter's rules have them."""
     found: set[str] = set()
@@ -94,19 +126,55 @@ def interleaved(adapter: Adapter, names: Iterable[str]) -> frozenset[str]:
 def renamed(adapter: Adapter, params: Params) -> dict[str, str]:
     """A's name -> its native weight's, where that has another: LoRA tensors keep the names that they have in files.
 
-    A weight that a rule turns or cuts is none that its file's A @ B fits: it is left out.
+    A weight that a rule turns or cuts is none that its file's A @ B fits: it is left out (`parts`).
 
     >>> import fmoe, torch
     >>> lora = {f"layers.0.block_sparse_moe.gate.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
     >>> renamed(fmoe.adapter("mixtral", {}), lora)
     {'layers.0.block_sparse_moe.gate.lora_A.weight': 'layers.0.mlp.gate.weight'}
     """
-    found: dict[str, str] = {}
+    found = {pair.a: (pair.weight.removeprefix(WRAPPED), _native(adapter, pair)) for pair in matrices(params)}
+    return {a: native for a, (name, native) in found.items() if native not in (None, name)}
+
+
+def parts(adapter: Adapter, params: Params) -> dict[str, Callable[[Tensor], Mapping[str, Tensor]]]:
+    """A's name -> what an update of its file's weight is natively, where a rule turns or cuts that weight.
+
+    >>> import fmoe, torch
+    >>> lora = {f"layers.0.mlp.gate.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    >>> (turn,) = parts(fmoe.adapter("ernie4_5_vl_moe", {}), lora).values()
+    >>> turn(torch.ones(6, 4))["layers.0.mlp.text_moe.gate.weight"].shape
+    torch.Size([4, 6])
+    """
+    made: dict[str, Callable[[Tensor], Mapping[str, Tensor]]] = {}
     for pair in matrices(params):
-        weight = name = pair.weight.removeprefix(WRAPPED)
-        for stage in adapter.stages:
-            if isinstance(stage, Table):
-                names = Names([name])
-                name = claim(settle(stage.entries, names, default=True), names, guard=False).pairs.get(name, name)
-        found |= {pair.a: name} if name != weight else {}
-    return found
+        if not pair.experts and _native(adapter, pair) is None:
+            made[pair.a] = partial(_through, adapter, pair.weight.removeprefix(WRAPPED))
+    return made
+
+
+def _through(adapter: Adapter, name: str, update: Tensor) -> Mapping[str, Tensor]:
+    alone = lambda s: replace(s, entries=tuple(_alone(s.entries))) if isinstance(s, Table) else s
+    return replace(adapter, stages=tuple(map(alone, adapter.stages))).from_hf({name: update})
+
+
+def _alone(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """The entries, none of which needs another beside it."""
+    for entry in entries:
+        if isinstance(entry, Either):
+            yield replace(entry, options=tuple((label, tuple(_alone(option))) for label, option in entry.options))
+        else:
+            yield from entry.rules if isinstance(entry, Together) else (entry,)
+
+
+def _native(adapter: Adapter, pair: Matrices) -> str | None:
+    """A weight's native name; None: it is turned, cut or stacked."""
+    name = pair.weight.removeprefix(WRAPPED)
+    for stage in adapter.stages:
+        if isinstance(stage, Table):
+            names = Names([name])
+            claims = claim(settle(stage.entries, names, default=True), names, guard=False)
+            if claims.groups:
+                return None
+            name = claims.pairs.get(name, name)
+    return name

@@ -1,0 +1,145 @@
+"""LoRA of embeddings, heads and routers against PEFT's own merge in fp64, of a model in memory and of its directory."""
+
+import json
+import re
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_cases import ALPHA, MODELS, WARNS, R, adapter_of, build
+from safetensors.torch import load_file, save_file
+
+import fmoe
+from fmoe.testing import same
+
+pytestmark = [
+    *WARNS,
+    pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning"),
+]
+ENDS = ["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head", "q_proj"]
+ROUTER = re.compile(
+    r"(mlp|moe|mixer|feed_forward|ffn)\.(\w+_moe\.)?(gate|router)(\.(gate|layer|wg|proj|classifier))?\.weight$"
+)
+APART = {"dots3_note", "longcat_flash"}  # modules seem lost; zero experts among others in memory
+RENAMED = {
+    "ernie4_5_vl_moe",
+    "hy_v4_vl",
+    "inkling2_loop",
+    "inkling2_loop_text",
+    "inkling2_text",
+    "qwen3_omni_moe_thinker",
+}
+"""What Transformers calls a router in memory, and in files by a name that only Transformers makes of it."""
+
+
+def wrapped(model: Any, path: Any, **how: Any) -> Any:
+    """PEFT's model in fp64 with random matrices, saved at a path."""
+    made = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, **how))
+    drawn = torch.Generator().manual_seed(1)
+    for n, p in made.named_parameters():
+        if ".lora_" in n:
+            p.data.copy_(torch.randn(p.shape, generator=drawn, dtype=torch.float64))
+    made.save_pretrained(path)
+    return made
+
+
+def agree(ours: dict[str, Any], theirs: dict[str, Any], before: dict[str, Any], count: int) -> None:
+    assert ours.keys() == theirs.keys()
+    for n, t in theirs.items():
+        torch.testing.assert_close(ours[n].double(), t.double(), rtol=1e-12, atol=1e-12)
+    assert sum(not torch.equal(before[n], t) for n, t in theirs.items()) == count
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("targets", ENDS, ids="-".join)
+def test_embeddings_and_heads_with_the_copies_that_peft_writes_beside_them(targets, name, tmp_path):
+    model = build(name).double()
+    adapter = adapter_of(model)
+    before = adapter.from_hf({n: t.clone() for n, t in model.state_dict().items()})
+    made = wrapped(model, tmp_path, target_modules=targets)
+    files = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(n.endswith("base_layer.weight") for n in files)
+    tuned = fmoe.lora.load(tmp_path, adapter)
+    same(tuned.adapter.to_hf(tuned.params), files)
+    fmoe.lora.save(tuned.params, tmp_path / "again", tuned.adapter, tuned.config)
+    same(load_file(tmp_path / "again" / "adapter_model.safetensors"), files)
+    theirs = adapter.from_hf(made.merge_and_unload().state_dict())
+    merged = fmoe.lora.merge(before, tuned.params, tuned.scales)
+    agree(merged, theirs, before, len(tuned.scales))
+    for n, t in fmoe.lora.unmerge(merged, tuned.params, tuned.scales).items():
+        torch.testing.assert_close(t, before[n], rtol=1e-9, atol=1e-9)
+
+
+def test_a_copy_that_is_another_is_what_peft_puts_in_the_weights_place(tmp_path):
+    model = build("qwen3_moe").double()
+    adapter = adapter_of(model)
+    before = adapter.from_hf({n: t.clone() for n, t in model.state_dict().items()})
+    wrapped(model, tmp_path, target_modules=["lm_head"])
+    file = tmp_path / "adapter_model.safetensors"
+    copy = "base_model.model.lm_head.base_layer.weight"
+    save_file(load_file(file) | {copy: 2 * load_file(file)[copy]}, file)
+    again = peft.PeftModel.from_pretrained(build("qwen3_moe").double(), tmp_path)
+    tuned = fmoe.lora.load(tmp_path, adapter)
+    theirs = adapter.from_hf(again.merge_and_unload().state_dict())
+    agree(fmoe.lora.merge(before, tuned.params, tuned.scales), theirs, before, 1)
+    longer = tuned.params | {copy: torch.ones(99, 32)}
+    with pytest.raises(fmoe.AdapterError, match=r"base_layer.weight' is \[99, 32\].*Fix: resize the base's embeddings"):
+        fmoe.lora.merge(before, longer, tuned.scales)
+    alone = {n: t for n, t in load_file(file).items() if ".lora_" not in n}
+    save_file(alone, file)
+    with pytest.raises(fmoe.AdapterError, match="no matrix A or B") as error:
+        fmoe.lora.load(tmp_path, adapter)
+    assert copy in error.value.keys
+
+
+@pytest.mark.parametrize("targets", ENDS, ids="-".join)
+def test_of_a_tied_base_they_are_refused_and_of_one_that_was_untied_as_told_they_are_not(targets, tmp_path):
+    model = build("qwen3_moe")
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "base")
+    wrapped(model, tmp_path / "a", target_modules=targets)
+    with pytest.raises(fmoe.AdapterError, match="its base's head too.*Fix: untie the base first"):
+        fmoe.lora.load(tmp_path / "a", tmp_path / "base")
+    file, config = tmp_path / "base" / "model.safetensors", tmp_path / "base" / "config.json"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    tuned, before = fmoe.lora.load(tmp_path / "a", tmp_path / "base"), fmoe.load(tmp_path / "base")
+    merged = fmoe.lora.merge(before, tuned.params, tuned.scales)
+    assert sum(not torch.equal(before[n], t) for n, t in merged.items()) == len(tuned.scales)
+
+
+def routers(name: str) -> tuple[Any, list[str]]:
+    model = build(name).double()
+    found = [n for n, p in model.named_parameters() if p.ndim == 2 and ROUTER.search(n)]
+    return model, sorted({re.sub(r".*\.\d+\.", "", n) for n in found})
+
+
+HERE = ["phimoe", "granitemoe", "ernie4_5_vl_moe", "minimax_m3_vl_text", "qwen3_moe"]
+REST = [pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in (*HERE, *APART)]
+
+
+@pytest.mark.parametrize("name", [*HERE, *REST])
+def test_routers_of_every_family_in_memory_and_of_its_published_directory(name, tmp_path):
+    model, ends = routers(name)
+    if not ends:
+        pytest.skip("its router is no matrix")
+    adapter = adapter_of(model)
+    model.save_pretrained(tmp_path / "base")
+    before = adapter.from_hf({n: t.clone() for n, t in model.state_dict().items()})
+    made = wrapped(model, tmp_path / "a", target_modules=[], target_parameters=ends)
+    tuned = fmoe.lora.load(tmp_path / "a", adapter)
+    merged = made.merge_and_unload()
+    theirs = adapter.from_hf(merged.state_dict())
+    agree(fmoe.lora.merge(before, tuned.params, tuned.scales), theirs, before, len(tuned.scales))
+    tuned, before = fmoe.lora.load(tmp_path / "a", tmp_path / "base"), fmoe.load(tmp_path / "base")
+    if name in RENAMED:
+        with pytest.raises(fmoe.AdapterError, match=r"has no weight .*Fix: .*adapter.from_hf\(model.state_dict"):
+            fmoe.lora.merge(before, tuned.params, tuned.scales)
+        return
+    merged.save_pretrained(tmp_path / "merged")
+    theirs = fmoe.load(tmp_path / "merged")
+    agree(fmoe.lora.merge(before, tuned.params, tuned.scales), theirs, before, len(tuned.scales))
