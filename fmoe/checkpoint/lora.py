@@ -28,13 +28,15 @@ from fmoe.families import known, opened
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
+from fmoe.layout.notation import Rule
 from fmoe.lowrank.complete import missing
 from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.halves import pared, whole
 from fmoe.lowrank.matrices import is_copy, tied
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
-from fmoe.lowrank.stage import is_lora
-from fmoe.lowrank.targets import scales_of, table_of, targets_of, told
+from fmoe.lowrank.stage import LoraTable, is_lora
+from fmoe.lowrank.targets import scales_of, table_of, targets_of, told, wrapped
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
@@ -104,11 +106,11 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     files = dict.fromkeys(header.specs, WEIGHTS)
     source = Checkpoint(path, {}, header.specs, files, header.offsets, {WEIGHTS: header.stamp})
     tensors = source.read(files)
-    if whole := tuple(n for n in tensors if not is_lora(n) and not is_copy(n, tensors)):
-        text = f"{some(whole)}: no matrix A or B, expected those alone. Fix: merge it with PEFT (merge_and_unload)"
-        raise AdapterError([Problem(text, whole)])
+    if alone := tuple(n for n in tensors if not is_lora(n) and not is_copy(n, tensors)):
+        text = f"{some(alone)}: no matrix A or B, expected those alone. Fix: merge it with PEFT (merge_and_unload)"
+        raise AdapterError([Problem(text, alone)])
     adapter = base.resolve(tensors)
-    params = adapter.from_hf(tensors)
+    params = adapter.from_hf(whole(_singly(adapter), tensors, said))
     model = adapter.config or {}
     problems = [*_ranks(params, said, adapter), *(tied(params) if known.ties(model) else ())]
     if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model))]:
@@ -120,6 +122,11 @@ def _as(adapter: Adapter, said: LoraConfig) -> Adapter:
     """The adapter, open but for what a config says of its LoRA tensors."""
     rank = None if said.rank_pattern else said.r
     return told(adapter, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
+
+
+def _singly(adapter: Adapter) -> tuple[Rule, ...]:
+    """The rules of experts one by one."""
+    return next((s.forms.per_expert for s in adapter.stages if isinstance(s, LoraTable) and s.forms.per_expert), ())
 
 
 def _stamped(said: LoraConfig, path: Path) -> LoraConfig:
@@ -179,8 +186,8 @@ def save(
         config = _config(params, adapter, lora_alpha, base)
     elif base is not None:
         config = replace(config, base=base)
-    back = _as(adapter, config)
-    back.from_hf(tensors)  # what is written can be read
+    back, tensors = _as(adapter, config), pared(_singly(adapter), tensors, config)
+    back.from_hf(whole(_singly(adapter), tensors, config))  # what is written can be read
     if problems := list(_ranks(params, config, back.resolve(tensors))):
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
@@ -209,7 +216,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _ranks(params: Params, config: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
     for target in targets_of(adapter, params):
-        said = {config.rank(key) for key in target.keys}
+        said = {config.rank(key) for key in wrapped(target, config)}
         if said != {target.rank}:
             text = (
                 f"{target.a!r} has rank {target.rank}, and adapter_config.json says {sorted(said)} of {target.keys[0]}"

@@ -48,7 +48,8 @@ def missing(
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
-        known = None if names is None or some_layers else _wanted(target, config, adapter, list(names))
+        skipped = some_layers and target in config.target_parameters
+        known = None if names is None or skipped else _wanted(target, config, adapter, list(names))
         lost = sorted(known - keys, key=_numbers) if known else []
         lost = [n for n in lost if not _stacked(adapter, n)]
         lost = [] if known and len({*fits} - known) == len(lost) else lost  # others by name, in memory
@@ -60,7 +61,7 @@ def missing(
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
         elif not fits and (lost or names is None and target != "all-linear"):
             yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
-        elif names is None and not some_layers and not _LAYER.search(f".{target}."):
+        elif names is None and not skipped and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, everywhere)
 
 
@@ -107,17 +108,10 @@ def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str])
         }
     if target == "all-linear":
         return set()
-    excluded = config.other.get("exclude_modules") or ()
     layers = _layers(adapter)
     modules = {n.removesuffix(".weight") for n in names if n.endswith(".weight") and not _SKIPPED.search(n)}
-    found = {m for m in modules if _fits(target, m, config) and not _excluded(m, excluded)}
+    found = {m for m in modules if _fits(target, m, config) and config.wraps(m)}
     return {m for m in found if layers is None or not (n := _LAYER.findall(f"{m}.")) or int(n[0]) < layers}
-
-
-def _excluded(module: str, excluded: Any) -> bool:
-    if isinstance(excluded, str):
-        return re.fullmatch(excluded, module) is not None
-    return any(module == e or module.endswith(f".{e}") for e in excluded)
 
 
 def _parameters(adapter: Adapter, names: list[str]) -> set[str]:
@@ -150,7 +144,6 @@ def _gaps(
     """Layers between others, or behind them, that lack what these have, where layers are all of one kind."""
     config: Any = adapter.config or {}
     mixed = any(c.get(field) for c in (config, config.get("text_config") or {}) for field in MIXED)
-    excluded = said.other.get("exclude_modules") or ()
     forms: dict[str, set[int]] = {}
     for key in keys:
         if numbers := _LAYER.findall(f"{key}."):
@@ -166,7 +159,7 @@ def _gaps(
         count = None if _BESIDE.search(form) else _layers(adapter)
         name = lambda n, form=form: form.replace("*", str(n), 1).rstrip(".")
         lost = [n for n in range(first, count or max(found), max(1, every)) if n not in found]
-        lost = [n for n in lost if target in said.target_parameters or not _excluded(name(n), excluded)]
+        lost = [n for n in lost if target in said.target_parameters or said.wraps(name(n))]
         if lost:
             text = f"{name(lost[0])!r}: no matrices, and adapter_config.json targets {target!r}"
             yield Problem(text, (f"{WRAPPED}{name(lost[0])}",))

@@ -41,6 +41,14 @@ def _names(value: Any) -> bool:
     return isinstance(value, list | tuple | set) and all(isinstance(n, str) for n in value)
 
 
+def _one_or_names(value: Any) -> bool:
+    return _readable(value) if isinstance(value, str) else _names(value)
+
+
+def _numbers(values: list[Any]) -> bool:
+    return all(isinstance(n, int) and not isinstance(n, bool) for n in values)
+
+
 def _patterns(value: Any, fits: Callable[[Any], bool]) -> bool:
     return isinstance(value, Mapping) and all(isinstance(n, str) and _readable(n) and fits(v) for n, v in value.items())
 
@@ -59,7 +67,16 @@ KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "rank_pattern": ("regular expressions and positive ints", lambda v: _patterns(v, _rank)),
     "alpha_pattern": ("regular expressions and finite numbers", lambda v: _patterns(v, _finite)),
     "target_parameters": ("a list of names", _names),
-    "target_modules": ("a list of names, or one", lambda v: isinstance(v, str) or _names(v)),
+    "target_modules": ("a list of names, or a regular expression", _one_or_names),
+    "exclude_modules": ("a list of names, or a regular expression", _one_or_names),
+    "layers_pattern": (
+        "a list of regular expressions, or one",
+        lambda v: _one_or_names(v) and (isinstance(v, str) or all(map(_readable, v))),
+    ),
+    "layers_to_transform": (
+        "a number of a layer, or a list of them",
+        lambda v: _numbers(v if isinstance(v, list) else [v]),
+    ),
     "peft_version": ("a version", lambda v: isinstance(v, str)),
     "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
 }
@@ -98,7 +115,7 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or not 1 <= self.r < 2**31:
             raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
-        _of_kinds(vars(self))
+        _of_kinds({**self.other, **vars(self)})
         if problems := [*_refused(self.other)]:
             raise AdapterError([f"adapter_config.json says {problem}" for problem in problems])
         if (found := self.other.get("lora_B_layout") or LAYOUTS[0]) not in LAYOUTS:
@@ -153,6 +170,27 @@ class LoraConfig:
             }
         )
 
+    def wraps(self, key: str) -> bool:
+        """Whether PEFT wraps a linear module of this name.
+
+        >>> some = {"layers_to_transform": [1], "exclude_modules": "o_proj"}
+        >>> config = LoraConfig(r=8, target_modules=("q_proj",), other=some)
+        >>> [config.wraps(f"model.layers.{l}.self_attn.q_proj") for l in range(3)]
+        [False, True, False]
+        """
+        found = self.target_modules
+        if listed(key, self.other.get("exclude_modules") or ()):
+            return False
+        if isinstance(found, str):
+            return found == "all-linear" or listed(key, found)
+        layers, patterns = (self.other.get(f) for f in ("layers_to_transform", "layers_pattern"))
+        if key in found or layers in (None, []) or not listed(key, found):
+            return listed(key, found)
+        forms = [patterns] if isinstance(patterns, str) and patterns else patterns or []
+        hits = (re.match(at, key) for at in [rf"(?:^|.*?\.){f}\.(\d+)\." for f in forms] or [r".*?\.[^.]*\.(\d+)\."])
+        at = next((int(hit[1]) for hit in hits if hit), None)
+        return at in layers if isinstance(layers, list) else at == layers
+
     def rank(self, key: str) -> int:
         """r of a parameter or module."""
         return _matched(self.rank_pattern, key, self.r)
@@ -171,6 +209,13 @@ def _refused(other: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(start, str) and start.lower().startswith(STARTS):
         fix = f"Fix: save it with PEFT's path_initial_model_for_weight_conversion, or {_MERGE.removeprefix('Fix: ')}"
         yield f"init_lora_weights={start!r}: A and B belong to a base whose weights the start has changed. {fix}"
+
+
+def listed(key: str, names: Any) -> bool:
+    """Whether names have a module: by its end, or one of them as a regular expression."""
+    if isinstance(names, str):
+        return re.fullmatch(names, key) is not None
+    return any(key == n or key.endswith(f".{n}") for n in names)
 
 
 def _matched(patterns: Mapping[str, Any], key: str, default: Any) -> Any:

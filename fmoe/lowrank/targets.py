@@ -101,14 +101,19 @@ def scales_of(params: Params, config: LoraConfig, adapter: Adapter, whole: Adapt
     return Scales(found, mixed, also | names, more | cut)
 
 
+def wrapped(target: Target, config: LoraConfig) -> list[str]:
+    """What a config says of a target's rank and scale: of modules, those that it wraps."""
+    return [k for k in target.keys if target.parameter or config.wraps(k)] or [*target.keys]
+
+
 def _one(target: Target, config: LoraConfig) -> float:
     """The scale of a matrix A: experts of one layer have one."""
-    scales = {config.scale(key) for key in target.keys}
+    scales = {config.scale(key) for key in wrapped(target, config)}
     if len(scales) > 1:
         text = (
             f"{target.a!r}: rank_pattern and alpha_pattern give its experts the scales {sorted(scales)}, expected one"
         )
-        raise AdapterError([Problem(text, (target.a,))])
+        raise AdapterError([Problem(f"{text}. Fix: merge it with PEFT (merge_and_unload)", (target.a,))])
     return scales.pop()
 
 

@@ -83,6 +83,7 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
         "lora.LoraConfig": dict(r=2),
         "lora.LoraConfig.read": dict(said=LORA_CONFIG.json()),
         "lora.LoraConfig.rank": dict(self=LORA_CONFIG, key="a"),
+        "lora.LoraConfig.wraps": dict(self=LORA_CONFIG, key="a"),
         "lora.LoraConfig.scale": dict(self=LORA_CONFIG, key="a"),
         "lora.even": dict(lora=LORA, scale=1.0),
         "lora.init": dict(params=FEW, r=2),
