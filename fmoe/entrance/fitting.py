@@ -61,10 +61,12 @@ def is_word(hint: Any) -> bool:
 
 
 def _inside(value: Any, kind: type, args: tuple[Any, ...]) -> Misfit | None:
-    """Of the elements of a list, tuple, set or dict."""
+    """Of the elements of a list, tuple, set or dict: of thousands of tensors, all of one class, what a look takes."""
     if isinstance(value, dict) and issubclass(kind, Mapping):
-        if any(odd := [k for k in value if misfit(k, args[0])]):
+        if odd := [] if _all_are(args[0], value) else [k for k in value if misfit(k, args[0])]:
             return ": a key", odd[0], args[0]
+        if _all_are(args[1], value.values()):
+            return None
         items: Iterable[tuple[Any, Any, Any]] = ((k, v, args[1]) for k, v in value.items())
     elif kind is Callable or not isinstance(value, list | tuple | Set | Mapping) and not getattr(value, "ndim", 0):
         return None
@@ -74,11 +76,16 @@ def _inside(value: Any, kind: type, args: tuple[Any, ...]) -> Misfit | None:
         items = zip(range(len(args)), value, args, strict=True)
     else:
         few = value[:1] if hasattr(value, "ndim") else value  # of an array, rows are alike
-        items = ((i, v, args[0]) for i, v in enumerate(few))
+        items = () if _all_are(args[0], few) else ((i, v, args[0]) for i, v in enumerate(few))
     for at, v, hint in items:
         if found := misfit(v, hint):
             return (f"[{at!r}]{found[0]}", *found[1:])
     return None
+
+
+def _all_are(hint: Any, values: Iterable[Any]) -> bool:
+    """Whether all are of this very class, of which nothing but its class is asked, as NaN is no number."""
+    return hint is not float and {hint}.issuperset(map(type, values))
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -9,7 +9,7 @@ letter occurs once per side, a rule is a bijection, and its inverse is the pair 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -51,7 +51,7 @@ class Rule:
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
         new = {k: size(k, v) for k, v in sizes.items() if k in self.letters}
         bounds = tuple(sorted({**dict(self.bounds), **new}.items()))
-        return Rule(self.source.bind(sizes), self.target.bind(sizes), bounds)
+        return related(self.source.bind(sizes), self.target.bind(sizes), bounds)
 
     @cached_property
     def letters(self) -> frozenset[str]:
@@ -171,6 +171,12 @@ class Rule:
         if both := (parts & set(side.captures)) - set(self.ragged.values()):
             raise AdapterError(f"rule {self}: {', '.join(sorted(both))} is both a capture and an axis of {side}")
         return parts | set(side.captures)
+
+
+@lru_cache(maxsize=1 << 13)
+def related(source: Address, target: Address, bounds: tuple[tuple[str, Bound], ...] = ()) -> Rule:
+    """The rule of two addresses: of equal ones the same, so that what is found out about it is found out once."""
+    return Rule(source, target, bounds)
 
 
 def _one_sided(here: Address, there: Address) -> tuple[str, ...]:

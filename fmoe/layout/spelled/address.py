@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 Atom = str  # an axis letter, "1", or the labels "q|k|v" of a ragged concatenation
 
@@ -42,6 +43,16 @@ class Address:
 
     parts: tuple[str | Capture, ...]
     axes: tuple[tuple[Atom, ...], ...] | None = None
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.parts, self.axes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Address, (self.parts, self.axes)  # without what is cached: hashes differ between processes
 
     @cached_property
     def captures(self) -> dict[str, Capture]:

@@ -1,6 +1,7 @@
 """Addresses read: what a user writes as text."""
 
 import re
+from functools import lru_cache
 
 from fmoe.layout.spelled.address import Address, Atom, Capture
 from fmoe.types import AdapterError, brief
@@ -20,9 +21,17 @@ def parse(text: str) -> Address:
 
     Raises AdapterError for unbalanced brackets or a capture that cannot be read.
     """
-    match = _ADDRESS.fullmatch(text.strip()) if isinstance(text, str) else None
-    if not match or _RESERVED.search(text):
+    found = _parsed(text) if isinstance(text, str) else None
+    if found is None:
         raise AdapterError(f"cannot read address {brief(text)}: expected a name without blanks, then optionally [axes]")
+    return found
+
+
+@lru_cache(maxsize=1 << 12)
+def _parsed(text: str) -> Address | None:
+    match = _ADDRESS.fullmatch(text.strip())
+    if not match or _RESERVED.search(text):
+        return None
     parts: list[str | Capture] = []
     at = 0
     for found in _CAPTURE.finditer(match["name"]):
