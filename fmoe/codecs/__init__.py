@@ -95,7 +95,7 @@ class CodecPlan:
         """Both plans, where only a range of the first axis is made of what the table would then take that range of."""
         asked: dict[str, tuple[str, range]] = {}
         for group in after.groups:
-            first = group.dims(group.rule.source)[:1]
+            first = group.dims("source")[:1]
             axis = first[0][0] if first and len(first[0]) == 1 else ""
             if axis in group.window and axis not in group.local and len(group.window[axis]) < group.sizes[axis]:
                 asked |= dict.fromkeys(group.sources, (axis, group.window[axis]))

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from fmoe.layout.names import patterns
 from fmoe.layout.notation import Rule
-from fmoe.layout.spelled.address import Address
 from fmoe.layout.templates import Value
 from fmoe.types import TensorSpec
 
 Dims = tuple[tuple[str, ...], ...]
 Coords = tuple[int, ...]
+Side = Literal["source", "target"]
 
 
 class Copy(NamedTuple):
@@ -61,9 +61,9 @@ class Group:
     window: Mapping[str, range] = field(default_factory=dict)
     local: frozenset[str] = frozenset()
 
-    def dims(self, side: Address) -> Dims:
+    def dims(self, side: Side) -> Dims:
         """The side's dimensions, as the rule has them."""
-        return self.rule.dims[side is not self.rule.source]
+        return self.rule.dims[side == "target"]
 
     def asked(self, axis: str) -> range:
         return self.window.get(axis, range(self.sizes[axis]))
@@ -71,14 +71,14 @@ class Group:
     @cached_property
     def storage(self) -> tuple[int, ...]:
         """The target's dimensions as its storage orders them: stacked ones outermost, then as the source has them."""
-        at = {axis: i for i, axis in enumerate(flat(self.dims(self.rule.source)))}
-        first = [min((at[a] for a in dim if a in at), default=-1) for dim in self.dims(self.rule.target)]
+        at = {axis: i for i, axis in enumerate(flat(self.dims("source")))}
+        first = [min((at[a] for a in dim if a in at), default=-1) for dim in self.dims("target")]
         return tuple(sorted(range(len(first)), key=lambda i: (first[i], i)))
 
     @cached_property
     def stacked(self) -> tuple[str, ...]:
         """The axes that source names count, in the order of the target's storage."""
-        dims = self.dims(self.rule.target)
+        dims = self.dims("target")
         return tuple(a for i in self.storage for a in dims[i] if a in self.rule.stacked)
 
     def grid(self, names: tuple[str, ...]) -> Iterator[Coords]:
@@ -100,7 +100,7 @@ class Group:
     @cached_property
     def permutation(self) -> list[int] | None:
         """The target's dimensions as places in the source, where whole dimensions are all that moves; else None."""
-        source, target = self.dims(self.rule.source), self.dims(self.rule.target)
+        source, target = self.dims("source"), self.dims("target")
         whole = all(a in self.local or len(self.asked(a)) == n for a, n in self.sizes.items())
         if self.rule.stacked or self.rule.unstacked or not whole or len(set(source)) < len(source):
             return None
@@ -111,13 +111,14 @@ class Group:
         point = {n: self.parts[n][c] if n in self.parts else range(c, c + 1) for n, c in at.items()}
         return {n: self.asked(n) for n in self.sizes if n not in at} | point
 
-    def held(self, side: Address, at: Mapping[str, int]) -> dict[str, range]:
+    def held(self, side: Side, at: Mapping[str, int]) -> dict[str, range]:
         """The range of every axis that a tensor holds: all, unless it is a window or a part itself."""
-        here, axes = side is self.rule.source, flat(self.dims(side))
+        here, axes = side == "source", flat(self.dims(side))
+        captures = (self.rule.source if here else self.rule.target).captures
         held = {a: range(self.sizes[a]) if here and a not in self.local else self.asked(a) for a in axes}
-        return held | {a: self.parts[a][at[a]] for a in axes if a in side.captures}
+        return held | {a: self.parts[a][at[a]] for a in axes if a in captures}
 
-    def shape(self, side: Address, at: Mapping[str, int]) -> tuple[int, ...]:
+    def shape(self, side: Side, at: Mapping[str, int]) -> tuple[int, ...]:
         held = self.held(side, at)
         return tuple(prod(len(held[a]) for a in dim) for dim in self.dims(side))
 
@@ -125,8 +126,8 @@ class Group:
         """The abstract result: every target's name, shape and dtype."""
         names = self.rule.unstacked
         if not any(n in self.parts for n in names):
-            return dict.fromkeys(self.targets, TensorSpec(self.shape(self.rule.target, {}), self.dtype))
-        shapes = (self.shape(self.rule.target, dict(zip(names, c, strict=True))) for c in self.grid(names))
+            return dict.fromkeys(self.targets, TensorSpec(self.shape("target", {}), self.dtype))
+        shapes = (self.shape("target", dict(zip(names, c, strict=True))) for c in self.grid(names))
         return {t: TensorSpec(shape, self.dtype) for t, shape in zip(self.targets, shapes, strict=True)}
 
     def copies(self) -> Iterator[Copy]:
@@ -138,14 +139,12 @@ class Group:
 
     def _boxes(self, at: Mapping[str, int]) -> tuple[tuple[int, ...], int, tuple[int, ...], int, tuple[int, ...]]:
         taken = self.taken(at)
-        (start, step), (target_start, target_step) = (
-            self._box(side, at) for side in (self.rule.source, self.rule.target)
-        )
+        (start, step), (target_start, target_step) = self._box("source", at), self._box("target", at)
         loop = [a for a in step if a in target_step]
         shape = tuple(len(taken[a]) for a in loop)
         return shape, start, tuple(step[a] for a in loop), target_start, tuple(target_step[a] for a in loop)
 
-    def _box(self, side: Address, at: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    def _box(self, side: Side, at: Mapping[str, int]) -> tuple[int, dict[str, int]]:
         """Where the pair's box begins in this side's tensor, and the stride of each axis there."""
         held, taken, step, size = self.held(side, at), self.taken(at), {}, 1
         for axis in reversed(flat(self.dims(side))):

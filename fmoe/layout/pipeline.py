@@ -86,7 +86,7 @@ class Plan:
             moved = {s: t for sources, targets in stage.units() for s in sources for t in targets if s in found}
             found = set(moved.values())
             if isinstance(stage, TablePlan):
-                found |= {t for g in stage.groups if g.dims(g.rule.target)[:1] == ((axis,),) for t in g.targets}
+                found |= {t for g in stage.groups if g.dims("target")[:1] == ((axis,),) for t in g.targets}
             found |= {t for side in _sides(stage) for t in side.stacks(axis)}
         return {n: self.targets[n] for n in self.targets if n in found}
 

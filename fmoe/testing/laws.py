@@ -210,7 +210,7 @@ def assert_restricts(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping
     tables = [stage for stage in plan.stages if isinstance(stage, TablePlan)]
     having = [group for table in tables for group in table.groups if "e" in group.sizes]
     beside = any(isinstance(stage, BesidePlan) for stage in plan.stages)
-    leading = all(group.dims(group.rule.target)[:1] == (("e",),) for group in having)
+    leading = all(group.dims("target")[:1] == (("e",),) for group in having)
     if len({group.sizes["e"] for group in having}) != 1 or not leading or beside:
         return  # no e, or several, or one that is not simply sliced
     stacks, n = plan.stacks("e"), having[0].sizes["e"]

@@ -54,10 +54,10 @@ def narrowing(plan: Plan, side: Literal["sources", "targets"]) -> dict[str, Narr
                     found |= {n: partial(_rows, part=part) for n in changed.sources if changed.rows[n]}
         cut = dict(stage.ranges) if isinstance(stage, CodecPlan) else cut
         for group in stage.groups if isinstance(stage, TablePlan) else ():
-            made = {group.dims(group.rule.source)[0][0] for n in group.sources if n in cut}
+            made = {group.dims("source")[0][0] for n in group.sources if n in cut}
             if made and side == "sources":
                 continue
-            dims = group.dims(group.rule.source if side == "sources" else group.rule.target)
+            dims = group.dims("source" if side == "sources" else "target")
             here = set(flat(dims)) - (group.local - made)  # of what is local the whole tensor is the range
             window = {a: r for a, r in group.window.items() if a in here and len(r) < group.sizes[a]}
             if not window:

@@ -24,7 +24,7 @@ def convert(group: Group, params: Mapping[str, Tensor], *, views: bool = False) 
         return {n: torch.empty(spec.shape, dtype=spec.dtype, device=device) for n, spec in specs}
     if group.permutation is not None:
         return {group.targets[0]: _permuted(params[group.sources[0]], group.permutation)}
-    axes = [a for a in flat(group.dims(group.rule.source)) if a not in group.rule.unstacked or a in group.parts]
+    axes = [a for a in flat(group.dims("source")) if a not in group.rule.unstacked or a in group.parts]
     spread = [
         _pieces(group, params[name], dict(zip(group.stacked, at, strict=True)))
         for name, at in zip(group.sources, group.grid(group.stacked), strict=True)
@@ -41,9 +41,8 @@ def convert(group: Group, params: Mapping[str, Tensor], *, views: bool = False) 
 
 def _pieces(group: Group, tensor: Tensor, at: Mapping[str, int]) -> list[Tensor]:
     """The part of a source that each target takes: a view over the axes common to both."""
-    source, axes = group.rule.source, flat(group.dims(group.rule.source))
-    held = group.held(source, at)
-    if len(axes) != tensor.ndim or any(len(dim) != 1 for dim in group.dims(source)):
+    axes, held = flat(group.dims("source")), group.held("source", at)
+    if len(axes) != tensor.ndim or any(len(dim) != 1 for dim in group.dims("source")):
         tensor = tensor.reshape([len(held[a]) for a in axes])
     for i, axis in enumerate(axes):
         if axis not in group.rule.unstacked and len(asked := group.asked(axis)) < len(held[axis]):
@@ -62,7 +61,7 @@ def _pieces(group: Group, tensor: Tensor, at: Mapping[str, int]) -> list[Tensor]
 
 def _arrange(group: Group, piece: Tensor, axes: list[str], views: bool) -> Tensor:
     """A piece over common axes, as the target's dimensions: permuted, then merged."""
-    dims = group.dims(group.rule.target)
+    dims = group.dims("target")
     order = [axes.index(a) for i in group.storage for a in dims[i]]
     piece = _permuted(piece, order)
     if any(len(dim) != 1 for dim in dims):
@@ -80,12 +79,12 @@ def _stack(group: Group, pieces: tuple[Tensor, ...], axes: list[str], at: Mappin
 
     at: the target's own coordinates, which say how long its part of a ragged axis is.
     """
-    dims = group.dims(group.rule.target)
+    dims = group.dims("target")
     order = [a for i in group.storage for a in dims[i]]
     if order == [*group.stacked, *axes] and not set(group.stacked) & set(group.parts):
         whole = torch.stack(pieces)
     else:
-        sizes = group.held(group.rule.target, at)
+        sizes = group.held("target", at)
         whole = pieces[0].new_empty([len(sizes[a]) for a in order])
         for here, piece in zip(group.grid(group.stacked), pieces, strict=True):
             taken, box = group.taken(dict(zip(group.stacked, here, strict=True))), whole
@@ -93,7 +92,7 @@ def _stack(group: Group, pieces: tuple[Tensor, ...], axes: list[str], at: Mappin
                 if axis in group.stacked:
                     box = box.narrow(i, taken[axis].start - sizes[axis].start, len(taken[axis]))
             box.copy_(piece.permute([axes.index(a) for a in order if a in axes]).reshape(box.shape))
-    sizes = group.held(group.rule.target, at)
+    sizes = group.held("target", at)
     shape = [prod(len(sizes[a]) for a in dims[i]) for i in group.storage]
     return _permuted(whole.reshape(shape), _inverse(group.storage))
 

@@ -82,8 +82,8 @@ def follow(group: Group, tensor: DTensor) -> tuple[Group, list[Any]]:
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    source, target = group.dims(group.rule.source), group.dims(group.rule.target)
-    here = {a: len(r) for a, r in group.held(group.rule.source, dict.fromkeys(group.rule.stacked, 0)).items()}
+    source, target = group.dims("source"), group.dims("target")
+    here = {a: len(r) for a, r in group.held("source", dict.fromkeys(group.rule.stacked, 0)).items()}
     there = {a: len(group.asked(a)) for a in group.sizes}
     done: dict[str, list[Cut]] = {}
     into: dict[int, list[Cut]] = {}
@@ -169,7 +169,7 @@ def _strided(dim: int, blocks: int) -> Any:
 
 def fused(group: Group) -> Group:
     """The same group, with axes that stand side by side in both sides as one, under the name of the first."""
-    source, target = group.dims(group.rule.source), group.dims(group.rule.target)
+    source, target = group.dims("source"), group.dims("target")
     apart = {*group.rule.stacked, *group.rule.unstacked, *group.window, *group.parts}
     pairs = {p for dim in source for p in zip(dim, dim[1:], strict=False)}
     pairs &= {p for dim in target for p in zip(dim, dim[1:], strict=False)}

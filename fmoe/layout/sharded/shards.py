@@ -38,7 +38,7 @@ def convert_sharded(group: Group, params: Mapping[str, Tensor], *, views: bool =
         text = f"{some(group.sources, 3)} {_where(first)}: {error} (rule {group.rule}); redistribute it first"
         raise AdapterError([Problem(text, tuple(group.sources))]) from None
     parts = {n: t.to_local() for n, t in zip(group.sources, tensors, strict=True) if is_dtensor(t)}
-    expected = local.shape(local.rule.source, {})
+    expected = local.shape("source", {})
     if wrong := [n for n, t in parts.items() if not group.parts and t.shape != expected]:
         text = f"{some(wrong, 3)} {_where(first)}: this rank's part is {list(parts[wrong[0]].shape)}, expected "
         raise AdapterError([Problem(f"{text}{list(expected)} of {list(first.shape)}", tuple(wrong))])
