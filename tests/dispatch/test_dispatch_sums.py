@@ -109,7 +109,7 @@ def test_sums_have_the_order_of_one_device(name: str, R: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("name", OVER_GROUPS)
 def test_func_grad_is_backward(name: str) -> None:
-    """torch.func sees through a dispatcher, with and without recomputation, and grad of grad too."""
+    """torch.func sees through a dispatcher, with and without recomputation; so do grad of grad, and gradients in batches."""
     R = 2
     drawn = batch("uneven", R)
 
@@ -123,6 +123,12 @@ def test_func_grad_is_backward(name: str) -> None:
                 how: Any = dict(dispatcher=comm, backend="loop", recompute=recompute)  # noqa: B023
                 return (fmoe.experts(params, x, routing._replace(weights=weights), CONFIG, **how) * r).sum()
 
+            leaves = [t.clone().requires_grad_() for t in (x, routing.weights)]
+            made, batch = loss(params, *leaves), torch.tensor([1.0, 2.0, 0.0]).double()
+            found = torch.autograd.grad(made, leaves, batch, is_grads_batched=True)
+            for key, t in zip("xw", found, strict=True):
+                wanted = torch.stack([c * right[key] for c in batch])
+                torch.testing.assert_close(t, wanted, rtol=1e-12, atol=1e-12)
             dparams, dx, dw = torch.func.grad(loss, (0, 1, 2))(params, x, routing.weights)
             for key, t in {**dparams, "x": dx, "w": dw}.items():
                 torch.testing.assert_close(t, right[key], rtol=1e-12, atol=1e-12)

@@ -151,6 +151,10 @@ def test_transforms_and_recomputation() -> None:
     assert torch.equal(torch.func.vmap(run)(torch.stack([x, 2 * x])), torch.stack([run(x), run(2 * x)]))
     with pytest.raises(NotImplementedError, match="derivative of a derivative"):
         torch.func.grad(lambda x: torch.func.grad(run)(x).sum())(x)
+    y = fmoe.experts(params, x0, routing, CONFIG, backend="triton_fp8")
+    batch = torch.stack([y.detach().cos(), y.detach().sin()])
+    one = [torch.autograd.grad(y, x0, g, retain_graph=True)[0] for g in batch]
+    assert torch.equal(torch.autograd.grad(y, x0, batch, is_grads_batched=True)[0], torch.stack(one))
 
 
 def test_compiled_and_checked() -> None:

@@ -79,6 +79,16 @@ def test_vmap_of_values_and_of_gradients() -> None:
     near(tuple(g[1] for g in vmap(grad(loss, argnums=ALL), in_dims=1)(*stacked)))
 
 
+@LAYERS
+def test_a_batch_of_gradients_is_a_loop_over_it(recompute: bool) -> None:
+    args = [a.clone(memory_format=torch.preserve_format).requires_grad_() for a in ARGS]
+    y = layer(*args, recompute=recompute)
+    batch = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    one = [torch.autograd.grad(y, args, g, retain_graph=True) for g in batch]
+    found = torch.autograd.grad(y, args, batch, is_grads_batched=True)
+    near(found, tuple(torch.stack(g).double() for g in zip(*one, strict=True)))
+
+
 def test_jacobian() -> None:
     def one(x: Tensor, by: Callable[..., Tensor]) -> Tensor:
         params = [p.to(x.dtype) for p in ARGS[1:4]]
