@@ -109,7 +109,7 @@ def test_sums_have_the_order_of_one_device(name: str, R: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("name", OVER_GROUPS)
 def test_func_grad_is_backward(name: str) -> None:
-    """torch.func sees through a dispatcher, with and without recomputation; so do grad of grad, and gradients in batches."""
+    """torch.func sees through a dispatcher, with and without recomputation; grad of grad, gradients in batches too."""
     R = 2
     drawn = batch("uneven", R)
 
