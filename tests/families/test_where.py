@@ -24,9 +24,10 @@ NAMES = [n for n in (*hf.MODELS, *zoo.MODELS) if by_layer(n)]
 
 
 def cases(name):
-    """Configs with more layers, and with lists of what each layer is turned round."""
+    """Configs with more layers, with the lists that its class makes for them, and with lists turned round."""
     cls, config = known_names.base(name)
-    yield from (config, next(known_where.longer(config, known_names.text_of)))
+    longer = [*known_where.longer(config, known_names.text_of)]
+    yield from (config, longer[0], *longer[-1:])
     for field, value in known_names.text_of(config).to_dict().items():
         if isinstance(value, list) and len({*map(str, value)}) > 1:
             _, other = known_names.base(name)

@@ -57,7 +57,10 @@ def _sources(folder: Path) -> list[str]:
 
 
 def longer(config: Any, text_of: Callable[[Any], Any]) -> Iterator[Any]:
-    """The config with twice and with four times its layers, lists for each layer repeated."""
+    """The config with twice and with four times its layers, lists for each layer repeated; and as its class makes them.
+
+    What no layer of a config is, no list repeated says: layers that share another's indexer come third.
+    """
     for times in (2, 4):
         made = copy.deepcopy(config)
         text = text_of(made)
@@ -72,6 +75,23 @@ def longer(config: Any, text_of: Callable[[Any], Any]) -> Iterator[Any]:
         except Exception:  # the config's own checks
             continue
         yield made
+    if (own := of_class(config, text_of)) is not None:
+        yield own
+
+
+def of_class(config: Any, text_of: Callable[[Any], Any], least: int = 8) -> Any:
+    """The config with so many layers, and with the lists for each layer that its class makes; None: it makes none."""
+    given = config.to_dict()
+    text = given["text_config"] if text_of(config) is not config else given
+    counts = [f for f in COUNTS if type(text.get(f)) is int]
+    lists = [f for f, v in text.items() if isinstance(v, list) and any(len(v) == text[c] for c in counts)]
+    for f in lists:
+        del text[f]
+    text |= dict.fromkeys(counts, least)
+    try:
+        return type(config).from_dict(given)
+    except Exception:  # the config's own checks
+        return None
 
 
 def stepped(config: Any, text_of: Callable[[Any], Any]) -> Iterator[Any]:
