@@ -30,7 +30,7 @@ from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.which import of_systems, open_ours
-from fmoe.checkpoint.whole import narrowed, no_part
+from fmoe.checkpoint.whole import json_of, narrowed, no_part, read_again
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import not_cast
 from fmoe.codecs.config import QUANT, quantization_of
@@ -136,13 +136,14 @@ def convert(
     said = {} if own or to != "native" else unnamed_choices(adapter, [*source.specs])
     layout, small = _layout(source, plan, to, size_of(max_shard_size), said | how | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
-    others |= {} if config is None else {"config.json": _json(source.config)}
+    others |= {} if config is None else {"config.json": json_of(source.config)}
     if "dtype" in how and crossing is None and source.config:
         notes += not_cast(plan.targets, how["dtype"], source.config, to)
     if to != "native" and source.config:
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
-        others |= {"config.json": _json(agreed)} if crossing or agreed != config else {}
+        notes += read_again(agreed, config, plan.targets, how.get("quantize"))
+        others |= {"config.json": json_of(agreed)} if crossing or agreed != config else {}
         if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
@@ -209,10 +210,6 @@ def convert(
         sums = finish(stage)
     report = replace(report, notes=(*found, *notes), checksums=sums)
     return replace(report, read=engine.read, written=engine.written, resumed=resumed)
-
-
-def _json(config: Mapping[str, Any]) -> bytes:
-    return json.dumps(config, indent=2, default=str).encode() + b"\n"
 
 
 def _layout(

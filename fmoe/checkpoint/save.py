@@ -20,7 +20,7 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
-from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, whole_saved
+from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, read_again, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told
@@ -153,6 +153,8 @@ def prepare(
         _one_model(path / CONFIG, config, adapter.config or {})
         notes = whole_saved(path, config, adapter, hf.targets, ranges)
         agreed = agreeing(config, adapter.inverse, hf.targets)
+        if layout == "hf":
+            read_again(agreed, adapter.config or {}, hf.targets)
         if agreed != config or not (path / CONFIG).exists():
             small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
     return Job(adapter, plan, files, small, notes)

@@ -1,6 +1,5 @@
 """What a directory of another system consists of: its layout, its config, and the small files that go along."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from fmoe.checkpoint.files.disk import content, write_at
 from fmoe.checkpoint.files.weights import OUT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.whole import json_of
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import FIELDS, QUANT, coded, decoded
 from fmoe.codecs.quantised import Quantised
@@ -73,7 +73,7 @@ def beside(
     source: Checkpoint, small: Mapping[str, bytes], layout: Layout, config: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """config.json, with which the directory can go back, and the other small files of the source."""
-    made = {"config.json": json.dumps(config, indent=2, default=str).encode() + b"\n"}
+    made = {"config.json": json_of(config)}
     out = {*KEPT_OUT} if any(field in config for field in FIELDS) else {*KEPT_OUT, QUANT}
     for path in source.others():
         name = str(path)

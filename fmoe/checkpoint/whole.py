@@ -1,9 +1,13 @@
 """Is a directory whole? What its config, class and own layers demand, and what `fmoe.json` says must come back."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
+from fmoe.codecs.config import quantization_of
 from fmoe.families import FAMILIES
 from fmoe.families.complete import Gaps, gaps
 from fmoe.families.kind import as_dict
@@ -117,6 +121,30 @@ def whole_saved(
         )
         raise AdapterError([*found.problems, f"{path} would not be whole, and fmoe.load would refuse it. Fix: {fix}"])
     return tuple(found.notes)
+
+
+def read_again(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs, asked: object = None) -> list[str]:
+    """Notes on codes that are about to be written. Raises AdapterError where fmoe would not read them again.
+
+    config: what says that they are codes; before: the config until now. asked: the format, if they are asked for.
+    """
+    kind = FAMILIES.get(str(config.get("model_type")))
+    if kind is None or quantization_of(config) in (None, quantization_of(before)):
+        return []
+    try:
+        kind.adapter(config).resolve(hf).plan(hf)
+    except AdapterError as error:
+        text = f"in codes it could not be read again: {error}. Fix: write it without, as quantize= is not given"
+        raise AdapterError([Problem(text, error.keys)]) from None
+    stacks = sorted(n for n, s in hf.items() if s.dtype == torch.float8_e4m3fn and len(s.shape) == 3)
+    text = f"{some(stacks)}: FP8 of all experts in one tensor. Transformers computes with it on a GPU, without biases"
+    text += ", and takes codes for numbers where it decodes (dequantize=True, or on a CPU)"
+    return [f"{text}. Fix: layout='per_expert', where the family has it, or no quantize="] if asked and stacks else []
+
+
+def json_of(config: Mapping[str, Any]) -> bytes:
+    """A config.json of it."""
+    return json.dumps(config, indent=2, default=str).encode() + b"\n"
 
 
 def _entries(stages: Iterable[Stage]) -> Iterator[Entry]:

@@ -120,6 +120,13 @@ def chosen_stages(stages: tuple[Stage, ...], choices: Mapping[str, Any]) -> tupl
     return tuple(stage.choose(choices) for stage in stages)
 
 
+def _as_large(stage: Stage, new: list[str], specs: Mapping[str, Any]) -> dict[str, Any]:
+    """The specs of what a stage that moves no axis makes: of numbers that keep their name."""
+    if stage.axes():
+        return {}
+    return {n: specs[n] for n in new if n in specs and specs[n].dtype.is_floating_point}
+
+
 def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
     """Raises AdapterError for what is no range of one of the stages' axes."""
     axes = frozenset().union(*(stage.axes() for stage in stages))
@@ -164,5 +171,5 @@ def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]
         settled.append(stage.resolve(names, default=False))
         if len(settled) < len(stages):
             new = settled[-1].resolve(names, default=True).rename(names)
-            names = names if new == names.names else Names(new)
+            names = names if new == names.names else Names(new, _as_large(settled[-1], new, names.specs))
     return tuple(settled)

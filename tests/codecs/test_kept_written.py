@@ -1,7 +1,10 @@
 """What `quantize=` writes is read in every way: decoded, kept as codes, verified, natively, and back."""
 
 import json
+import re
 
+import hf
+import hf_zoo as zoo
 import pytest
 import torch
 from codec_cases import FEW, PLAIN, config
@@ -79,3 +82,17 @@ def test_a_family_that_could_not_read_what_it_writes_writes_nothing():
     for name in fmoe.families.FAMILIES:
         if name != "hunyuan_image_3_moe":
             fmoe.adapter(name, {}, quantize="fp8")
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_fp8_of_what_transformers_writes_is_read_again_and_told_or_not_written(name, tmp_path):
+    """Layouts that sizes tell apart; other experts in a model, as a vision tower's; stacks that a decoder passes by."""
+    _, source = zoo.saved(name)
+    try:
+        report = fmoe.convert(source, tmp_path / "codes", "hf", quantize="fp8", fsync=False)
+    except fmoe.AdapterError as error:
+        assert re.search("Fix: |have no form in|can be written in", str(error)) and not (tmp_path / "codes").exists()
+        return
+    fmoe.verify(tmp_path / "codes")
+    fused = [n for n, t in held(tmp_path / "codes").items() if t.dtype == torch.float8_e4m3fn and t.ndim == 3]
+    assert any("takes codes for numbers where it decodes" in note for note in report.notes) == bool(fused)
