@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from fmoe.families.defaults import with_layers
 from fmoe.families.kind import Family, as_dict
 from fmoe.families.known import (
     Layers,
@@ -72,7 +73,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
     main = decoder(stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
-    sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(said, kind.sparse)
+    sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(with_layers(said), kind.sparse)
     lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks)
     lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
     other = renamed(lost, config, stacks)

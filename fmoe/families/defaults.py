@@ -44,6 +44,27 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "muse_spark_text": dict(norm_eps=1e-5, logit_scale=0.1767766952966369),
 }
 
+LAYERS: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "beam", "glm5_next_text"), dict(first_k_dense_replace=3)
+    ),
+    "flint": dict(mlp_only_layers=[0, 1]),
+    "jamba": dict(expert_layer_period=2, expert_layer_offset=1),
+}
+"""The same of the fields by which a config says which layers have experts: of classes for which it matters."""
+
+
+def with_layers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what its class takes of which layers have experts, where that is left out or null.
+
+    >>> with_layers({"model_type": "flint", "mlp_only_layers": None})["mlp_only_layers"]
+    [0, 1]
+    """
+    return {
+        **config,
+        **{f: v for f, v in LAYERS.get(str(config.get("model_type")), {}).items() if config.get(f) is None},
+    }
+
 
 def left_out(model_types: Iterable[str], n_experts: Any) -> dict[str, Any]:
     """The defaults of the first of these model types that has any; no groups where a class cannot have that many.

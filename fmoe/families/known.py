@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fmoe.families.where import says, settled
+from fmoe.families.where import says, settled, unsaid
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)", re.ASCII)
 _STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
@@ -169,12 +169,16 @@ def beyond(name: str, held: Iterable[str]) -> bool:
 
 
 def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable[[str, int], dict[str, str]]:
-    """stack, layer -> the names of which the config says whether that layer has them, and by what numbers it does."""
+    """stack, layer -> the names of which the config says whether that layer has them, and by what numbers it does.
+
+    And those of which it would say it, had it the field that does: other layers do not say it, either.
+    """
     form, said = next(iter(nearest(config, stacks)), None), {**config, **_text(config)}
     own: dict[str, Any] = form["where"] if form else {}
     bare = {s: s.removeprefix(form["stem"]) for s in own if s} if form else {}
     rules = lambda stack: own.get(stack) or next((own[s] for s in bare if stack.endswith(bare[s])), ())
-    return lambda stack, l: {n: says(rules(stack), said, n) for n in settled(rules(stack), said, l, stacks[stack][l])}
+    names = lambda stack, l: (*settled(rules(stack), said, l, stacks[stack][l]), *unsaid(rules(stack), said, l))
+    return lambda stack, l: {n: says(rules(stack), said, n) for n in names(stack, l)}
 
 
 def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,16 @@ def settled(rules: Rules, said: Mapping[str, Any], layer: int, held: Iterable[st
     return found
 
 
+def unsaid(rules: Rules, said: Mapping[str, Any], layer: int) -> list[str]:
+    """Names of which the config leaves out what says whether this layer has them.
+
+    >>> unsaid([[[[["at", "kinds", ["full"]]]], ["attn.sinks"], "attn."]], {}, 0)
+    ['attn.sinks']
+    """
+    told = [([_all(conditions, said, layer) for conditions in ways], names) for ways, names, _ in rules]
+    return [n for ways, names in told if None in ways and True not in ways for n in names]
+
+
 def says(rules: Rules, said: Mapping[str, Any], name: str) -> str:
     """The numbers by which a config says that of a name, as "period 2, offset 1"; "" for one that no number decides.
 

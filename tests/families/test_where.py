@@ -1,5 +1,7 @@
 """A tensor that some layers have is missed alone where the config says that a layer has it: every class."""
 
+import copy
+
 import hf
 import hf_zoo as zoo
 import known_names
@@ -9,6 +11,7 @@ import pytest
 from fmoe.families import FAMILIES
 from fmoe.families.complete import gaps
 from fmoe.families.known import by_stack, known, nearest
+from fmoe.families.sparse import WAYS
 from fmoe.families.where import settled
 
 
@@ -38,6 +41,19 @@ def cases(name):
                 continue
 
 
+def without(config, fields):
+    """What a config says but for these fields of its text model; None: its class then makes another model of it."""
+    said, text = config.to_dict(), known_names.text_of(config).to_dict()
+    ours = said["text_config"] if known_names.text_of(config) is not config else said
+    for field in fields:
+        ours.pop(field, None)
+    try:
+        made = known_names.text_of(type(config).from_dict(copy.deepcopy(said))).to_dict()
+    except Exception:  # the config's own checks
+        return None
+    return said if all(made.get(f) == text.get(f) for f in fields) else None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_config_gives_a_layer_is_missed_alone_and_nothing_else_is(name):
     cls, _ = known_names.base(name)
@@ -50,6 +66,9 @@ def test_what_the_config_gives_a_layer_is_missed_alone_and_nothing_else_is(name)
             continue
         said = config.to_dict()
         assert gaps(kind, said, names).problems == []
+        lists = {f for f, v in known_names.text_of(config).to_dict().items() if isinstance(v, list)} - {"architectures"}
+        for less in (without(config, [f]) for f in lists):
+            assert less is None or gaps(kind, less, names).problems == []
         stacks = by_stack(names)
         form = nearest(said, stacks)[0]
         for stack, layers in stacks.items():
@@ -61,6 +80,30 @@ def test_what_the_config_gives_a_layer_is_missed_alone_and_nothing_else_is(name)
                     assert any(gone in p.keys for p in problems), gone
                     lost += 1
     assert lost
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_a_model_of_a_config_that_does_not_say_which_layers_have_experts_is_whole(name):
+    """Three layers: as many as some classes make without experts where nothing is said."""
+    cls, config = known_names.base(name)
+    made = known_where.of_class(config, known_names.text_of, 3)
+    fields = {*WAYS, "expert_layer_offset", "moe_layer_end_index"}.intersection(
+        known_names.text_of(config).to_dict() if made else ()
+    )
+    built = {}
+    for left_out in [[f] for f in sorted(fields)] + [sorted(fields)] * (len(fields) > 1):
+        given = made.to_dict()
+        ours = given["text_config"] if known_names.text_of(made) is not made else given
+        for field in left_out:
+            del ours[field]
+        given["architectures"] = [cls.__name__]
+        try:
+            read = type(made).from_dict(copy.deepcopy(given))
+            if (same := repr(read)) not in built:
+                built[same] = known_names.sized(cls, read, name, True)
+        except Exception:  # Transformers builds no such model
+            continue
+        assert gaps(FAMILIES[known_names.family_type(name)], given, built[same]).problems == [], left_out
 
 
 OTHER = [("jamba", dict(num_experts=1, num_experts_per_tok=1)), ("switch_transformers", dict(num_layers=1))]
