@@ -26,6 +26,7 @@ from fmoe.families.known import (
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
+from fmoe.families.surplus import dropped_by_config
 from fmoe.families.towers import lost_of_towers, towers
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
@@ -50,7 +51,7 @@ COUNTED = re.compile(r"layer|interval|period|step|first|skip|offset|freq|shared"
 class Gaps(NamedTuple):
     """problems: what is missing, or of another size than the config says, with names.
 
-    notes: what is absent as a whole, and may be meant so.
+    notes: what is absent as a whole, or there though the config says it is not, and may be meant so.
     """
 
     problems: list[Problem]
@@ -96,6 +97,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     if strange or other:
         count_lost = len(lost if strange else other)
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
+    notes += [] if strange else dropped_by_config(config, stacks, main, count)
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     left = [n for n in missing if n not in told]
     by = {f"{s}.{l}.{n}": why for s in stacks if s and left for l in stacks[s] for n, why in told_by(s, l).items()}
