@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.sending import Outbox
-from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.carry import default_threads
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.engine import Engine

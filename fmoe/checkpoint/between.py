@@ -26,8 +26,8 @@ from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import adapters, gaps_between, packed, plan_between, whole_between
 from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
-from fmoe.checkpoint.staging.stage import Staging
 from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.digests import sums_text, unchanged

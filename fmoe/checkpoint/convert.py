@@ -22,7 +22,7 @@ from fmoe.checkpoint.sending import Outbox, place_of
 from fmoe.checkpoint.sides import unnamed_choices
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.room import check_space, size_of
-from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.digests import unchanged, untold
@@ -30,7 +30,7 @@ from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.which import of_systems, open_ours
-from fmoe.checkpoint.whole import json_of, narrowed, no_part, read_again
+from fmoe.checkpoint.whole import json_of, narrowed, no_part, not_decoded, read_again
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import not_cast
 from fmoe.codecs.config import QUANT, quantization_of
@@ -142,7 +142,8 @@ def convert(
     if to != "native" and source.config:
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
-        notes += read_again(agreed, config, plan.targets, how.get("quantize"))
+        read_again(agreed, config, plan.targets)
+        notes += not_decoded(plan.targets) if "quantize" in how else []
         others |= {"config.json": json_of(agreed)} if crossing or agreed != config else {}
         if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
             del others[QUANT]

@@ -18,8 +18,8 @@ from fmoe.checkpoint.remote.trouble import Unreadable
 from fmoe.checkpoint.staging.beside import of_the_former
 from fmoe.checkpoint.staging.journal import ONCE, lines
 from fmoe.checkpoint.staging.room import replaced
-from fmoe.checkpoint.staging.stage import Staging
 from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.by_file import by_file
 from fmoe.checkpoint.stream.carry import pool
 from fmoe.checkpoint.stream.engine import Engine

@@ -13,7 +13,7 @@ from fmoe.checkpoint.files.directory import INDEX, Checkpoint
 from fmoe.checkpoint.files.disk import content, write_at
 from fmoe.checkpoint.files.weights import OUT
 from fmoe.checkpoint.files.writer import Layout, shard
-from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.whole import json_of
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import FIELDS, QUANT, coded, decoded

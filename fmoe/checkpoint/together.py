@@ -11,7 +11,7 @@ from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.remote.trouble import Unreadable
 from fmoe.checkpoint.staging.journal import forgotten
 from fmoe.checkpoint.staging.shares import Share
-from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.carry import default_threads, in_order, pool
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.codecs.survival import Survival

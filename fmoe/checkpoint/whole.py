@@ -123,23 +123,27 @@ def whole_saved(
     return tuple(found.notes)
 
 
-def read_again(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs, asked: object = None) -> list[str]:
-    """Notes on codes that are about to be written. Raises AdapterError where fmoe would not read them again.
+def read_again(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs) -> None:
+    """Raises AdapterError where fmoe would not read codes that are about to be written.
 
-    config: what says that they are codes; before: the config until now. asked: the format, if they are asked for.
+    config: what says that they are codes; before: the config until now.
     """
     kind = FAMILIES.get(str(config.get("model_type")))
     if kind is None or quantization_of(config) in (None, quantization_of(before)):
-        return []
+        return
     try:
         kind.adapter(config).resolve(hf).plan(hf)
     except AdapterError as error:
-        text = f"in codes it could not be read again: {error}. Fix: write it without, as quantize= is not given"
+        text = f"in codes it could not be read again: {error}. Fix: leave quantize= out"
         raise AdapterError([Problem(text, error.keys)]) from None
+
+
+def not_decoded(hf: Specs) -> list[str]:
+    """A note on codes that Transformers' decoder passes by: FP8 of all experts in one tensor."""
     stacks = sorted(n for n, s in hf.items() if s.dtype == torch.float8_e4m3fn and len(s.shape) == 3)
     text = f"{some(stacks)}: FP8 of all experts in one tensor. Transformers computes with it on a GPU, without biases"
     text += ", and takes codes for numbers where it decodes (dequantize=True, or on a CPU)"
-    return [f"{text}. Fix: layout='per_expert', where the family has it, or no quantize="] if asked and stacks else []
+    return [f"{text}. Fix: layout='per_expert', where the family has it, or no quantize="] if stacks else []
 
 
 def json_of(config: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from fmoe.codecs.parts import ACTIVATION, Parts
 from fmoe.layout.claims import some
 from fmoe.layout.entries import Either, Entry, Keep, Together, walk
 from fmoe.layout.names import Names, hits
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address, Capture
 from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
@@ -106,20 +106,20 @@ def _scales(rule: Rule, suffixes: tuple[str, ...], kind: str, transposed: bool) 
     here, there = rule.source.axes or (), rule.target.axes or ()
     if kind == "tensor":
         shared = set(source.captures) == set(target.captures)
-        return related(replace(source, axes=None), replace(target, axes=None)) if shared else None
+        return interned(replace(source, axes=None), replace(target, axes=None)) if shared else None
     if kind in ("experts", "each"):
         alone = [d for d in here if not {"i", "d"} & set(d)]
         named = {c for c in source.captures if c not in target.captures} - {"scale"}
         if not alone or len(here) != len(alone) + 2 or any((c,) not in alone for c in named - {"e"}):
             return None
         ones = (("1",), ("1",)) if kind == "each" else ()
-        return related(replace(source, axes=(*alone, *ones)), replace(target, axes=(*alone, *ones)))
+        return interned(replace(source, axes=(*alone, *ones)), replace(target, axes=(*alone, *ones)))
     here = _turned(here) if transposed else here
     letters = dict(_BLOCKS[matrix(rule) or ""])
     both = [d for d in here if len(d) > 1 and d in there]  # joined alike on both sides: of blocks, one dimension
     source = replace(source, axes=_lettered(here, letters, both))
     bounds = tuple(b for b in rule.bounds if b[0] not in letters)
-    return related(source, replace(target, axes=_lettered(there, letters, both)), bounds)
+    return interned(source, replace(target, axes=_lettered(there, letters, both)), bounds)
 
 
 def _lettered(dims: Dims, letters: Mapping[str, str], both: list[tuple[str, ...]]) -> Dims:
@@ -131,10 +131,10 @@ def _codes(rule: Rule, formats: tuple[Format, ...], flip: bool) -> Rule:
     """The rule for a weight's codes: where several share a stored number, their axis has a size of its own."""
     source = replace(rule.source, axes=_turned(rule.source.axes or ())) if flip else rule.source
     if all(f.packed == 1 for f in formats):
-        return related(source, rule.target, rule.bounds)
+        return interned(source, rule.target, rule.bounds)
     letter = {"gate_and_up_projs": {"d": "p"}, "down_projs": {"i": "q"}}[matrix(rule) or ""]
     swap = lambda a: replace(a, axes=tuple(tuple(letter.get(x, x) for x in d) for d in a.axes or ()))
-    return related(swap(source), swap(rule.target), tuple(b for b in rule.bounds if b[0] not in letter))
+    return interned(swap(source), swap(rule.target), tuple(b for b in rule.bounds if b[0] not in letter))
 
 
 def _turned(dims: Dims) -> Dims:

@@ -95,9 +95,10 @@ def alive(group: "ProcessGroup | None") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or dist.get_world_size(group) < 2:
+        of_a_group = isinstance(error, dist.DistError) or "gloo" in str(error)  # whose errors have no class
+        if not of_a_group or not dist.is_initialized() or dist.get_world_size(group) < 2:
             raise
         others = [r for r in range(dist.get_world_size(group)) if r != dist.get_rank(group)]
         who = f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {others}"
-        why = str(error).splitlines()[0].rpartition("] ")[2]
+        why = str(error).partition("\n")[0].rpartition("] ")[2]
         raise AdapterError(f"{who} has ended, or is silent ({why}): run this again on all ranks") from error

@@ -61,7 +61,7 @@ def is_word(hint: Any) -> bool:
 
 
 def _inside(value: Any, kind: type, args: tuple[Any, ...]) -> Misfit | None:
-    """Of the elements of a list, tuple, set or dict: of thousands of tensors, all of one class, what a look takes."""
+    """Of the elements of a list, tuple, set or dict; where all are of the class that is asked for, nothing more is."""
     if isinstance(value, dict) and issubclass(kind, Mapping):
         if odd := [] if _all_are(args[0], value) else [k for k in value if misfit(k, args[0])]:
             return ": a key", odd[0], args[0]
@@ -84,7 +84,7 @@ def _inside(value: Any, kind: type, args: tuple[Any, ...]) -> Misfit | None:
 
 
 def _all_are(hint: Any, values: Iterable[Any]) -> bool:
-    """Whether all are of this very class, of which nothing but its class is asked, as NaN is no number."""
+    """Whether all are of this very class. Never of floats: NaN is one, and no number."""
     return hint is not float and {hint}.issuperset(map(type, values))
 
 

@@ -60,10 +60,8 @@ def with_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> with_layers({"model_type": "flint", "mlp_only_layers": None})["mlp_only_layers"]
     [0, 1]
     """
-    return {
-        **config,
-        **{f: v for f, v in LAYERS.get(str(config.get("model_type")), {}).items() if config.get(f) is None},
-    }
+    taken = LAYERS.get(str(config.get("model_type")), {})
+    return {**config, **{field: value for field, value in taken.items() if config.get(field) is None}}
 
 
 def left_out(model_types: Iterable[str], n_experts: Any) -> dict[str, Any]:

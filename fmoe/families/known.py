@@ -72,6 +72,15 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     return str(found[0]) if isinstance(found, list) and found else None
 
 
+def with_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says, and what its text model's says before that.
+
+    >>> with_text({"hidden_size": 1, "text_config": {"hidden_size": 2}})["hidden_size"]
+    2
+    """
+    return {**config, **_text(config)}
+
+
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     found = config.get("text_config")
     return found if isinstance(found, Mapping) else {}
@@ -94,7 +103,7 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     if not found:
         return []
     entry, whole = found
-    said = {**config, **_text(config)}
+    said = with_text(config)
     ways = [_absent(form, stacks, sparse, count, whole, said) for form in entry["forms"]]
     tied = ties(config, entry)
     return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
@@ -173,7 +182,7 @@ def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable
 
     And those of which it would say it, had it the field that does: other layers do not say it, either.
     """
-    form, said = next(iter(nearest(config, stacks)), None), {**config, **_text(config)}
+    form, said = next(iter(nearest(config, stacks)), None), with_text(config)
     own: dict[str, Any] = form["where"] if form else {}
     bare = {s: s.removeprefix(form["stem"]) for s in own if s} if form else {}
     rules = lambda stack: own.get(stack) or next((own[s] for s in bare if stack.endswith(bare[s])), ())

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fmoe.families.known import Layers, class_of, entries, nearest
-from fmoe.families.where import settled
+from fmoe.families.known import Layers, class_of, entries, nearest, with_text
+from fmoe.families.where import holds, settled, within
 from fmoe.layout.claims import some
 
 Rule = Sequence[Any]
@@ -26,8 +26,7 @@ none: Transformers drops it in silence. Fix: mend attention_bias, unless it is m
     form = next(iter(nearest(config, stacks)), None)
     if not found or not found[1] or form is None:
         return []
-    text = config.get("text_config")
-    said = {**config, **(text if isinstance(text, Mapping) else {})}
+    said = with_text(config)
     by: dict[tuple[str, str], list[str]] = {}
     for stack, layers in stacks.items():
         rules = form["where"].get(stack, ())
@@ -49,26 +48,23 @@ def _surplus(
     What a config does not say may be said in words of a publisher's own, so silence takes nothing.
     """
     given = {n for rule in rules for n, there in settled([rule], said, l, held).items() if there}
-    for ways, names, module in rules:
+    for ways, names, _ in rules:
         surplus = sorted(held & {*names} - given)
-        failing = [[c[1] for c in way if _denies(c, module, said, l, held)] for way in ways]
+        failing = [[c[1] for c in way if _denies(c, said, l)] for way in ways]
         if surplus and failing and all(failing):
             fields = list(dict.fromkeys(f for way in failing for f in way))
             words = [f"{f} {_word(_told(said, f), l)}" for f in fields]
             yield from ((n, (" and ".join(words), " or ".join(fields))) for n in surplus)
 
 
-def _denies(condition: Rule, module: str, said: Mapping[str, Any], l: int, held: set[str]) -> bool:
+def _denies(condition: Rule, said: Mapping[str, Any], l: int) -> bool:
     """Whether it is of a field that the config has, and does not hold."""
-    there = len(condition) > 1 and _told(said, condition[1]) is not None
-    return there and settled([[[[condition]], [""], module]], said, l, held).get("") is False
+    return len(condition) > 1 and _told(said, condition[1]) is not None and holds(condition, said, l) is False
 
 
-def _told(said: Mapping[str, Any], field: str) -> Any:
-    *path, last = field.split(".")
-    for part in path:
-        said = said[part] if isinstance(said.get(part), Mapping) else {}
-    return said.get(last)
+def _told(said: Mapping[str, Any], path: str) -> Any:
+    part, field = within(said, path)
+    return part.get(field)
 
 
 def _word(value: Any, l: int) -> str:

@@ -51,17 +51,32 @@ def says(rules: Rules, said: Mapping[str, Any], name: str) -> str:
 
 
 def _all(conditions: Sequence[Sequence[Any]], said: Mapping[str, Any], layer: int) -> bool | None:
-    told = [_holds(condition, said, layer) for condition in conditions]
+    told = [holds(condition, said, layer) for condition in conditions]
     return False if False in told else None if None in told else True
 
 
-def _holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> bool | None:
+def within(said: Mapping[str, Any], path: str) -> tuple[Mapping[str, Any], str]:
+    """The part of a config that has the field at a path, or would have it, and the field's name there.
+
+    >>> within({"vision_config": {"depth": 2}}, "vision_config.depth")
+    ({'depth': 2}, 'depth')
+    """
+    *parts, field = path.split(".")
+    for part in parts:
+        said = said[part] if isinstance(said.get(part), Mapping) else {}
+    return said, field
+
+
+def holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> bool | None:
+    """Whether a condition holds for a layer. None: the config does not say it.
+
+    >>> [holds(["every", "period", 1], {"period": 2}, l) for l in (0, 1)], holds(["every", "period", 1], {}, 0)
+    ([False, True], None)
+    """
     kind, *rest = condition
     if not rest:
         return (layer == 0) == (kind == "first")
-    *path, field = rest[0].split(".")
-    for part in path:
-        said = said[part] if isinstance(said.get(part), Mapping) else {}
+    said, field = within(said, rest[0])
     listed = said.get(field)
     if kind in ("own", "at"):
         value = listed[layer] if (known := isinstance(listed, list) and len(listed) > layer) else None

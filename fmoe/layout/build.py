@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from fmoe.entrance import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import Drop, Either, Entry, Keep, Together, rules_of
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.alias import Alias, Copies
 from fmoe.layout.spelled.bounds import size
 from fmoe.layout.spelled.parsing import parse
@@ -25,7 +25,7 @@ def rule(hf: str, native: str, **bounds: int | Iterable[int]) -> Adapter:
     >>> print(rule("{pre}experts.{e}.{g=gate|up}.weight [i d]", "{pre}experts.gate_and_up_projs [e d (g i)]", e=8))
     {pre}experts.{e}.{g=gate|up}.weight [i d]  <->  {pre}experts.gate_and_up_projs [e d (g i)]   where e < 8
     """
-    found = related(parse(hf), parse(native))
+    found = interned(parse(hf), parse(native))
     if unknown := bounds.keys() - found.letters:
         raise AdapterError(f"rule {found} has no letter {', '.join(sorted(unknown))} to bound")
     return Adapter((Table((found.bind(bounds),)),))

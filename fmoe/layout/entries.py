@@ -9,7 +9,7 @@ from functools import cached_property
 
 from fmoe.folding import meant
 from fmoe.layout.names import Names, hits
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address
 from fmoe.layout.spelled.alias import Alias, Copies
 from fmoe.types import AdapterError, Problem
@@ -32,7 +32,7 @@ class Keep:
     @cached_property
     def rule(self) -> Rule:
         """x <-> x: whose names these are."""
-        return related(self.pattern, self.pattern)
+        return interned(self.pattern, self.pattern)
 
     @cached_property
     def spelled(self) -> str:
@@ -69,7 +69,7 @@ class Drop:
     @cached_property
     def rule(self) -> Rule:
         """x <-> x: whose names these are."""
-        return related(self.pattern, self.pattern)
+        return interned(self.pattern, self.pattern)
 
     def __str__(self) -> str:
         return f"{'refuse' if self.refused else 'drop'} {self.pattern}   because {self.because}"

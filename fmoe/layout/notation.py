@@ -51,7 +51,7 @@ class Rule:
         """The same rule with letters bounded: an int is a size, an iterable the values allowed."""
         new = {k: size(k, v) for k, v in sizes.items() if k in self.letters}
         bounds = tuple(sorted({**dict(self.bounds), **new}.items()))
-        return related(self.source.bind(sizes), self.target.bind(sizes), bounds)
+        return interned(self.source.bind(sizes), self.target.bind(sizes), bounds)
 
     @cached_property
     def letters(self) -> frozenset[str]:
@@ -174,7 +174,7 @@ class Rule:
 
 
 @lru_cache(maxsize=1 << 13)
-def related(source: Address, target: Address, bounds: tuple[tuple[str, Bound], ...] = ()) -> Rule:
+def interned(source: Address, target: Address, bounds: tuple[tuple[str, Bound], ...] = ()) -> Rule:
     """The rule of two addresses: of equal ones the same, so that what is found out about it is found out once."""
     return Rule(source, target, bounds)
 

@@ -120,11 +120,10 @@ def chosen_stages(stages: tuple[Stage, ...], choices: Mapping[str, Any]) -> tupl
     return tuple(stage.choose(choices) for stage in stages)
 
 
-def _as_large(stage: Stage, new: list[str], specs: Mapping[str, Any]) -> dict[str, Any]:
-    """The specs of what a stage that moves no axis makes: of numbers that keep their name."""
-    if stage.axes():
-        return {}
-    return {n: specs[n] for n in new if n in specs and specs[n].dtype.is_floating_point}
+def _kept_specs(stage: Stage, new: list[str], specs: Mapping[str, Any]) -> dict[str, Any]:
+    """The specs of what a stage that moves no axis makes: of numbers that keep their name, codes of 8 bits included."""
+    floats = lambda spec: bool(getattr(getattr(spec, "dtype", None), "is_floating_point", False))
+    return {} if stage.axes() else {n: specs[n] for n in new if n in specs and floats(specs[n])}
 
 
 def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
@@ -171,5 +170,5 @@ def resolve_stages(stages: tuple[Stage, ...], names: Names) -> tuple[Stage, ...]
         settled.append(stage.resolve(names, default=False))
         if len(settled) < len(stages):
             new = settled[-1].resolve(names, default=True).rename(names)
-            names = names if new == names.names else Names(new, _as_large(settled[-1], new, names.specs))
+            names = names if new == names.names else Names(new, _kept_specs(settled[-1], new, names.specs))
     return tuple(settled)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from fmoe.layout.entries import Either, Entry, Together
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address, Capture
 from fmoe.types import AdapterError
 
@@ -51,7 +51,7 @@ class Wrapper:
         """The name of its native matrix A <-> its own in Transformers' model."""
         bare = _last(self.weight.target.parts)
         native = ended(self.weight.target.parts, f"{NATIVE[bare]}_A", drop=bare)
-        return related(Address(_anywhere(native)), Address(_anywhere(ended(self.module, f".{self.parameter}"))))
+        return interned(Address(_anywhere(native)), Address(_anywhere(ended(self.module, f".{self.parameter}"))))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def shared(rule: Rule) -> Rule:
         return rule
     source = replace(rule.source, parts=merged(g.choices[0] if p is g else p for p in rule.source.parts))
     axes = tuple(dim for dim in rule.target.axes or () if dim != (g.name,))
-    return related(source, replace(rule.target, axes=axes), tuple(b for b in rule.bounds if b[0] != g.name))
+    return interned(source, replace(rule.target, axes=axes), tuple(b for b in rule.bounds if b[0] != g.name))
 
 
 def _is_weight(rule: Rule) -> bool:
@@ -166,7 +166,7 @@ def _rule(weight: Rule, source: Address, matrix: str, own: tuple[Dim, ...] = ())
     e = (_experts(weight),)
     axes = (e, inward, *own, ("r",)) if matrix == "A" else (e, ("r",), out)
     source = replace(source, parts=_anywhere(source.parts))
-    made = related(source, Address(_anywhere(target), axes))
+    made = interned(source, Address(_anywhere(target), axes))
     return replace(made, bounds=tuple(b for b in weight.bounds if b[0] in made.letters))
 
 
@@ -179,7 +179,7 @@ def _one_by_one(rules: Iterable[Rule]) -> Iterator[Rule]:
         gates = Capture("g", ("gate_proj", "up_proj"))
         name: Parts = ("down_proj",) if bare == "down_projs" else (gates,) if "g" in out else ("up_proj",)
         axes = (tuple(a for a in out if a != "g"), inward)
-        yield related(
+        yield interned(
             Address(merged((*stem, *name, ".weight")), axes), rule.target, tuple(b for b in rule.bounds if b[0] != "g")
         )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fmoe.layout.entries import Entry, walk
 from fmoe.layout.names import Names, hits, patterns
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address
 from fmoe.layout.spelled.alias import Alias
 from fmoe.lowrank.derive import ended, merged
@@ -74,7 +74,7 @@ def _pair(rule: Rule) -> Pair | None:
         return None
     here, there = (ended(side.parts, "", drop=".weight") for side in (rule.source, rule.target))
     bounds = tuple(b for b in rule.bounds if b[0] not in rest[0])
-    b = related(
+    b = interned(
         Address(ended(here, ".lora_B.weight"), (first, ("r",))),
         Address(ended(there, ".lora_B.weight"), (first[1:], ("r",))),
         bounds,
@@ -82,6 +82,6 @@ def _pair(rule: Rule) -> Pair | None:
     halves = (merged(choice if p is g else p for p in there) for choice in g.choices)
     kept = tuple(bound for bound in bounds if bound[0] in rule.shared)
     a, again = (
-        related(Address(ended(here, ".lora_A.weight")), Address(ended(h, ".lora_A.weight")), kept) for h in halves
+        interned(Address(ended(here, ".lora_A.weight")), Address(ended(h, ".lora_A.weight")), kept) for h in halves
     )
     return Pair(b, a, again)

@@ -171,8 +171,11 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
         A, B = lora[pair.a], lora[pair.b]
         by, (one, other) = sign * scale_of(scale, pair), pair.turned(A, B)
         if pair.a in parts:
-            for t in (A, B):
-                _plain(pair.a if t is A else pair.b, t, A.device, pair.a)
+            for odd, t in ((pair.a, A), (pair.b, B)):
+                _plain(odd, t, A.device, pair.a)
+            if pair.copy in lora:
+                told = f"lora: {pair.copy!r} is a whole weight, and natively that is cut or turned"
+                raise AdapterError([Problem(f"{told}. Fix: merge it with PEFT (merge_and_unload)", (pair.copy,))])
             for name, part in parts[pair.a](by * (one.double() @ other.double())).items():
                 W = _weight(params, name, pair)
                 _plain(name, W, A.device, pair.a)

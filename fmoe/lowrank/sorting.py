@@ -150,8 +150,8 @@ def _half(rules: Iterable[Rule], names: Names) -> list[Problem]:
         return []
     mine, other = (END.sub("", n).rpartition(".")[2] for n in (ours[0], others[0]))
     text = f"{some(ours)}: LoRA of {mine!r} without {other!r}, and natively these are one matrix"
-    fix = f"beside each, {others[0]!r} equal to {mine!r}'s and its lora_B of zeros are the same update"
-    fix = f"fmoe.lora.load reads it of a directory whose config targets {mine!r} alone; or {fix}"
+    fix = f"fmoe.lora.load reads it of a directory whose config targets {mine!r} alone; or beside each, "
+    fix += f"{others[0]!r} equal to {mine!r}'s and its lora_B of zeros are the same update"
     told = Problem(f"{text}. Fix: {fix}; name {other!r} in target_modules too", (*ours,))
     return [told, *(Problem(f"{n!r}: missing", (n,)) for o in others for n in (o, _other(o)))]
 

@@ -10,7 +10,7 @@ from directories import files, fill
 
 import fmoe
 from fmoe import AdapterError
-from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.engine import Engine
 
 JOURNAL = "fmoe.journal"

@@ -9,7 +9,7 @@ from fmoe.checkpoint.files.disk import Unreadable
 from fmoe.checkpoint.files.weights import JOURNAL
 from fmoe.checkpoint.staging.journal import opened
 from fmoe.checkpoint.staging.locks import locked
-from fmoe.checkpoint.staging.stage import Staging
+from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.types import AdapterError
 
 

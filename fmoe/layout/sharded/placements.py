@@ -18,7 +18,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fmoe.layout.axes import Group
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -186,4 +186,4 @@ def fused(group: Group) -> Group:
 @lru_cache(maxsize=4096)
 def _heads(rule: Rule, gone: tuple[str, ...]) -> Rule:
     left = lambda side: replace(side, axes=tuple(tuple(a for a in dim if a not in gone) for dim in side.axes or ()))
-    return related(left(rule.source), left(rule.target))
+    return interned(left(rule.source), left(rule.target))

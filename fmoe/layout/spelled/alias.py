@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fmoe.layout.notation import Rule, related
+from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address
 from fmoe.layout.spelled.bounds import Bound, where
 from fmoe.types import AdapterError, brief
@@ -56,11 +56,11 @@ class Copies:
     @cached_property
     def copy(self) -> Rule:
         """x <-> x: whose names these are."""
-        return related(self.name, self.name, self.bounds)
+        return interned(self.name, self.name, self.bounds)
 
     @cached_property
     def original(self) -> Rule:
-        return related(self.of, self.of, tuple((n, bound) for n, bound in self.bounds if n in self.of.captures))
+        return interned(self.of, self.of, tuple((n, bound) for n, bound in self.bounds if n in self.of.captures))
 
     def __str__(self) -> str:
         return f"alias {self.name}   of {self.of}{where(self.bounds, self.name.captures)}"
