@@ -11,18 +11,8 @@ from typing import Any, NamedTuple
 
 from fmoe.families.defaults import with_layers
 from fmoe.families.kind import Family, as_dict
-from fmoe.families.known import (
-    Layers,
-    absent,
-    by_stack,
-    class_of,
-    decoder,
-    entries,
-    groups,
-    lacking,
-    recognised,
-    told_of,
-)
+from fmoe.families.known import absent, class_of, entries, groups, lacking, recognised, text_stack, told_of
+from fmoe.families.numbered import Layers, by_stack
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
@@ -72,7 +62,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     odd = list(odd_sizes(config, said, names, spell)) if isinstance(names, Mapping) else []
     names = list(names)
     stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
-    main = decoder(stacks)
+    main = text_stack(config, stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(with_layers(said), kind.sparse)
     lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks)
@@ -91,6 +81,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
             alike = _unlike(stack, ours if text else layers, said if text else {}, few)
             missing |= dict.fromkeys(n for l, n in alike if n.removeprefix(f"{stack}.{l}.") not in told_by(stack, l))
     none = bool(kind.values(said).get("n_routed_experts")) and not any(n.endswith("down_projs") for n in names)
+    none = none and not known_class  # of which it is known which layers have another MLP
     experts = _experts(kind, main, ours, sparse, none, spell)
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)

@@ -1,13 +1,17 @@
 """A number that a config's fields make, as Python writes it: `2*heads*(head_dim or hidden_size//heads)`.
 
-A field may have a path, `vision_config.depth`, and an index, `widths[0]`; `widths[l]` is the layer's own entry.
+A field may have a path, `vision_config.depth`, and an index, `widths[0]`; `widths[l]` is the layer's own entry. A flag
+decides as in `heads if gated else heads*head_dim`; one that is on where a config does not say, as `gated is not False`.
 """
 
 import ast
+import json
 import operator
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
+
+from fmoe.families.where import within
 
 _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -23,8 +27,21 @@ def value(formula: str, said: Mapping[str, Any], layer: int = 0) -> int | None:
 
     >>> value("widths[l]*(dim or 8//heads)", {"widths": [2, 3], "heads": 4}, layer=1)
     6
+    >>> [value("2 if gated is not False else 3", said) for said in ({}, {"gated": False}, {"gated": "per-head"})]
+    [2, 3, None]
     """
     return _value(_parsed(formula), said, layer)
+
+
+def words(formula: str, said: Mapping[str, Any], layer: int = 0) -> str:
+    """The fields in it that a config says, with what it says.
+
+    >>> words("widths[l]*(dim or 8) if gated else dim", {"widths": [2, 3], "gated": True}, layer=1)
+    'gated true, widths[1] 3'
+    """
+    found = {f: _said(_parsed(f), said, layer) for f in fields(formula)}
+    plain = {f.replace("[l]", f"[{layer}]"): v for f, v in found.items() if isinstance(v, int)}
+    return ", ".join(f"{f} {json.dumps(v)}" for f, v in plain.items())
 
 
 @cache
@@ -49,6 +66,9 @@ def _fields(node: ast.AST) -> list[ast.AST]:
 def _value(node: ast.expr, said: Mapping[str, Any], layer: int) -> int | None:
     if isinstance(node, ast.BoolOp):
         return next((v for part in node.values if (v := _value(part, said, layer))), None)
+    if isinstance(node, ast.IfExp):
+        on = _flag(node.test, said)
+        return None if on is None else _value(node.body if on else node.orelse, said, layer)
     if isinstance(node, ast.BinOp):
         left, right = _value(node.left, said, layer), _value(node.right, said, layer)
         if left is None or right is None or not right and isinstance(node.op, ast.FloorDiv):
@@ -56,6 +76,14 @@ def _value(node: ast.expr, said: Mapping[str, Any], layer: int) -> int | None:
         return _OPERATORS[type(node.op)](left, right)
     found = _said(node, said, layer)
     return found if type(found) is int else None
+
+
+def _flag(test: ast.expr, said: Mapping[str, Any]) -> bool | None:
+    """Whether a flag is on. None: what is said there is no flag."""
+    field = test.left if isinstance(test, ast.Compare) else test
+    part, name = within(said, ast.unparse(field))
+    on = part.get(name, field is not test)
+    return on if isinstance(on, bool) else None
 
 
 def _said(node: ast.expr, said: Mapping[str, Any], layer: int) -> Any:

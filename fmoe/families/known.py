@@ -8,20 +8,14 @@ text model, with a root and stacks of its own; `others`: what it has besides wit
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fmoe.families.numbered import BESIDE, Layers, decoder
 from fmoe.families.where import says, settled, unsaid
 
-NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)", re.ASCII)
-_STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
-
-BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
-
-Layers = dict[int, set[str]]
 Groups = list[list[list[str]]]
 
 
@@ -29,28 +23,6 @@ Groups = list[list[list[str]]]
 def known() -> dict[str, dict[str, Any]]:
     """Model type -> its entry."""
     return dict(json.loads(Path(__file__).with_name("known.json").read_text()))
-
-
-def by_stack(names: Iterable[str]) -> dict[str, Layers]:
-    """Stack -> layer -> what is in it; "" has in 0 what is in no stack.
-
-    >>> by_stack(["model.layers.3.norm.weight", "lm_head.weight"])
-    {'model.layers': {3: {'norm.weight'}}, '': {0: {'lm_head.weight'}}}
-    """
-    found: dict[str, Layers] = {}
-    for name in names:
-        name = _STORED.sub(lambda hit: ".weight" if hit[1] else "", name)
-        hit = NUMBERED.match(name)
-        stack, layer, rest = (hit[1], int(hit[2]), hit[3]) if hit else ("", 0, name)
-        found.setdefault(stack, {}).setdefault(layer, set()).add(rest)
-    return found
-
-
-def decoder(stacks: Mapping[str, Layers]) -> str:
-    """The stack of the text model's layers: that of most layers with experts, or of most layers."""
-    has = lambda layer: any(n.rpartition(".")[2] == "down_projs" for n in layer)
-    plain = [s for s in stacks if s and not BESIDE.search(s)]
-    return max(plain, key=lambda s: (sum(map(has, stacks[s].values())), len(stacks[s]), s), default="")
 
 
 def lacking(groups: Groups, layer: set[str], sparse: bool | None = None) -> list[str]:
@@ -146,8 +118,8 @@ def _absent(
     said: Mapping[str, Any],
 ) -> tuple[list[str], set[str]]:
     """What is missing of a form, and those of its names that may be tied, under the stem that is there."""
-    main, here = _main(form), decoder(stacks)
-    here = main if main in stacks else here
+    main = _main(form)
+    here = main if main in stacks else decoder(stacks) or main
     stem = here.rpartition(".")[0] + "." if "." in here else ""
     moved = lambda name: stem + name.removeprefix(form["stem"]) if name.startswith(form["stem"]) else name
     bare = stacks.get("", {}).get(0, set())
@@ -201,6 +173,16 @@ def _main(form: Mapping[str, Any]) -> str:
     experts = lambda stack: any(".experts." in n for sets in form["stacks"][stack] for s in sets for n in s)
     stem = lambda stack: stack.rpartition(".")[0] + "." if "." in stack else ""
     return next((s for s in form["stacks"] if stem(s) == form["stem"] and experts(s)), form["stem"] + "layers")
+
+
+def text_stack(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> str:
+    """The stack of the text model's layers: its class's, where that is there or no other is.
+
+    >>> text_stack({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, {"": {0: {"norm.weight"}}})
+    'model.layers'
+    """
+    mains = [_main(form) for form in forms_of(config)]
+    return next((m for m in mains if m in stacks), "") or decoder(stacks) or next(iter(mains), "")
 
 
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:

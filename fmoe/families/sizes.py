@@ -3,7 +3,7 @@
 `sizes.json`, which `tests/helpers/known/known_sizes.py` wrote: model type -> a formula of config fields (`formula.py`)
 -> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers a stack has, -2: how
 many tensors a list. A name that starts with `#` is of the text model's layers; with `#layer_types=word`, of those of
-which that list says the word. A third entry is the formula where the first one is 0; 0 where nobody knows that.
+which that list says the word.
 """
 
 import json
@@ -12,8 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmoe.families.formula import fields, value
-from fmoe.families.known import Layers, by_stack, decoder, entries
+from fmoe.families.formula import fields, value, words
+from fmoe.families.known import entries, text_stack
+from fmoe.families.numbered import Layers, by_stack
 from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
 from fmoe.types import Problem
@@ -67,26 +68,27 @@ def odd_sizes(
     text = config.get("text_config")
     own = {**(text if isinstance(text, Mapping) else config)} | {p: config[p] for p in PARTS if p in config}
     stacks, count = by_stack(native), layer_count(said)
-    main = decoder(stacks)
+    main = text_stack(config, stacks)
     here = {**stacks, main: [l for l in stacks.get(main, ()) if count is None or l < count]}
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
         exact = "[l]" in formula or not apart.isdisjoint(fields(formula))
         odd = dict[tuple[int, int, Expected], list[str]]()
-        for template, k, *zero in dims:
+        for template, k in dims:
             at, numbered, rest = template.partition("#")
             stack = at[:-1] or main
-            says = lambda l: _expected(formula, zero, own, l, stack == main)  # noqa: B023
+            says = lambda l: _expected(formula, own, l, stack == main)  # noqa: B023
             if k < 0:
                 yield from (_layers if k == LAYERS else _list)(stack, says(-1), native, stacks, spell)
                 continue
             kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
             held = {n: l for n, l in (places if numbered else {template: -1}).items() if _plain(native.get(n)) > k}
-            alike = None if exact else says(-1)
-            wanted = {n: says(l) if exact else alike for n, l in held.items()}
+            each = exact or bool(kind)
+            alike = None if each else says(-1)
+            wanted = {n: says(l) if each else alike for n, l in held.items()}
             wrong = [n for n, size in wanted.items() if size and size.size != native[n].shape[k]]
-            if exact or len(wrong) == len(held) and len({native[n].shape[k] for n in held}) == 1:
+            if each or len(wrong) == len(held) and len({native[n].shape[k] for n in held}) == 1:
                 for n in wrong:  # of all layers, or where each has its own: without that, they may be of several kinds
                     odd.setdefault((k, native[n].shape[k], wanted[n]), []).append(n)  # type: ignore[arg-type]
         for (k, n, (size, told)), names in odd.items():
@@ -95,18 +97,15 @@ def odd_sizes(
             yield Problem(text, keys(names, spell))
 
 
-def _expected(formula: str, zero: Sequence[Any], own: Mapping[str, Any], layer: int, text: bool) -> Expected | None:
+def _expected(formula: str, own: Mapping[str, Any], layer: int, text: bool) -> Expected | None:
     """A size, if the config says it; of a layer, by what `per_layer_config` says of that before all else.
 
-    zero: what is in its place where it is 0. layer: -1 for none. text: whether it is one of the text model's.
+    layer: -1 for none. text: whether it is one of the text model's.
     """
     said = own if layer < 0 or text else {p: _of_layer(part, layer) for p, part in own.items()}
     said = _of_layer(said, layer) if text else said
-    size, used = value(formula, said, layer), [*fields(formula)]
-    if size == 0 and zero:
-        size, used = (value(zero[0], said, layer), [*used, *fields(zero[0])]) if zero[0] else (None, used)
-    told = {f.replace("[l]", f"[{layer}]"): n for f in used if (n := value(f, said, layer)) is not None}
-    return None if size is None else Expected(size, ", ".join(f"{f} {n}" for f, n in told.items()))
+    size = value(formula, said, layer)
+    return None if size is None else Expected(size, words(formula, said, layer))
 
 
 def _parts(own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -14,12 +14,13 @@ LISTS = ("layers_block_type", "hybrid_override_pattern")
 def layer_count(config: Config) -> int | None:
     """How many layers the (text) model has. None: the config does not say.
 
-    Raises AdapterError for more than any model has.
+    Raises AdapterError for fewer than none, and for more than any model has.
     """
     listed = (len(v) for v in map(config.get, LISTS) if isinstance(v, list | str) and v)
-    count = next((n for n in (*map(config.get, COUNTS), *listed) if type(n) is int and n >= 0), None)
-    if count is not None and count > MOST:
-        raise AdapterError(f"config.json says {count} layers, expected at most {MOST}")
+    field, count = next(((f, n) for f in COUNTS if type(n := config.get(f)) is int), ("", next(listed, None)))
+    if count is not None and not 0 <= count <= MOST:
+        told = f"config.json has {field} {count}" if field else f"config.json lists {count} layers"
+        raise AdapterError(f"{told}: expected 0 to {MOST} layers. Fix: mend {field or 'the list'}")
     return count
 
 
@@ -78,7 +79,7 @@ WAYS: dict[str, Callable[[Config, int, int], bool]] = {
         l % c["expert_layer_period"] == (c.get("expert_layer_offset") or 0) and c.get("num_experts") != 1
     ),
     "decoder_sparse_step": lambda c, l, n: (
-        (l + 1) % c["decoder_sparse_step"] == 0 and l not in (c.get("mlp_only_layers") or ())
+        l not in (c.get("mlp_only_layers") or ()) and (l + 1) % c["decoder_sparse_step"] == 0
     ),
     "mlp_only_layers": lambda c, l, n: l not in c["mlp_only_layers"],
     "moe_layer_start_index": _ernie,

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fmoe.families.known import BESIDE, Layers, class_names, nearest
+from fmoe.families.known import class_names, nearest
+from fmoe.families.numbered import BESIDE, Layers
 
 _SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
 _WORD = r"(?<![a-z])(%s)(?![a-z])"

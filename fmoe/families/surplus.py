@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fmoe.families.known import Layers, class_of, entries, nearest, with_text
+from fmoe.families.known import class_of, entries, nearest, with_text
+from fmoe.families.numbered import Layers
 from fmoe.families.where import holds, settled, within
 from fmoe.layout.claims import some
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fmoe.families.known import Layers, class_of, entries, known, lacking
+from fmoe.families.known import class_of, entries, known, lacking
+from fmoe.families.numbered import Layers
 from fmoe.families.where import settled
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from fmoe.families import FAMILIES
 from fmoe.families.complete import gaps
-from fmoe.families.known import by_stack, known, nearest
+from fmoe.families.known import known, nearest
+from fmoe.families.numbered import by_stack
 from fmoe.families.sparse import WAYS
 from fmoe.families.where import settled
 
@@ -123,6 +124,35 @@ def test_a_class_with_another_number_is_whole(name, said):
         setattr(config, field, value)
     names = known_names.sized(cls, config, name, True)
     assert gaps(FAMILIES[known_names.family_type(name)], config.to_dict(), names).problems == []
+
+
+NONE = dict(first_k_dense_replace=9, num_dense_layers=9, moe_layer_start_index=9, mlp_only_layers=[0, 1, 2])
+NONE |= dict(mlp_layer_types=["dense"] * 2, encoder_sparse_step=0, decoder_sparse_step=0, expert_layer_offset=9)
+NONE |= dict(num_sparse_encoder_layers=0, num_sparse_decoder_layers=0, enable_moe_block=False)
+
+
+def numbered(name):
+    """Stacks of a class that are not its text model's."""
+    forms = known()[known_names.family_type(name)]["forms"]
+    return {s for f in forms for s in (*f["stacks"], *(s for t in f["towers"].values() for s in t["stacks"]))}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in (*hf.MODELS, *zoo.MODELS) if len(numbered(n)) > 1 or n in ("jamba", "longcat_flash")]
+)
+def test_a_model_without_any_expert_is_whole_whatever_else_is_numbered(name):
+    """No layer with experts, fewer layers than something else has parts, or no layer at all."""
+    cls, config = known_names.base(name)
+    text = known_names.text_of(config).to_dict()
+    for less in ({f: v for f, v in NONE.items() if f in text}, {f: 1 for f in known_where.COUNTS if f in text}):
+        given = config.to_dict() | {"architectures": [cls.__name__]}
+        ours = given["text_config"] if known_names.text_of(config) is not config else given
+        ours |= less | {f: v[:1] for f, v in ours.items() if isinstance(v, list) and "num_hidden_layers" in less}
+        try:
+            names = known_names.sized(cls, type(config).from_dict(copy.deepcopy(given)), name, True)
+        except Exception:  # Transformers builds no such model
+            continue
+        assert gaps(FAMILIES[given["model_type"]], given, names).problems == []
 
 
 SAID = [

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fmoe.codecs import CodecPlan
-from fmoe.families.known import NUMBERED, class_names, known
+from fmoe.families.known import class_names, known
+from fmoe.families.numbered import NUMBERED
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names, hits

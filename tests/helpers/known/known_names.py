@@ -23,7 +23,8 @@ import transformers
 
 import fmoe
 from fmoe.families import family
-from fmoe.families.known import by_stack, decoder, groups
+from fmoe.families.known import groups
+from fmoe.families.numbered import by_stack, decoder
 from fmoe.types import TensorSpec
 
 FILE = Path(fmoe.families.__file__).with_name("known.json")

@@ -30,6 +30,22 @@ def numbers(config: Any, least: int = 1) -> Step:
     return found
 
 
+def flags(config: Any) -> dict[str, bool]:
+    """All flags of a config by how a formula calls them."""
+    said = config.to_dict()
+    places = [("", known_names.text_of(config).to_dict()), *((f"{p}.", said.get(p)) for p in PARTS)]
+    return {at + f: v for at, part in places if isinstance(part, dict) for f, v in part.items() if isinstance(v, bool)}
+
+
+def turned(config: Any, flag: str) -> Any:
+    """The config with a flag turned."""
+    made = copy.deepcopy(config)
+    *path, last = flag.split(".")
+    at = getattr(made, path[0]) if path else known_names.text_of(made)
+    setattr(at, last, not getattr(at, last))
+    return made
+
+
 def changed(config: Any, values: Step, read: bool = False) -> Any:
     """The config with these numbers; None: its class takes none such. read: as the class reads it from a file."""
     made = copy.deepcopy(config)

@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import hf_zoo as zoo
 import known_fit
 import known_names
 import transformers
-from known_numbers import Step, alike, changed, numbers
+from known_numbers import Step, alike, changed, flags, numbers, turned
 
 import fmoe
 from fmoe.families.formula import fields
-from fmoe.families.known import NUMBERED, by_stack, decoder
+from fmoe.families.numbered import NUMBERED, by_stack, decoder
 from fmoe.families.sizes import LAYERS, LIST, PARTS
 
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
@@ -77,17 +77,19 @@ class Seen:
     """A class's sizes with each config that was asked for, and how its numbers can be changed.
 
     kind: a list of what layers are, and what all of them are to be. read: each config is read as from a file, where the
-    class may make some numbers of others, and takes fewer of them.
+    class may make some numbers of others, and takes fewer of them. flag: one that is turned.
     """
 
-    def __init__(self, name: str, kind: tuple[str, Any] | None = None, read: bool = False):
-        self.name, self.read = name, read
+    def __init__(self, name: str, kind: tuple[str, Any] | None = None, read: bool = False, flag: str = ""):
+        self.name, self.kind, self.read = name, kind, read
         self.cls, self.config = known_names.base(name)
+        if flag:
+            self.config = turned(self.config, flag)
         if kind:
             text = known_names.text_of(self.config)
             setattr(text, kind[0], [kind[1]] * len(getattr(text, kind[0])))
         self.config = alike(self.config if not kind else changed(self.config, {}, True) or self.config)
-        self.said = numbers(self.config)
+        self.said, self.flags = numbers(self.config), flags(self.config)
         self._seen: dict[tuple[tuple[str, int], ...], Dims | None] = {}
         self.base = self({}) or {}
 
@@ -111,7 +113,7 @@ class Seen:
     def others(self) -> list[tuple[Step, Dims]]:
         """The sizes where anything else is changed, with the numbers there: a flag, a list, what is absent."""
         ways = (c for part in known_names.parts_of(self.config) for c in known_names.varied(self.config, part))
-        return [(numbers(c, 0), d) for c in ways if (d := dims(self.name, self.cls, c))]
+        return [(numbers(c, 0) | flags(c), d) for c in ways if (d := dims(self.name, self.cls, c))]
 
     def kinds(self) -> Iterator[tuple[str, Any]]:
         """What lists say of layers, here or in the class's own config."""
@@ -127,24 +129,23 @@ class Seen:
             self._seen[key] = None if made is None else dims(self.name, self.cls, made)
         return self._seen[key]
 
-    def holds(self, told: str, k: tuple[str, int]) -> bool:
-        """Whether a formula is a size whatever else is changed."""
-        said = ((numbers, d[k]) for numbers, d in self.others if k in d and {*fields(told)} <= {*numbers, *OPTIONAL})
-        return all(known_fit.at(told, numbers) in (n, 0) for numbers, n in said)
+    def failing(self, told: str, k: tuple[str, int]) -> list[Step]:
+        """What configs say of which a formula is not the size."""
+        said = ((n, d[k]) for n, d in self.others if k in d and {*fields(told)} <= {*n, *OPTIONAL})
+        return [numbers for numbers, n in said if known_fit.at(told, numbers) not in (n, None)]
 
     def reads(self, told: str, k: tuple[str, int]) -> bool:
         """Whether it is a size by what a file says, where the class takes one with another number alone."""
         steps = [{f: n} for f in fields(told) if (v := self.said.get(f)) for n in (v + 1, 2 * v)]
-        said = ((self.said | s, d[k]) for s in steps if (d := self(s)) and k in d)
-        return all(known_fit.at(told, numbers) == n for numbers, n in said)
+        return all(known_fit.at(told, self.said | s) == d[k] for s in steps if (d := self(s)) and k in d)
 
     def moved(self, k: tuple[str, int], size: int, beside: Step) -> list[str]:
         """The numbers that a size follows, and those that must be changed with them."""
         follows = lambda s: (d := self({**beside, **s})) and d.get(k, size) != size
         moves = [f for f, steps in self.steps.items() if f not in beside and any(map(follows, steps))]
         mine = {*moves, *(g for f in moves for step in self.steps[f] for g in step)}
-        at = k[0].partition("#")[0] or self.main
-        best = lambda f: ("." not in f, f.partition("_")[0] in at)  # of two that go together the last is taken
+        # of two that go together the last is taken
+        best = lambda f: ("." not in f, f.partition("_")[0] in (k[0].partition("#")[0] or self.main))
         return sorted((f for f in self.said if f in mine), key=best)
 
     def rows(self, k: tuple[str, int], mine: list[str], beside: Step) -> list[known_fit.Row]:
@@ -157,7 +158,7 @@ class Seen:
 
 
 def formulas(name: str) -> dict[str, list[list[Any]]]:
-    """A formula of config fields -> the dimensions that are it: [template, which, what it is where that is 0]."""
+    """A formula of config fields -> the dimensions that are it: [template, which]."""
     seen = Seen(name)
     again = Seen(name, read=True)
     found = {at: told for at in sorted(seen.base) if (told := read(seen, again, at))}
@@ -169,23 +170,42 @@ def formulas(name: str) -> dict[str, list[list[Any]]]:
         for at in left:
             found |= {at: told} if (told := read(other, again, at)) else {}
     made: dict[str, list[list[Any]]] = {}
-    for (template, k), (told, zero) in found.items():
+    for (template, k), told in found.items():
         if "=" not in template or ("#." + template.partition(".")[2], k) not in found:
-            made.setdefault(told, []).append([template, k, *zero])
+            made.setdefault(told, []).append([template, k])
     return made
 
 
-def read(seen: Seen, again: Seen, k: tuple[str, int]) -> tuple[str, list[str | int]] | None:
+def read(seen: Seen, again: Seen, k: tuple[str, int]) -> str:
     """A dimension's formula that is right by what a file says. again: the same class as it reads files."""
     found = formula(seen, k)
-    return found if not found or again.reads(found[0], k) else formula(again, k) if k in again.base else None
+    return found if not found or again.reads(found, k) else formula(again, k) if k in again.base else ""
 
 
-def formula(seen: Seen, k: tuple[str, int]) -> tuple[str, list[str | int]] | None:
-    """The formula of a dimension, and what it is where that is 0, if it is fixed by few numbers and by nothing else."""
+def formula(seen: Seen, k: tuple[str, int]) -> str:
+    """The formula of a dimension, if it is fixed by few numbers, and perhaps a flag, and by nothing else."""
+    told = unflagged(seen, k)
+    return flagged(seen, k, told) if told and seen.failing(told, k) else told
+
+
+def unflagged(seen: Seen, k: tuple[str, int]) -> str:
+    """The formula of a dimension while no flag is turned."""
     mine = seen.moved(k, seen.base[k], {})
     told = fitted(seen, k, mine) if 0 < len(mine) <= MOST else ""
-    return (told, [*at_zero(seen, k, told)]) if told and seen.holds(told, k) else None
+    return told and at_zero(seen, k, told)
+
+
+def flagged(seen: Seen, k: tuple[str, int], told: str) -> str:
+    """The formula that a flag decides, where one that is turned is all that a formula fails of; else ""."""
+    failing = seen.failing(told, k)
+    for flag, on in seen.flags.items():
+        mine = all(numbers.get(flag) == (not on) for numbers in failing)
+        other = Seen(seen.name, seen.kind, seen.read, flag) if mine else seen
+        if mine and k in other.base and (turn := unflagged(other, k)):
+            test = flag + " is not False" * (flags(seen.cls.config_class()).get(flag) is True)
+            both = f"{told if on else turn} if {test} else {turn if on else told}"
+            return "" if seen.failing(both, k) else both
+    return ""
 
 
 def fitted(seen: Seen, k: tuple[str, int], mine: list[str]) -> str:
@@ -202,15 +222,19 @@ def fitted(seen: Seen, k: tuple[str, int], mine: list[str]) -> str:
     return told
 
 
-def at_zero(seen: Seen, k: tuple[str, int], told: str) -> Iterator[str | int]:
-    """What a size is where its formula is 0 and it is not: another number, or 0 for what nobody knows."""
+def at_zero(seen: Seen, k: tuple[str, int], told: str) -> str:
+    """The formula with what stands for a field of it, or for all, that is 0: `or None` for what nobody knows."""
     for f in fields(told):
         none = None if known_fit.at(told, seen.said | {f: 0}) else seen({f: 0})
-        if none and (size := none.get(k)):
-            others = seen.moved(k, size, {f: 0})
-            rows = seen.rows(k, others, {f: 0})
-            yield (known_fit.fitted(others, rows) if len(others) == 1 else "") or 0
-            return
+        if not none or not (size := none.get(k)):
+            continue
+        others = seen.moved(k, size, {f: 0})
+        rows = seen.rows(k, others, {f: 0})
+        cuts = (told.replace(f, f"({f} or {a}//{b})") for a, b in permutations({*others, *fields(told)} - {f}, 2))
+        fits = lambda cut: all(known_fit.at(cut, said) == n for said, n in rows)  # noqa: B023
+        whole = known_fit.fitted(others, rows) if len(others) == 1 else ""
+        return next(filter(fits, sorted(cuts)), f"{told} or {whole or None}")
+    return told
 
 
 def main(names: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
-from fmoe.families.known import by_stack
+from fmoe.families.numbered import by_stack
 from fmoe.families.sizes import PARTS
 
 Condition = list[Any]
