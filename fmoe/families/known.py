@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fmoe.families.numbered import BESIDE, Layers, decoder
-from fmoe.families.where import says, settled, unsaid
+from fmoe.families.where import Rules, says, settled, unsaid
 
 Groups = list[list[list[str]]]
 
@@ -155,11 +155,21 @@ def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable
     And those of which it would say it, had it the field that does: other layers do not say it, either.
     """
     form, said = next(iter(nearest(config, stacks)), None), with_text(config)
-    own: dict[str, Any] = form["where"] if form else {}
-    bare = {s: s.removeprefix(form["stem"]) for s in own if s} if form else {}
-    rules = lambda stack: own.get(stack) or next((own[s] for s in bare if stack.endswith(bare[s])), ())
+    rules = lambda stack: rules_of(form, stack) if form else ()
     names = lambda stack, l: (*settled(rules(stack), said, l, stacks[stack][l]), *unsaid(rules(stack), said, l))
     return lambda stack, l: {n: says(rules(stack), said, n) for n in names(stack, l)}
+
+
+def rules_of(form: Mapping[str, Any], stack: str) -> Rules:
+    """Which layers of a stack have what, by a form: of the text model's under any stem.
+
+    >>> form = {"where": {"model.layers": [1]}, "stem": "model.", "towers": {}}
+    >>> [rules_of(form, stack) for stack in ("llm.layers", "mtp.layers")]
+    [[1], ()]
+    """
+    own, alone = form["where"], not stack or BESIDE.search(stack) or stack.startswith(tuple(form["towers"]))
+    ends = lambda s: s and f".{stack}".endswith(f".{s.removeprefix(form['stem'])}")
+    return own[stack] if stack in own else () if alone else next((own[s] for s in own if ends(s)), ())
 
 
 def _unflagged(needs: list[list[Any]], layer: set[str], said: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fmoe.families.known import class_of, entries, nearest, with_text
+from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
 from fmoe.families.numbered import Layers
 from fmoe.families.where import holds, settled, within
 from fmoe.layout.claims import some
@@ -30,7 +30,7 @@ none: Transformers drops it in silence. Fix: mend attention_bias, unless it is m
     said = with_text(config)
     by: dict[tuple[str, str], list[str]] = {}
     for stack, layers in stacks.items():
-        rules = form["where"].get(stack, ())
+        rules = rules_of(form, stack)
         for l in sorted(layers):
             for name, why in _surplus(rules, said, l, layers[l]) if stack != main or l < count else ():
                 by.setdefault(why, []).append(f"{stack}.{l}.{name}" if stack else name)
@@ -46,7 +46,8 @@ def _surplus(
 ) -> Iterator[tuple[str, tuple[str, str]]]:
     """Names of a layer that no rule gives it and some rule takes, each with what the config says, and in what fields.
 
-    What a config does not say may be said in words of a publisher's own, so silence takes nothing.
+    A flag that is left out is what its class takes it for. Anything else may be said in words of a publisher's own, so
+    its absence takes nothing.
     """
     given = {n for rule in rules for n, there in settled([rule], said, l, held).items() if there}
     for ways, names, _ in rules:
@@ -54,19 +55,19 @@ def _surplus(
         failing = [[c[1] for c in way if _denies(c, said, l)] for way in ways]
         if surplus and failing and all(failing):
             fields = list(dict.fromkeys(f for way in failing for f in way))
-            words = [f"{f} {_word(_told(said, f), l)}" for f in fields]
+            words = [_word(said, f, l) for f in fields]
             yield from ((n, (" and ".join(words), " or ".join(fields))) for n in surplus)
 
 
 def _denies(condition: Rule, said: Mapping[str, Any], l: int) -> bool:
-    """Whether it is of a field that the config has, and does not hold."""
-    return len(condition) > 1 and _told(said, condition[1]) is not None and holds(condition, said, l) is False
+    """Whether it does not hold, and is of a flag or of a field that the config has."""
+    part, field = within(said, condition[1]) if len(condition) > 1 else ({}, "")
+    known = condition[0] in ("on", "off") or part.get(field) is not None
+    return known and holds(condition, said, l) is False
 
 
-def _told(said: Mapping[str, Any], path: str) -> Any:
+def _word(said: Mapping[str, Any], path: str, l: int) -> str:
     part, field = within(said, path)
-    return part.get(field)
-
-
-def _word(value: Any, l: int) -> str:
-    return json.dumps(value[l]) if isinstance(value, list) and l < len(value) else json.dumps(value)
+    value = part.get(field)
+    told = json.dumps(value[l] if isinstance(value, list) and l < len(value) else value)
+    return f"{path} {told}" if field in part else f"no {path}"

@@ -82,8 +82,10 @@ def holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> bool
         value = listed[layer] if (known := isinstance(listed, list) and len(listed) > layer) else None
         return (value == layer if kind == "own" else value in rest[1]) if known else None
     if kind in ("every", "other"):
-        step, first = said.get(field), said.get(rest[1]) if isinstance(rest[1], str) else rest[1]
+        named = isinstance(rest[1], str)
+        step, first = said.get(field), said.get(rest[1]) if named else rest[1]
         if type(step) is not int or type(first) is not int:
             return None
-        return (step > 0 and (layer - first) % step == 0) == (kind == "every")
+        other = named and not 0 <= first < step  # an offset that no number leaves
+        return (step > 0 and not other and (layer - first) % step == 0) == (kind == "every")
     return bool(said.get(field, rest[1])) == (kind == "on")

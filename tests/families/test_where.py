@@ -160,7 +160,7 @@ SAID = [
     ("nllb-moe", "decoder_sparse_step", 3),
     ("nllb-moe", "encoder_sparse_step", 4),
 ]
-SAID += [("gemma4_text", "hidden_size_per_layer_input", 8)]
+SAID += [("gemma4_text", "hidden_size_per_layer_input", 8), ("jamba", "attn_layer_offset", -1)]
 
 
 @pytest.mark.parametrize(("name", "field", "value"), SAID)

@@ -44,3 +44,12 @@ def test_what_a_flag_denies_is_told_and_what_it_gives_is_not(name):
     for field, (given, more), (denied, fewer) in with_each(name):
         assert not notes(given, more) and not notes(denied, fewer)
         assert any(f"has {field} " in n for n in notes(denied, more)), field
+        config, text = known_names.base(name)[1], denied.get("text_config") or denied
+        default = known_names.text_of(type(config)()).to_dict().get(field)
+        if text is denied and "" not in {s for f in known()[denied["model_type"]]["forms"] for s in f["where"]}:
+            assert any(f"has {field} " in n for n in notes(denied, {f"lm.{n}": t for n, t in more.items()})), field
+        for silent in (None, "left out") if bool(default) == bool(text[field]) else (None,) * (not text[field]):
+            text[field] = silent
+            if silent:
+                del text[field]
+            assert any(field in n for n in notes(denied, more)), (field, silent)
