@@ -1,7 +1,7 @@
 """Hypothesis strategies: random rules, and the HF specs of random checkpoints that a family or any adapter takes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -167,10 +167,9 @@ def _parents(names: Iterable[str]) -> list[str]:
 def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[Entry, ...], dtype: torch.dtype) -> Specs:
     """What goes into a table: of every entry some names, none that an entry of another option would claim."""
     sizes: dict[str, int] = {}
-    size = lambda axis: sizes.setdefault(axis, draw(SIZE))
+    size = lambda axis: sizes[axis] if axis in sizes else sizes.setdefault(axis, draw(SIZE))
     specs: Specs = {}
 
-    free = _free(open_, entries)
     for entry in entries:
         if isinstance(entry, Rule | Together):
             bundle = entry.rules if isinstance(entry, Together) else (entry,)
@@ -182,29 +181,32 @@ def _table(draw: Callable[..., Any], open_: tuple[Entry, ...], entries: tuple[En
                 new = {n: spec for each in bundle for n, spec in claimed(each, at, size, dtype).items()}
                 if not claim(entries, Names(new)).problems:
                     specs |= new
-        elif isinstance(entry, Keep) or isinstance(entry, Drop) and not entry.flipped:
-            some = list(filter(free, _names(draw, entry.rule)))
-            names = draw(_some(tuple(some))) if some else set()
-            specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in sorted(names)}
+    spared = [e for e in entries if isinstance(e, Keep) or isinstance(e, Drop) and not e.flipped]
+    spelled = [_names(draw, entry.rule) for entry in spared]
+    free = _free(open_, entries, [n for names in spelled for n in names])
+    for names in spelled:
+        some = tuple(n for n in names if n in free)
+        specs |= {n: TensorSpec((size("kept"), 2), dtype) for n in (sorted(draw(_some(some))) if some else ())}
     for entry in entries:
         if isinstance(entry, Copies) and not entry.flipped:
             at = {n: draw(shared(entry.original, n)) for n in entry.of.captures}
             of = patterns(entry.original)[0].render(at)
-            specs |= {} if _hit(open_, of) or of in specs else {of: TensorSpec((size("kept"), 2), dtype)}
+            specs |= {} if _hits(open_, [of]) or of in specs else {of: TensorSpec((size("kept"), 2), dtype)}
             there = written((entry,), Names(specs))[0] if draw(MAYBE) else ()  # all of them, or none
             specs |= {alias.name: specs[alias.of] for alias in there if isinstance(alias, Alias)}
     for alias in entries:
         if isinstance(alias, Alias) and not alias.flipped and draw(MAYBE):
-            if not claim(entries, Names([alias.of])).problems and not _hit(open_, alias.of):
+            if not claim(entries, Names([alias.of])).problems and not _hits(open_, [alias.of]):
                 specs.setdefault(alias.of, TensorSpec((size("kept"), 2), dtype))
             specs |= {alias.name: specs[alias.of]} if alias.of in specs else {}
     return specs
 
 
-@lru_cache(maxsize=256)
-def _free(open_: tuple[Entry, ...], entries: tuple[Entry, ...]) -> Callable[[str], bool]:
-    """Whether nothing but a keep or a drop takes a name."""
-    return cache(lambda n: not (_hit(open_, n) or n.endswith(SUFFIX) or claim(entries, Names([n])).problems))
+def _free(open_: tuple[Entry, ...], entries: tuple[Entry, ...], names: list[str]) -> set[str]:
+    """Those of the names that nothing but a keep or a drop takes."""
+    free = {n for n in names if not n.endswith(SUFFIX)} - _hits(open_, names)
+    asked = {n for problem in claim(entries, Names(sorted(free))).problems for n in problem.keys}
+    return free - {n for n in asked if claim(entries, Names([n])).problems}  # alone: beside others it may be suspected
 
 
 @lru_cache(maxsize=256)
@@ -217,10 +219,10 @@ def _scales(rule: Rule) -> bool:
     return rule.source.name.endswith(SUFFIX) or "scale" in rule.source.captures
 
 
-def _hit(entries: tuple[Entry, ...], name: str) -> bool:
-    """Whether a rule takes the name, in one of its directions."""
+def _hits(entries: tuple[Entry, ...], names: Iterable[str]) -> set[str]:
+    """The names that a rule takes, in one of its directions."""
     sides = [side for e in walk(entries) if isinstance(e, Rule) for side in (e, e.inverse)]
-    return any(True for _ in all_hits(sides, Names([name])))
+    return {n for _, _, _, rows in all_hits(sides, Names(dict.fromkeys(names))) for n in rows.names}
 
 
 def _names(draw: Callable[..., Any], rule: Rule) -> list[str]:
