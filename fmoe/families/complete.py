@@ -13,6 +13,7 @@ from fmoe.families.defaults import with_layers
 from fmoe.families.kind import Family, as_dict
 from fmoe.families.known import absent, class_of, entries, groups, lacking, recognised, text_stack, told_of
 from fmoe.families.numbered import Layers, by_stack
+from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
@@ -39,7 +40,7 @@ COUNTED = re.compile(r"layer|interval|period|step|first|skip|offset|freq|shared"
 
 
 class Gaps(NamedTuple):
-    """problems: what is missing, or of another size than the config says, with names.
+    """problems: what is missing, of another size than the config says, or not taken by its class, with names.
 
     notes: what is absent as a whole, or there though the config says it is not, and may be meant so.
     """
@@ -59,7 +60,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
     """
     said = as_dict(config)
-    odd = list(odd_sizes(config, said, names, spell)) if isinstance(names, Mapping) else []
+    odd = [*not_taken(config), *(odd_sizes(config, said, names, spell) if isinstance(names, Mapping) else ())]
     names = list(names)
     stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
     main = text_stack(config, stacks)

@@ -1,0 +1,63 @@
+"""A number or a list of which Transformers makes no model is refused by its name: every class, all data."""
+
+import json
+
+import hf
+import hf_zoo as zoo
+import known_names
+import known_refused
+import pytest
+from directories import load
+from hf import save
+
+import fmoe
+from fmoe.families.refused import known_refused as data
+from fmoe.families.refused import not_taken
+
+SPOILT = {"1 or more": lambda now: 0, "0 or more": lambda now: -1}
+SPOILT |= {"shorter": lambda now: now[:-1], "longer": lambda now: [*now, now[-1]]}
+NAMES = [*hf.MODELS, *zoo.MODELS]
+
+
+def wrong(name):
+    """(field, the config as a file says it with what the class takes no model of there)."""
+    cls, config = known_names.base(name)
+    config.architectures = [cls.__name__]
+    text = known_names.text_of(config).to_dict()
+    for expected, fields in data()[known_names.family_type(name)].items():
+        for field in fields:
+            yield field, known_refused.given(config, field, SPOILT[expected](text.get(field)))
+
+
+def told(said):
+    """All that a config is refused for."""
+    try:
+        return [p.text for p in not_taken(said)]
+    except fmoe.AdapterError as error:  # for fewer layers than none
+        return [str(error)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_class_takes_no_model_of_is_refused_by_name_and_its_own_config_is_not(name):
+    cls, config = known_names.base(name)
+    assert not [*not_taken(config.to_dict() | {"architectures": [cls.__name__]})]
+    cases = [*wrong(name)]
+    for field, said in cases:
+        assert any(f"config.json has {field} " in text and f"Fix: mend {field}" in text for text in told(said)), field
+    field, said = cases[len(name) % len(cases)]
+    theirs = known_refused.sizes(name, said)
+    assert theirs is None or theirs != known_refused.sizes(name, config.to_dict()), field
+
+
+def test_a_directory_with_such_a_config_is_read_by_nothing(tmp_path):
+    _, source = zoo.saved("qwen3_moe")
+    config = json.loads((source / "config.json").read_text())
+    save(config | {"num_key_value_heads": 0, "head_dim": 0}, load(source), tmp_path / "hf")
+    text = (
+        "config.json has num_key_value_heads 0, and Qwen3MoeForCausalLM takes 1 or more. Fix: mend num_key_value_heads"
+    )
+    assert text in fmoe.inspect(tmp_path / "hf")["problems"]
+    for call in (fmoe.load, fmoe.verify, lambda p: fmoe.convert(p, tmp_path / "new")):
+        with pytest.raises(fmoe.AdapterError, match="num_key_value_heads 0"):
+            call(tmp_path / "hf")
+    assert not (tmp_path / "new").exists()
