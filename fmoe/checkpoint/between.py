@@ -35,7 +35,7 @@ from fmoe.checkpoint.stream.engine import LIMIT, Engine
 from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
 from fmoe.checkpoint.which import open_source, side
-from fmoe.checkpoint.whole import narrowed, no_part
+from fmoe.checkpoint.whole import narrowed, no_part, not_decoded
 from fmoe.codecs.cast import CastExperts, not_cast
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
@@ -89,7 +89,9 @@ def convert_between(
         there = there >> chunked(made)
         plan = plan_from(source, there, **ranges)
     layout, small = layout_of(plan, made, to, size_of(max_shard_size), model)
-    along = beside(source, small, layout, config_of(source, to, there, plan))
+    told = config_of(source, to, there, plan)
+    cast += not_decoded(told, made) if to == "hf" else []
+    along = beside(source, small, layout, told)
     small |= along
     if to == "native":
         hf = plan_from(source, adapter.inverse, **ranges).targets

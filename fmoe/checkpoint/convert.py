@@ -32,7 +32,7 @@ from fmoe.checkpoint.together import Rank, in_ranks
 from fmoe.checkpoint.which import of_systems, open_ours
 from fmoe.checkpoint.whole import json_of, narrowed, no_part, not_decoded, read_again
 from fmoe.codecs.agree import agreeing
-from fmoe.codecs.cast import not_cast
+from fmoe.codecs.cast import not_cast, wider_than_said
 from fmoe.codecs.config import QUANT, quantization_of
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
@@ -143,7 +143,8 @@ def convert(
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
         read_again(agreed, config, plan.targets)
-        notes += not_decoded(plan.targets) if "quantize" in how else []
+        notes += not_decoded(agreed, plan.targets)
+        notes += wider_than_said(plan.targets, agreed) if source.native else []
         others |= {"config.json": json_of(agreed)} if crossing or agreed != config else {}
         if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
             del others[QUANT]

@@ -10,6 +10,7 @@ from fmoe.checkpoint.look.sizes import by_kind, by_layer, names_of, parameters
 from fmoe.checkpoint.open import adapter_of, as_own, hf_names, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.sides import adapters, gaps_between
+from fmoe.checkpoint.staging.beside import an_adapter
 from fmoe.checkpoint.stream.slices import groups
 from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import gaps_of
@@ -84,6 +85,7 @@ def inspect(
         found["problems"] = list(error.problems)
     if unread := [str(p) for p in source.others() if p.suffix == ".safetensors" and p.parent == Path()]:
         found["notes"] = [*found["notes"], f"not in the index, so not read: {some(unread)}"]
+    found["notes"] = [*found["notes"], *an_adapter(found["carried"])]
     return found
 
 

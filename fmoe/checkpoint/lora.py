@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint, read_header
-from fmoe.checkpoint.files.strict import parse
+from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead
 from fmoe.checkpoint.files.writer import Layout
 from fmoe.checkpoint.open import adapter as adapter_at
@@ -131,7 +131,7 @@ def _singly(adapter: Adapter) -> tuple[Rule, ...]:
 
 def _stamped(said: LoraConfig, path: Path) -> LoraConfig:
     """The config, its release the one that the stamp of a directory of Automodel names, if there is one."""
-    layout = _json(path).get("paramwrapper_layout") if path.is_file() else None
+    layout = _json(path).get("paramwrapper_layout") if os.path.lexists(path) else None
     if layout is None:
         return said
     if layout not in LIKE:
@@ -208,10 +208,7 @@ def _saved(tensors: Params, path: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return parse(disk.content(path, "is missing: a PEFT directory has one"), infinite=True)
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{path}: {error}") from None
+    return read(path, "is missing: a PEFT directory has one", infinite=True)[0]
 
 
 def _ranks(params: Params, config: LoraConfig, adapter: Adapter) -> Iterator[Problem]:

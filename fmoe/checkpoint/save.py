@@ -1,6 +1,7 @@
 """Native parameters as a directory: shards and an index that Transformers and fmoe read."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -9,18 +10,20 @@ from torch import Tensor
 
 from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
 from fmoe.checkpoint.files.origin import FORMAT
+from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import as_own
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import unnamed_choices
+from fmoe.checkpoint.staging.beside import removed
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
-from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, read_again, whole_saved
+from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, not_decoded, read_again, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told
@@ -32,6 +35,7 @@ from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, bits
 
 CONFIG = "config.json"
+NEEDED = f"no {CONFIG}, of which an adapter of your own knows nothing: fmoe.load(..., adapter=) reads it as it is"
 SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 
 
@@ -53,8 +57,10 @@ def save(
 
     layout: "native" writes params as they are; `fmoe.convert` and `fmoe.load` read both. adapter: as `fmoe.adapter`
     gave it, whose config is written as config.json where path has none; without one, that of path's config.json.
-    force: replace the checkpoint that path holds; other files in it stay in any case. axis_ranges: which experts these
-    parameters hold, as `e=range(16, 32)`, if not all, in layout "native": `fmoe.load` gives them back.
+    force: replace the checkpoint that path holds: weights of any kind, and the LoRA adapter that Transformers would put
+    onto them; the notes name what is gone. Config, tokenizer and all other files stay in any case.
+    axis_ranges: which experts these parameters hold, as `e=range(16, 32)`, if not all, in layout "native": `fmoe.load`
+    gives them back.
     quantization: as in `Adapter.to_hf`; config.json says what is written. Of weights that were changed since they were
     decoded, as by a merge, and become codes again, the report's notes say how much of the change survives, and
     AdapterError where next to nothing does: quantization=False writes them as they are.
@@ -92,8 +98,7 @@ def save(
             for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
                 done += nbytes
                 progress(done, of)
-        wide = _rounded(path, plan if layout == "hf" else None, small)
-        notes = (*found, *told(survived), *_needed(path, small), *wide)
+        notes = (*found, *told(survived), *removed(stage.old, {*files.heads, *small}))
         for name, text in small.items():
             stage.fill(name, text.encode())
         stage.publish()
@@ -147,17 +152,21 @@ def prepare(
     small = {INDEX: files.index} if files.index else {}
     if layout == "native":
         small[NATIVE] = _origin(hf, size_of(max_shard_size), ranges, unnamed_choices(adapter, [*hf.targets]))
-    config = _json(path / CONFIG) if (path / CONFIG).exists() else adapter.config
-    notes: tuple[str, ...] = ()
-    if config is not None:
+    there = _config(path)
+    config = adapter.config if there is None else there
+    notes = [*hf.notes]
+    if config is None:
+        notes.append(NEEDED)
+    else:
         _one_model(path / CONFIG, config, adapter.config or {})
-        notes = whole_saved(path, config, adapter, hf.targets, ranges)
         agreed = agreeing(config, adapter.inverse, hf.targets)
+        notes += whole_saved(path, config, adapter, hf.targets, ranges)
         if layout == "hf":
             read_again(agreed, adapter.config or {}, hf.targets)
-        if agreed != config or not (path / CONFIG).exists():
+            notes += [*not_decoded(agreed, hf.targets), *wider_than_said(hf.targets, agreed)]
+        if agreed != there:
             small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
-    return Job(adapter, plan, files, small, notes)
+    return Job(adapter, plan, files, small, tuple(notes))
 
 
 def _one_model(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -175,27 +184,9 @@ def _one_model(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) ->
         raise AdapterError(f"{path} stays, and is not of these parameters: {found}. {fix}")
 
 
-def _needed(path: Path, small: Mapping[str, str]) -> Iterator[str]:
-    """What a reader of the directory has to bring."""
-    if CONFIG not in small and not (path / CONFIG).exists():
-        yield f"no {CONFIG}, of which an adapter of your own knows nothing: fmoe.load(..., adapter=) reads it as it is"
-
-
-def _rounded(path: Path, plan: Plan | None, small: Mapping[str, str]) -> list[str]:
-    """A note on Hugging Face tensors that its config's reader makes narrower."""
-    if plan is None or not (CONFIG in small or (path / CONFIG).exists()):
-        return []
-    return wider_than_said(plan.targets, json.loads(small[CONFIG]) if CONFIG in small else _json(path / CONFIG))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise AdapterError(f"{path} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise AdapterError(f"{path} holds a {type(found).__name__}, expected an object")
-    return found
+def _config(path: Path) -> dict[str, Any] | None:
+    """The config that is there, and stays. Raises AdapterError for a config.json that nobody reads."""
+    return read(path / CONFIG, infinite=True)[0] if os.path.lexists(path / CONFIG) else None
 
 
 def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
@@ -213,12 +204,11 @@ def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
 def _adapter(path: Path, adapter: Adapter | Family | None) -> Adapter:
     adapter = None if adapter is None else as_own(adapter)
     if isinstance(adapter, Family):
-        return adapter.adapter(_json(path / CONFIG) if (path / CONFIG).exists() else None)
+        return adapter.adapter(_config(path))
     if adapter is not None:
         return adapter
-    if not (path / CONFIG).is_file():
+    if (config := _config(path)) is None:
         raise AdapterError(f"which family? pass adapter=fmoe.adapter(...), or put a {CONFIG} into {path}")
-    config = _json(path / CONFIG)
     return adapter_at(str(config.get("model_type")), config)
 
 

@@ -11,7 +11,7 @@ from fmoe.checkpoint.files.containers.orbax_written import orbax_layout
 from fmoe.checkpoint.files.containers.written import dcp_layout
 from fmoe.checkpoint.files.directory import INDEX, Checkpoint
 from fmoe.checkpoint.files.disk import content, write_at
-from fmoe.checkpoint.files.weights import OUT
+from fmoe.checkpoint.files.weights import ADAPTER, OUT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.whole import json_of
@@ -72,9 +72,9 @@ def config_of(source: Checkpoint, to: str, there: Adapter, plan: Plan) -> dict[s
 def beside(
     source: Checkpoint, small: Mapping[str, bytes], layout: Layout, config: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """config.json, with which the directory can go back, and the other small files of the source."""
+    """config.json, with which the directory can go back, and the other small files of the source, but no adapter's."""
     made = {"config.json": json_of(config)}
-    out = {*KEPT_OUT} if any(field in config for field in FIELDS) else {*KEPT_OUT, QUANT}
+    out = {*KEPT_OUT, ADAPTER} if any(field in config for field in FIELDS) else {*KEPT_OUT, ADAPTER, QUANT}
     for path in source.others():
         name = str(path)
         if name not in {*small, *layout.heads, *made, *out} and path.suffix in ALONG:

@@ -1,7 +1,7 @@
 """Whose a directory is: Hugging Face's, ours, or another system's, by files and names; and whoever reads ours alone."""
 
 from collections.abc import Mapping
-from os.path import exists, isfile
+from os.path import exists, isfile, realpath
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.containers.mp_rank import UNTRUSTED
 from fmoe.checkpoint.files.containers.source import container_of, open_foreign
 from fmoe.checkpoint.files.directory import MISSING, NATIVE, Checkpoint, open_checkpoint
-from fmoe.checkpoint.files.strict import parse
+from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.weights import ADAPTER
 from fmoe.checkpoint.remote.address import Address, Where, place
 from fmoe.families import FAMILIES
@@ -53,8 +53,8 @@ def config_of(config: Any) -> dict[str, Any] | None:
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:
-        return parse(path.read_bytes(), infinite=True)
-    except (OSError, ValueError, TypeError) as error:
+        return read(Path(realpath(path)), infinite=True)[0]  # a link that was asked for may lead anywhere
+    except AdapterError as error:
         raise AdapterError(f"{path} is no config: {error}") from None
 
 

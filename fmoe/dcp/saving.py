@@ -17,6 +17,7 @@ from torch.futures import Future
 from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.save import Job, prepare
+from fmoe.checkpoint.staging.beside import removed
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced
 from fmoe.checkpoint.staging.staging import staging
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class Written(int):
+    """How many bytes a rank wrote. notes: what else one should know, as in `fmoe.Report`."""
+
+    notes: tuple[str, ...] = ()
+
+
 def save(
     params: Params,
     path: Path | str,
@@ -43,13 +50,13 @@ def save(
     fsync: bool = True,
     process_group: "ProcessGroup | None" = None,
     quantization: bool | None = None,
-) -> int:
+) -> Written:
     """path = to_hf(params), as `fmoe.save`, of DTensors too: one checkpoint, with its index, whatever the mesh.
 
-    Returns the bytes that this rank wrote. The first rank makes the files and gives them their names in the end, every
-    rank writes into them the boxes that it holds, and of what several ranks hold the first of them: path is the same
-    directory for all ranks, and no tensor is gathered. All ranks of the process group call this, with the same names
-    and shapes.
+    Returns the bytes that this rank wrote, an int with the notes of `fmoe.save`'s report. The first rank makes the
+    files and gives them their names in the end, every rank writes into them the boxes that it holds, and of what
+    several ranks hold the first of them: path is the same directory for all ranks, and no tensor is gathered. All ranks
+    of the process group call this, with the same names and shapes.
 
     quantization: as in `fmoe.save`. Raises AdapterError, on all ranks, where the parameters do not convert, path may
     not be written to, any rank cannot write, or what was changed since it was decoded would be lost in codes; path is
@@ -67,7 +74,7 @@ def save(
         planner = _Planner(params, here(path, "parameters"), adapter, layout, max_shard_size, quantization=quantization)
         writer = _Writer(planner, stack, force, fsync)
         dcp.save({}, storage_writer=writer, planner=planner, process_group=process_group)
-    return writer.written
+    return writer.done
 
 
 class _Planner(SavePlanner):
@@ -103,11 +110,11 @@ class _Planner(SavePlanner):
 
 
 class _Writer(dcp.StorageWriter):
-    """written: the bytes that this rank wrote."""
+    """done: the bytes that this rank wrote."""
 
     def __init__(self, planner: _Planner, stack: ExitStack, force: bool, fsync: bool):
         self.planner, self.stack, self.force, self.fsync = planner, stack, force, fsync
-        self.written = 0
+        self.done = Written(0)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -126,33 +133,27 @@ class _Writer(dcp.StorageWriter):
         self.stage = self.stack.enter_context(staging(path, ONCE, claim, fsync=self.fsync, resumable=False))
         self.stage.begin(job.files.heads, job.small)
         parts = {file: str(self.stage.part(file)) for file in job.files.heads}
-        return [replace(plan, storage_data=parts) for plan in plans]
+        gone = removed(self.stage.old, {*parts, *job.small})
+        return [replace(plan, storage_data=(parts, gone)) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         job, params = self.planner.job, self.planner.params
-        parts = {file: Path(part) for file, part in plan.storage_data.items()}
+        files, gone = plan.storage_data
+        parts, nbytes = {file: Path(part) for file, part in files.items()}, 0
         for sources, targets in job.plan.units():
             mine = self.planner.first or any(is_dtensor(params[n]) for n in sources)
             made = job.plan.run({n: params[n] for n in sources}, targets) if mine else {}
             for name, tensor in made.items():
                 if not is_dtensor(tensor) or first_of_copies(tensor):
-                    self._write(parts[job.files.files[name]], job.files.starts[name], tensor)
-        told(self.planner.survived)
+                    nbytes += _write(parts[job.files.files[name]], job.files.starts[name], tensor)
+        self.done = Written(nbytes)
+        self.done.notes = (*job.notes, *told(self.planner.survived), *gone)
         for part in parts.values() if self.fsync else ():
             with naming(part), open(part, "rb") as file:
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result([])
         return done
-
-    def _write(self, part: Path, start: int, tensor: Any) -> None:
-        with open(part, "r+b", buffering=0) as out:
-            for offsets, _, piece in pieces(tensor):
-                starts, length = run_starts(tensor.shape, offsets, piece.shape)
-                data, n = bits(piece.cpu()), length * piece.element_size()
-                for i, at in enumerate(starts if n else ()):
-                    write_at(part, out.fileno(), data[i * n : (i + 1) * n], start + at * piece.element_size())
-                self.written += data.numel()
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         for name, text in self.planner.job.small.items():
@@ -162,3 +163,16 @@ class _Writer(dcp.StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return True
+
+
+def _write(part: Path, start: int, tensor: Any) -> int:
+    """This rank's boxes of a tensor, into the file where it begins at start; how many bytes they are."""
+    nbytes = 0
+    with open(part, "r+b", buffering=0) as out:
+        for offsets, _, piece in pieces(tensor):
+            starts, length = run_starts(tensor.shape, offsets, piece.shape)
+            data, n = bits(piece.cpu()), length * piece.element_size()
+            for i, at in enumerate(starts if n else ()):
+                write_at(part, out.fileno(), data[i * n : (i + 1) * n], start + at * piece.element_size())
+            nbytes += data.numel()
+    return nbytes

@@ -6,13 +6,15 @@ dcp.load(hf, storage_reader=adapter.get_hf_storage_reader(path))
 model.load_state_dict(adapter.from_hf(hf), strict=False)
 """
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmoe.checkpoint import adapter as adapter_of
+from fmoe.checkpoint.files.origin import weight_map
+from fmoe.checkpoint.files.strict import read
 from fmoe.entrance import held
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import keep, rule
@@ -85,10 +87,7 @@ def family_of(path: Path) -> Adapter:
     """The adapter of a directory: of its files where there are any, of its config.json alone otherwise."""
     if any(path.glob("*.safetensors")):
         return adapter_of(path)
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path / 'config.json'}: {error}; expected the checkpoint's config") from None
+    config = read(path / "config.json", "is not there: expected the checkpoint's config", infinite=True)[0]
     return adapter_of(str(config.get("model_type")), config)
 
 
@@ -97,10 +96,10 @@ def files_of(index: Path) -> dict[str, int] | None:
 
     Raises AdapterError for a file without a number.
     """
-    if not index.exists():
+    if not os.path.lexists(index):
         return None
     out: dict[str, int] = {}
-    for name, file in json.loads(index.read_text())["weight_map"].items():
+    for name, file in weight_map(index, read(index)[0]).items():
         number = SHARD.search(file)
         if number is None:
             raise AdapterError(f"{index}: {name!r} lies in {file!r}, expected a number as in model-00001-of-00002")

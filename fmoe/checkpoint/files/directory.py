@@ -18,7 +18,7 @@ from torch import Tensor
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
-from fmoe.checkpoint.files.strict import MOST, parse
+from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.weights import INDEX, JOURNAL, NATIVE, SINGLE, SUMS, chosen, instead, of_a_model, unfinished
 from fmoe.checkpoint.remote.address import Address, Where, look, where
 from fmoe.checkpoint.remote.spans import scattered
@@ -236,10 +236,4 @@ def _where(path: Where, headers: Mapping[str, Header]) -> dict[str, str]:
 
 def _json(path: Where, *, infinite: bool = False) -> tuple[dict[str, Any], str]:
     """What a file of JSON holds, and its text."""
-    text = disk.content(path, f"{MISSING}. {FIX}", MOST)
-    try:
-        return parse(text, infinite=infinite), text.decode()
-    except ValueError as error:
-        raise AdapterError(f"{path} is no JSON: {error}") from None
-    except TypeError as error:
-        raise AdapterError(f"{path} {error}") from None
+    return read(path, f"{MISSING}. {FIX}", infinite=infinite)

@@ -8,6 +8,10 @@ from collections.abc import Callable
 from reprlib import Repr
 from typing import Any
 
+from fmoe.checkpoint.files.disk import content
+from fmoe.checkpoint.remote.address import Where
+from fmoe.types import AdapterError
+
 MOST = 100_000_000
 """Bytes of JSON that are read at all: what the safetensors library allows a header."""
 NAME = 1_000
@@ -43,6 +47,20 @@ def parse(text: bytes, *, infinite: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TypeError(f"holds a {type(found).__name__}, expected an object")
     return found
+
+
+def read(path: Where, missing: str = "is not there", *, infinite: bool = False) -> tuple[dict[str, Any], str]:
+    """What a file of JSON holds, and its text. missing: said if it is not there; infinite: as in `parse`.
+
+    Raises AdapterError naming the file, for whatever cannot be read as one (see `disk`) or is no object.
+    """
+    text = content(path, missing, MOST)
+    try:
+        return parse(text, infinite=infinite), text.decode()
+    except ValueError as error:
+        raise AdapterError(f"{path} is no JSON: {error}") from None
+    except TypeError as error:
+        raise AdapterError(f"{path} {error}") from None
 
 
 _SHORT = Repr()

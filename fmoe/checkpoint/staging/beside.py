@@ -1,26 +1,40 @@
 """What lies beside a checkpoint: which files go where it goes, and what is told of those that do not."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from fmoe.checkpoint.files.directory import Checkpoint
-from fmoe.checkpoint.files.weights import JOURNAL, LEASE, WEIGHTS, former
+from fmoe.checkpoint.files.strict import read
+from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, LEASE, WEIGHTS, former
 from fmoe.checkpoint.remote.address import Where
+from fmoe.types import AdapterError
 
 
 def taken_along(
     source: Checkpoint, written: Iterable[str], *, other_family: bool = False
 ) -> tuple[dict[str, bytes | Where], list[str]]:
-    """(the files that go along, notes that name those that do not). written: what is made, under its own names.
+    """(the files that go along, notes on an adapter among them and on those that do not). written: what is made, under
+    its own names.
 
     other_family: what holds weights is then another model's, and stays behind.
     """
     others = {str(p): source.path / p for p in source.others()}
-    stay = {n for n in others if n in set(written) or other_family and Path(n).suffix in WEIGHTS}
+    another = lambda n: Path(n).suffix in WEIGHTS or n == ADAPTER
+    stay = {n for n in others if n in set(written) or other_family and another(n)}
     along: dict[str, bytes | Where] = {n: path for n, path in others.items() if n not in stay}
-    return along, not_along([*sorted(stay), *source.left()])
+    return along, [*an_adapter(along), *not_along([*sorted(stay), *source.left()])]
+
+
+def an_adapter(names: Iterable[str]) -> list[str]:
+    """A note on the LoRA adapter among the files of a whole model, for which Transformers leaves the model alone.
+
+    >>> len(an_adapter(["adapter_config.json", "model.safetensors"])), an_adapter(["adapter_model.bin"])
+    (1, [])
+    """
+    found = sorted(n for n in names if n == ADAPTER or n.startswith("adapter_model."))
+    told = "Transformers loads the model that it names, and the adapter onto it. Fix: take it away, or fmoe.lora.merge"
+    return [f"{text}: {told}" for text in _note("beside the model and not of it", found if ADAPTER in found else [])]
 
 
 def not_along(names: list[str]) -> list[str]:
@@ -38,16 +52,21 @@ def of_the_former(dst: Path, replaced: Iterable[str], written: Iterable[str]) ->
     )
     folders = {n.split("/")[0] for n in (*written, *replaced) if "/" in n}
     stays = [n for n in there if n not in replaced | written | folders] if replaced else []
-    return _note("of the former model, removed", sorted(replaced - written)) + _note("left as it was", stays)
+    return removed(replaced, written) + _note("left as it was", stays)
+
+
+def removed(replaced: Iterable[str], written: Iterable[str]) -> list[str]:
+    """A note that names which files of the model that was there go."""
+    return _note("of the former model, removed", sorted({*replaced} - {*written}))
 
 
 def code_of(path: Path) -> set[str]:
     """The files of remote code that a config names."""
     try:
-        found = json.loads((path / "config.json").read_bytes()).get("auto_map", {}).values()
+        found = read(path / "config.json", infinite=True)[0].get("auto_map", {}).values()
         named = [text for value in found for text in ([value] if isinstance(value, str) else value)]
         return {text.rpartition("--")[2].split(".")[0] + ".py" for text in named if isinstance(text, str)}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (AdapterError, AttributeError, TypeError):
         return set()
 
 

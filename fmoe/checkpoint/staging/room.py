@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from fmoe.checkpoint.files.directory import CONFIG
 from fmoe.checkpoint.files.weights import JOURNAL, LEASE, OUT, holds
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable
@@ -43,8 +44,9 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     """The files in dst that a new checkpoint replaces. Raises AdapterError where dst may not be written to.
 
     work: what is about to be done, which may go on where it was interrupted. bystanders: files that are no weights,
-    such as a config and a tokenizer, may be there and stay, but not ModelOpt's, which tells of the codes that were
-    there; without, nothing of the model that was there does.
+    such as a config and a tokenizer, may be there and stay, but no adapter, which Transformers would put onto the new
+    ones, and not ModelOpt's, which tells of the codes that were there; without, nothing of the model that was there
+    does.
     """
     if isinstance(source, Path):
         _apart(dst, source)
@@ -56,8 +58,12 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     if not os.access(home, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
+    for name in there:
+        if (holds(name) or _MODEL.match(name) or name in (CONFIG, QUANT)) and _folder(dst / name):
+            raise AdapterError(f"{dst / name} is a folder, expected no more than a file of that name: move it away")
     weights = {n for n in there if holds(n) or n == OUT and sum(m.endswith(".gguf") for m in there) == 1}
-    old = weights | {n for n in there if _MODEL.match(n) or n == QUANT} if bystanders else weights and replaceable(dst)
+    held = weights | {n for n in there if _MODEL.match(n)} if bystanders else weights
+    old = held | {QUANT} & set(there) if bystanders else weights and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
@@ -67,13 +73,18 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
                 f"{dst} has got {some(new)} since it was begun: move that, or force=True (--force) to replace it"
             )
         return old
-    if bystanders and not weights:
-        return {QUANT} & set(there)
+    if bystanders and not held:
+        return old
     if there and not force:
-        raise AdapterError(f"{dst} is not empty: name another directory, or force=True (--force) to replace it")
-    if there and not weights and not all(n.endswith(".part") for n in there):
+        what = f", but holds {some(sorted(held))}" if bystanders else ""
+        raise AdapterError(f"{dst} is not empty{what}: name another directory, or force=True (--force) to replace it")
+    if there and not held and not all(n.endswith(".part") for n in there):
         raise AdapterError(f"{dst} holds no checkpoint, but {some(there)}: refusing to replace that")
     return old
+
+
+def _folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _apart(dst: Path, source: Path) -> None:
@@ -94,7 +105,7 @@ def _ids(path: Path) -> Iterator[tuple[int, int] | str]:
 
 def check_space(dst: Path, needed: int) -> None:
     """Raises AdapterError where the disk has no room for that many bytes, less what parts of it hold already."""
-    held = sum(p.stat().st_blocks * 512 for p in dst.glob("*.part")) if dst.exists() else 0
+    held = sum(p.lstat().st_blocks * 512 for p in dst.glob("*.part")) if dst.exists() else 0
     home = _home(dst)
     free = shutil.disk_usage(home).free
     if needed - held > free:

@@ -1,10 +1,11 @@
 """sha256 of whole files, on a few threads; and whether files are still those that were written."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 
 from fmoe.checkpoint.files.directory import Checkpoint
-from fmoe.checkpoint.files.disk import bytes_of, digest, identity, weak
+from fmoe.checkpoint.files.disk import bytes_of, content, digest, identity, weak
 from fmoe.checkpoint.files.weights import NATIVE, SUMS
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.checkpoint.stream.carry import in_order, pool
@@ -42,10 +43,10 @@ def kept_sums(folder: Where) -> dict[str, str]:
     Raises AdapterError where they are not as `sums_text` writes them.
     """
     path = folder / SUMS
-    if not path.exists():
+    if not (path.exists() if isinstance(path, Address) else os.path.lexists(path)):
         return {}
-    with open(str(path), encoding="utf-8", errors="replace") as file:
-        lines = [line.rstrip("\n") for line in file]
+    text = content(path).decode(errors="replace")
+    lines = text.removesuffix("\n").split("\n") if text else []
     found = [_LINE.fullmatch(line) for line in lines]
     if wrong := next((line for line, m in zip(lines, found, strict=True) if m is None or m[2] in (".", "..")), None):
         raise AdapterError(f"{path} has the line {wrong[:100]!r}, expected a sha256 and a file's name")

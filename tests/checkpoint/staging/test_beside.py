@@ -109,6 +109,21 @@ def test_another_family_takes_no_weights_along(source, tmp_path):
     assert any("pytorch_model.bin" in note for note in report.notes)
 
 
+def test_an_adapter_beside_a_model_is_named_wherever_it_goes_and_goes_whole_or_not_at_all(source, tmp_path):
+    lora = ["adapter_config.json", "adapter_model.safetensors"]
+    for name in lora:
+        (source / name).write_text("{}")
+    named = ", ".join(map(repr, lora))
+    with_it = f"beside the model and not of it: {named}: Transformers loads the model that it names"
+    for src, to in ((source, "native"), (tmp_path / "native", "hf")):
+        report = fmoe.convert(src, tmp_path / to, to)
+        assert any(note.startswith(with_it) for note in report.notes) and {*lora} <= files(tmp_path / to).keys()
+        assert any(note.startswith(with_it) for note in fmoe.inspect(tmp_path / to)["notes"])
+    for to in ("mixtral", "mlx"):
+        report = fmoe.convert(source, tmp_path / to, to, lossy=to == "mixtral")
+        assert f"not taken along: {named}" in report.notes and not {*lora} & files(tmp_path / to).keys()
+
+
 def rewritten(path: Path, change) -> None:
     """The same tensors, and a header in other words."""
     data = path.read_bytes()

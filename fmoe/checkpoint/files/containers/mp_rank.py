@@ -49,8 +49,8 @@ def home_of(path: Path) -> Path | None:
     if any(map(_RANK.fullmatch, _folders(path))):
         return path
     try:
-        told = (path / LATEST).read_text()[:40].strip()
-    except (OSError, ValueError):
+        told = disk.content(path / LATEST).decode()[:40].strip()
+    except (AdapterError, ValueError):
         return None
     inside = path / (f"iter_{int(told):07d}" if told.isdecimal() else "release")
     return inside if os.path.isdir(inside) and any(map(_RANK.fullmatch, _folders(inside))) else None
