@@ -25,6 +25,7 @@ from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known, opened
+from fmoe.families.forms import alike
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
@@ -36,7 +37,7 @@ from fmoe.lowrank.matrices import is_copy, tied
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import LoraTable, is_lora
-from fmoe.lowrank.targets import scales_of, table_of, targets_of, told, wrapped
+from fmoe.lowrank.targets import ranked, scales_of, table_of, targets_of, told, wrapped
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
@@ -56,7 +57,9 @@ class Tuned(NamedTuple):
     @property
     def scales(self) -> Scales:
         """alpha / r of every matrix A, by its name; how gate and up lie in its B; and which native weight it adapts."""
-        return scales_of(self.params, self.config, self.adapter, opened(self.adapter))
+        found = scales_of(self.params, self.config, self.adapter, opened(self.adapter))
+        found.alike = partial(alike, self.adapter.config or {})
+        return found
 
     def __repr__(self) -> str:
         r, alpha = self.config.r, self.config.lora_alpha
@@ -112,8 +115,9 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     adapter = base.resolve(tensors)
     params = adapter.from_hf(whole(_singly(adapter), tensors, said))
     model = adapter.config or {}
+    same = lambda name: alike(model, name)[-1]
     problems = [*_ranks(params, said, adapter), *(tied(params) if known.ties(model) else ())]
-    if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model))]:
+    if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model), same)]:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 
@@ -154,7 +158,8 @@ def save(
     adapter: the model's, as `fmoe.adapter` gives it: `lora=` and `peft_version=` there say in which form. config: what
     adapter_config.json shall say; without one, it is made: every wrapped parameter by its full name, the rank that most
     have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. base: the
-    model's path or hub name. Names get PEFT's `base_model.model.` where they lack it. force: replace what is there.
+    model's path or hub name. Names are those of the model in memory, and get PEFT's `base_model.model.` where they lack
+    it. force: replace what is there.
     Returns the config. Raises AdapterError before anything is written.
 
     >>> import fmoe, fmoe.docs, tempfile
@@ -176,11 +181,12 @@ def save(
     if foreign := [n for n, t in params.items() if not isinstance(t, Tensor)]:
         kind = type(params[foreign[0]]).__name__
         raise AdapterError([Problem(f"{some(foreign)}: {kind}, expected tensors", (*foreign,))])
-    params = {n if n.startswith(WRAPPED) else WRAPPED + n: t for n, t in params.items()}
+    in_memory = lambda name: WRAPPED + alike(adapter.config or {}, name.removeprefix(WRAPPED))[-1]
+    params = {in_memory(n): t for n, t in params.items()}
     if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
         where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"
         raise AdapterError([Problem(f"{some(odd)}: {where}, expected plain tensors with values", (*odd,))])
-    adapter = adapter if config is None else _as(adapter, config)
+    adapter = ranked(adapter, params) if config is None else _as(adapter, config)
     tensors = adapter.to_hf(params)
     if config is None:
         config = _config(params, adapter, lora_alpha, base)

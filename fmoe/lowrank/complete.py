@@ -32,24 +32,26 @@ def missing(
     adapter: Adapter,
     names: Iterable[str] | None,
     everywhere: Callable[[str], bool | None] = lambda form: None,
+    same: Callable[[str], str] = lambda name: name,
 ) -> Iterator[Problem]:
     """A problem for each target of which the matrices are not there. names: the base's Hugging Face names, if known.
 
     With them, every module and every expert parameter that a target names has matrices, where Transformers gives it
     another name in memory as many. Without, every target has some, and the layers of each have no gap. everywhere:
-    whether all layers have a module of this name, its number a star; None: not known.
+    whether all layers have a module of this name, its number a star; None: not known. same: one name of all that a
+    tensor has, in memory and in files.
     """
     if not params:
         yield Problem("the adapter's file holds no matrices, expected some for each target of adapter_config.json")
         return
     made = targets_of(adapter, params)
-    keys = {key.removeprefix(WRAPPED) for t in made for key in t.keys}
+    keys = {same(key.removeprefix(WRAPPED)) for t in made for key in t.keys}
     some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
         skipped = some_layers and target in config.target_parameters
-        known = None if names is None or skipped else _wanted(target, config, adapter, list(names))
+        known = None if names is None or skipped else set(map(same, _wanted(target, config, adapter, list(names))))
         lost = sorted(known - keys, key=_numbers) if known else []
         lost = [n for n in lost if not _stacked(adapter, n)]
         lost = [] if known and len({*fits} - known) == len(lost) else lost  # others by name, in memory

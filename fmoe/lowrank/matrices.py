@@ -89,7 +89,8 @@ def tied(lora: Params) -> Iterator[Problem]:
     """A problem for the matrices of an embedding, or a head, where both are one tensor: merged, both would change."""
     at = [p for p in matrices(lora) if p.rows or p.weight.endswith("lm_head.weight")]
     if names := tuple(n for p in at for n in (p.a, p.b)):
-        text = f"{some(names)}: LoRA of an embedding that is its base's head too, and a merge would change both"
+        text = f"{some(names)}: LoRA of an embedding that is its base's head too. Added to that one tensor, as PEFT's "
+        text += "merge_and_unload does, it changes both: another model than the adapter's"
         fix = "Fix: untie the base first: write lm_head.weight, a copy of its embedding, and tie_word_embeddings=false"
         yield Problem(f"{text}. {fix} in its config.json", names)
 

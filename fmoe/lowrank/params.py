@@ -177,13 +177,14 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
                 told = f"lora: {pair.copy!r} is a whole weight, and natively that is cut or turned"
                 raise AdapterError([Problem(f"{told}. Fix: merge it with PEFT (merge_and_unload)", (pair.copy,))])
             for name, part in parts[pair.a](by * (one.double() @ other.double())).items():
+                name = _there(params, scale, name)
                 W = _weight(params, name, pair)
                 _plain(name, W, A.device, pair.a)
                 made[name] = (W.double() + part).to(W.dtype)
             continue
         weight = pair.weight.removeprefix(WRAPPED)
         weight = scale.weights.get(pair.a, weight) if isinstance(scale, Scales) else weight
-        name = pair.weight if pair.weight in params else weight
+        name = pair.weight if pair.weight in params else _there(params, scale, weight)
         W = _weight(params, name, pair)
         for odd, t in ((name, W), (pair.a, A), (pair.b, B)):
             _plain(odd, t, W.device, name)
@@ -194,6 +195,12 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
             raise AdapterError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
         made[name] = _sum(W, one, other, by) if pair.experts else _sum(W[None], one[None], other[None], by)[0]
     return made
+
+
+def _there(params: Params, scale: Scale, name: str) -> str:
+    """The name that a native weight has among params."""
+    names = scale.alike(name) if isinstance(scale, Scales) and name not in params else ()
+    return next((n for n in names if n in params), name)
 
 
 def _weight(params: Params, name: str, pair: Matrices) -> Tensor:

@@ -14,7 +14,8 @@ class Scales(dict[str, float]):
     """alpha / r of every matrix A, by its name. interleaved: the A's in whose B gate and up columns alternate.
 
     weights: the names of native weights, of the A's that files name otherwise. parts: what an update of the file's
-    weight is natively, of the A's whose weight a rule cuts or turns.
+    weight is natively, of the A's whose weight a rule cuts or turns. alike: all names of a native weight, where a model
+    in memory has others than its published files.
 
     >>> scales = Scales({"lora_gate_and_up_A": 2.0}, interleaved=["lora_gate_and_up_A"])
     >>> scales, alternates("lora_gate_and_up_A", scales, None)
@@ -27,8 +28,10 @@ class Scales(dict[str, float]):
         interleaved: Iterable[str],
         weights: Mapping[str, str] | None = None,
         parts: Mapping[str, Callable[[Tensor], Mapping[str, Tensor]]] | None = None,
+        alike: Callable[[str], Iterable[str]] = lambda name: [name],
     ) -> None:
         super().__init__(scales)
+        self.alike = alike
         self.interleaved, self.weights, self.parts = frozenset(interleaved), dict(weights or {}), dict(parts or {})
 
 

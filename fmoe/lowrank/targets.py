@@ -49,6 +49,15 @@ def told(
     return replace(adapter, stages=tuple(tell(s) if isinstance(s, LoraTable) else s for s in adapter.stages))
 
 
+def ranked(adapter: Adapter, params: Params) -> Adapter:
+    """The adapter, which knows the rank that all matrices A of experts have, where that is one."""
+    ranks = {t.shape[-1] for n, t in params.items() if n.rpartition(".")[2] in OURS and n.endswith("_A") and t.ndim}
+    if len(ranks) != 1:
+        return adapter
+    tell = lambda s: replace(s, forms=replace(s.forms, rank=min(ranks))) if isinstance(s, LoraTable) else s
+    return replace(adapter, stages=tuple(map(tell, adapter.stages)))
+
+
 def table_of(adapter: Adapter) -> LoraTable:
     """The stage that has the LoRA rules. Raises AdapterError for an adapter of no family."""
     for stage in adapter.stages:
