@@ -90,7 +90,7 @@ def convert_between(
         plan = plan_from(source, there, **ranges)
     layout, small = layout_of(plan, made, to, size_of(max_shard_size), model)
     told = config_of(source, to, there, plan)
-    cast += not_decoded(told, made) if to == "hf" else []
+    cast += not_decoded(told, source.config, made) if to == "hf" else []
     along = beside(source, small, layout, told)
     small |= along
     if to == "native":

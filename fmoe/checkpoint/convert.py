@@ -143,7 +143,7 @@ def convert(
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
         read_again(agreed, config, plan.targets)
-        notes += not_decoded(agreed, plan.targets)
+        notes += not_decoded(agreed, config, plan.targets, None if source.native else source.specs)
         notes += wider_than_said(plan.targets, agreed) if source.native else []
         others |= {"config.json": json_of(agreed)} if crossing or agreed != config else {}
         if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):

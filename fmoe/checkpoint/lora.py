@@ -158,8 +158,8 @@ def save(
     adapter: the model's, as `fmoe.adapter` gives it: `lora=` and `peft_version=` there say in which form. config: what
     adapter_config.json shall say; without one, it is made: every wrapped parameter by its full name, the rank that most
     have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. base: the
-    model's path or hub name. Names are those of the model in memory, and get PEFT's `base_model.model.` where they lack
-    it. force: replace what is there.
+    model's path or hub name. Names get PEFT's `base_model.model.` where they lack it, and are those of the model in
+    memory, unless a config says its own. force: replace what is there.
     Returns the config. Raises AdapterError before anything is written.
 
     >>> import fmoe, fmoe.docs, tempfile
@@ -181,8 +181,8 @@ def save(
     if foreign := [n for n, t in params.items() if not isinstance(t, Tensor)]:
         kind = type(params[foreign[0]]).__name__
         raise AdapterError([Problem(f"{some(foreign)}: {kind}, expected tensors", (*foreign,))])
-    in_memory = lambda name: WRAPPED + alike(adapter.config or {}, name.removeprefix(WRAPPED))[-1]
-    params = {in_memory(n): t for n, t in params.items()}
+    bare = {n.removeprefix(WRAPPED): t for n, t in params.items()}
+    params = {WRAPPED + (n if config else alike(adapter.config or {}, n)[-1]): t for n, t in bare.items()}
     if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
         where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"
         raise AdapterError([Problem(f"{some(odd)}: {where}, expected plain tensors with values", (*odd,))])

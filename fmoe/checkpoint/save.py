@@ -163,7 +163,9 @@ def prepare(
         notes += whole_saved(path, config, adapter, hf.targets, ranges)
         if layout == "hf":
             read_again(agreed, adapter.config or {}, hf.targets)
-            notes += [*not_decoded(agreed, hf.targets), *wider_than_said(hf.targets, agreed)]
+            fresh = back.targets.keys() - params.keys()  # scales that no parameter carries
+            notes += not_decoded(agreed, adapter.config or {}, hf.targets) if fresh else []
+            notes += wider_than_said(hf.targets, agreed)
         if agreed != there:
             small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
     return Job(adapter, plan, files, small, tuple(notes))

@@ -45,14 +45,15 @@ def missing(
         yield Problem("the adapter's file holds no matrices, expected some for each target of adapter_config.json")
         return
     made = targets_of(adapter, params)
-    keys = {same(key.removeprefix(WRAPPED)) for t in made for key in t.keys}
+    keys = {key.removeprefix(WRAPPED) for t in made for key in t.keys}
+    there = set(map(same, keys))
     some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
         skipped = some_layers and target in config.target_parameters
-        known = None if names is None or skipped else set(map(same, _wanted(target, config, adapter, list(names))))
-        lost = sorted(known - keys, key=_numbers) if known else []
+        known = None if names is None or skipped else _wanted(target, config, adapter, list(names))
+        lost = sorted((n for n in known if same(n) not in there), key=_numbers) if known else []
         lost = [n for n in lost if not _stacked(adapter, n)]
         lost = [] if known and len({*fits} - known) == len(lost) else lost  # others by name, in memory
         if lost and (fits or not _expert_like(target)):

@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import fmoe
 import fmoe.dcp
 from fmoe import AdapterError
+from fmoe.dcp.boxes import alive
 
 RULES = fmoe.rule("layers.{l}.w.{e} [i d]", "layers.{l}.w [e d i]") | fmoe.keep("{rest}")
 PARAMS = {"layers.0.w": torch.arange(24.0).view(2, 3, 4), "layers.1.w": torch.ones(2, 3, 4), "norm": torch.ones(3)}
@@ -90,3 +91,18 @@ def test_two_ranks_of_which_one_fails_and_then_dies(victim, tmp_path):
     fmoe.dcp.save(PARAMS, dst, RULES, max_shard_size=60)
     fmoe.save(PARAMS, tmp_path / "one", RULES, max_shard_size=60)
     assert files(dst) == files(tmp_path / "one")
+
+
+OWN, GROUPS = RuntimeError("w: a size of 3"), dist.DistNetworkError("x] Connection reset")
+RANKS = [(OWN, 2, False), (GROUPS, 1, False), (GROUPS, 3, True), (RuntimeError("gloo: x"), 2, True)]
+
+
+@pytest.mark.parametrize(("error", "ranks", "told"), RANKS, ids=str)
+def test_a_rank_is_said_to_be_gone_for_what_its_group_says_alone(error, ranks, told, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: ranks)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    with pytest.raises(RuntimeError if not told else AdapterError) as raised, alive(None):
+        raise error
+    assert (raised.value is error) != told
+    assert not told or ("rank 1 has ended" if ranks == 2 else "one of the ranks [1, 2] has ended") in str(raised.value)

@@ -1,5 +1,6 @@
 """The notation and the algebra: what is refused, and answered with what would help."""
 
+import numpy
 import pytest
 import torch
 
@@ -101,3 +102,10 @@ def test_a_part_that_is_no_range_is_answered_with_the_range(asker, ask, why):
 def test_a_config_alone_is_told_that_it_goes_second():
     with pytest.raises(fmoe.AdapterError, match=r"a config goes second: fmoe.adapter\('mixtral', config\)"):
         fmoe.adapter({"model_type": "mixtral"})
+
+
+def test_names_with_arrays_of_another_library_settle_a_layout_as_names_do():
+    adapter = fmoe.adapter("qwen3_vl_moe_text", {"num_experts": 2})
+    names = [f"model.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up", "down")]
+    names += [f"{n}_scale_inv" for n in names]
+    assert adapter.resolve(dict.fromkeys(names, numpy.ones((2, 2)))) == adapter.resolve(names)

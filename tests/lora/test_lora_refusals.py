@@ -11,6 +11,7 @@ import fmoe
 from fmoe.families import FAMILIES
 from fmoe.layout.names import Names
 from fmoe.lowrank.derive import CURRENT
+from fmoe.lowrank.scales import Scales
 from fmoe.testing import same
 
 
@@ -155,3 +156,15 @@ def test_target_parameters_that_name_something_else():
 
 def adapter_of_fresh(**choices: Any) -> fmoe.Adapter:
     return FAMILIES["qwen3_moe"].adapter(sized("qwen3_moe", **SIZES), **choices)
+
+
+def test_a_whole_weight_beside_the_matrices_of_one_that_is_cut_natively_is_refused():
+    stem = "layers.0.mlp.gate"
+    params = {"layers.0.mlp.text_moe.gate.weight": torch.ones(4, 6), "other": torch.ones(1)}
+    lora = {f"{stem}.lora_A.weight": torch.ones(1, 4), f"{stem}.lora_B.weight": torch.ones(6, 1)}
+    turned = lambda update: {"layers.0.mlp.text_moe.gate.weight": update.mT}
+    scales = Scales({f"{stem}.lora_A.weight": 1.0}, (), None, {f"{stem}.lora_A.weight": turned})
+    assert fmoe.lora.merge(params, lora, scales)["layers.0.mlp.text_moe.gate.weight"].eq(2).all()
+    with pytest.raises(fmoe.AdapterError, match="is a whole weight, and natively that is cut or turned") as error:
+        fmoe.lora.merge(params, lora | {f"{stem}.base_layer.weight": torch.ones(6, 4)}, scales)
+    assert error.value.keys == (f"{stem}.base_layer.weight",)
