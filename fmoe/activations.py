@@ -188,7 +188,8 @@ def _entry(name: str) -> Activation:
 
 
 def _weighted(a: Tensor, p: Tensor | None, u: Tensor) -> Tensor:
-    return (a if p is None else a * p).to(u.dtype)
+    a = a if p is None else a * p
+    return a if a.dtype == u.dtype else a.to(u.dtype)
 
 
 def _clip(g: Tensor, v: Tensor, limit: float) -> tuple[Tensor, Tensor]:

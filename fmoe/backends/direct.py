@@ -14,7 +14,7 @@ from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.activations import activation
-from fmoe.backends.order import Order, ordered, parts
+from fmoe.backends.order import Order, of, ordered, parts
 from fmoe.backends.raw.loop import at_once, multiply, outer, tgmm
 from fmoe.backends.raw.memory import empty, partly
 from fmoe.dispatch import local
@@ -72,16 +72,17 @@ def _forward(
         return params[name].index_select(0, ids).to(x.dtype)
 
     for rows, sizes in parts(order, up, down, x):
-        u = multiply(order.rows(x, rows), up, sizes, None if keep is None else keep[rows])
-        h = act(u + bias("gate_up_proj_bias", sizes) if biased else u, None if after else w[rows])
+        u = multiply(order.rows(x, rows), up, sizes, None if keep is None else of(keep, rows))
+        h = act(u + bias("gate_up_proj_bias", sizes) if biased else u, None if after else of(w, rows))
         if plain:
-            multiply(h, down, sizes, out[rows])
+            multiply(h, down, sizes, of(out, rows))
             continue
         o = multiply(h, down, sizes)
         if after:
-            out[rows] = w[rows] * (o + bias("down_proj_bias", sizes) if biased_y else o).to(w.dtype)
+            y = of(w, rows) * (o + bias("down_proj_bias", sizes) if biased_y else o).to(w.dtype)
         else:
-            out[rows] = o.to(w.dtype) + w[rows] * bias("down_proj_bias", sizes).to(w.dtype) if biased_y else o
+            y = o.to(w.dtype) + of(w, rows) * bias("down_proj_bias", sizes).to(w.dtype) if biased_y else o
+        of(out, rows).copy_(y)
     return order.added(out, weights.shape[1], dtype)
 
 
@@ -139,16 +140,16 @@ def _backward(
     for rows, sizes in parts(order, up, down, x):
         out = order.rows(dy, rows)
         with torch.enable_grad():
-            mine, p = u[rows].requires_grad_(), w[rows].requires_grad_()
+            mine, p = (of(t, rows).detach().requires_grad_() for t in (u, w))
             h = act(mine, p)
         du, dp = torch.autograd.grad(h, (mine, p), multiply(out, down.mT, sizes))
-        dw[rows] = dp
+        of(dw, rows).copy_(dp)
         if d_down:
             d_down.add(h.detach(), out, sizes)
         if d_up:
             d_up.add(order.rows(x, rows), du, sizes)
         if dx is not None:
-            multiply(du, up.mT, sizes, dx[rows])
+            multiply(du, up.mT, sizes, of(dx, rows))
     return [
         None if dx is None else order.added(dx, weights.shape[1], x.dtype),
         order.slots(dw).view(weights.shape).to(weights.dtype) if needed[1] else None,

@@ -28,20 +28,21 @@ class Order(NamedTuple):
     token: Tensor | None = None
     back: Tensor | None = None
 
-    def rows(self, x: Tensor, part: slice) -> Tensor:
-        """Row n: x[token[n]], of a part of the rows; x [T, D]."""
-        return x.expand(len(self.sizes), -1) if self.token is None else x.index_select(0, self.token[part])
+    def rows(self, x: Tensor, part: slice | None) -> Tensor:
+        """Row n: x[token[n]], of a part of the rows; x [T, D], and of one token x itself, the row of all."""
+        return x if self.token is None else x.index_select(0, of(self.token, part))
 
     def weights(self, weights: Tensor, x: Tensor) -> Tensor:
         """The weight [N, 1] of each row, in fp32 or wider; weights [T, K]."""
         wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
-        w = weights.flatten()
-        return (w if self.slot is None else w.index_select(0, self.slot)).to(wide)[:, None]
+        w = weights.mT if self.slot is None else weights.flatten().index_select(0, self.slot)[:, None]
+        return w if w.dtype == wide else w.to(wide)
 
     def added(self, rows: Tensor, K: int, dtype: torch.dtype) -> Tensor:
         """The sum [T, D] of the rows of each token, in fp32 (fp64 stays), rounded to a dtype."""
         if self.back is None:
-            return summed(rows[None], torch.promote_types(rows.dtype, torch.float32)).to(dtype)
+            y = summed(rows[None], torch.promote_types(rows.dtype, torch.float32))
+            return y if y.dtype == dtype else y.to(dtype)
         return added(rows, self.back, K, dtype)
 
     def slots(self, rows: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def ordered(indices: Tensor, E: int, sort: bool = False) -> Order | None:
     """
     T, K = indices.shape
     if T == 1 and not sort:
-        told = indices[0].tolist()
+        (told,) = indices.tolist()
         if told and min(told) >= 0 and max(told) < E and len({*told}) == K:
             return Order(dict.fromkeys(told, 1))
     if T * K <= FEW:  # where a processor that reads weights forgets code, the fewest different steps cost least
@@ -80,12 +81,17 @@ def ordered(indices: Tensor, E: int, sort: bool = False) -> Order | None:
     return Order(sizes, *map(torch.from_numpy, (slots, slots // K, back)))
 
 
-def parts(order: Order, up: Tensor, down: Tensor, x: Tensor) -> Iterator[tuple[slice, dict[int, int]]]:
-    """The rows of some experts at a time; all at once where a part would not give the same bits, or costs more."""
+def of(rows: Tensor, part: slice | None) -> Tensor:
+    """A part of the rows; None: all, and no view of them."""
+    return rows if part is None else rows[part]
+
+
+def parts(order: Order, up: Tensor, down: Tensor, x: Tensor) -> Iterator[tuple[slice | None, dict[int, int]]]:
+    """The rows of some experts at a time; all (None) where a part would not give the same bits, or costs more."""
     N = sum(order.sizes.values())
-    ragged = any(size % 64 for size in down.shape[1:])  # a vector unit rounds what is left over in its own way
-    if N < 2 * PART or ragged or at_once(x, up) or at_once(x, down):
-        yield slice(0, N), order.sizes
+    # a vector unit rounds what is left over of 64 in its own way
+    if N < 2 * PART or any(size % 64 for size in down.shape[1:]) or at_once(x, up) or at_once(x, down):
+        yield None, order.sizes
         return
     start, stop, sizes = 0, 0, dict[int, int]()
     for e, n in order.sizes.items():

@@ -4,8 +4,8 @@ Raw products, without autograd: `products.py` adds that. They wait for the devic
 touch no expert without rows. Weights are read as they are stored, in either order and any dtype.
 """
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Iterable
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -32,17 +32,18 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
 
 
 def multiply(x: Tensor, w: Tensor, sizes: dict[int, int], out: Tensor | None = None) -> Tensor:
-    """`gmm` of the experts that have rows, in turn: how many each has. out: where to, of x's dtype."""
+    """`gmm` of the experts that have rows, in turn: how many each has. out: where to, of x's dtype.
+
+    A single row x, of several: each expert's.
+    """
     E = w.shape[0]
     if 4 * len(sizes) >= E and at_once(x, w):
         ends = torch.tensor([*accumulate(sizes.get(e, 0) for e in range(E))], dtype=torch.int32)
         y = F.grouped_mm(x.contiguous(), w, offs=ends)
         return y if out is None else out.copy_(y)
     if out is None:
-        out = empty((x.shape[0], w.shape[2]), x)
-    # one call makes all the slices: a slice at a time costs what a small product does
-    parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
-    cells = zip(sizes, x.split_with_sizes(parts), out.split_with_sizes(parts), strict=False)
+        out = empty((max(x.shape[0], sum(sizes.values())), w.shape[2]), x)
+    cells = zip(sizes, _each(x, sizes), _each(out, sizes), strict=False)
     if w.dtype != x.dtype or widens(x):
         for e, rows, place in cells:
             mine = w[e].to(x.dtype)
@@ -82,10 +83,9 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 
 
 def outer(x: Tensor, y: Tensor, sizes: dict[int, int], out: Tensor) -> None:
-    """`tgmm` of the experts that have rows, in turn, into out [E, K, M]."""
+    """`tgmm` of the experts that have rows, in turn, into out [E, K, M]. A single row, of several: each expert's."""
     wide = widens(x)
-    parts = [*sizes.values(), x.shape[0] - sum(sizes.values())]
-    for (e, n), a, b in zip(sizes.items(), x.split_with_sizes(parts), y.split_with_sizes(parts), strict=False):
+    for (e, n), a, b in zip(sizes.items(), _each(x, sizes), _each(y, sizes), strict=False):
         place = out.select(0, e)
         if x.shape[1] == 1:
             place[0] = (a.double() * b).sum(0)
@@ -95,6 +95,14 @@ def outer(x: Tensor, y: Tensor, sizes: dict[int, int], out: Tensor) -> None:
             place.copy_(torch.mm(a.float().mT, b.float()))
         else:
             torch.mm(a.mT, b, out=place)
+
+
+def _each(x: Tensor, sizes: dict[int, int]) -> Iterable[Tensor]:
+    """The rows of each expert, and what is left, in one call: a slice at a time costs what a small product does."""
+    parts, left = [*sizes.values()], x.shape[0] - sum(sizes.values())
+    if left < 0 and x.shape[0] == 1:
+        return repeat(x)
+    return x.split_with_sizes([*parts, left] if left else parts)
 
 
 def widens(x: Tensor) -> bool:
