@@ -205,7 +205,8 @@ def said(config: MoEConfig, name: str) -> Any:
     >>> said(MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1), "n_zero_experts")
     0
     """
-    return getattr(config, name, MoEConfig.__dataclass_fields__[name].default)
+    value = getattr(config, name, MoEConfig)
+    return MoEConfig.__dataclass_fields__[name].default if value is MoEConfig else value
 
 
 def n_ranked(config: MoEConfig) -> int:

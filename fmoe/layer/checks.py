@@ -35,7 +35,9 @@ def as_routing(routing: Routing) -> Routing:
         named = made._asdict().items()
         name, t = next((n, t) for n, t in named if not isinstance(t, Tensor) and (n, t) != ("mask", None))
         raise ValueError(f"experts: routing.{name} is a {type(t).__name__}, expected a tensor")
-    return Routing(indices.long() if indices.dtype in INTEGERS else indices, weights, mask)
+    if indices.dtype is torch.int64 or indices.dtype not in INTEGERS:
+        return made
+    return Routing(indices.long(), weights, mask)
 
 
 def _computes(tensor: Tensor) -> bool:

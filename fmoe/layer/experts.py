@@ -28,6 +28,7 @@ from fmoe.shapes import check_config, check_level
 from fmoe.types import MoEConfig, Params, Routing
 
 HERE = (BACKENDS["loop"], BACKENDS["torch_mm"])  # on a CPU, one and the same
+NOTHING = nullcontext()
 
 
 def experts(
@@ -92,27 +93,29 @@ def experts(
         check_tokens(x, routing, config)
     right = right and dispatcher is local  # another one's ranks have fewer experts each
     multiply = find(backend, x.device)
-    h = x.to(_product_dtype(x))
+    autocast = _autocast(x.device)
+    h = x if autocast in (None, x.dtype) or x.dtype == torch.float64 else x.to(autocast)
     inside, power = weighs_inside(config), None
     if inside and h.dtype == torch.float16 and not config.apply_router_weight_after_down:
         power = _power(routing, config)
         routing = routing._replace(weights=routing.weights / power)
-    whole = lambda y: (y if power is None else y * power).to(x.dtype)
-    coded = {} if right else in_codes(params)
-    fused = multiply if inside and dispatcher is local and not coded and not PAIRS.keys() & params.keys() else None
-    with without_autocast(x.device):
-        # what is computed in fp64 is computed by plain torch, whose products take it
-        if isinstance(fused, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
-            if not right:
-                check_experts(params, config, x.device, n_experts=config.n_routed_experts)
-            how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
-            return whole(fused.layer(params, h, routing, config, **how))
+    rounded = lambda y: y if y.dtype == x.dtype else y.to(x.dtype)
+    whole = lambda y: rounded(y if power is None else y * power)
+    with NOTHING if autocast is None else without_autocast(x.device):
         if right and inside and multiply in HERE and not batch_invariant and x.is_cpu:
             given = h, *routing[:2], *params.values()
             short = at_most_recorded(*given) and not (recompute and recorded(*given))
             dtype = x.dtype if power is None else torch.promote_types(routing.weights.dtype, torch.float32)
             if short and (y := direct(params, h, routing, config, dtype)) is not None:
                 return whole(y)
+        coded = {} if right else in_codes(params)
+        alone = inside and dispatcher is local and not coded and not PAIRS.keys() & params.keys()
+        # what is computed in fp64 is computed by plain torch, whose products take it
+        if alone and isinstance(multiply, Fused) and torch.float64 not in (h.dtype, routing.weights.dtype):
+            if not right:
+                check_experts(params, config, x.device, n_experts=config.n_routed_experts)
+            how = dict(recompute=recompute, wide=h.dtype != x.dtype, batch_invariant=batch_invariant)
+            return whole(multiply.layer(params, h, routing, config, **how))
         if coded and not takes_codes(multiply, params):
             multiply = by_expert(multiply, backend if isinstance(backend, str) else _name(backend))
         product = one_by_one(multiply) if batch_invariant else multiply
@@ -145,17 +148,15 @@ def _power(routing: Routing, config: MoEConfig) -> Tensor:
     return most.amax(-1, keepdim=True).log2().ceil().exp2()
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+def _autocast(where: torch.device) -> torch.dtype | None:
+    """Autocast's dtype, where it is on; on `meta` there is none."""
+    kind = where.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(where: torch.device) -> AbstractContextManager[Any]:
-    """A region without autocast; on `meta` there is none to begin with."""
-    on = where.type != "meta" and torch.is_autocast_enabled(where.type)
-    return torch.autocast(where.type, enabled=False) if on else nullcontext()
+    """A region without autocast."""
+    return NOTHING if _autocast(where) is None else torch.autocast(where.type, enabled=False)
 
 
 def _scaled(params: Params, alpha: float) -> Params:

@@ -24,36 +24,25 @@ def usual(params: Params, x: Tensor, routing: Routing, config: MoEConfig) -> boo
     >>> usual(params, torch.ones(1, 3), routing, config), usual(params, torch.ones(1, 4), routing, config)
     (True, False)
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(params) is not dict
-        or not _plain(x)
-        or said(config, "expert_norm_eps") is not None
-    ):
+    if torch.compiler.is_compiling() or type(params) is not dict or said(config, "expert_norm_eps") is not None:
         return False
+    D, given, where = config.expert_dim, [x, *params.values(), *routing[: 3 - (routing.mask is None)]], None
+    for t in given:
+        if type(t) not in PLAIN or t.is_nested or t.layout is not torch.strided:
+            return False
+        where = where or t.device
+        if t.device != where:
+            return False
     indices, weights, mask = routing
-    where, ids, D = x.device, indices.shape if _plain(indices) else (), config.expert_dim
-    if len(ids) != 2 or indices.dtype is not torch.int64 or indices.device != where:
+    ids = indices.shape
+    if len(ids) != 2 or indices.dtype is not torch.int64 or weights.shape != ids or x.shape != (ids[0], D):
         return False
-    if not (_plain(x) and x.dtype in FLOATS and x.shape == (ids[0], D) and x.layout is torch.strided):
-        return False
-    if not (_plain(weights) and weights.dtype in FLOATS and weights.shape == ids and weights.device == where):
-        return False
-    if mask is not None and not (_plain(mask) and mask.dtype is torch.bool and mask.shape == ids[:1]):
-        return False
-    if mask is not None and mask.device != where:
+    if mask is not None and (mask.dtype is not torch.bool or mask.shape != ids[:1]):
         return False
     shapes = _shapes(config.n_routed_experts, D, config.moe_inter_dim, config.expert_activation, config.expert_bias)
-    if params.keys() != shapes.keys():
+    if params.keys() != shapes.keys() or x.dtype not in FLOATS or weights.dtype not in FLOATS:
         return False
-    for name, p in params.items():
-        if not (_plain(p) and p.shape == shapes[name] and p.dtype in FLOATS and p.device == where):
-            return False
-    return True
-
-
-def _plain(t: Tensor) -> bool:
-    return type(t) in PLAIN and not t.is_nested and t.layout is torch.strided
+    return all(p.shape == shapes[name] and p.dtype in FLOATS for name, p in params.items())
 
 
 @lru_cache(maxsize=64)
