@@ -57,6 +57,18 @@ def test_what_nobody_listens_to_has_the_same_bits(
                 assert torch.equal(alone, other) and not calls
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_token_alone_is_multiplied_without_a_copy(stored: bool) -> None:
+    config = replace(CONFIG, n_routed_experts=40, expert_bias=False)
+    params = draw(config, torch.float32)
+    params = {name: p.mT.contiguous().mT if stored else p for name, p in params.items()}
+    routing = Routing(torch.tensor([[7, 0, 39]]), torch.ones(1, 3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        experts(params, torch.ones(1, config.dim), routing, config)
+    steps = {event.key for event in seen.key_averages()}
+    assert "aten::mm" in steps and not steps & {"aten::clone", "aten::copy_", "aten::_to_copy"}
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("sizes", [dict(dim=64, moe_inter_dim=64), dict(dim=6, moe_inter_dim=3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
