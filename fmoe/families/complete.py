@@ -15,7 +15,7 @@ from fmoe.families.known import absent, class_of, entries, groups, lacking, reco
 from fmoe.families.numbered import Layers, by_stack
 from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
-from fmoe.families.sparse import LISTS, layer_count, sparse_layers
+from fmoe.families.sparse import LISTS, declared_ahead, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
 from fmoe.families.surplus import dropped_by_config
 from fmoe.families.towers import lost_of_towers, towers
@@ -25,7 +25,6 @@ from fmoe.layout.notation import Rule
 from fmoe.layout.table import Table
 from fmoe.types import Problem
 
-AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_layers")
 """The config's names for how many layers predict further tokens."""
 JOINTS = (("eh_proj", "enorm", "hnorm"), ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden"), ("e_proj", "h_proj"))
 """What joins such a layer to the model, under the names of some families."""
@@ -170,7 +169,7 @@ def _kind(said: Mapping[str, Any], l: int, count: int) -> tuple[Any, ...]:
 
 def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, Layers]) -> tuple[list[str], list[str]]:
     """What layers for multi-token prediction lack; a note where the config declares some and there is none."""
-    field, declared = next(((n, v) for n in AHEAD if type(v := said.get(n)) is int and v > 0), ("", 0))
+    field, declared = declared_ahead(said)
     held = {f"{main}.{l}": s for l, s in stacks.get(main, {}).items() if l >= count}
     beside = [s for s in stacks if "mtp" in s.split(".")]
     held |= {f"{s}.{l}": layer for s in beside for l, layer in stacks[s].items() if s.rpartition(".")[2] in LAYERS}

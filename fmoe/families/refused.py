@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmoe.families.known import class_of, entries, with_text
-from fmoe.families.sparse import layer_count
+from fmoe.families.sparse import declared_ahead, layer_count
 from fmoe.families.where import within
 from fmoe.types import Problem
 
@@ -41,7 +41,7 @@ def not_taken(config: Mapping[str, Any]) -> Iterator[Problem]:
             value = part.get(field)
             if type(value) is int and expected[0].isdigit() and value < int(expected[0]):
                 told, takes = str(value), expected
-            elif isinstance(value, list) and count and _off(len(value), count, expected):
+            elif isinstance(value, list) and count and _off(len(value), count, declared_ahead(said)[1], expected):
                 told, takes = f"of {len(value)} entries", f"one for each of {count} layers"
             else:
                 continue
@@ -49,5 +49,5 @@ def not_taken(config: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(text, (path,))
 
 
-def _off(entries: int, count: int, expected: str) -> bool:
-    return entries < count if expected == "shorter" else entries > count if expected == "longer" else False
+def _off(entries: int, count: int, ahead: int, expected: str) -> bool:
+    return entries < count if expected == "shorter" else entries > count + ahead if expected == "longer" else False

@@ -9,6 +9,7 @@ Config = Mapping[str, Any]
 COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
 MOST = 10_000
 LISTS = ("layers_block_type", "hybrid_override_pattern")
+AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_layers")
 
 
 def layer_count(config: Config) -> int | None:
@@ -22,6 +23,15 @@ def layer_count(config: Config) -> int | None:
         told = f"config.json has {field} {count}" if field else f"config.json lists {count} layers"
         raise AdapterError(f"{told}: expected 0 to {MOST} layers. Fix: mend {field or 'the list'}")
     return count
+
+
+def declared_ahead(config: Config) -> tuple[str, int]:
+    """How many layers for multi-token prediction a config declares, and in which field.
+
+    >>> declared_ahead({"num_nextn_predict_layers": 1}), declared_ahead({})
+    (('num_nextn_predict_layers', 1), ('', 0))
+    """
+    return next(((f, n) for f in AHEAD if type(n := config.get(f)) is int and n > 0), ("", 0))
 
 
 def sparse_layers(config: Config, ways: str) -> set[int] | None:

@@ -15,7 +15,7 @@ from fmoe.families.refused import known_refused as data
 from fmoe.families.refused import not_taken
 
 SPOILT = {"1 or more": lambda now: 0, "0 or more": lambda now: -1}
-SPOILT |= {"shorter": lambda now: now[:-1], "longer": lambda now: [*now, now[-1]]}
+SPOILT |= {"shorter": lambda now: now[:-1], "longer": lambda now: [*now, *now[-1:] * 9]}
 NAMES = [*hf.MODELS, *zoo.MODELS]
 
 
@@ -47,6 +47,14 @@ def test_what_a_class_takes_no_model_of_is_refused_by_name_and_its_own_config_is
     field, said = cases[len(name) % len(cases)]
     theirs = known_refused.sizes(name, said)
     assert theirs is None or theirs != known_refused.sizes(name, config.to_dict()), field
+
+
+def test_a_list_may_go_on_over_the_layers_ahead_that_a_config_declares():
+    cls, config = known_names.base("glm_moe_dsa")
+    said = config.to_dict() | {"architectures": [cls.__name__], "num_nextn_predict_layers": 1}
+    longer = lambda times: {f: [*said[f], *said[f][-1:] * times] for f in data()["glm_moe_dsa"]["longer"]}
+    assert longer(1) and not told(said | longer(1)) and told(said | longer(2))
+    assert told(said | longer(1) | {"num_nextn_predict_layers": 0})
 
 
 def test_a_directory_with_such_a_config_is_read_by_nothing(tmp_path):
