@@ -1,14 +1,15 @@
 """Which tensors a model has, as Transformers' classes say it: data that `tests/helpers/known/known_names.py` wrote.
 
 An entry is a class: `forms`, as published and as in memory. Of a form, `stem` stands before the layers; `root`: names
-outside of layers; `tied`: those of them that are not saved where embeddings are tied; `stacks`: for each stack of
-layers its modules, each the smallest sets of names, one of which a layer has; `needs`: what a flag of the config adds
-to layers with some name; `where`: which layers have what others have not (`where.py`); `towers`: what stands beside the
-text model, with a root and stacks of its own; `others`: what it has besides with some configs.
+outside of layers; `base`: those that its base class has, saved on its own, where that is not what is under the stem;
+`tied`: those that are not saved where embeddings are tied; `stacks`: for each stack of layers its modules, each the
+smallest sets of names, one of which a layer has; `needs`: what a flag of the config adds to layers with some name;
+`where`: which layers have what others have not (`where.py`); `towers`: what stands beside the text model, with a root
+and stacks of its own; `others`: what it has besides with some configs.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
         return []
     entry, whole = found
     said = with_text(config)
-    ways = [_absent(form, stacks, sparse, count, whole, said) for form in entry["forms"]]
+    ways = [_absent(f, root, stacks, sparse, count, said) for f in entry["forms"] for root in _roots(f, whole)]
     tied = ties(config, entry)
     return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
 
@@ -109,12 +110,20 @@ def ties(config: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> b
     return bool(next((v for v in said if v is not None), entry and entry["tied"]))
 
 
+def _roots(form: Mapping[str, Any], whole: bool) -> Iterator[list[str]]:
+    """What a class of this form may have outside of layers: of another class, what the text model has, or its base."""
+    inner = [n for n in form["root"] if n.startswith(form["stem"]) and "lm_head" not in n]
+    yield form["root"] if whole else inner
+    if not whole and "base" in form:
+        yield [form["stem"] + n for n in form["base"]]
+
+
 def _absent(
     form: Mapping[str, Any],
+    root: list[str],
     stacks: dict[str, Layers],
     sparse: set[int] | None,
     count: int,
-    whole: bool,
     said: Mapping[str, Any],
 ) -> tuple[list[str], set[str]]:
     """What is missing of a form, and those of its names that may be tied, under the stem that is there."""
@@ -125,8 +134,7 @@ def _absent(
     bare = stacks.get("", {}).get(0, set())
     tail = lambda name: name[name.find("lm_head") :] if "lm_head" in name and not BESIDE.search(name) else None
     held = lambda name: name in bare or tail(name) in map(tail, bare) and tail(name) is not None
-    ours = [n for n in form["root"] if whole or n.startswith(form["stem"]) and "lm_head" not in n]
-    missing = [n for n in map(moved, ours) if not (held(n) or beyond(n, bare))]
+    missing = [n for n in map(moved, root) if not (held(n) or beyond(n, bare))]
     for stack, groups in form["stacks"].items():
         name, text = moved(stack), stack == main and not said.get("is_encoder_decoder")
         layers = {l: s for l, s in stacks.get(name, {}).items() if not text or l < count}
@@ -137,7 +145,7 @@ def _absent(
             lost = {*lacking(groups, found, known_sparse), *_unflagged(form["needs"].get(stack, []), found, said)}
             lost = {n for n in lost if told.get(n, True)} | {n for n, there in told.items() if there and n not in found}
             missing += [f"{name}.{l}.{n}" for n in sorted(lost)]
-    told = settled(form["where"].get("", ()), said, 0, [*bare, *form["root"]])
+    told = settled(form["where"].get("", ()), said, 0, [*bare, *root])
     missing += [moved(n) for n, there in told.items() if there and not held(moved(n))]
     return missing, {moved(n) for n in form["tied"]}
 
@@ -219,7 +227,8 @@ def class_names(forms: list[dict[str, Any]]) -> tuple[set[str], tuple[str, ...]]
     """All names that a class has in a layer, in these forms, and the ends of those outside of layers."""
     inside = {n for form in forms for groups in form["stacks"].values() for sets in groups for s in sets for n in s}
     others = {n for form in forms for n in form["others"]}
-    return inside | others, tuple({n.removeprefix(f["stem"]) for f in forms for n in (*f["root"], *f["others"])})
+    outside = lambda form: (*form["root"], *form["others"], *form.get("base", ()))
+    return inside | others, tuple({n.removeprefix(f["stem"]) for f in forms for n in outside(f)})
 
 
 def groups(seen: Iterable[Iterable[str]]) -> Groups:

@@ -6,6 +6,7 @@ import hf
 import hf_synthetic as synthetic
 import hf_zoo as zoo
 import known_names
+import known_saved
 import pytest
 
 import fmoe
@@ -23,9 +24,8 @@ WEIGHTY = re.compile(r"experts\.\w+_projs$|(?<!\w)gate\.weight$")
 
 def built(name: str, original: bool) -> tuple[dict, list[str]]:
     """A class's tiny config as config.json has it, and the native names of what a model of it saves."""
-    cls, config = known_names.base(name)
-    config.architectures = [cls.__name__]
-    return config.to_dict(), sorted(known_names.natives(cls, config, name, original))
+    config, names = known_saved.named(known_saved.unfilled(*known_names.base(name)), name, original)
+    return config, sorted(names)
 
 
 COUNTED = re.compile(r"attn_res\.\w+\.\d+$")
@@ -34,8 +34,11 @@ COUNTED = re.compile(r"attn_res\.\w+\.\d+$")
 
 @pytest.mark.parametrize(("name", "original"), CLASSES)
 def test_what_transformers_saves_is_whole_and_a_tensor_that_is_lost_is_missed(name, original):
-    config, names = built(name, original)
-    kind = FAMILIES[config["model_type"]]
+    model = known_saved.unfilled(*known_names.base(name))
+    if original:
+        its_base_is_whole_too(known_saved.base_of(model), name)
+    config, names = known_saved.named(model, name, original)
+    kind, names = FAMILIES[config["model_type"]], sorted(names)
     assert gaps(kind, config, names).problems == []
     entry = known()[config["model_type"]]
     tied = {n for form in entry["forms"] for n in form["tied"]}
@@ -56,6 +59,18 @@ def test_what_transformers_saves_is_whole_and_a_tensor_that_is_lost_is_missed(na
         left = [n for n in names if not n.startswith(f"{layer}.{module}.")]
         told = gaps(kind, config, left).problems
         assert any(k.startswith(f"{layer}.") for p in told for k in p.keys), (layer, module)
+
+
+def its_base_is_whole_too(model, name: str) -> None:
+    """As AutoModel saves it: it has no head, and in some classes other names outside of layers."""
+    config, names = known_saved.named(model, name, True)
+    kind = FAMILIES[config["model_type"]]
+    found = gaps(kind, config, names)
+    assert not found.problems and not [n for n in found.notes if "are not here" in n]
+    beside = re.compile(COUNTED.pattern + r"|\.\d+\.|vision|visual|audio|resampler|projector|shared")
+    mine = {n for n in names if not beside.search(n)} if not config.get("is_encoder_decoder") else set()
+    for left in (names - {n} for n in mine):
+        assert gaps(kind, config, left).problems, names - left
 
 
 STRAYS = ["{l}.stray.weight", "{l}.mlp.stray.weight", "{l}.self_attn.stray.weight", "{l}.stray.up_proj.weight"]
@@ -132,6 +147,7 @@ def asks_no_more_than(form: dict, today: dict) -> bool:
     seen = {stack: {frozenset(s) for sets in today["stacks"].get(stack, ()) for s in sets} for stack in form["stacks"]}
     return (
         {*form["root"]} <= {*today["root"]}
+        and {*form.get("base", ())} <= {*today.get("base", ())}
         and form["stem"] == today["stem"]
         and form["stacks"].keys() <= today["stacks"].keys()
         and all(

@@ -18,8 +18,8 @@ from typing import Any
 import hf
 import hf_zoo as zoo
 import known_where as where
-import torch
 import transformers
+from known_saved import NUMBERED, TOWER, base_of, base_root, saved, unfilled
 
 import fmoe
 from fmoe.families import family
@@ -28,8 +28,6 @@ from fmoe.families.numbered import by_stack, decoder
 from fmoe.types import TensorSpec
 
 FILE = Path(fmoe.families.__file__).with_name("known.json")
-NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
-TOWER = re.compile(r"vision|visual|audio|resampler|projector|merger")
 SIZES = re.compile(
     r"layers|depth|vocab_size|hidden_size|head|_dim$|intermediate|sub_config|num_local_experts|position|token"
 )
@@ -55,17 +53,7 @@ def sized(cls: Any, config: Any, name: str, original: bool) -> dict[str, TensorS
 
 def in_files(cls: Any, config: Any, name: str, original: bool) -> tuple[dict[str, Any], dict[str, TensorSpec]]:
     """The config as it is written, and names and shapes of what a model of it saves."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    with torch.device("meta"):
-        model = cls._from_config(copy.deepcopy(config), dtype=torch.float32)
-    tied = model.all_tied_weights_keys or {}
-    state = {n: t for n, t in model.state_dict().items() if n not in tied}
-    specs = revert_weight_conversion(model, state) if original else state
-    given = model.config.to_dict()
-    experts = given["n_routed_experts"] if name == "longcat_flash" else None  # zero experts have weights here
-    late = lambda n: experts and (hit := re.search(r"\.experts\.(\d+)\.", n)) and int(hit[1]) >= experts
-    return given, {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in specs.items() if not late(n)}
+    return saved(unfilled(cls, config), name, original)
 
 
 def text_of(config: Any) -> Any:
@@ -153,12 +141,17 @@ def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
     told = {n for sets in required.values() for least in sets for s in least for n in s}
     parts = towers(config, stem, found[0])
     others = {hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and hit[1].startswith(tuple(parts))}
+    inner = {n.removeprefix(stem) for n in always if n.startswith(stem) and "lm_head" not in n}
+    model = unfilled(cls, config)
+    own = set[str]() if base_of(model) is model else base_root(model, name, original)
+    own -= {n.removeprefix(stem) for n in found[0] - always}  # of some configs alone
     defaults = where.flat(cls.config_class().to_dict(), text_of(cls.config_class()).to_dict())
     rows = {s: where.placed(told_by, s) for s in ("", *stacks, *sorted(others))} if variants else {}
     return {
         "where": {s: rules for s, mine in rows.items() if (rules := where.rules(mine, defaults))},
         "stem": stem,
         "root": sorted(always),
+        **({"base": sorted(own)} if own and own != inner else {}),
         "tied": sorted(found[0] - natives(cls, tied, name, original)),
         "towers": {
             part: {
