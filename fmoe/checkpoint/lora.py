@@ -25,7 +25,7 @@ from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known, opened
-from fmoe.families.forms import alike
+from fmoe.families.spelling import alike
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some

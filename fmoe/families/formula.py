@@ -2,6 +2,7 @@
 
 A field may have a path, `vision_config.depth`, and an index, `widths[0]`; `widths[l]` is the layer's own entry. A flag
 decides as in `heads if gated else heads*head_dim`; one that is on where a config does not say, as `gated is not False`.
+A number is one, too: 0 turns it off. `a or b` is b where a is 0 and where it is left out, which its class takes alike.
 """
 
 import ast
@@ -79,11 +80,11 @@ def _value(node: ast.expr, said: Mapping[str, Any], layer: int) -> int | None:
 
 
 def _flag(test: ast.expr, said: Mapping[str, Any]) -> bool | None:
-    """Whether a flag is on. None: what is said there is no flag."""
+    """Whether a flag is on, or a number is not 0. None: what is said there is neither."""
     field = test.left if isinstance(test, ast.Compare) else test
     part, name = within(said, ast.unparse(field))
     on = part.get(name, field is not test)
-    return on if isinstance(on, bool) else None
+    return bool(on) if isinstance(on, int) else None
 
 
 def _said(node: ast.expr, said: Mapping[str, Any], layer: int) -> Any:

@@ -118,7 +118,7 @@ class Family:
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
             near = meant(name, [*known, "system", "dtype", "quantize", "quantized", *LORA])
             raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype{near}")
-        if said := _contradictions(given, config, self.fields):
+        if said := _contradictions(given, config if isinstance(config, Mapping) else {}, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")
         values = self.values(given)
         sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
@@ -222,12 +222,11 @@ def _said(config: Mapping[str, Any], names: str) -> Iterator[Any]:
 COUNTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 
 
-def _contradictions(given: Mapping[str, Any], config: Any, fields: Mapping[str, str]) -> str:
+def _contradictions(given: Mapping[str, Any], top: Mapping[str, Any], fields: Mapping[str, str]) -> str:
     """Fields of one config that count the same thing and differ, in a sentence; empty where there are none."""
-    outer = config if isinstance(config, Mapping) else {}
     for names in (" ".join(COUNTS), fields.get("n_activated_experts", "")):
-        told = {n: v for n in names.split() for v in _said(given, n) if isinstance(v, int)}
-        told |= {f"{n} of the outer config": v for n in told for v in _said(outer, n) if v != told[n]}
+        told = {n: v for n in names.split() for v in _said(given, n) if type(v) is int}
+        told |= {f"{n} of the outer config": v for n in told for v in _said(top, n) if type(v) is int and v != told[n]}
         if len(set(told.values())) > 1:
             sizes = ", ".join(f"{n} {v}" for n, v in told.items())
             return f"the config contradicts itself: {sizes}, expected one number. Fix: make config.json say it once"
@@ -240,11 +239,12 @@ def _one(value: Any) -> Any:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The config's fields, those of its text model (`text_config`, at any depth) and `ffn_config` (DBRX's) first."""
+    """The config's fields, those of its text model (`text_config`, at any depth) and DBRX's first; its own dtype."""
     if config is None:
         return {}
     if isinstance(config, type) or not (isinstance(config, Mapping) or hasattr(config, "to_dict")):
         raise AdapterError(f"config is a {type(config).__name__}, expected a dict or a Transformers config")
     given = config if isinstance(config, Mapping) else config.to_dict()
     inner = as_dict(given.get("text_config")) | as_dict(given.get("ffn_config"))
-    return {**given, **{name: value for name, value in inner.items() if value is not None or name not in given}}
+    first = lambda name, value: given.get(name) is None or value is not None and not name.endswith("dtype")
+    return {**given, **{name: value for name, value in inner.items() if first(name, value)}}

@@ -7,6 +7,7 @@ import re
 import hf
 import hf_zoo as zoo
 import known_names
+import known_refused
 import pytest
 import torch
 from directories import load
@@ -80,6 +81,25 @@ def test_each_number_that_sizes_follow_is_missed_where_tensors_have_another_and_
 def test_a_flag_that_a_size_follows_is_in_the_data():
     told = {name: {f for f in formulas if " if " in f} for name, formulas in known_sizes().items()}
     assert any("gating" in f for f in told["laguna"])
+
+
+CONDITIONAL = {t: [f for f in formulas if " or " in f or " if " in f] for t, formulas in known_sizes().items()}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if CONDITIONAL[known_names.family_type(n)]])
+def test_a_number_that_a_config_leaves_out_is_what_its_class_takes_it_for(name):
+    cls, config = known_names.base(name)
+    config.architectures, tried = [cls.__name__], 0
+    for field in {f for told in CONDITIONAL[known_names.family_type(name)] for f in fields(told)[:2]}:
+        said = config.to_dict()
+        for at, k in places(said, field) if "[" not in field else ():
+            at.pop(k, None)
+        theirs = known_refused.sizes(name, said)
+        if theirs is not None:
+            native = known_names.sized(cls, type(config).from_dict(copy.deepcopy(said)), name, True)
+            assert not [*odd_sizes(said, as_dict(said), native)], field
+            tried += 1
+    assert tried
 
 
 def by_kind(name):

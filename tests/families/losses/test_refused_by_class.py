@@ -11,6 +11,7 @@ from directories import load
 from hf import save
 
 import fmoe
+from fmoe.families.kind import as_dict
 from fmoe.families.refused import known_refused as data
 from fmoe.families.refused import not_taken
 
@@ -69,3 +70,17 @@ def test_a_directory_with_such_a_config_is_read_by_nothing(tmp_path):
         with pytest.raises(fmoe.AdapterError, match="num_key_value_heads 0"):
             call(tmp_path / "hf")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("junk", [[], {}, False, "8", 2.0], ids=repr)
+def test_what_is_no_count_contradicts_none(junk):
+    _, source = zoo.saved("dbrx")
+    told = json.loads((source / "config.json").read_text())
+    assert fmoe.adapter("dbrx", told | {"moe_num_experts": junk}).moe_config == fmoe.adapter("dbrx", told).moe_config
+
+
+@pytest.mark.parametrize("part", ["ffn_config", "text_config"])
+def test_the_dtype_of_the_whole_model_is_that_of_its_files(part):
+    told = {"dtype": "bfloat16", part: {"dtype": "float32"}}
+    assert as_dict(told)["dtype"] == "bfloat16"
+    assert as_dict({part: told[part]})["dtype"] == as_dict(told | {"dtype": None})["dtype"] == "float32"

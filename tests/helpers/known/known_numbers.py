@@ -9,6 +9,8 @@ import known_where as where
 
 from fmoe.families.sizes import PARTS
 
+OPTIONAL = {"head_dim", *(f"{p}.head_dim" for p in PARTS)}
+KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 Step = dict[str, int]
 """Numbers of a config."""
 

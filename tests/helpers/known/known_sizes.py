@@ -2,8 +2,7 @@
 
 `known_sizes.py [NAME ...]`. Every class of the zoo is built without memory, with one number of its config after the
 other changed, and then two. A dimension that follows from numbers by a formula, exactly, every time, is kept; one that
-any other field changes (a flag, a list, what is absent) is not. Numbers that Transformers takes only together with
-another are changed together with it.
+any other field changes (a list, what is absent) is not. Numbers that are only taken with another are changed with it.
 """
 
 import json
@@ -21,7 +20,7 @@ import hf_zoo as zoo
 import known_fit
 import known_names
 import transformers
-from known_numbers import Step, alike, changed, flags, numbers, turned
+from known_numbers import KINDS, OPTIONAL, Step, alike, changed, flags, numbers, turned
 
 import fmoe
 from fmoe.families.formula import fields
@@ -31,8 +30,6 @@ from fmoe.families.sizes import LAYERS, LIST, PARTS
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
 Dims = dict[tuple[str, int], int]
 MOST = 4  # numbers in one dimension
-OPTIONAL = {"head_dim", *(f"{p}.head_dim" for p in PARTS)}
-KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 
 def dims(name: str, cls: Any, config: Any) -> Dims | None:
@@ -233,7 +230,10 @@ def at_zero(seen: Seen, k: tuple[str, int], told: str) -> str:
         cuts = (told.replace(f, f"({f} or {a}//{b})") for a, b in permutations({*others, *fields(told)} - {f}, 2))
         fits = lambda cut: all(known_fit.at(cut, said) == n for said, n in rows)  # noqa: B023
         whole = known_fit.fitted(others, rows) if len(others) == 1 else ""
-        return next(filter(fits, sorted(cuts)), f"{told} or {whole or None}")
+        other = next(filter(fits, sorted(cuts)), "") or f"{whole or None}"
+        if numbers(seen.cls.config_class()).get(f):  # left out, it is what its class says
+            return f"{told} if {f} is not False else {other}"
+        return other if f"({f} or " in other else f"{told} or {other}"
     return told
 
 
