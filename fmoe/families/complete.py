@@ -19,6 +19,7 @@ from fmoe.families.sparse import LISTS, declared_ahead, layer_count, sparse_laye
 from fmoe.families.spelling import renamed
 from fmoe.families.surplus import dropped_by_config
 from fmoe.families.towers import lost_of_towers, towers
+from fmoe.families.where import translated
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
@@ -58,8 +59,9 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     >>> gaps(family("qwen3_moe"), config, ["model.layers.0.mlp.gate.weight"]).problems[0].text
     "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
     """
+    written, config = config, translated(config)
     said = as_dict(config)
-    odd = [*not_taken(config), *(odd_sizes(config, said, names, spell) if isinstance(names, Mapping) else ())]
+    odd = [*not_taken(written), *(odd_sizes(config, said, names, spell) if isinstance(names, Mapping) else ())]
     names = list(names)
     stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
     main = text_stack(config, stacks)
@@ -88,7 +90,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     if strange or other:
         count_lost = len(lost if strange else other)
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
-    notes += [] if strange else dropped_by_config(config, stacks, main, count)
+    notes += [] if strange else dropped_by_config(written, stacks, main, count)
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     left = [n for n in missing if n not in told]
     by = {f"{s}.{l}.{n}": why for s in stacks if s and left for l in stacks[s] for n, why in told_by(s, l).items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
 from fmoe.families.numbered import Layers
-from fmoe.families.where import holds, settled, within
+from fmoe.families.where import field_of, holds, settled, translated, within
 from fmoe.layout.claims import some
 
 Rule = Sequence[Any]
@@ -27,12 +27,14 @@ none: Transformers drops it in silence. Fix: mend attention_bias, unless it is m
     form = next(iter(nearest(config, stacks)), None)
     if not found or not found[1] or form is None:
         return []
-    said = with_text(config)
+    said, written = with_text(translated(config)), with_text(config)
     by: dict[tuple[str, str], list[str]] = {}
     for stack, layers in stacks.items():
         rules = rules_of(form, stack)
         for l in sorted(layers):
-            for name, why in _surplus(rules, said, l, layers[l]) if stack != main or l < count else ():
+            for name, failing in _surplus(rules, said, l, layers[l]) if stack != main or l < count else ():
+                fields = list(dict.fromkeys(field_of(written, f) for f in failing))
+                why = " and ".join(_word(written, f, l) for f in fields), " or ".join(fields)
                 by.setdefault(why, []).append(f"{stack}.{l}.{name}" if stack else name)
     return [
         f"{some(names)}: config.json has {word}, by which {class_of(config)} has none: Transformers drops "
@@ -41,10 +43,8 @@ none: Transformers drops it in silence. Fix: mend attention_bias, unless it is m
     ]
 
 
-def _surplus(
-    rules: Sequence[Rule], said: Mapping[str, Any], l: int, held: set[str]
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Names of a layer that no rule gives it and some rule takes, each with what the config says, and in what fields.
+def _surplus(rules: Sequence[Rule], said: Mapping[str, Any], l: int, held: set[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names of a layer that no rule gives it and some rule takes, each with the fields that do.
 
     A flag that is left out is what its class takes it for. Anything else may be said in words of a publisher's own, so
     its absence takes nothing.
@@ -54,9 +54,7 @@ def _surplus(
         surplus = sorted(held & {*names} - given)
         failing = [[c[1] for c in way if _denies(c, said, l)] for way in ways]
         if surplus and failing and all(failing):
-            fields = list(dict.fromkeys(f for way in failing for f in way))
-            words = [_word(said, f, l) for f in fields]
-            yield from ((n, (" and ".join(words), " or ".join(fields))) for n in surplus)
+            yield from ((n, [f for way in failing for f in way]) for n in surplus)
 
 
 def _denies(condition: Rule, said: Mapping[str, Any], l: int) -> bool:

@@ -5,13 +5,29 @@ module, with its dot, that a layer must have for that. A condition: ["at", field
 list; ["on" or "off", field, whether it is on where a config does not say]; ["first"] or ["later"], of the layer's
 number; ["every" or "other", field, remainder], of every so many layers, or of those between, where the remainder is a
 number or a field; ["own", field], of those whose entry in a list is their own number. A field may have a path,
-"vision_config.use_bias".
+"vision_config.use_bias". Rules have the words of Transformers' classes, into which `translated` turns a publisher's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Rules = Sequence[Sequence[Any]]
+WORDS = {
+    "mamba": "linear_attention",
+    "attention": "full_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+    "qwen_sparse_attention": "indexed_attention",
+}
+_INDEXED = {**WORDS, "full_attention": "indexed_attention"}
+OWN = dict.fromkeys(("glm5_next", "glm5_next_text", "qwen4_exp", "qwen4_exp_text"), _INDEXED)
+OWN["nemotron_h"] = {**WORDS, "M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+"""Model type -> the words of a class that has more of them."""
+LISTS = ("layer_types", "layers_block_type")
+FIELDS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "granitemoehybrid": {"layer_types": ("layers_block_type", "layer_types")},
+    "nemotron_h": {"layers_block_type": ("layer_types", "layers_block_type", "hybrid_override_pattern")},
+}
+"""Model type -> its list -> the fields that say it, the first before the others."""
 
 
 def settled(rules: Rules, said: Mapping[str, Any], layer: int, held: Iterable[str]) -> dict[str, bool]:
@@ -89,3 +105,34 @@ def holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> bool
         other = named and not 0 <= first < step  # an offset that no number leaves
         return (step > 0 and not other and (layer - first) % step == 0) == (kind == "every")
     return bool(said.get(field, rest[1])) == (kind == "on")
+
+
+def field_of(config: Mapping[str, Any], field: str) -> str:
+    """The field of a config in which it says what its class calls by this name.
+
+    >>> field_of({"model_type": "nemotron_h", "hybrid_override_pattern": "M*"}, "layers_block_type")
+    'hybrid_override_pattern'
+    """
+    ways = FIELDS.get(str(config.get("model_type")), {}).get(field, ())
+    return next((way for way in ways if config.get(way) is not None), field)
+
+
+def translated(config: Mapping[str, Any], part_of: str = "") -> dict[str, Any]:
+    """The config with its lists of kinds of layers, and its text model's, in the words and fields of its class.
+
+    part_of: the model type of what it is a part of, where it says none.
+
+    >>> translated({"model_type": "qwen3_next", "layer_types": ["mamba", "attention"]})["layer_types"]
+    ['linear_attention', 'full_attention']
+    >>> translated({"model_type": "nemotron_h", "hybrid_override_pattern": "ME"})["layers_block_type"]
+    ['linear_attention', 'moe']
+    """
+    made, kind = {**config}, str(config.get("model_type") or part_of)
+    words = OWN.get(kind, WORDS)
+    for field in LISTS:
+        kinds = config.get(source := field_of(config, field))
+        if isinstance(kinds, list | tuple) or source != field and isinstance(kinds, str):
+            made[field] = [words.get(word, word) if isinstance(word, str) else word for word in kinds]
+    if isinstance(text := config.get("text_config"), Mapping):
+        made["text_config"] = translated(text, kind)
+    return made

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from fmoe.families.kind import Family
+from fmoe.families.where import translated
 from fmoe.types import AdapterError, brief
 
 _SIZE = re.compile(r"(num|n)_.*|.*_(size|dim|rank|replace|step|freq|interval|heads)")
@@ -104,7 +105,7 @@ class Facts:
     @cached_property
     def linear(self) -> tuple[int, ...]:
         """The layers with linear attention."""
-        kinds = self.get("layer_types")
+        kinds = self.get("layer_types") and translated(self.config)["layer_types"]
         if kinds is None:
             every = self.get("full_attention_interval", 4)
             kinds = ["full_attention" if (l + 1) % every == 0 else "linear_attention" for l in self.layers]
