@@ -60,13 +60,16 @@ def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def entries(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool] | None:
-    """The entry of the class that a config names, and whether it is that class's: else only its text model is known."""
+    """The entry of the class that a config names, and whether it is that class's: else only its text model is known.
+
+    Its case is no matter: Phi-3.5-MoE has PhiMoEForCausalLM, and Transformers PhimoeForCausalLM.
+    """
     arch = class_of(config)
     entry = known().get(str(config.get("model_type")))
     text = known().get(str(_text(config).get("model_type")))
     if arch is None or not (entry or text):
         return None
-    whole = entry is not None and entry["class"] == arch
+    whole = entry is not None and entry["class"].lower() == arch.lower()
     return (entry if whole else text or entry), whole  # type: ignore[return-value]
 
 

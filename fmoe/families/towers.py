@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fmoe.families.known import class_of, entries, known, lacking
+from fmoe.families.known import entries, lacking
 from fmoe.families.numbered import Layers
 from fmoe.families.where import settled
 
@@ -37,8 +37,8 @@ def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> l
 
 def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     """Parts beside the text model that the class has and of which nothing is there: a text-only checkpoint."""
-    entry = known().get(str(config.get("model_type")))
-    if entry is None or entry["class"] != class_of(config):
+    found = entries(config)
+    if not found or not found[1]:
         return []
     names = list(names)
-    return [part for part in entry["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]
+    return [part for part in found[0]["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]

@@ -12,7 +12,7 @@ import pytest
 import fmoe
 from fmoe.families import FAMILIES
 from fmoe.families.complete import gaps
-from fmoe.families.known import known
+from fmoe.families.known import entries, known
 from fmoe.families.sparse import WAYS
 
 CLASSES = [(name, original) for name in (*hf.MODELS, *zoo.MODELS) for original in (True, False)]
@@ -71,6 +71,13 @@ def its_base_is_whole_too(model, name: str) -> None:
     mine = {n for n in names if not beside.search(n)} if not config.get("is_encoder_decoder") else set()
     for left in (names - {n} for n in mine):
         assert gaps(kind, config, left).problems, names - left
+
+
+@pytest.mark.parametrize("spell", [str.upper, str.lower, lambda name: name.replace("moe", "MoE").replace("Moe", "MoE")])
+def test_a_class_is_the_class_in_whatever_case_its_publisher_writes_its_name(spell):
+    for name, entry in known().items():
+        config = {"model_type": name, "architectures": [spell(entry["class"])]}
+        assert entries(config) == (entry, True), name
 
 
 STRAYS = ["{l}.stray.weight", "{l}.mlp.stray.weight", "{l}.self_attn.stray.weight", "{l}.stray.up_proj.weight"]
