@@ -2,7 +2,7 @@
 
 `known_refused.py [NAME ...]`. Every number is set to 0 and to -1, every list with an entry for each layer is made one
 shorter and one longer. What Transformers then builds no model of is refused, and so is a number below 0 of which it
-builds another.
+builds another. But for steps of layers: 0 is taken where another field leaves no layer to count.
 """
 
 import copy
@@ -24,6 +24,7 @@ import fmoe
 
 EACH = re.compile(r"layer|_types")
 """In the names of lists with an entry for each layer."""
+STEP = re.compile(r"(step|interval|period)$")
 FILE = Path(fmoe.families.__file__).with_name("refused.json")
 
 
@@ -54,7 +55,7 @@ def refused(name: str) -> dict[str, list[str]]:
     _, config = known_names.base(name)
     found: dict[str, list[str]] = {"0 or more": [], "1 or more": [], "shorter": [], "longer": []}
     base = sizes(name, config.to_dict())
-    for field in (f for f in numbers(config, -9) if "[" not in f):
+    for field in (f for f in numbers(config, -9) if "[" not in f and not STEP.search(f)):
         if sizes(name, given(config, field, 0)) is None:
             found["1 or more"].append(field)
         elif sizes(name, given(config, field, -1)) != base:
