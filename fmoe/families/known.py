@@ -117,8 +117,8 @@ def _roots(form: Mapping[str, Any], whole: bool) -> Iterator[list[str]]:
     """What a class of this form may have outside of layers: of another class, what the text model has, or its base."""
     inner = [n for n in form["root"] if n.startswith(form["stem"]) and "lm_head" not in n]
     yield form["root"] if whole else inner
-    if not whole and "base" in form:
-        yield [form["stem"] + n for n in form["base"]]
+    if "base" in form and (not whole or len(form["base"]) == len(inner)):  # as many under other names
+        yield [*(n for n in form["root"] if whole and n not in inner), *(form["stem"] + n for n in form["base"])]
 
 
 def _absent(
