@@ -57,9 +57,8 @@ class Tuned(NamedTuple):
     @property
     def scales(self) -> Scales:
         """alpha / r of every matrix A, by its name; how gate and up lie in its B; and which native weight it adapts."""
-        found = scales_of(self.params, self.config, self.adapter, opened(self.adapter))
-        found.alike = partial(alike, self.adapter.config or {})
-        return found
+        same = partial(alike, self.adapter.config or {})
+        return scales_of(self.params, self.config, self.adapter, opened(self.adapter), same)
 
     def __repr__(self) -> str:
         r, alpha = self.config.r, self.config.lora_alpha
@@ -182,7 +181,7 @@ def save(
         kind = type(params[foreign[0]]).__name__
         raise AdapterError([Problem(f"{some(foreign)}: {kind}, expected tensors", (*foreign,))])
     bare = {n.removeprefix(WRAPPED): t for n, t in params.items()}
-    params = {WRAPPED + (n if config else alike(adapter.config or {}, n)[-1]): t for n, t in bare.items()}
+    params = {WRAPPED + (n if config is not None else alike(adapter.config or {}, n)[-1]): t for n, t in bare.items()}
     if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
         where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"
         raise AdapterError([Problem(f"{some(odd)}: {where}, expected plain tensors with values", (*odd,))])

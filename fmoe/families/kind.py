@@ -239,7 +239,7 @@ def _one(value: Any) -> Any:
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """The config's fields, those of its text model (`text_config`, at any depth) and DBRX's first; its own dtype."""
+    """The config's fields: its text model's (`text_config`, at any depth) and `ffn_config`'s first, but for dtypes."""
     if config is None:
         return {}
     if isinstance(config, type) or not (isinstance(config, Mapping) or hasattr(config, "to_dict")):

@@ -2,7 +2,7 @@
 
 `refused.json`, which `tests/helpers/known/known_refused.py` wrote: model type -> what is expected -> the fields of
 which nothing else is taken: of a number, 0 or more, or 1 or more; of a list, that it is not shorter, or longer, than
-there are layers.
+there are layers. Published lists may go on over the layers for multi-token prediction that the config declares.
 """
 
 import json
@@ -30,24 +30,24 @@ def not_taken(config: Mapping[str, Any]) -> Iterator[Problem]:
     >>> print(problem.text)
     config.json has num_key_value_heads 0, and MixtralForCausalLM takes 1 or more. Fix: mend num_key_value_heads
     """
-    found = entries(config)
-    said = with_text(config)
-    count = layer_count(said)
-    for expected, fields in (
-        known_refused().get(str(config.get("model_type")), {}).items() if found and found[1] else ()
-    ):
+    found, said = entries(config), with_text(config)
+    if not found or not found[1]:
+        return
+    count, (_, ahead) = layer_count(said), declared_ahead(said)
+    for expected, fields in known_refused().get(str(config.get("model_type")), {}).items():
         for path in fields:
             part, field = within(said, path)
-            value = part.get(field)
-            if type(value) is int and expected[0].isdigit() and value < int(expected[0]):
-                told, takes = str(value), expected
-            elif isinstance(value, list) and count and _off(len(value), count, declared_ahead(said)[1], expected):
-                told, takes = f"of {len(value)} entries", f"one for each of {count} layers"
-            else:
-                continue
-            text = f"config.json has {path} {told}, and {class_of(config)} takes {takes}. Fix: mend {path}"
-            yield Problem(text, (path,))
+            if wrong := _wrong(part.get(field), expected, count, ahead):
+                told, takes = wrong
+                text = f"config.json has {path} {told}, and {class_of(config)} takes {takes}. Fix: mend {path}"
+                yield Problem(text, (path,))
 
 
-def _off(entries: int, count: int, ahead: int, expected: str) -> bool:
-    return entries < count if expected == "shorter" else entries > count + ahead if expected == "longer" else False
+def _wrong(value: Any, expected: str, count: int | None, ahead: int) -> tuple[str, str] | None:
+    """What is said, and what is taken, where that is something else."""
+    if expected[0].isdigit():
+        return (str(value), expected) if type(value) is int and value < int(expected[0]) else None
+    if not isinstance(value, list) or not count:
+        return None
+    off = len(value) < count if expected == "shorter" else len(value) > count + ahead
+    return (f"of {len(value)} entries", f"one for each of {count} layers") if off else None

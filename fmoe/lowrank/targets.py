@@ -97,17 +97,20 @@ def parameter(table: LoraTable, name: str) -> str:
     raise AdapterError([Problem(f"{name!r}: PEFT wraps no parameter for it", (name,))])
 
 
-def scales_of(params: Params, config: LoraConfig, adapter: Adapter, whole: Adapter) -> Scales:
+def scales_of(
+    params: Params, config: LoraConfig, adapter: Adapter, whole: Adapter, alike: Callable[[str], Iterable[str]]
+) -> Scales:
     """alpha / r of every matrix A, and which native weight, or parts of some, it adapts.
 
     whole: the same adapter with its layouts open: a file names modules as they are in memory, whichever its base has.
+    alike: as in `Scales`.
     """
     found = {t.a: _one(t, config) for t in targets_of(adapter, params)}
     mixed = interleaved(adapter, [n for n in found if n.endswith("_gate_and_up_A")])
     names, cut = renamed(adapter, params), parts(adapter, params)
     also = {a: n for a, n in renamed(whole, params).items() if a not in cut}
     more = {a: of for a, of in parts(whole, params).items() if a not in names}
-    return Scales(found, mixed, also | names, more | cut)
+    return Scales(found, mixed, also | names, more | cut, alike)
 
 
 def wrapped(target: Target, config: LoraConfig) -> list[str]:

@@ -205,14 +205,23 @@ def data(name: str) -> dict[str, Any]:
 
 
 def main(names: list[str]) -> None:
-    made = json.loads(FILE.read_text()) if FILE.exists() else {}
     also = names[:1] == ["--also"]
-    for name in names[also:] or [*hf.MODELS, *zoo.MODELS]:
-        there, found = made.get(family_type(name), {"forms": []})["forms"], data(name)
-        made[family_type(name)] = found | {
-            "forms": [*there, *(f for f in found["forms"] if f not in there)] if also else found["forms"]
-        }
-        FILE.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
+
+    def forms(name: str, was: dict[str, Any] | None) -> dict[str, Any]:
+        there, found = (was or {"forms": []})["forms"], data(name)
+        more = [*there, *(f for f in found["forms"] if f not in there)]
+        return found | {"forms": more if also else found["forms"]}
+
+    rewrite(FILE, forms, names[also:])
+
+
+def rewrite(file: Path, of: Callable[[str, Any], Any], names: list[str]) -> None:
+    """Data by model type, made again for these models, or for all: of(name, what was there), kept one by one."""
+    transformers.logging.set_verbosity_error()
+    made = json.loads(file.read_text()) if file.exists() else {}
+    for name in names or [*hf.MODELS, *zoo.MODELS]:
+        made[family_type(name)] = of(name, made.get(family_type(name)))
+        file.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
         print(name, flush=True)
 
 
@@ -221,5 +230,4 @@ def family_type(name: str) -> str:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
     main(sys.argv[1:])

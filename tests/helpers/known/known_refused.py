@@ -6,18 +6,14 @@ builds another. But for steps of layers: 0 is taken where another field leaves n
 """
 
 import copy
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import hf
-import hf_zoo as zoo
 import known_names
 import known_where as where
 import torch
-import transformers
 from known_numbers import numbers
 
 import fmoe
@@ -69,14 +65,5 @@ def refused(name: str) -> dict[str, list[str]]:
     return {what: fields for what, fields in found.items() if fields}
 
 
-def main(names: list[str]) -> None:
-    made = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name in names or [*hf.MODELS, *zoo.MODELS]:
-        made[known_names.family_type(name)] = refused(name)
-        FILE.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
-        print(name, flush=True)
-
-
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    main(sys.argv[1:])
+    known_names.rewrite(FILE, lambda name, was: refused(name), sys.argv[1:])

@@ -5,7 +5,6 @@ other changed, and then two. A dimension that follows from numbers by a formula,
 any other field changes (a list, what is absent) is not. Numbers that are only taken with another are changed with it.
 """
 
-import json
 import re
 import sys
 from collections import defaultdict
@@ -15,11 +14,8 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
-import hf
-import hf_zoo as zoo
 import known_fit
 import known_names
-import transformers
 from known_numbers import KINDS, OPTIONAL, Step, alike, changed, flags, numbers, turned
 
 import fmoe
@@ -237,14 +233,5 @@ def at_zero(seen: Seen, k: tuple[str, int], told: str) -> str:
     return told
 
 
-def main(names: list[str]) -> None:
-    made = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for name in names or [*hf.MODELS, *zoo.MODELS]:
-        made[known_names.family_type(name)] = formulas(name)
-        FILE.write_text(json.dumps(made, sort_keys=True, separators=(",", ":")) + "\n")
-        print(name, flush=True)
-
-
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    main(sys.argv[1:])
+    known_names.rewrite(FILE, lambda name, was: formulas(name), sys.argv[1:])
