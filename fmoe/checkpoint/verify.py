@@ -14,6 +14,7 @@ from fmoe.checkpoint.open import plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import forth, packed, whole_between
+from fmoe.checkpoint.staging.beside import an_adapter
 from fmoe.checkpoint.stream.digests import kept_sums, other_bytes, unsworn
 from fmoe.checkpoint.stream.slices import groups, narrowing, read
 from fmoe.checkpoint.which import open_source, side
@@ -92,6 +93,7 @@ def verify(
     progress(size, size)
     report = Report(str(source.path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
     notes += (UNKNOWN,) if source.native and not digests else unsworn(source, digests) if digests else ()
+    notes += tuple(an_adapter(map(str, source.others())))
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 
 

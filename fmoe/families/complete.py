@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fmoe.families.defaults import with_layers
+from fmoe.families.defaults import with_class, with_layers
 from fmoe.families.kind import Family, as_dict
-from fmoe.families.known import absent, class_of, entries, groups, lacking, recognised, text_stack, told_of
+from fmoe.families.known import absent, class_of, entries, groups, lacking, recognised, text_stack
 from fmoe.families.numbered import Layers, by_stack
 from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, declared_ahead, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
-from fmoe.families.surplus import dropped_by_config
-from fmoe.families.towers import lost_of_towers, towers
+from fmoe.families.surplus import dropped_by_config, told_of
+from fmoe.families.towers import class_note, lost_of_head, lost_of_towers, towers
 from fmoe.families.where import translated
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
@@ -59,7 +59,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     >>> gaps(family("qwen3_moe"), config, ["model.layers.0.mlp.gate.weight"]).problems[0].text
     "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
     """
-    written, config = config, translated(config)
+    named, written = class_of(config) is not None, with_class(config)
+    config = translated(written)
     said = as_dict(config)
     odd = [*not_taken(written), *(odd_sizes(config, said, names, spell) if isinstance(names, Mapping) else ())]
     names = list(names)
@@ -67,15 +68,17 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     main = text_stack(config, stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(with_layers(said), kind.sparse)
-    lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks)
+    lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks) + lost_of_head(config, names)
     lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
     other = renamed(lost, config, stacks)
     known = recognised(config, stacks)
     # others' names than Transformers writes
     strange = len(lost) > known and 2 * (len(names) - known) >= len(lost)
     missing = dict.fromkeys([] if strange else [n for n in lost if n not in other])
+    unsure = [] if named else [n for n in missing if _form(n) not in {*map(_form, names)}]
+    nearly = 2 * len(unsure) < known
     ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
-    known_class, told_by = entries(config) is not None and not strange, told_of(config, stacks)
+    known_class, told_by = named and entries(config) is not None and not strange, told_of(config, stacks, named)
     for stack, layers in stacks.items():
         if layer_count(said) is not None and stack.rpartition(".")[2] in LAYERS:
             text = stack == main
@@ -84,7 +87,7 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
             missing |= dict.fromkeys(n for l, n in alike if n.removeprefix(f"{stack}.{l}.") not in told_by(stack, l))
     none = bool(kind.values(said).get("n_routed_experts")) and not any(n.endswith("down_projs") for n in names)
     none = none and not known_class  # of which it is known which layers have another MLP
-    experts = _experts(kind, main, ours, sparse, none, spell)
+    experts = _experts(kind, said, main, ours, sparse, none, spell)
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)
     if strange or other:
@@ -92,7 +95,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [] if strange else dropped_by_config(written, stacks, main, count)
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
-    left = [n for n in missing if n not in told]
+    notes += class_note(config, named, spelt([n for n in unsure if n not in told], spell) if nearly else [])
+    left = [n for n in missing if n not in told and n not in unsure]
     by = {f"{s}.{l}.{n}": why for s in stacks if s and left for l in stacks[s] for n, why in told_by(s, l).items()}
     return Gaps([*experts, *_missing(left, spell, by), *_missing(ahead, spell, {}), *odd], notes)
 
@@ -101,7 +105,7 @@ def _missing(names: list[str], spell: Spell, by: Mapping[str, str]) -> list[Prob
     """One sentence for all names that differ in numbers alone. by: the config's numbers that ask for a name."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        alike.setdefault((re.sub(r"\d+", "#", name), by.get(name, "")), []).append(name)
+        alike.setdefault((_form(name), by.get(name, "")), []).append(name)
     why = lambda numbers: f", and config.json has {numbers}" if numbers else ""
     return [
         Problem(f"{some(spelt(same, spell))}: missing{why(numbers)}", keys(same, spell))
@@ -109,14 +113,28 @@ def _missing(names: list[str], spell: Spell, by: Mapping[str, str]) -> list[Prob
     ]
 
 
+def _form(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
 def _experts(
-    kind: Family, main: str, layers: Layers, sparse: set[int] | None, none: bool, spell: Spell
+    kind: Family,
+    said: Mapping[str, Any],
+    main: str,
+    layers: Layers,
+    sparse: set[int] | None,
+    none: bool,
+    spell: Spell,
 ) -> list[Problem]:
     """Layers that should have experts and have none, or half of them. none: no tensor at all is of experts."""
     ends = lambda layer: {n.rpartition(".")[2] for n in layer}
     if sparse is None:  # the config does not say which; some must have
         sparse = {*layers} if none and main else set()
     problems = []
+    if kind.values(said).get("n_routed_experts") == 0:
+        surplus = [f"{main}.{l}.{n}" for l, held in layers.items() for n in sorted(held) if n.endswith(PARTS)]
+        text = f"{some(spelt(surplus, spell))}: experts, and config.json counts 0: expected none"
+        problems += [Problem(text, keys(surplus, spell))] if surplus else []
     for l in sorted(sparse):
         there = layers.get(l, set())
         if lost := [f"{main}.{l}.{_block(kind)}experts.{part}" for part in PARTS if part not in ends(there)]:

@@ -7,6 +7,8 @@ how wide, is no field of these: a checkpoint's tensors say it.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fmoe.families.known import class_of, known
+
 _V3 = dict(n_expert_groups=8, n_limited_groups=4, route_scale=2.5)
 _CLAMPED = dict(swiglu_limit=10.0)
 _NORMED = dict(norm_topk_prob=True)
@@ -62,6 +64,16 @@ def with_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     taken = LAYERS.get(str(config.get("model_type")), {})
     return {**config, **{field: value for field, value in taken.items() if config.get(field) is None}}
+
+
+def with_class(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the class of its model type in Transformers, where it names none and that is known.
+
+    >>> with_class({"model_type": "mixtral"})["architectures"]
+    ['MixtralForCausalLM']
+    """
+    entry = known().get(str(config.get("model_type"))) if class_of(config) is None else None
+    return {**config, **({"architectures": [entry["class"]]} if entry else {})}
 
 
 def left_out(model_types: Iterable[str], n_experts: Any) -> dict[str, Any]:

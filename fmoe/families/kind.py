@@ -121,7 +121,7 @@ class Family:
         if said := _contradictions(given, config if isinstance(config, Mapping) else {}, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")
         values = self.values(given)
-        sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
+        sizes = {"e": values.get("n_routed_experts") or None, "i": values.get("moe_inter_dim")}  # none: all are dense
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
         sizes |= {letter: next(_said(given, names), None) for letter, names in self.sizes.items()}
         bounds = {a: n for a, n in sizes.items() if isinstance(n, int) and not isinstance(n, bool)}
@@ -142,9 +142,7 @@ class Family:
         )
         if quantize and _apart(tables):
             why = f"{self.model_types[0]}'s files hold gate and up in an order that scales have no rules for"
-            raise AdapterError(
-                f"quantize={quantize!r}: {why}. Fix: convert it to a family that names them apart, first"
-            )
+            raise AdapterError(f"quantize={quantize!r}: {why}. Fix: convert it to one that names them apart first")
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
         stages = (codec, *(s.bind(bounds).counted() if isinstance(s, Table) else s for s in tables))
         if dtype is not None:
@@ -162,9 +160,10 @@ class Family:
 
     def _moe_config(self, config: Mapping[str, Any], values: Mapping[str, Any]) -> MoEConfig | str:
         needed = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
-        missing = [self.fields[f] for f in needed if f not in values]
-        if missing:
+        if missing := [self.fields[f] for f in needed if f not in values]:
             return f"{self.model_types[0]}: the config does not say {', '.join(missing)}"
+        if values["n_routed_experts"] == 0:
+            return f"{self.model_types[0]}: the config counts 0 experts, so no layer has any"
         for name, why in self.unsaid.items():
             if any(value if isinstance(value := config.get(name), list) else [value]):
                 return f"{name}={config[name]!r} {why}"

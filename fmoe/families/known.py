@@ -9,13 +9,13 @@ and stacks of its own; `others`: what it has besides with some configs.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fmoe.families.numbered import BESIDE, Layers, decoder
-from fmoe.families.where import Rules, says, settled, unsaid
+from fmoe.families.where import Rules, settled
 
 Groups = list[list[list[str]]]
 
@@ -158,17 +158,6 @@ def beyond(name: str, held: Iterable[str]) -> bool:
     stem, _, number = name.rpartition(".")
     others = (n.rpartition(".") for n in held)
     return number.isdigit() and not any(s == stem and n.isdigit() and int(n) > int(number) for s, _, n in others)
-
-
-def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable[[str, int], dict[str, str]]:
-    """stack, layer -> the names of which the config says whether that layer has them, and by what numbers it does.
-
-    And those of which it would say it, had it the field that does: other layers do not say it, either.
-    """
-    form, said = next(iter(nearest(config, stacks)), None), with_text(config)
-    rules = lambda stack: rules_of(form, stack) if form else ()
-    names = lambda stack, l: (*settled(rules(stack), said, l, stacks[stack][l]), *unsaid(rules(stack), said, l))
-    return lambda stack, l: {n: says(rules(stack), said, n) for n in names(stack, l)}
 
 
 def rules_of(form: Mapping[str, Any], stack: str) -> Rules:

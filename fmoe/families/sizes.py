@@ -62,8 +62,7 @@ def odd_sizes(
     >>> problem.text
     "'lm_head.weight': 8 in dimension 0, and config.json has vocab_size 9: expected 9"
     """
-    found = entries(config)
-    if not found or not found[1]:
+    if entries(config) is None:
         return
     text = config.get("text_config")
     own = {**(text if isinstance(text, Mapping) else config)} | {p: config[p] for p in PARTS if p in config}

@@ -1,15 +1,42 @@
-"""What is there though the config says that its class has none of it: Transformers drops that, and goes on without."""
+"""Which names the config says that layers have or have not, and what is there that its class has none of by its word:
+Transformers drops that, and goes on without.
+"""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
 from fmoe.families.numbered import Layers
-from fmoe.families.where import field_of, holds, settled, translated, within
+from fmoe.families.where import field_of, holds, says, settled, translated, unsaid, within
 from fmoe.layout.claims import some
 
 Rule = Sequence[Any]
+
+
+def told_of(
+    config: Mapping[str, Any], stacks: Mapping[str, Layers], named: bool
+) -> Callable[[str, int], dict[str, str]]:
+    """stack, layer -> the names of which the config says whether that layer has them, and by what numbers it does.
+
+    And those of which it would say it, had it the field that does: other layers do not say it, either. named: whether
+    it names its class; of another's, the names alone that it gives other layers and takes from this one.
+    """
+    form, said = next(iter(nearest(config, stacks)), None), with_text(config)
+    rules = lambda stack: rules_of(form, stack) if form else ()
+    told = lambda stack, l: settled(rules(stack), said, l, stacks[stack][l])
+
+    @cache
+    def given(stack: str) -> set[str]:
+        return {n for l in stacks[stack] for n, there in told(stack, l).items() if there}
+
+    def names(stack: str, l: int) -> list[str]:
+        if named:
+            return [*told(stack, l), *unsaid(rules(stack), said, l)]
+        return [n for n, there in told(stack, l).items() if not there and n in given(stack)]
+
+    return lambda stack, l: {n: says(rules(stack), said, n) for n in names(stack, l)}
 
 
 def dropped_by_config(config: Mapping[str, Any], stacks: Mapping[str, Layers], main: str, count: int) -> list[str]:
@@ -60,7 +87,7 @@ def _surplus(rules: Sequence[Rule], said: Mapping[str, Any], l: int, held: set[s
 def _denies(condition: Rule, said: Mapping[str, Any], l: int) -> bool:
     """Whether it does not hold, and is of a flag or of a field that the config has."""
     part, field = within(said, condition[1]) if len(condition) > 1 else ({}, "")
-    known = condition[0] in ("on", "off") or part.get(field) is not None
+    known = condition[0] in ("on", "off", "set", "null") or part.get(field) is not None
     return known and holds(condition, said, l) is False
 
 

@@ -1,11 +1,21 @@
-"""What stands beside a text model, as its class has it: is it there, and whole? Text-only files have none of it."""
+"""What stands beside a text model as its class has it, and its head: there, whole? Text-only files have no towers."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from fmoe.families.known import entries, lacking
+from fmoe.families.known import class_of, entries, lacking
 from fmoe.families.numbered import Layers
 from fmoe.families.where import settled
+from fmoe.layout.claims import some
+
+HEADS = {
+    "ForSequenceClassification": ("score.weight",),
+    "ForTokenClassification": ("score.weight", "score.bias"),
+    "ForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
+}
+"""The end of a class's name -> what it has in place of a head for tokens."""
+_MADE_OF = re.compile(r"For\w+$|Model$")
 
 
 def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[str]:
@@ -42,3 +52,33 @@ def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
         return []
     names = list(names)
     return [part for part in found[0]["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]
+
+
+def lost_of_head(config: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """What a model for classes or answers lacks of its head.
+
+    >>> lost_of_head({"model_type": "mixtral", "architectures": ["MixtralForSequenceClassification"]}, ["model.norm"])
+    ['score.weight']
+    """
+    found, arch = entries(config), class_of(config) or ""
+    if not found or found[1]:
+        return []
+    return [n for end, head in HEADS.items() if arch.endswith(end) for n in head if n not in names]
+
+
+def class_note(config: Mapping[str, Any], named: bool, unsure: list[str]) -> list[str]:
+    """A note where nobody knows what a class has. named: whether config.json names one; unsure: what else it has not.
+
+    >>> print(*class_note({"model_type": "mixtral", "architectures": ["MyMixtral"]}, True, []))
+    config.json names MyMixtral in architectures, which is not known: its head and towers are not compared
+    """
+    found, arch = entries(config), class_of(config)
+    if not found or arch is None:
+        return []
+    if not named:
+        told = f"config.json names no class in architectures, and {arch} has {some(unsure)}: not here"
+        return [f"{told}. Fix: name the class, so that it is told what is lost"] if unsure else []
+    kin = _MADE_OF.sub("", str(found[0]["class"])).lower() == _MADE_OF.sub("", arch).lower()
+    known = found[1] or kin and arch.endswith(("Model", *HEADS))
+    why = "which is not known: its head and towers are not compared"
+    return [] if known else [f"config.json names {arch} in architectures, {why}"]

@@ -2,10 +2,11 @@
 
 A rule is a list of ways, each a list of conditions, the names that are there if all conditions of one way hold, and the
 module, with its dot, that a layer must have for that. A condition: ["at", field, values], of the layer's entry in a
-list; ["on" or "off", field, whether it is on where a config does not say]; ["first"] or ["later"], of the layer's
-number; ["every" or "other", field, remainder], of every so many layers, or of those between, where the remainder is a
-number or a field; ["own", field], of those whose entry in a list is their own number. A field may have a path,
-"vision_config.use_bias". Rules have the words of Transformers' classes, into which `translated` turns a publisher's.
+list; ["on" or "off", field, whether it is on where a config does not say]; ["set" or "null", field, whether it is set
+where a config does not say]; ["first"] or ["later"], of the layer's number; ["every" or "other", field, remainder], of
+every so many layers, or of those between, where the remainder is a number or a field; ["own", field], of those whose
+entry in a list is their own number. A field may have a path, "vision_config.use_bias". Rules have the words of
+Transformers' classes, into which `translated` turns a publisher's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,6 +105,8 @@ def holds(condition: Sequence[Any], said: Mapping[str, Any], layer: int) -> bool
             return None
         other = named and not 0 <= first < step  # an offset that no number leaves
         return (step > 0 and not other and (layer - first) % step == 0) == (kind == "every")
+    if kind in ("set", "null"):
+        return (said[field] is not None if field in said else rest[1]) == (kind == "set")
     return bool(said.get(field, rest[1])) == (kind == "on")
 
 

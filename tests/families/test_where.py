@@ -114,6 +114,7 @@ OTHER += [("hy_v3", dict(num_shared_experts=0)), ("nllb-moe", dict(decoder_layer
 OTHER += [("nllb-moe", dict(decoder_layers=6, decoder_sparse_step=3)), ("jamba", dict(attn_layer_offset=0))]
 OTHER += [("gemma4_text", dict(hidden_size_per_layer_input=8)), ("gemma4_text", dict(attention_k_eq_v=True))]
 OTHER += [("inkling2_text", dict(num_hidden_layers=1))]
+OTHER += [("granitemoehybrid", dict(num_local_experts=0)), ("qwen3_moe", dict(num_experts=0))]
 
 
 @pytest.mark.parametrize(("name", "said"), OTHER)
@@ -170,3 +171,31 @@ def test_a_number_that_says_of_layers_what_they_do_not_have_is_missed(name, fiel
     names = known_names.sized(cls, config, name, True)
     problems = gaps(FAMILIES[known_names.family_type(name)], config.to_dict() | {field: value}, names).problems
     assert any(f"{field} {value}" in p.text for p in problems)
+
+
+def unset(name):
+    """Fields that are null where a class has other tensors."""
+    (form, *_) = known()[known_names.family_type(name)]["forms"]
+    return {c[1] for rules in form["where"].values() for r in rules for way in r[0] for c in way if c[0] == "set"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if unset(n)])
+def test_a_field_that_is_null_where_tensors_are_of_its_number_is_told_and_the_other_way_round(name):
+    cls, config = known_names.base(name)
+    config.architectures = [cls.__name__]
+    kind, said = FAMILIES[known_names.family_type(name)], config.to_dict()
+    names = known_names.sized(cls, config, name, True)
+    for field in unset(name):
+        path = "text_config" if known_names.text_of(config) is not config else ""
+        ours = said[path] if path else said
+        other = None if ours[field] is not None else 8
+        changed_to = {**ours, field: other}
+        assert gaps(kind, {**said, path: changed_to} if path else changed_to, names).problems, field
+
+
+def test_experts_beside_a_config_that_counts_none_are_a_problem():
+    cls, config = known_names.base("qwen3_moe")
+    config.architectures = [cls.__name__]
+    names = known_names.sized(cls, config, "qwen3_moe", True)
+    problems = gaps(FAMILIES["qwen3_moe"], config.to_dict() | {"num_experts": 0}, names).problems
+    assert any("experts, and config.json counts 0: expected none" in p.text for p in problems)

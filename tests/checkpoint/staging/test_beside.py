@@ -119,6 +119,7 @@ def test_an_adapter_beside_a_model_is_named_wherever_it_goes_and_goes_whole_or_n
         report = fmoe.convert(src, tmp_path / to, to)
         assert any(note.startswith(with_it) for note in report.notes) and {*lora} <= files(tmp_path / to).keys()
         assert any(note.startswith(with_it) for note in fmoe.inspect(tmp_path / to)["notes"])
+        assert any(note.startswith(with_it) for note in fmoe.verify(tmp_path / to).notes)
     for to in ("mixtral", "mlx"):
         report = fmoe.convert(source, tmp_path / to, to, lossy=to == "mixtral")
         assert f"not taken along: {named}" in report.notes and not {*lora} & files(tmp_path / to).keys()

@@ -194,6 +194,7 @@ def _alone(rows: list[Row], defaults: dict[str, Any]) -> list[Condition]:
         *each,
         *own,
         *([how, f, bool(defaults.get(f))] for f in fields for how in ("on", "off")),
+        *([how, f, defaults.get(f) is not None] for f in fields for how in ("set", "null")),
     ]
 
 
@@ -223,4 +224,6 @@ def _holds(condition: Condition, row: Row) -> bool:
     if condition[0] in ("every", "other"):
         step, first = row.said[condition[1]], row.said.get(condition[2], condition[2])
         return (step > 0 and (row.layer - first) % step == 0) == (condition[0] == "every")
+    if condition[0] in ("set", "null"):
+        return (row.said.get(condition[1]) is not None) == (condition[0] == "set")
     return bool(row.said.get(condition[1])) == (condition[0] == "on")

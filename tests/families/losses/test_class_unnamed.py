@@ -1,0 +1,73 @@
+"""A config that names no class, another's, or one with a head for a task: what is lost is told all the same."""
+
+import re
+
+import hf
+import hf_zoo as zoo
+import known_names
+import known_saved
+import pytest
+import torch
+import transformers
+
+from fmoe.families import FAMILIES
+from fmoe.families.complete import gaps
+from fmoe.families.towers import HEADS
+
+NAMES = [*hf.MODELS, *zoo.MODELS]
+
+
+def built(name: str) -> tuple[dict, list[str]]:
+    config, names = known_saved.named(known_saved.unfilled(*known_names.base(name)), name, True)
+    return config, sorted(names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_class_what_that_of_its_model_type_has_is_told(name):
+    config, names = built(name)
+    kind, named = FAMILIES[config["model_type"]], dict(config)
+    del config["architectures"]
+    whole = gaps(kind, config, names)
+    assert not whole.problems and not [n for n in whole.notes if "names no class" in n]
+    everywhere: dict[str, list[str]] = {}
+    for n in names:
+        everywhere.setdefault(re.sub(r"\d+", "#", n), []).append(n)
+    for lost in everywhere.values():
+        left = [n for n in names if n not in lost]
+        if gaps(kind, named, left).problems:
+            told = gaps(kind, config, left)
+            assert told.problems or [n for n in told.notes if "names no class" in n and repr(lost[0]) in n], lost
+
+
+THERE = {*dir(transformers)}
+MADE = [(n, task, arch.partition("For")[0] + task)
+        for n, (arch, _) in (hf.MODELS | zoo.MODELS).items() for task in HEADS]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "task", "made"), [m for m in MADE if m[2] in THERE])
+def test_the_head_of_a_class_for_a_task_is_missed(name, task, made):
+    config = known_names.base(name)[1]
+    given, names = known_saved.named(known_saved.unfilled(getattr(transformers, made), config), name, True)
+    kind = FAMILIES[given["model_type"]]
+    assert gaps(kind, given, names).problems == []
+    for part in HEADS[task]:
+        assert part in {k for p in gaps(kind, given, names - {part}).problems for k in p.keys}
+
+
+def test_a_class_that_is_not_known_is_told():
+    config, names = built("mixtral")
+    config["architectures"] = ["MyMixtralForCausalLM"]
+    kind = FAMILIES["mixtral"]
+    [note] = gaps(kind, config, names).notes
+    assert note.startswith("config.json names MyMixtralForCausalLM in architectures, which is not known")
+    for known_too in ("MixtralModel", "MixtralForCausalLM"):
+        assert gaps(kind, config | {"architectures": [known_too]}, names).notes == []
+
+
+@pytest.mark.parametrize("archs", [None, ["MixtralForSequenceClassification"], ["MyMixtralForCausalLM"]])
+def test_sizes_are_the_configs_whatever_class_it_names(archs):
+    config, names = built("mixtral")
+    config |= {"architectures": archs, "vocab_size": 7}
+    spec = {n: torch.empty(9, 8, device="meta") for n in ("model.embed_tokens.weight",)}
+    problems = gaps(FAMILIES["mixtral"], config, dict.fromkeys(names) | spec).problems
+    assert any("vocab_size 7" in p.text for p in problems)
