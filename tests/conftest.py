@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+from thorough import thorough
 
 gc.disable()  # until all is collected: what is imported and collected stays to the end, and is walked once
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -49,6 +50,15 @@ def pytest_collection() -> Iterator[None]:
         gc.freeze()
         gc.set_threshold(10_000, 20, 20)  # of millions of small objects few are in cycles
         gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before any is deselected."""
+    long = thorough(item.nodeid for item in items)
+    for item in items:
+        if item.nodeid in long:
+            item.add_marker("thorough")
 
 
 def pytest_sessionfinish() -> None:
