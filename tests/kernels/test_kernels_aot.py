@@ -17,6 +17,7 @@ FP8 = {"sm_90": {"gmm_fp8", "quantize"}, "sm_100": {"gmm_fp8", "quantize"}}  # o
 OTHERS = {"count", "scan", "place", "tiles", "combine", "bias", "dweight", "forward", "backward"}
 
 pytestmark = pytest.mark.timeout(900)
+everything = pytest.mark.thorough  # all kernels are compiled, for a minute and a half; CI does
 
 
 def compiled(*options: str) -> list[dict[str, Any]]:
@@ -43,6 +44,7 @@ def where(record: dict[str, Any]) -> str:
     return f"{record['kernel']} {record['arch']} {record['config']} {record['variant']}"
 
 
+@everything
 def test_hot_tiles_on_hopper(records: list[dict[str, Any]]) -> None:
     found = [r for r in records if r["hot"] and r["arch"] == "sm_90"]
     assert {r["kernel"] for r in found} == PRODUCTS | {"gmm_fp8"}
@@ -53,6 +55,7 @@ def test_hot_tiles_on_hopper(records: list[dict[str, Any]]) -> None:
         assert r["spills"] == 0 and r["registers"] <= 255 and r["shared"] <= 232448, where(r)
 
 
+@everything
 def test_small_batches_use_the_matrix_units_of_hopper(records: list[dict[str, Any]]) -> None:
     found = [r for r in records if r["arch"] == "sm_90" and "swap" in r["config"]]
     assert {r["kernel"] for r in found} == {"up", "gmm", "dact", "gmm_fp8"}
@@ -60,6 +63,7 @@ def test_small_batches_use_the_matrix_units_of_hopper(records: list[dict[str, An
         assert r["wgmma"] and r["config"].startswith("16x"), where(r)
 
 
+@everything
 @pytest.mark.parametrize("arch", SHARED)
 def test_every_kernel_and_tile_fits(records: list[dict[str, Any]], arch: str) -> None:
     found = [r for r in records if r["arch"] == arch]
