@@ -1,7 +1,9 @@
 """Proof by doing: everything goes to the other layout and back in memory, a few experts at a time."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +95,7 @@ def verify(
     progress(size, size)
     report = Report(str(source.path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
     notes += (UNKNOWN,) if source.native and not digests else unsworn(source, digests) if digests else ()
-    notes += tuple(an_adapter(map(str, source.others())))
+    notes += tuple(an_adapter(os.listdir(source.path))) if isinstance(source.path, Path) else ()
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 
 

@@ -6,7 +6,7 @@ most of that kind have; a layer for multi-token prediction that is there at all 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from fmoe.families.defaults import with_class, with_layers
@@ -17,8 +17,8 @@ from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, declared_ahead, layer_count, sparse_layers
 from fmoe.families.spelling import renamed
-from fmoe.families.surplus import dropped_by_config, told_of
-from fmoe.families.towers import class_note, lost_of_head, lost_of_towers, towers
+from fmoe.families.surplus import denied, dropped_by_config, told_of
+from fmoe.families.towers import class_missed, class_note, lost_of_head, lost_of_towers, towers
 from fmoe.families.where import translated
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
@@ -59,8 +59,19 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     >>> gaps(family("qwen3_moe"), config, ["model.layers.0.mlp.gate.weight"]).problems[0].text
     "layer 'model.layers.0' has no experts: expected 'model.layers.0.mlp.experts.gate_and_up_projs', ..."
     """
-    named, written = class_of(config) is not None, with_class(config)
-    config = translated(written)
+    names = names if isinstance(names, Mapping) else list(names)
+    found, meant = _gaps(kind, config, names, spell), with_class(config)
+    if meant == config:
+        return found
+    lost = _gaps(kind, meant, names, spell).problems  # of the class that is likely, and not told
+    told = {key for problem in found.problems for key in problem.keys}
+    more = [problem for problem in lost if not told.issuperset(problem.keys)]
+    mine = [problem for problem in found.problems if not denied(meant, by_stack(names)).issuperset(problem.keys)]
+    return Gaps(mine, [*found.notes, *class_missed(meant, more, names)])
+
+
+def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell: Spell) -> Gaps:
+    written, config = config, translated(config)
     said = as_dict(config)
     odd = [*not_taken(written), *(odd_sizes(config, said, names, spell) if isinstance(names, Mapping) else ())]
     names = list(names)
@@ -75,10 +86,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     # others' names than Transformers writes
     strange = len(lost) > known and 2 * (len(names) - known) >= len(lost)
     missing = dict.fromkeys([] if strange else [n for n in lost if n not in other])
-    unsure = [] if named else [n for n in missing if _form(n) not in {*map(_form, names)}]
-    nearly = 2 * len(unsure) < known
     ours = {l: held for l, held in stacks.get(main, {}).items() if l < count}
-    known_class, told_by = named and entries(config) is not None and not strange, told_of(config, stacks, named)
+    known_class, told_by = entries(config) is not None and not strange, told_of(config, stacks)
     for stack, layers in stacks.items():
         if layer_count(said) is not None and stack.rpartition(".")[2] in LAYERS:
             text = stack == main
@@ -95,8 +104,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
     notes += [] if strange else dropped_by_config(written, stacks, main, count)
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
-    notes += class_note(config, named, spelt([n for n in unsure if n not in told], spell) if nearly else [])
-    left = [n for n in missing if n not in told and n not in unsure]
+    notes += class_note(config)
+    left = [n for n in missing if n not in told]
     by = {f"{s}.{l}.{n}": why for s in stacks if s and left for l in stacks[s] for n, why in told_by(s, l).items()}
     return Gaps([*experts, *_missing(left, spell, by), *_missing(ahead, spell, {}), *odd], notes)
 
@@ -105,16 +114,12 @@ def _missing(names: list[str], spell: Spell, by: Mapping[str, str]) -> list[Prob
     """One sentence for all names that differ in numbers alone. by: the config's numbers that ask for a name."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name in names:
-        alike.setdefault((_form(name), by.get(name, "")), []).append(name)
+        alike.setdefault((re.sub(r"\d+", "#", name), by.get(name, "")), []).append(name)
     why = lambda numbers: f", and config.json has {numbers}" if numbers else ""
     return [
         Problem(f"{some(spelt(same, spell))}: missing{why(numbers)}", keys(same, spell))
         for (_, numbers), same in alike.items()
     ]
-
-
-def _form(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
 
 
 def _experts(

@@ -4,7 +4,6 @@ Transformers drops that, and goes on without.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
@@ -15,28 +14,27 @@ from fmoe.layout.claims import some
 Rule = Sequence[Any]
 
 
-def told_of(
-    config: Mapping[str, Any], stacks: Mapping[str, Layers], named: bool
-) -> Callable[[str, int], dict[str, str]]:
+def told_of(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> Callable[[str, int], dict[str, str]]:
     """stack, layer -> the names of which the config says whether that layer has them, and by what numbers it does.
 
-    And those of which it would say it, had it the field that does: other layers do not say it, either. named: whether
-    it names its class; of another's, the names alone that it gives other layers and takes from this one.
+    And those of which it would say it, had it the field that does: other layers do not say it, either.
     """
     form, said = next(iter(nearest(config, stacks)), None), with_text(config)
     rules = lambda stack: rules_of(form, stack) if form else ()
-    told = lambda stack, l: settled(rules(stack), said, l, stacks[stack][l])
-
-    @cache
-    def given(stack: str) -> set[str]:
-        return {n for l in stacks[stack] for n, there in told(stack, l).items() if there}
-
-    def names(stack: str, l: int) -> list[str]:
-        if named:
-            return [*told(stack, l), *unsaid(rules(stack), said, l)]
-        return [n for n, there in told(stack, l).items() if not there and n in given(stack)]
-
+    names = lambda stack, l: (*settled(rules(stack), said, l, stacks[stack][l]), *unsaid(rules(stack), said, l))
     return lambda stack, l: {n: says(rules(stack), said, n) for n in names(stack, l)}
+
+
+def denied(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
+    """Names of layers that the config gives others of their stack, and not them."""
+    said, found = with_text(config), set[str]()
+    for form in nearest(config, stacks):
+        for stack, layers in stacks.items():
+            told = {l: settled(rules_of(form, stack), said, l, held) for l, held in layers.items()}
+            rows = [(l, n, there) for l, each in told.items() for n, there in each.items()]
+            given = {n for _, n, there in rows if there}
+            found |= {f"{stack}.{l}.{n}" for l, n, there in rows if not there and n in given}
+    return found
 
 
 def dropped_by_config(config: Mapping[str, Any], stacks: Mapping[str, Layers], main: str, count: int) -> list[str]:

@@ -1,13 +1,13 @@
 """What stands beside a text model as its class has it, and its head: there, whole? Text-only files have no towers."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fmoe.families.known import class_of, entries, lacking
 from fmoe.families.numbered import Layers
 from fmoe.families.where import settled
-from fmoe.layout.claims import some
+from fmoe.types import Problem
 
 HEADS = {
     "ForSequenceClassification": ("score.weight",),
@@ -66,19 +66,31 @@ def lost_of_head(config: Mapping[str, Any], names: Collection[str]) -> list[str]
     return [n for end, head in HEADS.items() if arch.endswith(end) for n in head if n not in names]
 
 
-def class_note(config: Mapping[str, Any], named: bool, unsure: list[str]) -> list[str]:
-    """A note where nobody knows what a class has. named: whether config.json names one; unsure: what else it has not.
+def class_note(config: Mapping[str, Any]) -> list[str]:
+    """A note on a class that nobody knows.
 
-    >>> print(*class_note({"model_type": "mixtral", "architectures": ["MyMixtral"]}, True, []))
+    >>> print(*class_note({"model_type": "mixtral", "architectures": ["MyMixtral"]}))
     config.json names MyMixtral in architectures, which is not known: its head and towers are not compared
     """
     found, arch = entries(config), class_of(config)
     if not found or arch is None:
         return []
-    if not named:
-        told = f"config.json names no class in architectures, and {arch} has {some(unsure)}: not here"
-        return [f"{told}. Fix: name the class, so that it is told what is lost"] if unsure else []
     kin = _MADE_OF.sub("", str(found[0]["class"])).lower() == _MADE_OF.sub("", arch).lower()
     known = found[1] or kin and arch.endswith(("Model", *HEADS))
     why = "which is not known: its head and towers are not compared"
     return [] if known else [f"config.json names {arch} in architectures, {why}"]
+
+
+def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem], names: Collection[str]) -> list[str]:
+    """A note on what a config that names no class would lack if it named the usual one; none on parts of a model.
+
+    meant: the config with that class; problems: what it then lacks.
+
+    >>> meant = {"architectures": ["MixtralForCausalLM"]}
+    >>> print(*class_missed(meant, [Problem("'lm_head.weight': missing", ("lm_head.weight",))], "abc"))
+    config.json names no class in architectures; of MixtralForCausalLM 'lm_head.weight': missing. Fix: name its class
+    """
+    if not problems or 2 * len({key for p in problems for key in p.keys}) >= len(names):
+        return []
+    told = "; ".join(problem.text for problem in problems)
+    return [f"config.json names no class in architectures; of {class_of(meant)} {told}. Fix: name its class"]

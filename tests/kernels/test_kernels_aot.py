@@ -17,7 +17,7 @@ FP8 = {"sm_90": {"gmm_fp8", "quantize"}, "sm_100": {"gmm_fp8", "quantize"}}  # o
 OTHERS = {"count", "scan", "place", "tiles", "combine", "bias", "dweight", "forward", "backward"}
 
 pytestmark = pytest.mark.timeout(900)
-everything = pytest.mark.thorough  # all kernels are compiled, for a minute and a half; CI does
+everything = pytest.mark.thorough  # kernels are compiled, for a minute and a half; CI does
 
 
 def compiled(*options: str) -> list[dict[str, Any]]:
@@ -100,6 +100,7 @@ def shipped(rows: list[dict[str, Any]], kernel: str) -> dict[str, Any]:
     return found
 
 
+@everything
 @pytest.mark.parametrize("kernel", LIMITS)
 def test_what_large_tiles_spend_on_hopper(brief: list[dict[str, Any]], kernel: str) -> None:
     r = shipped(brief, kernel)
@@ -109,6 +110,7 @@ def test_what_large_tiles_spend_on_hopper(brief: list[dict[str, Any]], kernel: s
     assert bool(r["waits_wgmma_in_flight"]) == (kernel != "gmm_fp8"), where(r)
 
 
+@everything
 def test_dact_loads_z_four_times_from_where_it_was_fetched_to_and_two_programs_share_a_multiprocessor(
     brief: list[dict[str, Any]],
 ) -> None:
@@ -118,6 +120,7 @@ def test_dact_loads_z_four_times_from_where_it_was_fetched_to_and_two_programs_s
     assert r["config"].startswith("128x128x64 w4 s3") and r["ctas"] == 2
 
 
+@everything
 def test_tiles_that_are_swept_fit_and_keep_products_in_flight(brief: list[dict[str, Any]]) -> None:
     found = {(r["kernel"], r["config"]): r for r in brief if not r["hot"] and "odd" not in r["variant"]}
     assert {("up", "128x64x64 w4 s3 p2 tma"), ("gmm", "128x128x64 w4 s3 p2 tma flatten")} < set(found)
@@ -130,6 +133,7 @@ def test_tiles_that_are_swept_fit_and_keep_products_in_flight(brief: list[dict[s
     assert found["up", "128x128x64 w8 s3 p2 tma specialised"]["loop"] <= 80
 
 
+@everything
 @pytest.mark.parametrize("kernel", ["up", "gmm", "dact", "dw"])
 def test_odd_widths_spill_next_to_nothing(brief: list[dict[str, Any]], kernel: str) -> None:
     (r,) = (r for r in brief if r["kernel"] == kernel and "odd" in r["variant"])
@@ -155,6 +159,7 @@ def test_the_committed_figures_are_of_the_shipped_tiles() -> None:
                 assert r["ctas"] >= large.get("ctas", 1), where(r)
 
 
+@everything
 def test_the_committed_figures_are_those_of_these_kernels(brief: list[dict[str, Any]]) -> None:
     """By this version of triton, whose compilers always make the same of the same; `aot.py --brief` writes them."""
     rows = [r for r in json.loads((ROOT / "bench" / "results" / "aot.json").read_text()) if "was" not in r]

@@ -22,6 +22,7 @@ def test_a_family_with_rules_behind_it(specs):
     assert_laws(MINE, specs)
 
 
+@pytest.mark.thorough  # as what draws
 def test_whole_blocks_are_among_what_is_drawn():
     assert True in DRAWN
 

@@ -145,7 +145,7 @@ DIRECTORIES: dict[str, tuple[Change, str]] = {
         fields(CONFIG, moe_intermediate_size=5),
         r"gate_proj.weight'.*: shape \[3, 4\], expected \[5, 4\]",
     ),
-    "no experts": (fields(CONFIG, num_experts=0), "e < 0"),
+    "no experts": (fields(CONFIG, num_experts=0), "experts, and config.json counts 0: expected none"),
     "an activation that is a list": (fields(CONFIG, hidden_act=[]), ""),
 }
 
