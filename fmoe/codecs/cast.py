@@ -84,14 +84,19 @@ def not_cast(
 ) -> list[str]:
     """A note on what is not in the dtype that experts were cast to, and that config.json says.
 
-    to: where else they went, which takes no cast=. what: what has that dtype there.
+    to: where else they went, which takes no cast=. what: what has that dtype there. Raises AdapterError where nothing
+    has it.
 
-    >>> not_cast({"norm.weight": TensorSpec((2,), torch.float32)}, "bfloat16", {})
+    >>> w = TensorSpec((2,), torch.bfloat16)
+    >>> not_cast({"norm.weight": TensorSpec((2,), torch.float32), "e.down_proj": w}, "bfloat16", {})
     ["experts are bfloat16, config.json says so, and 'norm.weight' stays as it was. Fix: cast='all' (--cast all)"]
     """
     left = [n for n in castable(specs, _said(config)) if specs[n].dtype != as_dtype(dtype)]
     if not left:
         return []
+    if not any(spec.dtype == as_dtype(dtype) for spec in specs.values()):
+        text = f"dtype={str(as_dtype(dtype)).removeprefix('torch.')!r} casts experts, and there are none"
+        raise AdapterError(f"{text}. Fix: cast='all' (--cast all)")
     kind, verb = (
         str(as_dtype(dtype)).removeprefix("torch."),
         "stays as it was" if len(left) == 1 else "stay as they were",

@@ -18,6 +18,7 @@ from fmoe.families.numbered import BESIDE, Layers, decoder
 from fmoe.families.where import Rules, settled
 
 Groups = list[list[list[str]]]
+EMBEDDED = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
 
 
 @cache
@@ -81,8 +82,9 @@ def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int
     entry, whole = found
     said = with_text(config)
     ways = [_absent(f, root, stacks, sparse, count, said) for f in entry["forms"] for root in _roots(f, whole)]
-    tied = ties(config, entry)
-    return min(([n for n in missing if not (tied and n in form_tied)] for missing, form_tied in ways), key=len)
+    tied, head = ties(config, entry), any("lm_head" in n for n in stacks.get("", {}).get(0, ()))
+    there = lambda name, ends: tied and (name in ends or head and name.endswith(EMBEDDED))  # one of both is enough
+    return min(([n for n in missing if not there(n, ends)] for missing, ends in ways), key=len)
 
 
 def everywhere(config: Mapping[str, Any], form: str) -> bool | None:

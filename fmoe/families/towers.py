@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from fmoe.families.known import class_of, entries, lacking
+from fmoe.families.known import class_of, entries, known, lacking
 from fmoe.families.numbered import Layers
 from fmoe.families.where import settled
 from fmoe.types import Problem
@@ -76,9 +76,13 @@ def class_note(config: Mapping[str, Any]) -> list[str]:
     if not found or arch is None:
         return []
     kin = _MADE_OF.sub("", str(found[0]["class"])).lower() == _MADE_OF.sub("", arch).lower()
-    known = found[1] or kin and arch.endswith(("Model", *HEADS))
-    why = "which is not known: its head and towers are not compared"
-    return [] if known else [f"config.json names {arch} in architectures, {why}"]
+    base = kin and arch.endswith(("Model", *HEADS))
+    entry = known().get(str(config.get("model_type"))) or found[0]
+    alone = not any(form["towers"] for form in entry["forms"]) and not config.get("is_encoder_decoder")
+    if found[1] or base and alone:
+        return []
+    why = "of which fmoe knows the text model" if base else "which is not known: its head and towers are not compared"
+    return [f"config.json names {arch} in architectures, {why}" + ": what stands beside that is not compared" * base]
 
 
 def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem], names: Collection[str]) -> list[str]:

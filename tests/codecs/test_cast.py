@@ -104,3 +104,14 @@ def test_a_conversion_casts_all_if_asked_and_else_names_what_is_not_what_its_con
         fmoe.convert(path, tmp_path / "native", cast="all", dtype="bfloat16")
     with pytest.raises(fmoe.AdapterError, match="expected 'experts' or 'all'"):
         fmoe.convert(path, tmp_path / "other", "hf", cast="al", dtype="bfloat16")
+
+
+def test_a_dtype_for_experts_is_refused_where_there_are_none(tmp_path):
+    """It would be said in config.json alone, and Transformers would round everything."""
+    config = {"model_type": "qwen3_moe", "num_experts": 0, "num_hidden_layers": 1, "dtype": "float32"}
+    params = {"model.layers.0.mlp.down_proj.weight": torch.ones(2, 3), "model.norm.weight": torch.ones(2)}
+    fmoe.save(params, tmp_path / "hf", fmoe.adapter("qwen3_moe", config), fsync=False)
+    with pytest.raises(fmoe.AdapterError, match="casts experts, and there are none"):
+        fmoe.convert(tmp_path / "hf", tmp_path / "out", "hf", dtype="bfloat16", fsync=False)
+    fmoe.convert(tmp_path / "hf", tmp_path / "all", "hf", dtype="bfloat16", cast="all", fsync=False)
+    assert {t.dtype for t in fmoe.load(tmp_path / "all").values()} == {torch.bfloat16}

@@ -54,6 +54,25 @@ def test_the_head_of_a_class_for_a_task_is_missed(name, task, made):
         assert part in {k for p in gaps(kind, given, names - {part}).problems for k in p.keys}
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_of_tied_embeddings_either_end_is_enough_and_none_is_a_loss(name):
+    """`safetensors.torch.save_model` keeps the name that comes first in the alphabet: lm_head."""
+    config, names = built(name)
+    kind, config = FAMILIES[config["model_type"]], config | {"tie_word_embeddings": True}
+    ends = {n for n in names if "lm_head" in n or n.endswith("embed_tokens.weight")}
+    assert len(ends) == 2
+    for kept in ends:
+        assert gaps(kind, config, {*names} - ends | {kept}).problems == []
+    assert gaps(kind, config, {*names} - ends).problems
+
+
+def test_a_base_class_with_towers_says_what_is_not_compared():
+    config, names = built("qwen3_5_moe")
+    config["architectures"] = ["Qwen3_5MoeModel"]
+    notes = gaps(FAMILIES["qwen3_5_moe"], config, names).notes
+    assert any("what stands beside that is not compared" in n for n in notes)
+
+
 def test_a_class_that_is_not_known_is_told():
     config, names = built("mixtral")
     config["architectures"] = ["MyMixtralForCausalLM"]
