@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
-from thorough import thorough
+from thorough import long_cases
 
 gc.disable()  # until all is collected: what is imported and collected stays to the end, and is walked once
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -55,7 +55,7 @@ def pytest_collection() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before any is deselected."""
-    long = thorough(item.nodeid for item in items)
+    long = long_cases(item.nodeid for item in items)
     for item in items:
         if item.nodeid in long:
             item.add_marker("thorough")

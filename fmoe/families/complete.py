@@ -26,7 +26,6 @@ from fmoe.layout.notation import Rule
 from fmoe.layout.table import Table
 from fmoe.types import Problem
 
-"""The config's names for how many layers predict further tokens."""
 JOINTS = (("eh_proj", "enorm", "hnorm"), ("fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden"), ("e_proj", "h_proj"))
 """What joins such a layer to the model, under the names of some families."""
 ENDS = ("norm", "final_layernorm", "final_norm")
@@ -66,7 +65,8 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     lost = _gaps(kind, meant, names, spell).problems  # of the class that is likely, and not told
     told = {key for problem in found.problems for key in problem.keys}
     more = [problem for problem in lost if not told.issuperset(problem.keys)]
-    mine = [problem for problem in found.problems if not denied(meant, by_stack(names)).issuperset(problem.keys)]
+    none = denied(meant, by_stack(names))
+    mine = [problem for problem in found.problems if not none.issuperset(problem.keys)]
     return Gaps(mine, [*found.notes, *class_missed(meant, more, names)])
 
 
@@ -78,7 +78,8 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
     stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
     main = text_stack(config, stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
-    sparse = set() if kind.values(said).get("n_routed_experts") == 0 else sparse_layers(with_layers(said), kind.sparse)
+    routed = kind.values(said).get("n_routed_experts")
+    sparse = set() if routed == 0 else sparse_layers(with_layers(said), kind.sparse)
     lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks) + lost_of_head(config, names)
     lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
     other = renamed(lost, config, stacks)
@@ -94,9 +95,9 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
             few = text and not known_class
             alike = _unlike(stack, ours if text else layers, said if text else {}, few)
             missing |= dict.fromkeys(n for l, n in alike if n.removeprefix(f"{stack}.{l}.") not in told_by(stack, l))
-    none = bool(kind.values(said).get("n_routed_experts")) and not any(n.endswith("down_projs") for n in names)
+    none = bool(routed) and not any(n.endswith("down_projs") for n in names)
     none = none and not known_class  # of which it is known which layers have another MLP
-    experts = _experts(kind, said, main, ours, sparse, none, spell)
+    experts = _experts(kind, main, ours, sparse, none, spell) + (_uncounted(main, ours, spell) if routed == 0 else [])
     told = {n for problem in experts for n in problem.keys}
     ahead, notes = _ahead(said, main, count, stacks)
     if strange or other:
@@ -123,23 +124,13 @@ def _missing(names: list[str], spell: Spell, by: Mapping[str, str]) -> list[Prob
 
 
 def _experts(
-    kind: Family,
-    said: Mapping[str, Any],
-    main: str,
-    layers: Layers,
-    sparse: set[int] | None,
-    none: bool,
-    spell: Spell,
+    kind: Family, main: str, layers: Layers, sparse: set[int] | None, none: bool, spell: Spell
 ) -> list[Problem]:
     """Layers that should have experts and have none, or half of them. none: no tensor at all is of experts."""
     ends = lambda layer: {n.rpartition(".")[2] for n in layer}
     if sparse is None:  # the config does not say which; some must have
         sparse = {*layers} if none and main else set()
     problems = []
-    if kind.values(said).get("n_routed_experts") == 0:
-        surplus = [f"{main}.{l}.{n}" for l, held in layers.items() for n in sorted(held) if n.endswith(PARTS)]
-        text = f"{some(spelt(surplus, spell))}: experts, and config.json counts 0: expected none"
-        problems += [Problem(text, keys(surplus, spell))] if surplus else []
     for l in sorted(sparse):
         there = layers.get(l, set())
         if lost := [f"{main}.{l}.{_block(kind)}experts.{part}" for part in PARTS if part not in ends(there)]:
@@ -150,6 +141,13 @@ def _experts(
             text = f"layer {f'{main}.{l}'!r} has no experts: expected {expected}, {found} beside"
             problems.append(Problem(text, keys([*lost, *beside], spell)))
     return problems
+
+
+def _uncounted(main: str, layers: Layers, spell: Spell) -> list[Problem]:
+    """The experts that are there though the config counts none."""
+    found = [f"{main}.{l}.{n}" for l, held in layers.items() for n in sorted(held) if n.endswith(PARTS)]
+    text = f"{some(spelt(found, spell))}: experts, and config.json counts 0: expected none"
+    return [Problem(text, keys(found, spell))] if found else []
 
 
 def _block(kind: Family) -> str:

@@ -19,6 +19,7 @@ from fmoe.families.where import Rules, settled
 
 Groups = list[list[list[str]]]
 EMBEDDED = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
+"""How the input embedding ends, one of the two names of embeddings that are tied."""
 
 
 @cache

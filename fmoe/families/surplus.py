@@ -1,6 +1,4 @@
-"""Which names the config says that layers have or have not, and what is there that its class has none of by its word:
-Transformers drops that, and goes on without.
-"""
+"""Which names a config gives its layers, and which it denies them: of the latter, Transformers drops what is there."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What stands beside a text model as its class has it, and its head: there, whole? Text-only files have no towers."""
+"""What stands beside a text model, and its head: is it there, and whole? Text-only files have no towers."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -38,8 +38,8 @@ def chosen(times: Mapping[str, float]) -> dict[str, list[str]]:
     return found
 
 
-def thorough(cases: Iterable[str]) -> set[str]:
-    """Those of these node ids that are."""
+def long_cases(cases: Iterable[str]) -> set[str]:
+    """Those of these node ids that the file names."""
     listed = json.loads(FILE.read_text())
     return {case for case in cases for law, _, row in [case.partition("[")] if row in listed.get(law, ())}
 

@@ -87,7 +87,7 @@ def test_a_class_that_is_not_known_is_told():
 def test_sizes_are_the_configs_whatever_class_it_names(archs):
     config, names = built("mixtral")
     config |= {"architectures": archs, "vocab_size": 7}
-    spec = {n: torch.empty(9, 8, device="meta") for n in ("model.embed_tokens.weight",)}
+    spec = {"model.embed_tokens.weight": torch.empty(9, 8, device="meta")}
     found = gaps(FAMILIES["mixtral"], config, dict.fromkeys(names) | spec)
     assert any("vocab_size 7" in told for told in (*(p.text for p in found.problems), *found.notes))
     assert not archs or found.problems
