@@ -4,11 +4,14 @@ Each is an adapter of rules and nothing else. hf and native say where the expert
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import either, keep, rule, table, together
+from fmoe.layout.entries import Either, Entry
+from fmoe.layout.table import Table
 
 KEPT = keep("{rest}") | keep("{rest}.weight_scale_inv") | keep("{rest}.expert_bias")
 """Every other tensor, the FP8 scales of those that are quantised, and the router's bias as AFMoE and LFM2 name it."""
@@ -98,6 +101,27 @@ def renamed(
     """
     ours = {name: name for name in names.values()} if in_memory is None else in_memory
     return either("layout", per_expert=block(hf, MLP, names, **words), fused=_named(fused(), MLP, MLP, ours))
+
+
+def first(rules: Adapter, **options: str) -> Adapter:
+    """The same rules, of a class that reads no other option than these; quantised tensors lie in the one before.
+
+    >>> str(first(either("layout", a=rule("x", "y"), b=rule("z", "y")), layout="b")).splitlines()[0]
+    'layout = b (published):'
+    """
+
+    def led(entry: Entry) -> Entry:
+        if not (isinstance(entry, Either) and (chosen := options.get(entry.name))):
+            return entry
+        others = tuple((label, entries) for label, entries in entry.options if label != chosen)
+        return replace(
+            entry,
+            options=((chosen, entry.choose(chosen)), *others),
+            quantized=entry.quantized or entry.options[0][0],
+        )
+
+    lead = lambda stage: replace(stage, entries=tuple(map(led, stage.entries))) if isinstance(stage, Table) else stage
+    return replace(rules, stages=tuple(map(lead, rules.stages)))
 
 
 def _named(experts: Adapter, hf: str, native: str, names: Mapping[str, str]) -> Adapter:

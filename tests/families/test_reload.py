@@ -1,6 +1,7 @@
 """There and back through native files, Transformers loads what we wrote and computes the same numbers, bit for bit."""
 
 import copy
+import json
 import re
 import shutil
 from pathlib import Path
@@ -67,6 +68,16 @@ def test_transformers_loads_what_came_back_and_computes_the_same(name, tmp_path)
     back = there_and_back(source, tmp_path)
     assert files(back) == before
     assert torch.equal(output(reloaded(model, back)), expected)
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_transformers_loads_what_an_adapter_writes_that_knows_the_config_alone(name, tmp_path):
+    """As after surgery, where no directory says which of a family's layouts its class reads."""
+    model, source = zoo.saved(name)
+    config = json.loads((source / "config.json").read_text())
+    fmoe.save(fmoe.load(source), tmp_path / "saved", fmoe.adapter(config["model_type"], config))
+    expected = reloaded(model, source).state_dict()
+    same(dict(reloaded(model, tmp_path / "saved").state_dict()), dict(expected))
 
 
 def test_zero_experts_without_weights_need_no_config():

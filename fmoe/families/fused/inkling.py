@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from fmoe.families.fused.stacked import mistral4
 from fmoe.families.kind import Family
-from fmoe.families.layouts import EXPERTS, KEPT, MLP, fused
+from fmoe.families.layouts import EXPERTS, KEPT, MLP, first, fused
 from fmoe.families.sparse import EVERY
 from fmoe.layout.build import either, rule, together
 
 inkling = Family(
-    model_types=("inkling_text",),
+    model_types=("inkling_mm_model",),
     rules=either(
         "layout",
         interleaved=together(
@@ -23,6 +23,13 @@ inkling = Family(
     fields={f: n for f, n in mistral4.fields.items() if not f.endswith(("_groups", "route_scale", "topk_prob"))},
     fixed=dict(score_func="sigmoid over experts and shared experts"),
     source="thinkingmachines/Inkling",
+    verified="keys",
+)
+inkling_text = replace(
+    inkling,
+    model_types=("inkling_text",),
+    rules=first(inkling.rules, layout="fused"),
+    source="the class InklingForCausalLM of Transformers 5.24",
     verified="experts",
 )
 inkling2 = replace(
@@ -49,7 +56,6 @@ inkling2 = replace(
     verified="block",
 )
 inkling2_multimodal = replace(inkling2, model_types=("inkling2",), verified="keys")
-inkling_mm = replace(inkling, model_types=("inkling_mm_model",), verified="keys")
 
 inkling2_loop = replace(
     inkling2,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.kind import Family
-from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, fused, transposed
+from fmoe.families.layouts import EXPERTS, FIELDS, KEPT, LAYER, MLP, first, fused, transposed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.per_expert.qwen3_moe import SIZES, qwen3_moe
 from fmoe.families.router import AFTER
@@ -14,7 +14,7 @@ GRANITE = LAYER + "block_sparse_moe."
 DBRX = "{pre}blocks.{l}.ffn."
 
 granitemoe = Family(
-    model_types=("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"),
+    model_types=("granitemoe", "granitemoeshared", "granitemoehybrid"),
     rules=either(
         "layout",
         linear=together(
@@ -28,8 +28,14 @@ granitemoe = Family(
     fields=FIELDS,
     fixed=AFTER,
     sparse=EVERY,
-    source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-tiny, granite-swash-3b-a600m",
+    source="ibm-granite/granite-3.1-3b-a800m-instruct, ibm-granite/granite-4.0-h-tiny",
     verified="block",
+)
+granitemoe_swa = replace(
+    granitemoe,
+    model_types=("granitemoe_swa",),
+    rules=first(granitemoe.rules, layout="fused"),
+    source="granite-swash-3b-a600m",
 )
 
 aria = Family(

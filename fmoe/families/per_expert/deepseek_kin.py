@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fmoe.families.layouts import KEPT, LAYER, MLP, experts, fused, renamed
+from fmoe.families.layouts import KEPT, LAYER, MLP, experts, first, fused, renamed
 from fmoe.families.per_expert.deepseek_v2 import deepseek_v2
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.layout.build import either, rule
@@ -63,7 +63,7 @@ hy_v4_vl = replace(hy_v4, model_types=("hy_v4_vl", "hy_v4_vl_text"), source="the
 
 mistral_large4 = replace(
     deepseek_v3,
-    model_types=("mistral_large4_text",),
+    model_types=("mistral_large4",),
     rules=renamed({"gate.{rest}": "gate.{rest}"}, None, LAYER, gate_up="w1|w3", down="w2")
     | either(  # Transformers' text model alone writes the second
         "shared_experts",
@@ -76,14 +76,26 @@ mistral_large4 = replace(
     fixed=dict(score_func="softmax_in_groups", norm_topk_prob=True),
     fp8=None,
     source="mistralai/Mistral-Large-4-1T-A52B",
+    verified="keys",
+)
+mistral_large4_text = replace(
+    mistral_large4,
+    model_types=("mistral_large4_text",),
+    rules=first(mistral_large4.rules, shared_experts="text"),
+    source="the class MistralLarge4TextModel of Transformers 5.24",
+    verified=deepseek_v3.verified,
 )
 
-deepseek_ocr2 = replace(
+unlimited_ocr = replace(
     deepseek_v2,
-    model_types=("deepseek_ocr2_text", "unlimited_ocr_text"),
+    model_types=("unlimited_ocr_text",),
     fp8=None,
     source="deepseek-community/DeepSeek-OCR-2, baidu/Unlimited-OCR",
 )
-
-mistral_large4_multimodal = replace(mistral_large4, model_types=("mistral_large4",), verified="keys")
-ocr = replace(deepseek_ocr2, model_types=("deepseek_ocr2", "unlimited_ocr"), verified="keys")
+deepseek_ocr2 = replace(
+    unlimited_ocr,
+    model_types=("deepseek_ocr2_text",),
+    rules=first(unlimited_ocr.rules, layout="fused"),
+    source="the class DeepseekOcr2TextModel of Transformers 5.24",
+)
+ocr = replace(unlimited_ocr, model_types=("deepseek_ocr2", "unlimited_ocr"), verified="keys")

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.kind import EXPERTS_ONLY, Family
-from fmoe.families.layouts import KEPT, experts
+from fmoe.families.layouts import KEPT, experts, first
 
 GROUPS = ("n_expert_groups", "n_limited_groups")
 
@@ -45,8 +45,14 @@ deepseek_v32 = replace(
 
 glm4_moe = replace(
     deepseek_v3,
-    model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "dots1", "solar_open"),
+    model_types=("glm4_moe", "glm4_moe_lite", "glm4v_moe", "dots1", "solar_open"),
     source="zai-org/GLM-4.5, GLM-4.5V, rednote-hilab/dots.llm1.base, upstage/Solar-Open-100B",
+)
+glm4v_moe_text = replace(
+    glm4_moe,
+    model_types=("glm4v_moe_text",),
+    rules=first(glm4_moe.rules, layout="fused"),
+    source="the class Glm4vMoeTextModel of Transformers 5.24",
 )
 
 mimo_v2_flash = replace(

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fmoe.families.kind import EXPERTS_ONLY
-from fmoe.families.layouts import BIAS, KEPT, LAYER, MLP, SHARED, block, fused, renamed
+from fmoe.families.layouts import BIAS, KEPT, LAYER, MLP, SHARED, block, first, fused, renamed
 from fmoe.families.per_expert.deepseek_v3 import deepseek_v3
 from fmoe.families.renamed.mixtral import DISK, WORDS, mixtral
 from fmoe.layout.build import either, rule
@@ -93,7 +93,7 @@ NAMES = {"gate.weight": "gate.weight", SHARED: SHARED, "e_score_correction_bias"
 
 minimax_m3_vl = replace(
     minimax_m2,
-    model_types=("minimax_m3_vl_text",),
+    model_types=("minimax_m3_vl",),
     rules=either(
         "layout",
         per_expert=block(DISK, MLP, NAMES, **WORDS) | block(MTP + "block_sparse_moe.", MTP + "mlp.", NAMES, **WORDS),
@@ -118,6 +118,13 @@ minimax_m3_vl = replace(
     | dict(expert_activation="swigluoai", shared_expert_activation="swigluoai", n_shared_experts=1),
     fp8=None,
     formats={"mxfp8": EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.\w+\.(gate|up|down)_proj\.weight"},
-    source="the text model of MiniMaxAI/MiniMax-M3",
+    source="MiniMaxAI/MiniMax-M3",
+    verified="keys",
 )
-minimax_m3_multimodal = replace(minimax_m3_vl, model_types=("minimax_m3_vl",), verified="keys")
+minimax_m3_text = replace(
+    minimax_m3_vl,
+    model_types=("minimax_m3_vl_text",),
+    rules=first(minimax_m3_vl.rules, layout="fused"),
+    source="the text model of MiniMaxAI/MiniMax-M3",
+    verified=minimax_m2.verified,
+)
