@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from fmoe.families.defaults import with_class, with_layers
 from fmoe.families.kind import Family, as_dict
-from fmoe.families.known import absent, class_of, entries, groups, lacking, recognised, text_stack
-from fmoe.families.numbered import Layers, by_stack
+from fmoe.families.known import absent, class_of, entries, lacking, recognised, text_stack
+from fmoe.families.numbered import Layers, by_stack, groups
 from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, declared_ahead, layer_count, sparse_layers

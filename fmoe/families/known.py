@@ -5,7 +5,8 @@ outside of layers; `base`: those that its base class has, saved on its own, wher
 `tied`: those that are not saved where embeddings are tied; `stacks`: for each stack of layers its modules, each the
 smallest sets of names, one of which a layer has; `needs`: what a flag of the config adds to layers with some name;
 `where`: which layers have what others have not (`where.py`); `towers`: what stands beside the text model, with a root
-and stacks of its own; `others`: what it has besides with some configs.
+and stacks of its own; `others`: what it has besides with some configs. `whole_base` is the same of the base class of
+one that has towers or an encoder.
 """
 
 import json
@@ -14,10 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fmoe.families.numbered import BESIDE, Layers, decoder
+from fmoe.families.numbered import BESIDE, Groups, Layers, decoder
 from fmoe.families.where import Rules, settled
 
-Groups = list[list[list[str]]]
 EMBEDDED = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
 """How the input embedding ends, one of the two names of embeddings that are tied."""
 
@@ -71,8 +71,19 @@ def entries(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool] | None:
     text = known().get(str(_text(config).get("model_type")))
     if arch is None or not (entry or text):
         return None
-    whole = entry is not None and entry["class"].lower() == arch.lower()
-    return (entry if whole else text or entry), whole  # type: ignore[return-value]
+    if entry and entry["class"].lower() == arch.lower():
+        return entry, True
+    if entry and (both := entry.get("whole_base")) and both["class"].lower() == arch.lower():
+        return both | {"forms": both["forms"] + [*map(_headless, entry["forms"])]}, True  # it reads the whole's, too
+    return text or entry or {}, False
+
+
+def _either(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    return known().get(str(config.get("model_type"))) or known().get(str(_text(config).get("model_type")))
+
+
+def _headless(form: dict[str, Any]) -> dict[str, Any]:
+    return form | {"root": [n for n in form["root"] if "lm_head" not in n and "unembed" not in n]}
 
 
 def absent(config: Mapping[str, Any], stacks: dict[str, Layers], sparse: set[int] | None, count: int) -> list[str]:
@@ -96,7 +107,7 @@ def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
     >>> everywhere({"model_type": "jamba"}, "model.layers.*.self_attn.q_proj")
     False
     """
-    entry = known().get(str(config.get("model_type"))) or known().get(str(_text(config).get("model_type")))
+    entry = _either(config)
     if entry is None:
         return None
     name = form.partition(".*.")[2] + ".weight"
@@ -111,7 +122,7 @@ def ties(config: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> b
     >>> ties({"model_type": "qwen3_moe"}), ties({"model_type": "qwen3_moe", "tie_word_embeddings": True})
     (False, True)
     """
-    entry = entry or known().get(str(config.get("model_type"))) or known().get(str(_text(config).get("model_type")))
+    entry = entry or _either(config)
     said = [c.get("tie_word_embeddings") for c in (config, _text(config))]
     return bool(next((v for v in said if v is not None), entry and entry["tied"]))
 
@@ -140,7 +151,7 @@ def _absent(
     bare = stacks.get("", {}).get(0, set())
     tail = lambda name: name[name.find("lm_head") :] if "lm_head" in name and not BESIDE.search(name) else None
     held = lambda name: name in bare or tail(name) in map(tail, bare) and tail(name) is not None
-    missing = [n for n in map(moved, root) if not (held(n) or beyond(n, bare))]
+    missing = [n for n in map(moved, in_step(root, count)) if not held(n)]
     for stack, groups in form["stacks"].items():
         name, text = moved(stack), stack == main and not said.get("is_encoder_decoder")
         layers = {l: s for l, s in stacks.get(name, {}).items() if not text or l < count}
@@ -156,11 +167,16 @@ def _absent(
     return missing, {moved(n) for n in form["tied"]}
 
 
-def beyond(name: str, held: Iterable[str]) -> bool:
-    """Whether it is the last of those that are numbered alike, or after it: how many there are, layers say."""
-    stem, _, number = name.rpartition(".")
-    others = (n.rpartition(".") for n in held)
-    return number.isdigit() and not any(s == stem and n.isdigit() and int(n) > int(number) for s, _, n in others)
+def in_step(root: Iterable[str], count: int) -> list[str]:
+    """Names outside of layers, those with a number for so many layers. root: of a class of two.
+
+    >>> in_step(["norm.weight", "queries.0"], 4)
+    ['norm.weight', 'queries.0', 'queries.1', 'queries.2']
+    """
+    made, last = [n for n in root if not n.rpartition(".")[2].isdigit()], dict[str, int]()
+    for stem, _, number in (n.rpartition(".") for n in root if n not in made):
+        last[stem] = max(int(number), last.get(stem, 0))
+    return made + [f"{stem}.{i}" for stem, n in last.items() for i in range(n + count - 1)]
 
 
 def rules_of(form: Mapping[str, Any], stack: str) -> Rules:
@@ -224,19 +240,3 @@ def class_names(forms: list[dict[str, Any]]) -> tuple[set[str], tuple[str, ...]]
     others = {n for form in forms for n in form["others"]}
     outside = lambda form: (*form["root"], *form["others"], *form.get("base", ()))
     return inside | others, tuple({n.removeprefix(f["stem"]) for f in forms for n in outside(f)})
-
-
-def groups(seen: Iterable[Iterable[str]]) -> Groups:
-    """For each module that all layers have, and for all the others as one: the smallest sets of names seen in it.
-
-    >>> groups([{"norm.w", "mlp.up"}, {"norm.w", "mlp.up", "mlp.bias"}])
-    [[['mlp.up']], [['norm.w']]]
-    """
-    whole = {frozenset(layer) for layer in seen}
-    modules = {n.split(".")[0] for layer in whole for n in layer}
-    part = lambda layer, which: frozenset(n for n in layer if n.split(".")[0] in which)
-    every = {m for m in modules if all(part(layer, {m}) for layer in whole)}
-    parts = [{part(layer, {m}) for layer in whole} for m in sorted(every)]
-    parts.append({part(layer, modules - every) for layer in whole})
-    least = [[s for s in sets if not any(o < s for o in sets)] for sets in parts]
-    return [sorted(map(sorted, sets)) for sets in least if sets and all(sets)]

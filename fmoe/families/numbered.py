@@ -9,6 +9,7 @@ _STORED = re.compile(r"\.(qweight|weight_packed)$|(?<=_projs)_\w+$")
 BESIDE = re.compile(r"\bmtp\b|vision|visual|audio")
 
 Layers = dict[int, set[str]]
+Groups = list[list[list[str]]]
 
 
 def by_stack(names: Iterable[str]) -> dict[str, Layers]:
@@ -31,3 +32,19 @@ def decoder(stacks: Mapping[str, Layers]) -> str:
     has = lambda layer: any(n.rpartition(".")[2] == "down_projs" for n in layer)
     plain = [s for s in stacks if s and not BESIDE.search(s)]
     return max(plain, key=lambda s: (sum(map(has, stacks[s].values())), len(stacks[s]), s), default="")
+
+
+def groups(seen: Iterable[Iterable[str]]) -> Groups:
+    """For each module that all layers have, and for all the others as one: the smallest sets of names seen in it.
+
+    >>> groups([{"norm.w", "mlp.up"}, {"norm.w", "mlp.up", "mlp.bias"}])
+    [[['mlp.up']], [['norm.w']]]
+    """
+    whole = {frozenset(layer) for layer in seen}
+    modules = {n.split(".")[0] for layer in whole for n in layer}
+    part = lambda layer, which: frozenset(n for n in layer if n.split(".")[0] in which)
+    every = {m for m in modules if all(part(layer, {m}) for layer in whole)}
+    parts = [{part(layer, {m}) for layer in whole} for m in sorted(every)]
+    parts.append({part(layer, modules - every) for layer in whole})
+    least = [[s for s in sets if not any(o < s for o in sets)] for sets in parts]
+    return [sorted(map(sorted, sets)) for sets in least if sets and all(sets)]

@@ -15,7 +15,7 @@ HEADS = {
     "ForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
 }
 """The end of a class's name -> what it has in place of a head for tokens."""
-_MADE_OF = re.compile(r"For\w+$|Model$")
+_MADE_OF = re.compile(r"For\w+$|(Text)?Model$")
 
 
 def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[str]:
@@ -51,7 +51,8 @@ def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     if not found or not found[1]:
         return []
     names = list(names)
-    return [part for part in found[0]["forms"][0]["towers"] if not any(n.startswith(part) for n in names)]
+    absent = lambda form: [part for part in form["towers"] if not any(n.startswith(part) for n in names)]
+    return min(map(absent, found[0]["forms"]), key=len)
 
 
 def lost_of_head(config: Mapping[str, Any], names: Collection[str]) -> list[str]:

@@ -28,10 +28,6 @@ def built(name: str, original: bool) -> tuple[dict, list[str]]:
     return config, sorted(names)
 
 
-COUNTED = re.compile(r"attn_res\.\w+\.\d+$")
-"""Tensors whose loss alone is seen by the number of them, which takes sizes."""
-
-
 @pytest.mark.parametrize(("name", "original"), CLASSES)
 def test_what_transformers_saves_is_whole_and_a_tensor_that_is_lost_is_missed(name, original):
     model = known_saved.unfilled(*known_names.base(name))
@@ -44,7 +40,7 @@ def test_what_transformers_saves_is_whole_and_a_tensor_that_is_lost_is_missed(na
     tied = {n for form in entry["forms"] for n in form["tied"]}
     for lost in names:
         left = [n for n in names if n != lost]
-        problems = gaps(kind, config, dict.fromkeys(left) if COUNTED.search(lost) else left).problems
+        problems = gaps(kind, config, left).problems
         assert problems, lost
         if not WEIGHTY.search(lost):
             continue
@@ -67,7 +63,7 @@ def its_base_is_whole_too(model, name: str) -> None:
     kind = FAMILIES[config["model_type"]]
     found = gaps(kind, config, names)
     assert not found.problems and not [n for n in found.notes if "are not here" in n]
-    beside = re.compile(COUNTED.pattern + r"|\.\d+\.|vision|visual|audio|resampler|projector|shared")
+    beside = re.compile(r"\.\d+\.|vision|visual|audio|resampler|projector|shared")
     mine = {n for n in names if not beside.search(n)} if not config.get("is_encoder_decoder") else set()
     for left in (names - {n} for n in mine):
         assert gaps(kind, config, left).problems, names - left

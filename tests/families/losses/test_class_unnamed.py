@@ -1,6 +1,8 @@
 """A config that names no class, another's, or one with a head for a task: what is lost is told all the same."""
 
 import re
+from collections.abc import Iterable
+from itertools import groupby
 
 import hf
 import hf_zoo as zoo
@@ -22,6 +24,15 @@ def built(name: str) -> tuple[dict, list[str]]:
     return config, sorted(names)
 
 
+def alike(names: Iterable[str]) -> list[list[str]]:
+    """Names that differ in numbers alone."""
+    return [list(same) for _, same in groupby(sorted(names, key=stripped), key=stripped)]
+
+
+def stripped(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_a_class_what_that_of_its_model_type_has_is_told(name):
     config, names = built(name)
@@ -29,10 +40,7 @@ def test_without_a_class_what_that_of_its_model_type_has_is_told(name):
     del config["architectures"]
     whole = gaps(kind, config, names)
     assert not whole.problems and not [n for n in whole.notes if "names no class" in n]
-    everywhere: dict[str, list[str]] = {}
-    for n in names:
-        everywhere.setdefault(re.sub(r"\d+", "#", n), []).append(n)
-    for lost in everywhere.values():
+    for lost in alike(names):
         left = [n for n in names if n not in lost]
         if gaps(kind, named, left).problems:
             told = gaps(kind, config, left)
@@ -66,11 +74,23 @@ def test_of_tied_embeddings_either_end_is_enough_and_none_is_a_loss(name):
     assert gaps(kind, config, {*names} - ends).problems
 
 
-def test_a_base_class_with_towers_says_what_is_not_compared():
-    config, names = built("qwen3_5_moe")
-    config["architectures"] = ["Qwen3_5MoeModel"]
-    notes = gaps(FAMILIES["qwen3_5_moe"], config, names).notes
-    assert any("what stands beside that is not compared" in n for n in notes)
+@pytest.mark.parametrize("original", [True, False], ids=["published", "in memory"])
+@pytest.mark.parametrize("name", [n for n in NAMES if known_names.two_parts(n)])
+def test_a_base_class_with_a_tower_or_an_encoder_misses_what_it_lost(name, original):
+    cls, config = known_names.two_parts(name), known_names.base(name)[1]
+    given, names = known_saved.named(known_saved.unfilled(cls, config), name, original)
+    whole, more = known_saved.named(known_saved.unfilled(*known_names.base(name)), name, original)
+    kind = FAMILIES[given["model_type"]]
+    assert gaps(kind, given, names) == gaps(kind, given, more) == gaps(kind, whole, more) == ([], [])
+    for lost in alike(names):
+        assert {*lost} & {k for p in gaps(kind, given, [n for n in names if n not in lost]).problems for k in p.keys}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "qwen3_moe"])
+def test_of_a_base_class_of_text_alone_there_is_no_note(name):
+    config, names = built(name)
+    base = "Qwen3_5MoeTextModel" if name == "qwen3_5_moe_text" else "Qwen3MoeModel"
+    assert gaps(FAMILIES[name], config | {"architectures": [base]}, names) == ([], [])
 
 
 def test_a_class_that_is_not_known_is_told():

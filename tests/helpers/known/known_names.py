@@ -23,8 +23,7 @@ from known_saved import NUMBERED, TOWER, base_of, base_root, saved, unfilled
 
 import fmoe
 from fmoe.families import family
-from fmoe.families.known import groups
-from fmoe.families.numbered import by_stack, decoder
+from fmoe.families.numbered import by_stack, decoder, groups
 from fmoe.types import TensorSpec
 
 FILE = Path(fmoe.families.__file__).with_name("known.json")
@@ -107,9 +106,10 @@ def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:
                 continue
 
 
-def form(name: str, original: bool, variants: bool = True) -> dict[str, Any]:
-    """What a class requires, under native names: see `fmoe.families.known`."""
+def form(name: str, original: bool, variants: bool = True, of: Any = None) -> dict[str, Any]:
+    """What a class requires, under native names: see `fmoe.families.known`. of: another class of the same config."""
     cls, config = base(name)
+    cls = of or cls
     text_of(config).tie_word_embeddings = config.tie_word_embeddings = False
     seen = [(text_of(config).to_dict(), natives(cls, config, name, original))]
     beside: list[set[str]] = []
@@ -196,12 +196,25 @@ def towers(config: Any, stem: str, names: set[str]) -> list[str]:
 def data(name: str) -> dict[str, Any]:
     """A class's entry: its forms on disk, as published and as in memory where they differ."""
     cls, config = base(name)
-    forms = [form(name, True), form(name, False)] if name != "longcat_flash" else [form(name, True)]
+    whole = made_of(name, cls)
+    return whole | ({"whole_base": made_of(name, both)} if (both := two_parts(name)) else {})
+
+
+def made_of(name: str, cls: Any) -> dict[str, Any]:
+    forms = [form(name, original, of=cls) for original in ((True,) if name == "longcat_flash" else (True, False))]
     return {
         "class": cls.__name__,
         "tied": bool(getattr(cls.config_class(), "tie_word_embeddings", False)),
         "forms": forms[: 1 + (forms[0] != forms[-1])],
     }
+
+
+def two_parts(name: str) -> Any:
+    """The base class of a class that has a tower or an encoder beside its text model; None of another."""
+    cls, config = base(name)
+    if not (hasattr(config, "text_config") or config.is_encoder_decoder):
+        return None
+    return getattr(transformers, re.sub(r"For\w+$", "Model", cls.__name__))
 
 
 def main(names: list[str]) -> None:
