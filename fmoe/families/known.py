@@ -186,8 +186,9 @@ def rules_of(form: Mapping[str, Any], stack: str) -> Rules:
     >>> [rules_of(form, stack) for stack in ("llm.layers", "mtp.layers")]
     [[1], ()]
     """
-    own, alone = form["where"], not stack or BESIDE.search(stack) or stack.startswith(tuple(form["towers"]))
+    own, beside = form["where"], any(f".{part}" in f".{stack}" for part in form["towers"])
     ends = lambda s: s and f".{stack}".endswith(f".{s.removeprefix(form['stem'])}")
+    alone = not stack or BESIDE.search(stack) or beside
     return own[stack] if stack in own else () if alone else next((own[s] for s in own if ends(s)), ())
 
 

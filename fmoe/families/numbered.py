@@ -27,6 +27,16 @@ def by_stack(names: Iterable[str]) -> dict[str, Layers]:
     return found
 
 
+def has(stacks: Mapping[str, Layers], name: str) -> bool:
+    """Whether a name is among those.
+
+    >>> has(by_stack(["neck.0.weight"]), "neck.0.weight"), has(by_stack(["neck.0.weight"]), "neck.1.weight")
+    (True, False)
+    """
+    hit = NUMBERED.match(name)
+    return (hit[3] if hit else name) in stacks.get(hit[1] if hit else "", {}).get(int(hit[2]) if hit else 0, ())
+
+
 def decoder(stacks: Mapping[str, Layers]) -> str:
     """The stack of the text model's layers: that of most layers with experts, or of most layers."""
     has = lambda layer: any(n.rpartition(".")[2] == "down_projs" for n in layer)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from fmoe.families.known import class_of, entries, known, lacking
-from fmoe.families.numbered import Layers
+from fmoe.families.numbered import Layers, by_stack, has
 from fmoe.families.where import settled
 from fmoe.types import Problem
 
@@ -19,40 +19,53 @@ _MADE_OF = re.compile(r"For\w+$|(Text)?Model$")
 
 
 def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[str]:
-    """What those parts beside the text model lack of which anything is there, in the form that fits best."""
+    """What the parts beside the text model lack, of sound or of all else, where any of that is there.
+
+    In the form of which most is there.
+    """
     found = entries(config)
     if not found or not found[1]:
         return []
     bare, ways = stacks.get("", {}).get(0, set()), []
     for form in found[0]["forms"]:
-        missing, held = list[str](), 0
+        missing, held, heard = list[str](), 0, _there(form["towers"], stacks)
         for part, tower in form["towers"].items():
             layers = {s: stacks.get(s, {}) for s in tower["stacks"]}
-            names = [
-                *(n for n in bare if n.startswith(part)),
-                *(n for ls in layers.values() for l in ls.values() for n in l),
-            ]
-            held += len(names)
-            missing += [n for n in tower["root"] if names and n not in bare]
-            for stack, groups in tower["stacks"].items() if names else ():
+            held += sum(f"{n}.".startswith(part) for n in bare)
+            held += sum(len(l) for ls in layers.values() for l in ls.values())
+            whole = _sound(part) in heard
+            missing += [n for n in tower["root"] if whole and not has(stacks, n)]
+            for stack, groups in tower["stacks"].items() if whole else ():
                 each = layers[stack] or {0: set()}
                 for l in sorted(each):
                     told = settled(form["where"].get(stack, ()), config, l, each[l])
                     lost = {n for n in lacking(groups, each[l]) if told.get(n, True)}
                     lost |= {n for n, there in told.items() if there and n not in each[l]}
                     missing += [f"{stack}.{l}.{n}" for n in sorted(lost)]
-        ways.append((held - len(missing), missing))
-    return max(ways, key=lambda way: way[0])[1]
+        ways.append((held, -len(missing), missing))
+    return max(ways, key=lambda way: way[:2])[2]
+
+
+def _sound(part: str) -> bool:
+    return "audio" in part
+
+
+def _there(parts: Iterable[str], stacks: Mapping[str, Layers]) -> set[bool]:
+    """Whether anything is there of sound, and of all else, of the parts beside a text model."""
+    names = [*stacks.get("", {}).get(0, ()), *stacks]
+    return {_sound(part) for part in parts if any(f"{n}.".startswith(part) for n in names)}
 
 
 def towers(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Parts beside the text model that the class has and of which nothing is there: a text-only checkpoint."""
+    """Parts beside the text model of whose kind, sound or all else, nothing is there: a text-only checkpoint."""
     found = entries(config)
     if not found or not found[1]:
         return []
-    names = list(names)
-    absent = lambda form: [part for part in form["towers"] if not any(n.startswith(part) for n in names)]
-    return min(map(absent, found[0]["forms"]), key=len)
+    stacks = by_stack(names)
+    ways = [(form["towers"], _there(form["towers"], stacks)) for form in found[0]["forms"]]
+    parts, there = max(ways, key=lambda way: len(way[1]))
+    none = {what == "audio" for what in ("audio", "vision") if config.get(f"{what}_config", config) is None}
+    return [part for part in parts if _sound(part) not in there | none]
 
 
 def lost_of_head(config: Mapping[str, Any], names: Collection[str]) -> list[str]:

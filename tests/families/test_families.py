@@ -71,7 +71,7 @@ def half_missing(tensors: dict[str, Tensor]) -> str:
 
 def is_expert(name: str) -> bool:
     ends = ("_linear.weight", "gate_up_proj", "down_proj", "mlp.w1", "mlp.v1", "mlp.w2", "w13_weight", "w2_weight")
-    alone = re.search(r"\.experts\.(expert_)?\d+\..*weight|\.experts\.fc[12]\.weight", name)
+    alone = re.search(r"\.experts\.(expert_)?\d+\..*weight|\.experts\.fc[12]\.weight|\.moe\.\w+_proj\.weight", name)
     return bool(alone) or name.endswith(ends) and "shared" not in name and "self_attention" not in name
 
 
@@ -111,7 +111,7 @@ def test_its_numbers_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "block"])
 def test_its_block_is_that_of_transformers_in_fp64_where_clamps_bite_and_routers_saturate(name):
-    """Routers of Transformers that stay in fp32 set the tolerance."""
+    """Routers of Transformers that stay in fp32 set the tolerance, and say NaN of a token whose scores are all 0 in fp32."""
     model, adapter, tensors = written(name)
     config = adapter.moe_config
     sizes = [config.n_routed_experts, config.moe_inter_dim, config.expert_dim]
@@ -124,7 +124,9 @@ def test_its_block_is_that_of_transformers_in_fp64_where_clamps_bite_and_routers
             drawn = torch.Generator().manual_seed(scale)
             x = scale * torch.randn(2, 9, config.dim, generator=drawn, dtype=torch.float64)
             with torch.no_grad():
-                assert_close(fmoe.moe(params, x, config, **how), hf.forward(block, x))
+                found, expected = fmoe.moe(params, x, config, **how), hf.forward(block, x)
+            said = ~expected.isnan().any(-1)
+            assert_close(found[said], expected[said])
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "round trip"])

@@ -36,6 +36,7 @@ HUB = {
 def output(model: Any) -> Tensor:
     """The logits, or the last hidden states of a model without a head."""
     inputs = dict(input_ids=IDS, use_cache=False)
+    model = model.language_model if model.config.model_type == "llama4" else model  # its own forward needs an image
     if model.config.is_encoder_decoder:
         inputs |= dict(decoder_input_ids=IDS[:, :5])
     out = copy.deepcopy(model)(**inputs)  # fresh storage: how files align a tensor is in no bit of what is compared

@@ -19,7 +19,7 @@ from fmoe.families.kind import as_dict
 from fmoe.families.sizes import PARTS, known_sizes, odd_sizes
 
 NAMES = [*hf.MODELS, *zoo.MODELS]
-UNBUILT = {"dbrx", "dots1", "hunyuan_v1_moe", "lfm2_moe", "longcat_flash", "deepseek_ocr2_text"}
+UNBUILT = {"dbrx", "dots1", "hunyuan_v1_moe", "lfm2_moe", "longcat_flash", "deepseek_ocr2_text", "deepseek_ocr2"}
 UNBUILT |= {"qwen4_exp", "qwen4_exp_text"}
 """Classes whose own default config makes no model, or not without memory."""
 

@@ -5,6 +5,7 @@
 A configuration is `COMMON`, as far as its class has such fields, and what the family itself needs.
 """
 
+import copy
 import inspect
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import hf
+import hf_multimodal
 import torch
 import transformers
 
@@ -190,6 +192,7 @@ MODELS |= {
     "unlimited_ocr_text": ("UnlimitedOcrTextModel", SPARSE | dict(n_group=None, topk_group=None)),
     "zaya": ("ZayaForCausalLM", dict(num_experts_per_tok=1, router_hidden_size=12)),
 }
+MODELS |= hf_multimodal.MODELS
 LATER = {name for name, entry in MODELS.items() if entry[0] not in THERE}
 MODELS = {name: entry for name, entry in MODELS.items() if name not in LATER}
 """Of this Transformers: some models came with its last releases."""
@@ -207,13 +210,14 @@ def build(name: str, seed: int = 0) -> Any:
 
 
 def config(cls: Any, own: Config) -> Any:
-    """A class's tiny config: `COMMON`, as far as it has such fields, and its own."""
+    """A class's tiny config: `COMMON`, as far as it has such fields, and its own, those of `whole` outside of parts."""
     parts = getattr(cls.config_class, "sub_configs", {})
     if "text_config" not in parts:
         return cls.config_class(**fitting(cls.config_class, COMMON) | own)
-    tiny, own = dict(text_config=COMMON, vision_config=VISION, audio_config=AUDIO), dict(own)
+    tiny, own = dict(text_config=COMMON, vision_config=VISION, audio_config=AUDIO), copy.deepcopy(own)
+    whole = own.pop("whole", {})
     fitted = {part: fitting(kind, tiny[part]) | own.pop(part, {}) for part, kind in parts.items()}
-    return cls.config_class(**fitted | dict(text_config=fitted["text_config"] | own))
+    return cls.config_class(**fitted | dict(text_config=fitted["text_config"] | own), **whole)
 
 
 @cache

@@ -55,4 +55,4 @@ llama4 = Family(
     source="meta-llama/Llama-4-Scout-17B-16E",
     verified="block",
 )
-llama4_multimodal = replace(llama4, model_types=("llama4",), verified="keys")
+llama4_multimodal = replace(llama4, model_types=("llama4",))

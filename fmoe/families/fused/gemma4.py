@@ -32,4 +32,5 @@ gemma4_moe = Family(
     verified="block",
 )
 
-gemma4_multimodal = replace(gemma4_moe, model_types=("gemma4", "diffusion_gemma"), verified="keys")
+gemma4_multimodal = replace(gemma4_moe, model_types=("gemma4",))
+diffusion_gemma = replace(gemma4_moe, model_types=("diffusion_gemma",), verified="keys")

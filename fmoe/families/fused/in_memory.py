@@ -56,7 +56,7 @@ muse_spark = Family(
     verified="block",
 )
 
-muse_spark_multimodal = replace(muse_spark, model_types=("muse_spark",), verified="keys")
+muse_spark_multimodal = replace(muse_spark, model_types=("muse_spark",))
 
 openai_privacy_filter = Family(
     model_types=("openai_privacy_filter",),

@@ -55,7 +55,7 @@ inkling2 = replace(
     source="thinkingmachines/Inkling-2-Small-MXFP8, decoded to bf16",
     verified="block",
 )
-inkling2_multimodal = replace(inkling2, model_types=("inkling2",), verified="keys")
+inkling2_multimodal = replace(inkling2, model_types=("inkling2",))
 
 inkling2_loop = replace(
     inkling2,

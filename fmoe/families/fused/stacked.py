@@ -61,7 +61,7 @@ aria = Family(
     source="rhymes-ai/Aria",
     verified="block",
 )
-aria_multimodal = replace(aria, model_types=("aria",), verified="keys")
+aria_multimodal = replace(aria, model_types=("aria",))
 
 jetmoe = Family(
     model_types=("jetmoe",),

@@ -3,17 +3,18 @@
 from dataclasses import replace
 
 from fmoe.families.kind import Family
-from fmoe.families.layouts import KEPT
+from fmoe.families.layouts import BIAS, EXPERTS, KEPT, MLP, fused
 from fmoe.layout.build import either, keep, rule, together
 
 X = "{pre}layers.{l}.moe."
+PUBLISHED = together(
+    rule(X + "{g=gate|up}_proj.weight [e i d]", X + "experts.gate_and_up_projs [e d (g i)]"),
+    rule(X + "down_proj.weight [e d i]", X + "experts.down_projs [e i d]"),
+)
 
 step3p5 = Family(
     model_types=("step3p5",),
-    rules=together(
-        rule(X + "{g=gate|up}_proj.weight [e i d]", X + "experts.gate_and_up_projs [e d (g i)]"),
-        rule(X + "down_proj.weight [e d i]", X + "experts.down_projs [e i d]"),
-    )
+    rules=PUBLISHED
     | either(
         "router_bias",
         published=rule(X + "router_bias", X + "gate.e_score_correction_bias"),
@@ -48,4 +49,19 @@ step3p5 = Family(
     source="stepfun-ai/Step-3.5-Flash",
     verified="block",
 )
-step3p7 = replace(step3p5, model_types=("step3p7",), source="stepfun-ai/Step-3.7-Flash", verified="keys")
+step3p7 = replace(
+    step3p5,
+    model_types=("step3p7",),
+    rules=either(
+        "layout",
+        published=PUBLISHED | rule(X + "router_bias", X + BIAS) | keep("{pre}layers.{l}.share_expert.{rest}"),
+        fused=fused(EXPERTS, X + "experts.")
+        | rule(MLP + BIAS, X + BIAS)
+        | rule(MLP + "gate.weight", X + "gate.weight")
+        | rule(MLP + "shared_experts.{rest}", "{pre}layers.{l}.share_expert.{rest}"),
+    )
+    | keep(X + "gate.weight")
+    | KEPT,
+    source="stepfun-ai/Step-3.7-Flash",
+    verified="experts",  # its shared expert stands beside the block
+)

@@ -76,14 +76,12 @@ mistral_large4 = replace(
     fixed=dict(score_func="softmax_in_groups", norm_topk_prob=True),
     fp8=None,
     source="mistralai/Mistral-Large-4-1T-A52B",
-    verified="keys",
 )
 mistral_large4_text = replace(
     mistral_large4,
     model_types=("mistral_large4_text",),
     rules=first(mistral_large4.rules, shared_experts="text"),
     source="the class MistralLarge4TextModel of Transformers 5.24",
-    verified=deepseek_v3.verified,
 )
 
 unlimited_ocr = replace(
@@ -98,4 +96,4 @@ deepseek_ocr2 = replace(
     rules=first(unlimited_ocr.rules, layout="fused"),
     source="the class DeepseekOcr2TextModel of Transformers 5.24",
 )
-ocr = replace(unlimited_ocr, model_types=("deepseek_ocr2", "unlimited_ocr"), verified="keys")
+ocr = replace(unlimited_ocr, model_types=("deepseek_ocr2", "unlimited_ocr"))

@@ -119,12 +119,10 @@ minimax_m3_vl = replace(
     fp8=None,
     formats={"mxfp8": EXPERTS_ONLY + r"|.*\.self_attn\.[qkvo]_proj\.weight|.*\.\w+\.(gate|up|down)_proj\.weight"},
     source="MiniMaxAI/MiniMax-M3",
-    verified="keys",
 )
 minimax_m3_text = replace(
     minimax_m3_vl,
     model_types=("minimax_m3_vl_text",),
     rules=first(minimax_m3_vl.rules, layout="fused"),
     source="the text model of MiniMaxAI/MiniMax-M3",
-    verified=minimax_m2.verified,
 )

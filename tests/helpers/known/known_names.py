@@ -19,7 +19,7 @@ import hf
 import hf_zoo as zoo
 import known_where as where
 import transformers
-from known_saved import NUMBERED, TOWER, base_of, base_root, saved, unfilled
+from known_saved import LAYERS, NUMBERED, TOWER, base_of, base_root, saved, towers, unfilled, unlike
 
 import fmoe
 from fmoe.families import family
@@ -141,22 +141,24 @@ def form(name: str, original: bool, variants: bool = True, of: Any = None) -> di
     told = {n for sets in required.values() for least in sets for s in least for n in s}
     parts = towers(config, stem, found[0])
     others = {hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and hit[1].startswith(tuple(parts))}
+    in_row = {s for s in others if not LAYERS.search(s) and unlike(by_stack(found[0])[s])}  # modules one by one
+    rows = {n for n in set.intersection(*found, *beside) if (hit := NUMBERED.match(n)) and hit[1] in in_row}
     inner = {n.removeprefix(stem) for n in always if n.startswith(stem) and "lm_head" not in n}
     model = unfilled(cls, config)
     own = set[str]() if base_of(model) is model else base_root(model, name, original)
     own -= {n.removeprefix(stem) for n in found[0] - always}  # of some configs alone
     defaults = where.flat(cls.config_class().to_dict(), text_of(cls.config_class()).to_dict())
-    rows = {s: where.placed(told_by, s) for s in ("", *stacks, *sorted(others))} if variants else {}
+    told_where = {s: where.placed(told_by, s) for s in ("", *stacks, *sorted(others))} if variants else {}
     return {
-        "where": {s: rules for s, mine in rows.items() if (rules := where.rules(mine, defaults))},
+        "where": {s: rules for s, mine in told_where.items() if (rules := where.rules(mine, defaults))},
         "stem": stem,
         "root": sorted(always),
         **({"base": sorted(own)} if own and own != inner else {}),
         "tied": sorted(found[0] - natives(cls, tied, name, original)),
         "towers": {
             part: {
-                "root": sorted(n for n in root if n.startswith(part)),
-                "stacks": {s: least(s, found + beside) for s in sorted(others) if s.startswith(part)},
+                "root": sorted(n for n in root | rows if f"{n}.".startswith(part)),
+                "stacks": {s: least(s, found + beside) for s in sorted(others - in_row) if s.startswith(part)},
             }
             for part in parts
         },
@@ -185,14 +187,6 @@ def needs(cls: Any, seen: list[tuple[dict[str, Any], set[str]]], stack: str, tol
     return [[field, defaults.get(field) is True, anchor, names] for (field, anchor), names in sorted(found.items())]
 
 
-def towers(config: Any, stem: str, names: set[str]) -> list[str]:
-    """What stands beside the text model, with its dots: a text-only checkpoint has none of it."""
-    if not hasattr(config, "text_config"):
-        return []
-    outside = {n for n in names if (not n.startswith(stem) or TOWER.search(n)) and "lm_head" not in n}
-    return sorted({".".join(n.split(".")[: 2 if n.startswith("model.") else 1]) + "." for n in outside})
-
-
 def data(name: str) -> dict[str, Any]:
     """A class's entry: its forms on disk, as published and as in memory where they differ."""
     cls, config = base(name)
@@ -214,7 +208,9 @@ def two_parts(name: str) -> Any:
     cls, config = base(name)
     if not (hasattr(config, "text_config") or config.is_encoder_decoder):
         return None
-    return getattr(transformers, re.sub(r"For\w+$", "Model", cls.__name__))
+    named = getattr(transformers, re.sub(r"For\w+$", "Model", cls.__name__), None)
+    found = named or type(base_of(unfilled(cls, config)))
+    return None if found is cls else found
 
 
 def main(names: list[str]) -> None:

@@ -73,6 +73,6 @@ def changed(config: Any, values: Step, read: bool = False) -> Any:
 def alike(config: Any) -> Any:
     """The config with nothing said of one layer alone: what its numbers say, they say of all."""
     for part in known_names.parts_of(config):
-        if getattr(part(config), "per_layer_config", None):
+        if part(config).to_dict().get("per_layer_config"):
             part(config).per_layer_config = {}
     return config

@@ -11,7 +11,8 @@ from fmoe.families.numbered import by_stack, decoder
 from fmoe.types import TensorSpec
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
-TOWER = re.compile(r"vision|visual|audio|resampler|projector|merger")
+TOWER = re.compile(r"vision|visual|audio|resampler|projector|merger|sam_model|qwen2_model|view_sep|image_newline")
+LAYERS = re.compile(r"(layers|blocks|block)$")
 
 
 def unfilled(cls: Any, config: Any) -> Any:
@@ -51,3 +52,15 @@ def base_root(model: Any, name: str, original: bool) -> set[str]:
     stem = re.sub(r"[^.]*$", "", decoder(by_stack(names)))
     ours = {n.removeprefix(stem) for n in names if n.startswith(stem)}
     return {n for n in ours if not (NUMBERED.match(n) or TOWER.search(n))}
+
+
+def towers(config: Any, stem: str, names: set[str]) -> list[str]:
+    """What stands beside the text model, with its dots: a text-only checkpoint has none of it."""
+    if not hasattr(config, "text_config"):
+        return []
+    outside = {n for n in names if (not n.startswith(stem) or TOWER.search(n)) and "lm_head" not in n}
+    return sorted({".".join(n.split(".")[: 2 if n.startswith("model.") else 1]) + "." for n in outside})
+
+
+def unlike(layers: dict[int, set[str]]) -> bool:
+    return len(set(map(frozenset, layers.values()))) > 1
