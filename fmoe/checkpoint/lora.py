@@ -15,7 +15,7 @@ from torch import Tensor
 from fmoe.checkpoint.files import disk
 from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import read
-from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead
+from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead, no_model
 from fmoe.checkpoint.files.writer import Layout
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
@@ -44,6 +44,8 @@ from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 STAMP = "automodel_peft_config.json"
 """Where NeMo Automodel says which PEFT its directory is like; its adapter_config.json has no `peft_version`."""
+FORMER = ("adapter_model.bin", STAMP)
+"""Other files of an adapter that is replaced: PEFT's older ones, and what would be read beside the new ones."""
 LIKE = {"peft-0.18": "0.18.1", "peft-0.19.1": "0.19.1"}
 
 
@@ -158,7 +160,8 @@ def save(
     adapter_config.json shall say; without one, it is made: every wrapped parameter by its full name, the rank that most
     have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. base: the
     model's path or hub name. Names get PEFT's `base_model.model.` where they lack it, and are those of the model in
-    memory, unless a config says its own. force: replace what is there.
+    memory, unless a config says its own. force: replace the adapter that is there; never a model: in its own directory
+    Transformers would load the adapter over it.
     Returns the config. Raises AdapterError before anything is written.
 
     >>> import fmoe, fmoe.docs, tempfile
@@ -173,6 +176,7 @@ def save(
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         found = "a file" if path.exists() else "a link to nowhere"
         raise AdapterError(f"{path} is {found}, expected a directory for {WEIGHTS} and {CONFIG}")
+    no_model(path)
     if other := [n for n in params if not (is_lora(n) or n.startswith(WRAPPED))]:
         raise AdapterError(
             [Problem(f"{some(other)}: no LoRA tensors; save the model's weights by fmoe.save", (*other,))]
@@ -197,7 +201,7 @@ def save(
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
     put = {WEIGHTS: lambda part: _saved(tensors, part), CONFIG: lambda part: part.write_text(text)}
-    written(path, put, force)
+    written(path, put, force, FORMER)
     return config
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from fmoe.checkpoint.files.weights import JOURNAL, holds, of_model
+from fmoe.checkpoint.files.weights import JOURNAL, checkpoints, of_model
 from fmoe.checkpoint.remote import kept
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import OPENERS, Target, here, target
@@ -147,7 +147,7 @@ class Outbox:
             raise AdapterError(
                 f"{self.target.shown} is not empty: name another address, or force=True (--force) to replace it"
             )
-        if others and not any(map(holds, old)):
+        if others and not checkpoints(old):
             raise AdapterError(f"{self.target.shown} holds no checkpoint, but {some(others)}: refusing to replace that")
         return old
 

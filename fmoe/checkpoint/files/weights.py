@@ -37,6 +37,8 @@ FOLDERS = {"original", "metal", "additional_chat_templates", "onnx", "openvino",
 _SHARD = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)")
 _OTHER = re.compile(r"(.*[^a-z])?(adapter|consolidated|optimizer|optim|scheduler|ema|training|rng)(?![a-z]).*")
 _CODE = "modeling|modular|configuration|tokenization|tokenizer|processing|processor|image_processing|image_processor"
+_MODEL = re.compile(r"(pytorch_model|tf_model|flax_model)\b.*\.(bin|h5|msgpack|json)|adapter_(config\.json|model\..*)")
+"""What, beside safetensors files, Transformers would read as a model that lies where one is saved."""
 _KINDS = re.compile(
     rf"({_CODE}|video_processing|video_processor|feature_extraction|generation)_.*\.py"
     r"|config\.json|params\.json|tekken\.json|special_tokens_map\.json|added_tokens\.json|chat_template.*"
@@ -45,14 +47,32 @@ _KINDS = re.compile(
 )
 
 
+def weights_among(there: Iterable[str]) -> list[str]:
+    """Files of weights whose name bears no other purpose, such as an adapter's or an optimizer's.
+
+    >>> weights_among(["adapter_model.bin", "config.json", "model.safetensors", "optimizer.pt"])
+    ['model.safetensors']
+    """
+    kept = {".safetensors", *PICKLES}
+    return [n for n in there if Path(n).suffix in kept and not _OTHER.fullmatch(Path(n).stem)]
+
+
+def no_model(path: Path) -> None:
+    """Raises AdapterError for a directory that is a model's own, where a first adapter would be loaded over it."""
+    there = sorted(os.listdir(path)) if path.is_dir() else []
+    said, held = [n for n in ("config.json", NATIVE) if n in there], weights_among(there)
+    if said and held and not any(n == ADAPTER or n.startswith("adapter_model.") for n in there):
+        found = f"{path} is a model's own directory: found {some([*said, *held])}"
+        why = "expected an adapter's, since Transformers loads what lies there with the adapter over it"
+        raise AdapterError(f"{found}, {why}. Fix: a directory of its own, as {str(path / 'adapter')!r}")
+
+
 def of_a_model(path: Where, there: Iterable[str]) -> None:
     """Raises AdapterError where a directory by its names holds a LoRA adapter alone, or is not finished."""
     there = list(there)
     if JOURNAL in there:
         raise AdapterError(f"{path} is unfinished: {JOURNAL} tells of a conversion that was interrupted; run it again")
-    kept = {".safetensors", *PICKLES}
-    weights = (n for n in there if Path(n).suffix in kept and not _OTHER.fullmatch(Path(n).stem))
-    if ADAPTER in there and not {INDEX, NATIVE} & {*there} and not any(weights):
+    if ADAPTER in there and not {INDEX, NATIVE} & {*there} and not weights_among(there):
         away = isinstance(path, Address)  # LoRA is read from folders
         read = "download it, fmoe.lora.load(DIR, BASE)" if away else f"fmoe.lora.load({str(path)!r}, BASE)"
         fix = f"{read} reads it, and fmoe.lora.merge puts it into the base's weights"
@@ -102,6 +122,17 @@ def _sound(path: Where, file: str, files: Iterable[str]) -> None:
 def holds(name: str) -> bool:
     """Whether a file of this name is what a checkpoint cannot be without."""
     return name.endswith((".safetensors", ".distcp")) or name in OPENS
+
+
+def checkpoints(names: Iterable[str]) -> set[str]:
+    """Those of a folder's files that make it one that may be replaced: weights, what opens them, and an adapter's.
+
+    >>> sorted(checkpoints(["adapter_model.bin", "cat.jpg", "pytorch_model.bin", "tokenizer.json"]))
+    ['adapter_model.bin', 'pytorch_model.bin']
+    """
+    names = list(names)
+    alone = sum(n.endswith(".gguf") for n in names) == 1
+    return {n for n in names if holds(n) or _MODEL.match(n) or n == OUT and alone}
 
 
 def unfinished(name: str) -> bool:

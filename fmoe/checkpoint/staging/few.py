@@ -1,6 +1,6 @@
 """A few files that belong together, beside whatever else their directory holds: all of them old, or all new."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from fmoe.checkpoint.files.disk import naming
@@ -10,8 +10,10 @@ from fmoe.checkpoint.staging.staging import staging
 from fmoe.types import AdapterError
 
 
-def written(path: Path, files: Mapping[str, Callable[[Path], object]], force: bool) -> None:
-    """Each file, by the function that writes it to a path. force: replace those that are there.
+def written(
+    path: Path, files: Mapping[str, Callable[[Path], object]], force: bool, former: Collection[str] = ()
+) -> None:
+    """Each file, by the function that writes it to a path. force: replace those that are there, and remove `former`.
 
     Raises AdapterError where one is there, and where other work in that directory is unfinished; OSError with the file.
     """
@@ -22,7 +24,7 @@ def written(path: Path, files: Mapping[str, Callable[[Path], object]], force: bo
             raise AdapterError(
                 f"{path} is unfinished: {JOURNAL} tells of other work that was interrupted; end that first"
             )
-        there = [n for n in files if (path / n).exists() or (path / n).is_symlink()]
+        there = [n for n in (*files, *former) if (path / n).exists() or (path / n).is_symlink()]
         if there and not (force or begun):
             raise AdapterError(f"{path / there[0]} is there already: pass force=True to replace it")
         return {*there}

@@ -2,13 +2,12 @@
 
 import errno
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from fmoe.checkpoint.files.directory import CONFIG
-from fmoe.checkpoint.files.weights import JOURNAL, LEASE, OUT, holds
+from fmoe.checkpoint.files.weights import JOURNAL, LEASE, checkpoints
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable
 from fmoe.checkpoint.staging.journal import ONCE, lines
@@ -16,8 +15,6 @@ from fmoe.codecs.config import QUANT
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 
-_MODEL = re.compile(r"(pytorch_model|tf_model|flax_model)\b.*\.(bin|h5|msgpack|json)|adapter_(config\.json|model\..*)")
-"""What, beside safetensors files, Transformers would read as a model that lies where one is saved."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -59,16 +56,15 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
     for name in there:
-        if (holds(name) or _MODEL.match(name) or name in (CONFIG, QUANT)) and _folder(dst / name):
+        if (checkpoints([name]) or name in (CONFIG, QUANT)) and _folder(dst / name):
             raise AdapterError(f"{dst / name} is a folder, expected no more than a file of that name: move it away")
-    weights = {n for n in there if holds(n) or n == OUT and sum(m.endswith(".gguf") for m in there) == 1}
-    held = weights | {n for n in there if _MODEL.match(n)} if bystanders else weights
-    old = held | {QUANT} & set(there) if bystanders else weights and replaceable(dst)
+    held = checkpoints(there)
+    old = held | {QUANT} & set(there) if bystanders else held and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
             raise AdapterError(f"{dst} holds the beginnings of other work ({why}): force=True (--force) to start anew")
-        if (new := sorted(weights.difference(begun[0]["files"], begun[0]["replaces"]))) and not force:
+        if (new := sorted(held.difference(begun[0]["files"], begun[0]["replaces"]))) and not force:
             raise AdapterError(
                 f"{dst} has got {some(new)} since it was begun: move that, or force=True (--force) to replace it"
             )
