@@ -62,6 +62,7 @@ step3p7 = replace(
     )
     | keep(X + "gate.weight")
     | KEPT,
+    fields={f: n for f, n in step3p5.fields.items() if f != "norm_topk_prob"},
     source="stepfun-ai/Step-3.7-Flash",
     verified="experts",  # its shared expert stands beside the block
 )
