@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,18 +18,18 @@ from fmoe.checkpoint.open import as_own
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sides import unnamed_choices
-from fmoe.checkpoint.staging.beside import removed
+from fmoe.checkpoint.staging.beside import of_the_former, removed
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
+from fmoe.checkpoint.staging.whose import alike, one_model, unknown
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, not_decoded, read_again, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told
-from fmoe.families import FAMILIES
-from fmoe.families.kind import Family, as_dict
+from fmoe.families.kind import Family
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.sharding import is_dtensor
@@ -36,7 +37,6 @@ from fmoe.types import AdapterError, Params, Problem, bits
 
 CONFIG = "config.json"
 NEEDED = f"no {CONFIG}, of which an adapter of your own knows nothing: fmoe.load(..., adapter=) reads it as it is"
-SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 
 
 def save(
@@ -58,7 +58,8 @@ def save(
     layout: "native" writes params as they are; `fmoe.convert` and `fmoe.load` read both. adapter: as `fmoe.adapter`
     gave it, whose config is written as config.json where path has none; without one, that of path's config.json.
     force: replace the checkpoint that path holds: weights of any kind, and the LoRA adapter that Transformers would put
-    onto them; the notes name what is gone. Config, tokenizer and all other files stay in any case.
+    onto them; the notes name what is gone. Config, tokenizer and all other files stay in any case; where they may be
+    another model's, the notes name them too.
     axis_ranges: which experts these parameters hold, as `e=range(16, 32)`, if not all, in layout "native": `fmoe.load`
     gives them back.
     quantization: as in `Adapter.to_hf`; config.json says what is written. Of weights that were changed since they were
@@ -79,7 +80,8 @@ def save(
     claim = lambda: replaced(path, None, force, bystanders=True)
     survived: list[Survival] = []
     how: Any = dict(claim=claim, quantization=quantization, survived=survived.append)
-    adapter, plan, files, small, found = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, **how)
+    job = prepare(params, path, adapter, layout, max_shard_size, axis_ranges, **how)
+    adapter, plan, files, small, found, _ = job
     check_space(path, sum(size for _, size in files.heads.values()))
     done, of = 0, plan.nbytes
     progress(0, of)
@@ -98,7 +100,7 @@ def save(
             for _, nbytes in in_order(executor, write, plan.units(), ahead=4):
                 done += nbytes
                 progress(done, of)
-        notes = (*found, *told(survived), *removed(stage.old, {*files.heads, *small}))
+        notes = (*found, *told(survived), *job.former(path, stage.old))
         for name, text in small.items():
             stage.fill(name, text.encode())
         stage.publish()
@@ -109,13 +111,22 @@ def save(
 
 
 class Job(NamedTuple):
-    """What is to be written: the plan's targets, laid out in files, and small files beside them; notes on it."""
+    """What is to be written: the plan's targets, laid out in files, and small files beside them; notes on it.
+
+    own: the config that is there is this model's, so that what lies beside it is too.
+    """
 
     adapter: Adapter
     plan: Plan
     files: Layout
     small: dict[str, str]
     notes: tuple[str, ...]
+    own: bool
+
+    def former(self, path: Path, replaced: Iterable[str]) -> list[str]:
+        """Notes on what goes of the model that was there, and, where it was another, on what stays of it."""
+        written = {*self.files.heads, *self.small}
+        return (removed if self.own else partial(of_the_former, path))(replaced, written)
 
 
 def prepare(
@@ -158,7 +169,8 @@ def prepare(
     if config is None:
         notes.append(NEEDED)
     else:
-        _one_model(path / CONFIG, config, adapter.config or {})
+        one_model(path / CONFIG, config, adapter.config or {})
+        notes += unknown(path / CONFIG, config, adapter.config or {})
         agreed = agreeing(config, adapter.inverse, hf.targets)
         notes += whole_saved(path, config, adapter, hf.targets, ranges)
         if layout == "hf":
@@ -168,22 +180,7 @@ def prepare(
             notes += wider_than_said(hf.targets, agreed)
         if agreed != there:
             small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
-    return Job(adapter, plan, files, small, tuple(notes))
-
-
-def _one_model(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises AdapterError where the config that stays is another model's than the parameters'."""
-    here, mine = (FAMILIES.get(str(c.get("model_type"))) for c in (there, ours))
-    if here is None or mine is None or there is ours:
-        return
-    sizes = [("model_type", there["model_type"], ours["model_type"])] if here.rules != mine.rules else []
-    if not sizes:
-        theirs, own = here.values(as_dict(there)), mine.values(as_dict(ours))
-        sizes = [(n, theirs[n], own[n]) for n in SIZES if n in theirs and n in own and theirs[n] != own[n]]
-    if sizes:
-        found = ", ".join(f"{n} {a!r}, expected {b!r}" for n, a, b in sizes)
-        fix = "Fix: name another directory, or remove that config.json, and the adapter's is written"
-        raise AdapterError(f"{path} stays, and is not of these parameters: {found}. {fix}")
+    return Job(adapter, plan, files, small, tuple(notes), alike(there, adapter.config))
 
 
 def _config(path: Path) -> dict[str, Any] | None:

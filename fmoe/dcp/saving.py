@@ -17,7 +17,6 @@ from torch.futures import Future
 from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.save import Job, prepare
-from fmoe.checkpoint.staging.beside import removed
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced
 from fmoe.checkpoint.staging.staging import staging
@@ -133,7 +132,7 @@ class _Writer(dcp.StorageWriter):
         self.stage = self.stack.enter_context(staging(path, ONCE, claim, fsync=self.fsync, resumable=False))
         self.stage.begin(job.files.heads, job.small)
         parts = {file: str(self.stage.part(file)) for file in job.files.heads}
-        gone = removed(self.stage.old, {*parts, *job.small})
+        gone = job.former(path, self.stage.old)
         return [replace(plan, storage_data=(parts, gone)) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

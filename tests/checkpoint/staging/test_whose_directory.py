@@ -1,9 +1,11 @@
 """Whose a directory is decides what `force` replaces: an adapter's an adapter, a model's a model, by whatever call."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from directories import files
 
 import fmoe
@@ -58,6 +60,28 @@ def test_an_adapter_that_is_replaced_leaves_nothing_that_is_read_with_the_new_on
         fmoe.lora.save(LORA, tmp_path, ADAPTER)
     fmoe.lora.save(LORA, tmp_path, ADAPTER, force=True)
     assert files(tmp_path).keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+CONFIG = {"model_type": "qwen3_moe", "num_experts": 3, "hidden_size": 4, "moe_intermediate_size": 3, "vocab_size": 5}
+EXPERTS = {"gate_and_up_projs": torch.ones(3, 4, 6), "down_projs": torch.ones(3, 3, 4)}
+BESIDE = ("README.md", "chat_template.jinja", "modeling_x.py", "tokenizer.json")
+OTHERS = {"its own": {}, "other sizes": {"vocab_size": 7}, "dense": {"model_type": "llama"}, "no config": None}
+
+
+@pytest.mark.parametrize("whose", OTHERS)
+@pytest.mark.parametrize("call", SAVES)
+def test_saving_over_another_models_directory_names_what_stays_of_it(call, whose, tmp_path):
+    path, other = put(tmp_path / "model", *BESIDE, "model-00001-of-00001.safetensors"), OTHERS[whose]
+    if other is not None:
+        (path / "config.json").write_text(json.dumps(CONFIG | other))
+    params = {f"model.layers.0.mlp.experts.{n}": t for n, t in EXPERTS.items()}
+    notes = SAVES[call](params, path, fmoe.adapter("qwen3_moe", CONFIG), force=True, fsync=False).notes
+    stays = [n for n in ("README.md", "chat_template.jinja", "config.json", *BESIDE[2:]) if n in BESIDE or other]
+    left = [f"left as it was: {', '.join(map(repr, stays))}"] * (whose != "its own")
+    gone = "of the former model, removed: 'model-00001-of-00001.safetensors'"
+    dense = [n for n in notes if "has model_type 'llama', expected 'qwen3_moe'" in n]
+    assert [n for n in notes if n not in dense][-1 - len(left) :] == [gone, *left] and len(dense) == (whose == "dense")
+    assert files(path).keys() == {*BESIDE, "config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("there", [
