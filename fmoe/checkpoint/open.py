@@ -15,6 +15,7 @@ from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
 from fmoe.families.cross import Crossing, cross
 from fmoe.families.kind import Family, as_dict
+from fmoe.families.sizes import zeros_in_stacks
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter, table
@@ -216,8 +217,7 @@ def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
     >>> len(source.specs), len(plan_from(source, adapter_of(source)).targets)
     (52, 8)
     """
-    held = held_ranges(source.origin)
-    if held and axis_ranges:
+    if (held := held_ranges(source.origin)) and axis_ranges:
         raise AdapterError(f"{source.path} holds the range {held} only: no range of that can be asked for")
     try:
         return there._plan(source.specs, held, frozenset(held)) if held else there.plan(source.specs, **axis_ranges)
@@ -235,7 +235,7 @@ def _besides(source: Checkpoint, wrong: Collection[str]) -> list[Problem]:
         native = source.specs if source.native else adapter_of(source).plan({**source.specs, **lost}).targets
         return [problem for problem in gaps_of(source, native).problems if not {*problem.keys} <= {*wrong}]
     except AdapterError:
-        return []
+        return zeros_in_stacks(FAMILIES[source.kind], source.config, source.specs, wrong)
 
 
 def complete(source: Checkpoint, adapter: Adapter, plan: Plan, to: str, how: Mapping[str, Any]) -> tuple[str, ...]:

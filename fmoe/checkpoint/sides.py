@@ -77,8 +77,7 @@ def gaps_between(source: Checkpoint, here: str, adapter: Adapter) -> Gaps:
     made = kind.adapter(source.config).resolve(hf)
     native = made.plan(hf).targets
     there = made.inverse if here == "hf" else made.inverse >> adapter
-    found = gaps(kind, source.config, native)
-    return gaps(kind, source.config, native, spelling(there)) if found.problems else found
+    return gaps(kind, source.config, native, spelling(lambda: there))
 
 
 def whole_between(source: Checkpoint, here: str, adapter: Adapter, fix: str = "") -> Gaps:

@@ -1,7 +1,8 @@
 """Is a directory whole? What its config, class and own layers demand, and what `fmoe.json` says must come back."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,10 +37,9 @@ def gaps_of(
     choices = (source.origin or {}).get("choices", {}) | choices
     foreign = "adapter" in choices or choices.get("system", "native") != "native"
     kind = None if foreign else FAMILIES.get(source.model_type)
-    found = gaps(kind, source.config, native) if kind else Gaps([], [])
-    if kind and found.problems and not source.native:
-        there = kind.adapter(source.config).resolve(source.specs).inverse
-        found = gaps(kind, source.config, native, spelling(there))
+    there = lambda: kind.adapter(source.config).resolve(source.specs).inverse if kind else Adapter()
+    spell = (lambda name: (name,)) if source.native else spelling(there)
+    found = gaps(kind, source.config, native, spell) if kind else Gaps([], [])
     if source.origin is None or back is None:
         return found
     lost = [n for n in source.origin["weight_map"] if n not in back]
@@ -56,12 +56,15 @@ def gaps_of(
     return Gaps([*found.problems, *told, *([Problem(text, tuple(lost))] if lost else [])], found.notes)
 
 
-def spelling(there: Adapter) -> Spell:
-    """What files call a native tensor, by the way there; of what they hold in parts, the first."""
+def spelling(there: Callable[[], Adapter]) -> Spell:
+    """What files call a native tensor, by the way there, made once it is asked for; of what they hold in parts, the
+    first.
+    """
+    made = cache(there)
 
     def spell(name: str) -> list[str]:
         at = [name]
-        for stage in there.stages:
+        for stage in made().stages:
             at = stage.resolve(Names(at), default=True).rename(Names(at)) or at
         return at
 

@@ -51,7 +51,8 @@ class Gaps(NamedTuple):
 def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: Spell = lambda name: (name,)) -> Gaps:
     """What a checkpoint with these native names lacks, and, of names with shapes, whose size its config contradicts.
 
-    config: as config.json has it. spell: what a native name is called in the files, which problems name first.
+    config: as config.json has it. spell: what a native name is called in the files, as problems and notes name it; it
+    is asked only where there are some.
 
     >>> from fmoe.families import family
     >>> config = {"num_hidden_layers": 2, "num_experts": 4, "mlp_only_layers": [1]}
@@ -62,12 +63,14 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
     found, meant = _gaps(kind, config, names, spell), with_class(config)
     if meant == config:
         return found
-    lost = _gaps(kind, meant, names, spell).problems  # of the class that is likely, and not told
     told = {key for problem in found.problems for key in problem.keys}
-    more = [problem for problem in lost if not told.issuperset(problem.keys)]
-    none = denied(meant, by_stack(names))
+    lost = lambda spell: [p for p in _gaps(kind, meant, names, spell).problems if not told.issuperset(p.keys)]
+    none = denied(meant, by_stack(names)) if found.problems else set[str]()
+    none |= {*spelt(none, spell)}
     mine = [problem for problem in found.problems if not none.issuperset(problem.keys)]
-    return Gaps(mine, [*found.notes, *class_missed(meant, more, names)])
+    more = {key for problem in lost(lambda name: (name,)) for key in problem.keys}
+    few = more and 2 * len(more) < len(names)  # else it is a part of a model
+    return Gaps(mine, [*found.notes, *(class_missed(meant, lost(spell)) if few else ())])
 
 
 def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell: Spell) -> Gaps:
@@ -103,7 +106,7 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
     if strange or other:
         count_lost = len(lost if strange else other)
         notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
-    notes += [] if strange else dropped_by_config(written, stacks, main, count)
+    notes += [] if strange else dropped_by_config(written, stacks, main, count, spell)
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     notes += class_note(config)
     left = [n for n in missing if n not in told]

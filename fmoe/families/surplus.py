@@ -6,6 +6,7 @@ from typing import Any
 
 from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
 from fmoe.families.numbered import Layers
+from fmoe.families.sizes import Spell, spelt
 from fmoe.families.where import field_of, holds, says, settled, translated, unsaid, within
 from fmoe.layout.claims import some
 
@@ -35,10 +36,16 @@ def denied(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> set[str]:
     return found
 
 
-def dropped_by_config(config: Mapping[str, Any], stacks: Mapping[str, Layers], main: str, count: int) -> list[str]:
+def dropped_by_config(
+    config: Mapping[str, Any],
+    stacks: Mapping[str, Layers],
+    main: str,
+    count: int,
+    spell: Spell = lambda name: (name,),
+) -> list[str]:
     """A note for each word of the config by which its class has none of what is there.
 
-    main: the text model's stack, whose layers after `count` are not the class's to judge.
+    main: the text model's stack, whose layers after `count` are not the class's to judge. spell: as in `complete.gaps`.
 
     >>> config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False}
     >>> layers = {0: {"self_attn.q_proj.weight", "self_attn.q_proj.bias"}}
@@ -60,8 +67,8 @@ none: Transformers drops it in silence. Fix: mend attention_bias, unless it is m
                 why = " and ".join(_word(written, f, l) for f in fields), " or ".join(fields)
                 by.setdefault(why, []).append(f"{stack}.{l}.{name}" if stack else name)
     return [
-        f"{some(names)}: config.json has {word}, by which {class_of(config)} has none: Transformers drops "
-        f"{'it' if len(names) == 1 else 'them'} in silence. Fix: mend {fields}, unless it is meant so"
+        f"{some(spelt(names, spell))}: config.json has {word}, by which {class_of(config)} has none: Transformers "
+        f"drops {'it' if len(names) == 1 else 'them'} in silence. Fix: mend {fields}, unless it is meant so"
         for (word, fields), names in by.items()
     ]
 

@@ -99,16 +99,14 @@ def class_note(config: Mapping[str, Any]) -> list[str]:
     return [f"config.json names {arch} in architectures, {why}" + ": what stands beside that is not compared" * base]
 
 
-def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem], names: Collection[str]) -> list[str]:
-    """A note on what a config that names no class would lack if it named the usual one; none on parts of a model.
+def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem]) -> list[str]:
+    """A note on what a config that names no class would lack if it named the usual one.
 
     meant: the config with that class; problems: what it then lacks.
 
     >>> meant = {"architectures": ["MixtralForCausalLM"]}
-    >>> print(*class_missed(meant, [Problem("'lm_head.weight': missing", ("lm_head.weight",))], "abc"))
+    >>> print(*class_missed(meant, [Problem("'lm_head.weight': missing", ("lm_head.weight",))]))
     config.json names no class in architectures; of MixtralForCausalLM 'lm_head.weight': missing. Fix: name its class
     """
-    if not problems or 2 * len({key for p in problems for key in p.keys}) >= len(names):
-        return []
     told = "; ".join(problem.text for problem in problems)
     return [f"config.json names no class in architectures; of {class_of(meant)} {told}. Fix: name its class"]

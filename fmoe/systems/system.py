@@ -74,15 +74,19 @@ class System:
         """Hugging Face <-> this system, every tensor claimed.
 
         lossy=True leaves out what has no place in the system. quantized="keep" moves codes and scales as they are.
-        Raises AdapterError for a family or a choice that the system does not know.
+        Raises AdapterError for a family or a choice that the system does not know, and for a model without experts.
         """
         kind, name = family(model_type), FAMILY.get(model_type, model_type)
         if self.native:
             return self._from_native(model_type, config, choices)
+        if kind.values(said := as_dict(config)).get("n_routed_experts") == 0:
+            counts = " or ".join(f for f in kind.fields["n_routed_experts"].split() if said.get(f) == 0)
+            found = f"{model_type} with {counts} 0 has no experts, and {self.name}'s tables are of models with some"
+            raise AdapterError(f"{found}. Fix: to 'hf' or 'native', or what {self.name} has for dense models")
         if name not in self.tables:
             told = f"{', '.join(self.tables)}{meant(model_type, self.tables)}"
             raise AdapterError(f"system={self.name!r} does not know {model_type!r}: expected one of {told}")
-        facts = Facts(self.name, kind, as_dict(config), self._chosen(choices))
+        facts = Facts(self.name, kind, said, self._chosen(choices))
         if facts.keep and not self.keeps(name):
             told = ", ".join(self.kept) or "none"
             raise AdapterError(

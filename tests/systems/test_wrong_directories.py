@@ -15,6 +15,7 @@ from systems_zoo import model
 import fmoe.dcp
 import fmoe.draw
 from fmoe import AdapterError
+from fmoe.families import family
 from fmoe.systems import SYSTEMS
 
 MODELS = ("qwen3_moe alike", "deepseek_v3", "gpt_oss")
@@ -167,3 +168,17 @@ def test_safetensors_without_a_config_are_told_by_their_names_and_what_is_said_t
         assert said in (name, SIDE.get(name)), error.value
     done = fmoe.convert(tmp_path / "bare", tmp_path / "new", "hf", from_=said, config=whole, fsync=False)
     assert done.made
+
+
+TABLES = [(name, kind) for name, s in SYSTEMS.items() if not s.native for kind in (*s.tables, "granitemoehybrid")]
+
+
+@pytest.mark.parametrize(("name", "kind"), TABLES)
+def test_a_model_of_no_experts_is_refused_in_words(name, kind):
+    count = family(kind).fields["n_routed_experts"].split()[0]
+    config = {"model_type": kind, count: 0, "num_hidden_layers": 2, "hidden_size": 4}
+    text = (
+        f"^{kind} with {count} 0 has no experts, and {name}'s tables are of models with some. Fix: to 'hf' or 'native'"
+    )
+    with pytest.raises(AdapterError, match=text):
+        fmoe.adapter(kind, config, system=name)
