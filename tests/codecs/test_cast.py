@@ -1,5 +1,7 @@
 """`load(dtype=)` casts experts; with cast="all" the rest too, and never what has to stay as it is."""
 
+import json
+
 import hf
 import hf_zoo as zoo
 import pytest
@@ -115,3 +117,35 @@ def test_a_dtype_for_experts_is_refused_where_there_are_none(tmp_path):
         fmoe.convert(tmp_path / "hf", tmp_path / "out", "hf", dtype="bfloat16", fsync=False)
     fmoe.convert(tmp_path / "hf", tmp_path / "all", "hf", dtype="bfloat16", cast="all", fsync=False)
     assert {t.dtype for t in fmoe.load(tmp_path / "all").values()} == {torch.bfloat16}
+
+
+CALLS = {
+    "load": lambda path, out: fmoe.load(path, dtype=half),
+    "adapter": lambda path, out: fmoe.adapter(path, dtype=half).from_hf(load_file(path / "model.safetensors")),
+    "convert": lambda path, out: fmoe.convert(path, out, dtype=half),
+    "to hf": lambda path, out: fmoe.convert(path, out, "hf", dtype=half),
+    "native": lambda path, out: fmoe.load(fmoe.convert(path, out).path, dtype=half),
+    "all": lambda path, out: fmoe.load(path, dtype=half, cast="all"),
+}
+
+
+@pytest.mark.parametrize("lost", ["expert", "half of an expert", "norm"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_tensor_of_which_nothing_is_left_is_refused_and_rounding_is_not(call, lost, tmp_path):
+    config, block = {"model_type": "per_expert", "num_experts": 2}, "model.layers.0.mlp.experts"
+    sizes = {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}
+    tensors = {f"{block}.{e}.{n}.weight": torch.ones(size) for e in (0, 1) for n, size in sizes.items()}
+    tensors["model.norm.weight"] = torch.ones(4)
+    name = "model.norm.weight" if lost == "norm" else f"{block}.1.down_proj.weight"
+    tensors[name] *= 1e-9
+    if lost == "half of an expert":
+        tensors[name][-1] = 1.0
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    if lost == "expert" or lost == "norm" and call == "all":
+        with pytest.raises(fmoe.AdapterError, match="(norm|down_proj).* holds 1e-09 at most, and is 0 in float16") as e:
+            CALLS[call](tmp_path / "hf", tmp_path / "out")
+        assert e.value.keys
+    else:
+        CALLS[call](tmp_path / "hf", tmp_path / "out")
