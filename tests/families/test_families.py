@@ -111,7 +111,7 @@ def test_its_numbers_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", [n for n in zoo.MODELS if FAMILIES[n].verified == "block"])
 def test_its_block_is_that_of_transformers_in_fp64_where_clamps_bite_and_routers_saturate(name):
-    """Routers of Transformers that stay in fp32 set the tolerance, and say NaN of a token whose scores are all 0 there."""
+    """Routers of Transformers that stay in fp32 set the tolerance; they say NaN of a token whose scores are 0 there."""
     model, adapter, tensors = written(name)
     config = adapter.moe_config
     sizes = [config.n_routed_experts, config.moe_inter_dim, config.expert_dim]
