@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fmoe.families.defaults import with_class, with_layers
+from fmoe.families.defaults import layers_with_experts, with_class
 from fmoe.families.kind import Family, as_dict
 from fmoe.families.known import absent, class_of, entries, lacking, recognised, text_stack
 from fmoe.families.numbered import Layers, by_stack, groups
 from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
-from fmoe.families.sparse import LISTS, declared_ahead, layer_count, sparse_layers
+from fmoe.families.sparse import LISTS, declared_ahead, layer_count
 from fmoe.families.spelling import renamed
 from fmoe.families.surplus import denied, dropped_by_config, told_of
 from fmoe.families.towers import class_missed, class_note, lost_of_head, lost_of_towers, towers
@@ -82,7 +82,7 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
     main = text_stack(config, stacks)
     count = count if count is not None else max(stacks.get(main, {}), default=-1) + 1
     routed = kind.values(said).get("n_routed_experts")
-    sparse = set() if routed == 0 else sparse_layers(with_layers(said), kind.sparse)
+    sparse = set() if routed == 0 else layers_with_experts(config, said, kind.sparse)
     lost = absent(config, stacks, sparse, count) + lost_of_towers(config, stacks) + lost_of_head(config, names)
     lost = [n for n in lost if not any(said.get(f, NONE_UNSAID.get(f)) == 0 and part in n for f, part in NONE.items())]
     other = renamed(lost, config, stacks)

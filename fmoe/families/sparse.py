@@ -66,6 +66,11 @@ def _each(config: Config, field: str, l: int) -> bool:
     return bool(value[l]) if isinstance(value, list) else l % value == 0
 
 
+def _listed(value: Any) -> list[int]:
+    """Layers as "1,3", or as a list of them."""
+    return [int(l) for l in (value.split(",") if isinstance(value, str) else value) if str(l).strip()]
+
+
 def _least(value: Any) -> int:
     """ERNIE-VL says some numbers once for text, once for images."""
     return int(min(value) if isinstance(value, list) else value)
@@ -84,7 +89,7 @@ WAYS: dict[str, Callable[[Config, int, int], bool]] = {
     "hybrid_override_pattern": _in("hybrid_override_pattern", ("E",)),
     "moe_layers": lambda c, l, n: l in c["moe_layers"],
     "interleave_moe_layer_step": lambda c, l, n: (l + 1) % c["interleave_moe_layer_step"] == 0,
-    "moe_layers_enum": lambda c, l, n: l in [int(i) for i in c["moe_layers_enum"].split(",")],
+    "moe_layers_enum": lambda c, l, n: l in _listed(c["moe_layers_enum"]),
     "expert_layer_period": lambda c, l, n: (
         l % c["expert_layer_period"] == (c.get("expert_layer_offset") or 0) and c.get("num_experts") != 1
     ),
