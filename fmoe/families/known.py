@@ -119,11 +119,14 @@ def everywhere(config: Mapping[str, Any], form: str) -> bool | None:
 def ties(config: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> bool:
     """Whether the output embedding is the input's: the whole model's word on it goes before its text model's.
 
+    But where the text model has a head of its own, as Llama 4's, its word counts.
+
     >>> ties({"model_type": "qwen3_moe"}), ties({"model_type": "qwen3_moe", "tie_word_embeddings": True})
     (False, True)
     """
     entry = entry or _either(config)
-    said = [c.get("tie_word_embeddings") for c in (config, _text(config))]
+    own = entry and any("language_model.lm_head" in n for n in entry["forms"][-1]["root"])
+    said = [c.get("tie_word_embeddings") for c in (config, _text(config))][:: -1 if own else 1]
     return bool(next((v for v in said if v is not None), entry and entry["tied"]))
 
 

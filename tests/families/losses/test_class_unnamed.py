@@ -74,6 +74,16 @@ def test_of_tied_embeddings_either_end_is_enough_and_none_is_a_loss(name):
     assert gaps(kind, config, {*names} - ends).problems
 
 
+def test_a_text_model_with_a_head_of_its_own_ties_it_by_its_own_word():
+    cls, config = known_names.base("llama4")
+    config.text_config.tie_word_embeddings = True
+    tied, names = known_saved.named(known_saved.unfilled(cls, config), "llama4", True)
+    assert tied["tie_word_embeddings"] is False and not any("lm_head" in n for n in names)
+    assert gaps(FAMILIES["llama4"], tied, names).problems == []
+    tied["tie_word_embeddings"], tied["text_config"]["tie_word_embeddings"] = True, False
+    assert gaps(FAMILIES["llama4"], tied, names).problems[0].keys == ("language_model.lm_head.weight",)
+
+
 @pytest.mark.parametrize("original", [True, False], ids=["published", "in memory"])
 @pytest.mark.parametrize("name", [n for n in NAMES if known_names.two_parts(n)])
 def test_a_base_class_with_a_tower_or_an_encoder_misses_what_it_lost(name, original):
