@@ -145,6 +145,7 @@ MODELS |= {
 }
 
 SPARSE = dict(mlp_layer_types=["sparse", "sparse"])
+SLIDING = dict(layer_types=["sliding_attention", "indexed_attention"], shared_experts_intermediate_size=20)
 QWEN4 = HYBRID | LINEAR | dict(hc_count=2, hc_lowrank=4, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=12)
 QWEN4 |= dict(indexer_budget=8, indexer_compress_ratio=4)
 KDA = dict(qk_rope_head_dim=0, linear_head_dim=8, linear_num_heads=4)
@@ -157,12 +158,12 @@ MODELS |= {
     "dots3_note": (
         "Dots3NoteForConditionalGeneration",
         INDEXED
-        | dict(shared_experts_intermediate_size=20, use_sliding_window=False)
+        | SLIDING
         | dict(vision_config=dict(pyramid_num_routed=[4, 6], num_hidden_layers=2, moe_intermediate_size=20)),
     ),
     "dots3_note_text": (
         "Dots3NoteForCausalLM",
-        INDEXED | dict(shared_experts_intermediate_size=20, use_sliding_window=False),
+        INDEXED | SLIDING,
     ),
     "ernie4_5_vl_moe": (
         "Ernie4_5_VLMoeForConditionalGeneration",
