@@ -15,6 +15,7 @@ HEADS = {
     "ForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
 }
 """The end of a class's name -> what it has in place of a head for tokens."""
+LAYERS = re.compile(r"(layers|blocks|block)$")
 _MADE_OF = re.compile(r"For\w+$|(Text)?Model$")
 
 
@@ -36,11 +37,12 @@ def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> l
             whole = _sound(part) in heard
             missing += [n for n in tower["root"] if whole and not has(stacks, n)]
             for stack, groups in tower["stacks"].items() if whole else ():
-                each = layers[stack] or {0: set()}
-                for l in sorted(each):
-                    told = settled(form["where"].get(stack, ()), config, l, each[l])
-                    lost = {n for n in lacking(groups, each[l]) if told.get(n, True)}
-                    lost |= {n for n, there in told.items() if there and n not in each[l]}
+                last = max(layers[stack], default=0)
+                for l in range(last + 1) if LAYERS.search(stack) else sorted({*layers[stack], last}):
+                    mine = layers[stack].get(l, set())
+                    told = settled(form["where"].get(stack, ()), config, l, mine)
+                    lost = {n for n in lacking(groups, mine) if told.get(n, True)}
+                    lost |= {n for n, there in told.items() if there and n not in mine}
                     missing += [f"{stack}.{l}.{n}" for n in sorted(lost)]
         ways.append((held, -len(missing), missing))
     return max(ways, key=lambda way: way[:2])[2]

@@ -96,6 +96,22 @@ def test_a_base_class_with_a_tower_or_an_encoder_misses_what_it_lost(name, origi
         assert {*lost} & {k for p in gaps(kind, given, [n for n in names if n not in lost]).problems for k in p.keys}
 
 
+LONGER = [(n, f) for n in NAMES for f in ("num_hidden_layers", "depth")
+          if isinstance(getattr(getattr(known_names.base(n)[1], "vision_config", None), f, None), int)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), [row for row in LONGER if row[0] != "dots3_note"])  # by lists of as many
+def test_a_layer_of_a_tower_that_is_lost_whole_is_missed(name, field):
+    cls, config = known_names.base(name)
+    setattr(config.vision_config, field, 2)
+    given, names = known_saved.named(known_saved.unfilled(cls, config), name, True)
+    firsts = {hit[0] for n in names if (hit := re.match(r"(.*(vis|vit).*\.(layers|\w*blocks?))\.0\.", n))}
+    assert firsts and gaps(FAMILIES[given["model_type"]], given, names).problems == []
+    for first in firsts:
+        problems = gaps(FAMILIES[given["model_type"]], given, [n for n in names if not n.startswith(first)]).problems
+        assert any(k.startswith(first) for p in problems for k in p.keys), first
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_moe_text", "qwen3_moe"])
 def test_of_a_base_class_of_text_alone_there_is_no_note(name):
     config, names = built(name)

@@ -19,11 +19,12 @@ import hf
 import hf_zoo as zoo
 import known_where as where
 import transformers
-from known_saved import LAYERS, NUMBERED, TOWER, base_of, base_root, saved, towers, unfilled, unlike
+from known_saved import NUMBERED, TOWER, base_of, base_root, saved, towers, unfilled, unlike
 
 import fmoe
 from fmoe.families import family
 from fmoe.families.numbered import by_stack, decoder, groups
+from fmoe.families.towers import LAYERS
 from fmoe.types import TensorSpec
 
 FILE = Path(fmoe.families.__file__).with_name("known.json")

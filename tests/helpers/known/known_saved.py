@@ -12,7 +12,6 @@ from fmoe.types import TensorSpec
 
 NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
 TOWER = re.compile(r"vision|visual|audio|resampler|projector|merger|sam_model|qwen2_model|view_sep|image_newline")
-LAYERS = re.compile(r"(layers|blocks|block)$")
 
 
 def unfilled(cls: Any, config: Any) -> Any:
