@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import hf
-import hf_multimodal
 import torch
 import transformers
+from checkpoints import hf_multimodal
 
 Config = dict[str, Any]
 _FOLDER = TemporaryDirectory()
