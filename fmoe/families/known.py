@@ -73,8 +73,8 @@ def entries(config: Mapping[str, Any]) -> tuple[dict[str, Any], bool] | None:
         return None
     if entry and entry["class"].lower() == arch.lower():
         return entry, True
-    if entry and (both := entry.get("whole_base")) and both["class"].lower() == arch.lower():
-        return both | {"forms": both["forms"] + [*map(_headless, entry["forms"])]}, True  # it reads the whole's, too
+    if entry and (base := entry.get("whole_base")) and base["class"].lower() == arch.lower():
+        return base | {"forms": base["forms"] + [*map(_headless, entry["forms"])]}, True  # it reads the whole's, too
     return text or entry or {}, False
 
 

@@ -15,7 +15,8 @@ HEADS = {
     "ForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
 }
 """The end of a class's name -> what it has in place of a head for tokens."""
-LAYERS = re.compile(r"(layers|blocks|block)$")
+OF_LAYERS = re.compile(r"(layers|blocks|block)$")
+"""How a stack ends whose numbers have no gaps: of a sequence of modules, those without parameters have no name."""
 _MADE_OF = re.compile(r"For\w+$|(Text)?Model$")
 
 
@@ -38,7 +39,7 @@ def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> l
             missing += [n for n in tower["root"] if whole and not has(stacks, n)]
             for stack, groups in tower["stacks"].items() if whole else ():
                 last = max(layers[stack], default=0)
-                for l in range(last + 1) if LAYERS.search(stack) else sorted({*layers[stack], last}):
+                for l in range(last + 1) if OF_LAYERS.search(stack) else sorted({*layers[stack], last}):
                     mine = layers[stack].get(l, set())
                     told = settled(form["where"].get(stack, ()), config, l, mine)
                     lost = {n for n in lacking(groups, mine) if told.get(n, True)}

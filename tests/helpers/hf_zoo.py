@@ -16,6 +16,7 @@ import hf
 import torch
 import transformers
 from checkpoints import hf_multimodal
+from checkpoints.hf_multimodal import LATENT, LOOP, NARROW
 
 Config = dict[str, Any]
 _FOLDER = TemporaryDirectory()
@@ -46,9 +47,7 @@ COMMON: Config = hf.BASE | dict(
     v_head_dim=6,
     pad_token_id=0,
 )
-LATENT = dict(num_key_value_heads=4)
 INDEXED = LATENT | dict(index_n_heads=2, index_head_dim=8)
-NARROW = dict(intermediate_size=24)
 HYBRID = dict(layer_types=["linear_attention", "full_attention"])
 LINEAR = dict(linear_key_head_dim=6, linear_value_head_dim=10, linear_num_key_heads=2, linear_num_value_heads=4)
 DBRX = dict(
@@ -111,8 +110,6 @@ MODELS: dict[str, tuple[str, Config]] = {
 
 MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 2, 2]))
 MROPE_GLM = dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]))
-LOOP: Config = dict(unpadded_vocab_size=61, vision_config=dict(text_hidden_size=32, projection_hidden_dim=16))
-LOOP["vision_config"] |= dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
 THERE = frozenset(dir(transformers))  # hasattr would import them all
 HY_VL: Config = dict(vision_config=dict(max_image_size=16), mlp_layer_types=["dense", "sparse"])
 HY_VL |= dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0]))

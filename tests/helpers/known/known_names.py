@@ -24,7 +24,7 @@ from known_saved import NUMBERED, TOWER, base_of, base_root, saved, towers, unfi
 import fmoe
 from fmoe.families import family
 from fmoe.families.numbered import by_stack, decoder, groups
-from fmoe.families.towers import LAYERS
+from fmoe.families.towers import OF_LAYERS
 from fmoe.types import TensorSpec
 
 FILE = Path(fmoe.families.__file__).with_name("known.json")
@@ -142,7 +142,7 @@ def form(name: str, original: bool, variants: bool = True, of: Any = None) -> di
     told = {n for sets in required.values() for least in sets for s in least for n in s}
     parts = towers(config, stem, found[0])
     others = {hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and hit[1].startswith(tuple(parts))}
-    in_row = {s for s in others if not LAYERS.search(s) and unlike(by_stack(found[0])[s])}  # modules one by one
+    in_row = {s for s in others if not OF_LAYERS.search(s) and unlike(by_stack(found[0])[s])}
     rows = {n for n in set.intersection(*found, *beside) if (hit := NUMBERED.match(n)) and hit[1] in in_row}
     inner = {n.removeprefix(stem) for n in always if n.startswith(stem) and "lm_head" not in n}
     model = unfilled(cls, config)
@@ -191,11 +191,12 @@ def needs(cls: Any, seen: list[tuple[dict[str, Any], set[str]]], stack: str, tol
 def data(name: str) -> dict[str, Any]:
     """A class's entry: its forms on disk, as published and as in memory where they differ."""
     cls, config = base(name)
-    whole = made_of(name, cls)
-    return whole | ({"whole_base": made_of(name, both)} if (both := two_parts(name)) else {})
+    base_class = two_parts(name)
+    return made_of(name, cls) | ({"whole_base": made_of(name, base_class)} if base_class else {})
 
 
 def made_of(name: str, cls: Any) -> dict[str, Any]:
+    """The entry of one class, of a name's config."""
     forms = [form(name, original, of=cls) for original in ((True,) if name == "longcat_flash" else (True, False))]
     return {
         "class": cls.__name__,

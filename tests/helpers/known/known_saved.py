@@ -62,4 +62,5 @@ def towers(config: Any, stem: str, names: set[str]) -> list[str]:
 
 
 def unlike(layers: dict[int, set[str]]) -> bool:
+    """Whether they are modules in a row, as of nn.Sequential: layers have the same names in all."""
     return len(set(map(frozenset, layers.values()))) > 1
