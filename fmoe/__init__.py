@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from fmoe.checkpoint.inspect import inspect
     from fmoe.checkpoint.load import load
     from fmoe.checkpoint.open import adapter
+    from fmoe.checkpoint.report import CheckpointWarning
     from fmoe.checkpoint.save import save
     from fmoe.checkpoint.verify import verify
     from fmoe.integrations.patch import patch
@@ -51,6 +52,7 @@ _NAMES = {
     "entrance": "subtree",
     "layout.adapter": "Adapter",
     "layout.build": "alias drop either keep rename rule together",
+    "checkpoint.report": "CheckpointWarning",
     "checkpoint": "adapter convert inspect load save verify",
     "activations": "is_gated_activation",
     "layer.block": "moe",
@@ -77,6 +79,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Adapter",
     "AdapterError",
+    "CheckpointWarning",
     "MoEConfig",
     "Params",
     "Routed",

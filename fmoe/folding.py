@@ -11,6 +11,10 @@ from typing import Any
 _LINES = 18
 
 
+class Doubt(str):
+    """A note that something may be lost, or was not compared; other notes tell of what may well be meant so."""
+
+
 def fold(names: Iterable[str], most: int = 3) -> str:
     """Names as patterns: numbers in a row as `{0..59}`, few texts as `{gate,up}`.
 

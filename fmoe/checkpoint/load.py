@@ -15,7 +15,7 @@ from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.checkpoint.which import open_ours
-from fmoe.checkpoint.whole import whole
+from fmoe.checkpoint.whole import warned, whole
 from fmoe.codecs.cast import CastExperts, all_of, held
 from fmoe.families.kind import as_dict
 from fmoe.layout.adapter import Adapter
@@ -52,7 +52,10 @@ def load(
 
     dtype= casts the experts and nothing else. With cast="all" it casts the other tensors too. Integers, quantised parts
     and what is kept in fp32 stay as they are: correction biases, `A_log`, `dt_bias`, and every tensor that is stored in
-    fp32 although the config names a narrower dtype. Raises AdapterError with every problem found.
+    fp32 although the config names a narrower dtype.
+
+    Raises AdapterError with every problem found. Warns (`fmoe.CheckpointWarning`), once, where something may be missing
+    or could not be compared, as where config.json names no class and the usual one has more than is there.
 
     >>> import fmoe, tempfile
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -69,10 +72,10 @@ def load(
     ranges = {n: v for n, v in choices.items() if isinstance(v, range)}
     adapter = adapter_of(source, **{n: v for n, v in choices.items() if n not in ranges})
     specs = plan_from(source, adapter.inverse).targets if source.native else source.specs
-    adapter = _casting(adapter, source, specs, cast, choices.get("dtype"))
     held = held_ranges(source.origin)
+    adapter = _casting(adapter, source, specs, held, cast, choices.get("dtype"))
     if source.native:
-        whole(source, source.specs, specs, **choices)
+        warned(whole(source, source.specs, specs, **choices))
         adapter = adapter if "dtype" in choices else _as_stored(adapter, source, specs, held)
     stacks: dict[str, TensorSpec] = {}
     if device_mesh is not None:
@@ -87,7 +90,7 @@ def load(
         plan = Plan((), part) if held else adapter.plan(specs, **ranges)
     else:
         plan = plan_from(source, adapter, **ranges)
-        whole(source, plan.targets, **choices)
+        warned(whole(source, plan.targets, **choices))
     maps = Maps() if mmap and isinstance(source.path, Path) else None
     if out is not None:
         return _fill(source, adapter, plan, out, ranges, maps)
@@ -118,9 +121,12 @@ def device_of(device: "torch.device | str | None") -> torch.device | None:
         raise AdapterError(f"{told}: {str(error).splitlines()[0]}") from None
 
 
-def _casting(adapter: Adapter, source: Checkpoint, specs: Specs, cast: str, dtype: Any) -> Adapter:
+def _casting(
+    adapter: Adapter, source: Checkpoint, specs: Specs, held: Mapping[str, range], cast: str, dtype: Any
+) -> Adapter:
     """The adapter, and after it what casts the tensors that are no experts', if that was asked for."""
-    names = all_of(cast, specs if cast == "experts" else adapter.plan(specs).targets, as_dict(source.config))
+    made = specs if cast == "experts" else adapter._plan(specs, held, frozenset(held)).targets
+    names = all_of(cast, made, as_dict(source.config))
     if cast == "experts":
         return adapter
     if dtype is None:

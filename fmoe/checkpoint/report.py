@@ -11,6 +11,14 @@ Progress = Callable[[int, int], None]
 """Called with how many bytes are done, and how many there are: (0, all) once it is known to convert."""
 
 
+class CheckpointWarning(UserWarning):
+    """What `fmoe.load` and `fmoe.dcp.load` warn of, once a load: something may be lost, or could not be compared.
+
+    `fmoe.inspect` and `fmoe.verify` say it in their notes. It is an error where one asks for that, as everywhere:
+    `warnings.simplefilter("error", fmoe.CheckpointWarning)`.
+    """
+
+
 @dataclass(frozen=True)
 class Report:
     """What a conversion or a verification did. `print` shows a small table, a notebook too.

@@ -1,18 +1,22 @@
 """Is a directory whole? What its config, class and own layers demand, and what `fmoe.json` says must come back."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
+from inspect import currentframe
 from typing import Any
 
 import torch
 
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
+from fmoe.checkpoint.report import CheckpointWarning
 from fmoe.codecs.config import quantization_of
 from fmoe.families import FAMILIES
 from fmoe.families.complete import Gaps, gaps
 from fmoe.families.kind import as_dict
 from fmoe.families.sizes import Spell
+from fmoe.folding import Doubt
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.beside import Beside
 from fmoe.layout.claims import some
@@ -167,6 +171,15 @@ def _entries(stages: Iterable[Stage]) -> Iterator[Entry]:
             yield from _entries((*stage.left, *stage.right))
         elif isinstance(stage, Table):
             yield from walk(stage.entries)
+
+
+def warned(notes: Iterable[str]) -> None:
+    """What of these may be lost, or was not compared, as one warning: of the line outside of fmoe that loads."""
+    if doubts := [note for note in notes if isinstance(note, Doubt)]:
+        frame, level = currentframe(), 1
+        while frame and frame.f_globals["__name__"].partition(".")[0] == "fmoe":
+            frame, level = frame.f_back, level + 1
+        warnings.warn("\n".join(doubts), CheckpointWarning, level)
 
 
 def whole(

@@ -21,7 +21,7 @@ from fmoe.checkpoint.open import adapter_of
 from fmoe.checkpoint.remote.address import where
 from fmoe.checkpoint.stream.slices import read
 from fmoe.checkpoint.which import open_ours
-from fmoe.checkpoint.whole import whole
+from fmoe.checkpoint.whole import warned, whole
 from fmoe.dcp.boxes import alive, pieces, surfacing
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
@@ -46,7 +46,8 @@ def load(
     memory, one native tensor at a time. All ranks of the process group call this. adapter: as `fmoe.adapter(path)`, or
     one that casts. path: a HF directory, or a native one.
 
-    Raises AdapterError, on all ranks, where parameters and checkpoint do not fit, or any rank cannot read.
+    Raises AdapterError, on all ranks, where parameters and checkpoint do not fit, or any rank cannot read. The first
+    rank warns as `fmoe.load` does.
 
     >>> import fmoe, fmoe.dcp, tempfile
     >>> adapter = fmoe.adapter("per_expert", {"model_type": "per_expert"})
@@ -64,6 +65,7 @@ def load(
     with alive(process_group), surfacing(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
         dcp.load({}, storage_reader=reader, planner=planner, process_group=process_group)
+    warned(planner.notes if planner.first else ())
 
 
 class Planner(LoadPlanner):
@@ -77,11 +79,12 @@ class Planner(LoadPlanner):
 
     def __init__(self, params: Params, adapter: Adapter | None = None):
         self.params, self.adapter = params, None if adapter is None else as_adapter(adapter)
+        self.notes: tuple[str, ...] = ()
 
     def set_up_planner(
         self, state_dict: Mapping[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        found = metadata.state_dict_metadata if metadata else {}
+        self.first, found = is_coordinator, metadata.state_dict_metadata if metadata else {}
         tensors = {n: t for n, t in found.items() if isinstance(t, TensorStorageMetadata)}
         self.specs = {n: TensorSpec(tuple(t.size), t.properties.dtype) for n, t in tensors.items()}
 
@@ -96,7 +99,7 @@ class Planner(LoadPlanner):
         self.adapter = adapter = adapter.resolve(self.specs)
         self.plan = adapter.plan(self.specs)
         if self.reader is not None and (source.native or adapter.config is not None):  # else rules of one's own
-            whole(source, self.plan.targets)
+            self.notes = whole(source, self.plan.targets)
         if problems := [*unfilled(self.plan, self.params, "params"), *_sums(self.params)]:
             raise AdapterError(problems)
         self.views, self.made = _views(adapter, self.params)

@@ -20,6 +20,7 @@ from fmoe.families.spelling import renamed
 from fmoe.families.surplus import denied, dropped_by_config, told_of
 from fmoe.families.towers import class_missed, class_note, lost_of_head, lost_of_towers, towers
 from fmoe.families.where import translated
+from fmoe.folding import Doubt
 from fmoe.layout.claims import some
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
@@ -105,7 +106,8 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
     ahead, notes = _ahead(said, main, count, stacks)
     if strange or other:
         count_lost = len(lost if strange else other)
-        notes.append(f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared")
+        why = f"{count_lost} names of {class_of(config)} are not here, others are: its names are not compared"
+        notes.append(Doubt(why))
     notes += [] if strange else dropped_by_config(written, stacks, main, count, spell)
     notes += [f"no tensor is {part}*: the text model alone" for part in towers(config, names)]
     notes += class_note(config)

@@ -8,6 +8,7 @@ from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
 from fmoe.families.numbered import Layers
 from fmoe.families.sizes import Spell, spelt
 from fmoe.families.where import field_of, holds, says, settled, translated, unsaid, within
+from fmoe.folding import Doubt
 from fmoe.layout.claims import some
 
 Rule = Sequence[Any]
@@ -42,7 +43,7 @@ def dropped_by_config(
     main: str,
     count: int,
     spell: Spell = lambda name: (name,),
-) -> list[str]:
+) -> list[Doubt]:
     """A note for each word of the config by which its class has none of what is there.
 
     main: the text model's stack, whose layers after `count` are not the class's to judge. spell: as in `complete.gaps`.
@@ -67,8 +68,10 @@ none: Transformers drops it in silence. Fix: mend attention_bias, unless it is m
                 why = " and ".join(_word(written, f, l) for f in fields), " or ".join(fields)
                 by.setdefault(why, []).append(f"{stack}.{l}.{name}" if stack else name)
     return [
-        f"{some(spelt(names, spell))}: config.json has {word}, by which {class_of(config)} has none: Transformers "
-        f"drops {'it' if len(names) == 1 else 'them'} in silence. Fix: mend {fields}, unless it is meant so"
+        Doubt(
+            f"{some(spelt(names, spell))}: config.json has {word}, by which {class_of(config)} has none: Transformers "
+            f"drops {'it' if len(names) == 1 else 'them'} in silence. Fix: mend {fields}, unless it is meant so"
+        )
         for (word, fields), names in by.items()
     ]
 

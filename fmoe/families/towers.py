@@ -7,6 +7,7 @@ from typing import Any
 from fmoe.families.known import class_of, entries, known, lacking
 from fmoe.families.numbered import Layers, by_stack, has
 from fmoe.families.where import settled
+from fmoe.folding import Doubt
 from fmoe.types import Problem
 
 HEADS = {
@@ -83,7 +84,7 @@ def lost_of_head(config: Mapping[str, Any], names: Collection[str]) -> list[str]
     return [n for end, head in HEADS.items() if arch.endswith(end) for n in head if n not in names]
 
 
-def class_note(config: Mapping[str, Any]) -> list[str]:
+def class_note(config: Mapping[str, Any]) -> list[Doubt]:
     """A note on a class that nobody knows.
 
     >>> print(*class_note({"model_type": "mixtral", "architectures": ["MyMixtral"]}))
@@ -99,10 +100,11 @@ def class_note(config: Mapping[str, Any]) -> list[str]:
     if found[1] or base and alone:
         return []
     why = "of which fmoe knows the text model" if base else "which is not known: its head and towers are not compared"
-    return [f"config.json names {arch} in architectures, {why}" + ": what stands beside that is not compared" * base]
+    beside = ": what stands beside that is not compared" * base
+    return [Doubt(f"config.json names {arch} in architectures, {why}{beside}")]
 
 
-def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem]) -> list[str]:
+def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem]) -> list[Doubt]:
     """A note on what a config that names no class would lack if it named the usual one.
 
     meant: the config with that class; problems: what it then lacks.
@@ -112,4 +114,4 @@ def class_missed(meant: Mapping[str, Any], problems: Sequence[Problem]) -> list[
     config.json names no class in architectures; of MixtralForCausalLM 'lm_head.weight': missing. Fix: name its class
     """
     told = "; ".join(problem.text for problem in problems)
-    return [f"config.json names no class in architectures; of {class_of(meant)} {told}. Fix: name its class"]
+    return [Doubt(f"config.json names no class in architectures; of {class_of(meant)} {told}. Fix: name its class")]

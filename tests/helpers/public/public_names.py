@@ -20,6 +20,7 @@ MADE = {
     "Report": "convert and patch return one",
     "Tuned": "lora.load returns one",
     "AdapterError": "fmoe raises it",
+    "CheckpointWarning": "fmoe warns of it",
     "Activation": "a row of ACTIVATIONS",
     "Score": "a row of SCORES",
 }
