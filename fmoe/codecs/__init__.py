@@ -22,6 +22,16 @@ from fmoe.types import AdapterError, Problem, TensorSpec
 Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
+class Vanished(AdapterError):
+    """Nothing is left of a tensor, or of the part of one that a change was given: the others may have something left.
+
+    made: what the change makes all the same. most: the largest number that is gone.
+    """
+
+    made: Mapping[str, Tensor] = {}
+    most = 0.0
+
+
 class Changed(NamedTuple):
     """targets = change(sources).
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmoe.codecs import Changed, CodecPlan
+from fmoe.codecs import Changed, CodecPlan, Vanished
 from fmoe.codecs.quantised import Quantised
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
@@ -25,37 +25,42 @@ def decoded_to(adapter: Adapter, dtype: torch.dtype) -> Adapter:
 
 
 def held(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """tensor.to(dtype). Raises AdapterError, with the name, where a finite value is beyond what dtype holds, or all are
-    too small for it.
+    """tensor.to(dtype). Raises AdapterError, with the name, where a finite value is beyond what dtype holds; `Vanished`
+    where all are too small for it.
 
     Of a stack of experts each is looked at alone; zeros for some numbers of many are rounding.
 
     >>> held("w", torch.tensor([1e-9, 0.0]), torch.float16)
     Traceback (most recent call last):
-    fmoe.types.AdapterError: 'w' holds 1e-09 at most, and is 0 in float16, whose least number is 5.96e-08. Fix: ...
+    fmoe.codecs.Vanished: 'w' holds 1e-09 at most, and is 0 in float16, whose least number is 5.96e-08. Fix: ...
     """
     made = tensor.to(dtype)
     if tensor.is_meta or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return made
-    text, facts = "", torch.finfo(dtype)
-    kind = str(dtype).removeprefix("torch.")
+    facts, kind = torch.finfo(dtype), str(dtype).removeprefix("torch.")
     if bool(made.isinf().any()) and bool((lost := made.isinf() & tensor.isfinite()).any()):
         worst = tensor[lost].abs().max().item()
         text = f"{name!r} holds {worst:.4g}, expected at most {facts.max:.4g}, which {kind} can hold"
-    elif (most := _vanished(tensor, made)) is not None:
-        what = f"an expert of {name!r}" if tensor.ndim == 3 else repr(name)
+        raise AdapterError([Problem(f"{text}. Fix: another dtype, as bfloat16", (name,))])
+    alone = tensor.ndim == 3 and "conv" not in name
+    if (most := _vanished(tensor, made, alone)) is not None:
+        what = f"an expert of {name!r}" if alone else repr(name)
         least = facts.smallest_normal * facts.eps
         text = f"{what} holds {most:.4g} at most, and is 0 in {kind}, whose least number is {least:.3g}"
-    if text:
-        raise AdapterError([Problem(f"{text}. Fix: another dtype, as bfloat16", (name,))])
+        problem = Problem(f"{text}. Fix: another dtype, as bfloat16", (name,))
+        if alone:
+            raise AdapterError([problem])
+        gone = Vanished([problem])
+        gone.made, gone.most = {name: made}, most
+        raise gone
     return made
 
 
-def _vanished(tensor: Tensor, made: Tensor) -> float | None:
-    """The largest number of a tensor that is not 0 and has become it, or of such an expert of three dimensions."""
+def _vanished(tensor: Tensor, made: Tensor, alone: bool) -> float | None:
+    """The largest number of a tensor that is not 0 and has become it; alone: or of any expert of it."""
     if not tensor.numel():
         return None
-    now, was = (t if t.ndim == 3 else t[None] if t.ndim == 2 else t.reshape(1, 1, -1) for t in (made, tensor))
+    now, was = (t if alone else t[None] if t.ndim == 2 else t.reshape(1, 1, -1) for t in (made, tensor))
     for e in (~now[:, 0].any(1)).nonzero().flatten().tolist():  # some number of the first row is mostly left
         if not bool(now[e].any()) and bool(was[e].any()):
             return float(was[e].abs().max())

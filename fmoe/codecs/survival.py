@@ -23,15 +23,22 @@ LEAST = 0.05
 class Survival(NamedTuple):
     """Of one tensor, the numbers that lie off the grid that they were decoded from.
 
-    changed: how many. moved: the share that reaches another code, estimated from how far from one they lie. error,
-    size: sums of squares, of what is written less what should be, and of the latter.
+    changed: how many. far: how far from a code they lie, in steps, and fresh: how many a fresh scale brings to another;
+    error, size: squares of what is written less what should be, and of the latter. All are sums, so that those of a
+    tensor's parts add up.
     """
 
     name: str
-    changed: int
-    moved: float
-    error: float
-    size: float
+    changed: int = 0
+    far: float = 0.0
+    fresh: float = 0.0
+    error: float = 0.0
+    size: float = 0.0
+
+    @property
+    def moved(self) -> float:
+        """The share that reaches another code, estimated from how far from one they lie."""
+        return max(self.fresh / self.changed, _reaching(self.far / self.changed))
 
 
 def telling(adapter: Adapter, survived: Callable[[Survival], None] | None) -> Adapter:
@@ -49,20 +56,22 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, made: Mapping[str, Tensor]
     """
     if weight.is_meta:
         return None
-    found = Survival(p.name, 0, 0.0, 0.0, 0.0)
-    far = fresh = 0.0
+    found = Survival(p.name)
     for w, a, before, step in _under_zeros(p, weight, made) if p.format.zeros else _anew(p, weight, made, scale, used):
         off = (w != before) & ~(w.isnan() & before.isnan())
         if not bool(off.any()):
             continue
         w, b, a, step = (t[off].double() for t in (w, before, a, step))
-        far += float(((w - b).abs() / step).nan_to_num(nan=0.5).clamp(max=0.5).sum())
-        fresh += float((a - b).abs().gt(step / 16).sum())
-        error, size = found.error + float((a - w).square().sum()), found.size + float(w.square().sum())
-        found = Survival(p.name, found.changed + w.numel(), 0.0, error, size)
-    if not found.changed:
-        return None
-    return found._replace(moved=max(fresh / found.changed, _reaching(far / found.changed)))
+        far = float(((w - b).abs() / step).nan_to_num(nan=0.5).clamp(max=0.5).sum())
+        fresh = float((a - b).abs().gt(step / 16).sum())
+        error, size = float((a - w).square().sum()), float(w.square().sum())
+        found = _sum(found, Survival(p.name, w.numel(), far, fresh, error, size))
+    return found if found.changed else None
+
+
+def _sum(a: Survival, b: Survival) -> Survival:
+    error, size = a.error + b.error, a.size + b.size
+    return Survival(a.name, a.changed + b.changed, a.far + b.far, a.fresh + b.fresh, error, size)
 
 
 Compared = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -102,8 +111,15 @@ def _matrices(p: Parts, weight: Tensor, after: Tensor, scale: Tensor) -> Iterato
         yield weight[e : e + 1], after[e : e + 1], scale if p.format.rank == 0 else scale[e : e + 1]
 
 
-def told(found: list[Survival]) -> tuple[str, ...]:
-    """What a report says of it. Raises AdapterError where less than `LEAST` of some tensor's changes survives."""
+def told(parts: list[Survival]) -> tuple[str, ...]:
+    """What a report says of it. Raises AdapterError where less than `LEAST` of some tensor's changes survives.
+
+    parts: of a tensor that was made in several, they are one.
+    """
+    whole: dict[str, Survival] = {}
+    for part in sorted(parts):
+        whole[part.name] = _sum(whole[part.name], part) if part.name in whole else part
+    found = list(whole.values())
     lost = [s for s in found if s.moved < LEAST]
     if lost:
         worst = min(lost, key=lambda s: s.moved)

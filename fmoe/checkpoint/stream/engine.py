@@ -21,6 +21,7 @@ from fmoe.checkpoint.stream.ahead import fetched
 from fmoe.checkpoint.stream.arrange import frame, move, ranges
 from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, bundled, jobs
 from fmoe.checkpoint.stream.flow import Step, flow
+from fmoe.checkpoint.stream.judged import Judge
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.layout.pipeline import Plan
 from fmoe.types import bits
@@ -55,6 +56,7 @@ class Engine:
         self.gate = Gate(FLIGHT)
         self.rate: Rate | None = None
         self._lock, self._alone = threading.Lock(), threading.Lock()
+        self._judged = Judge(self.flow.steps, self._made)
         self._here = threading.local()  # a thread's buffers, and the files that its job has open
         boxes = []
         for copy, step in self.flow.moves:
@@ -110,7 +112,7 @@ class Engine:
             return
         given = sum(spec.nbytes for i in job.steps for spec in self.flow.steps[i].specs.values())
         with self._alone if max(job.nbytes, given) > self.limit else nullcontext():
-            made = {Place(n, i): t for i in job.steps for n, t in self._made(self.flow.steps[i]).items()}
+            made = {Place(n, i): bits(t) for i in job.steps for n, t in self._judged(self.flow.steps[i]).items()}
             boxes = self._shared(job, made)
             for low, high, inside in ranges(boxes, lambda b: (b.to, *b.to_span)):
                 self._fill(inside, made, low, high)
@@ -137,7 +139,7 @@ class Engine:
                 place = Place(self.source.files[copy.source])
                 self._take(box_of(copy, place, self.source.offsets[copy.source], Place(name, 0), 0), data)
             given[name] = data.view(spec.dtype).view(spec.shape)
-        return {n: bits(t) for n, t in step.change(given).items()}
+        return step.change(given)
 
     def _fill(self, boxes: Sequence[Box], made: Mapping[Place, Tensor], low: int, high: int) -> None:
         """One range of a file, from boxes that lie in it: at once where they leave no hole, else run by run."""

@@ -21,11 +21,12 @@ SLICE = 8 * 2**20  # bytes of the largest tensor that is changed at once, where 
 
 
 class Step(NamedTuple):
-    """made = change(inputs); each input is gathered by its copies."""
+    """made = change(inputs); each input is gathered by its copies. parts: the steps of the same tensors."""
 
     specs: dict[str, TensorSpec]
     gather: dict[str, tuple[Copy, ...]]
     change: Change
+    parts: range = range(0)
 
 
 class Moved(NamedTuple):
@@ -133,17 +134,16 @@ def _sliced(
     rows, asked = changed.rows, stage.part(changed)
     counts = [-(-whole[n].shape[0] // rows[n]) for n in changed.sources if rows.get(n)]
     count = counts[0] if counts and asked is None else len(asked or ())
-    most = max(spec.nbytes for spec in whole.values())
-    some = max(1, count * SLICE // max(1, most)) if counts else 1
+    some = max(1, count * SLICE // max(1, *(spec.nbytes for spec in whole.values()))) if counts else 1
     starts = range(0, count, some) if counts else range(1)
     parts, made = [], {t: list[Moved]() for t in changed.targets}
+    these = range(len(steps), len(steps) + len(starts))
     for start in starts:
-        end = min(start + some, count) if counts else 0
-        at = asked.start if asked else 0
+        end, at = min(start + some, count) if counts else 0, asked.start if asked else 0
         taken = {n: _rows(specs[n], rows.get(n, 0), start + at, end + at) for n in changed.sources}
         inside = {n: [_within(c, specs[n], *taken[n]) for c in cs] for n, cs in copies.items()}
         given = {n: _some(specs[n], *taken[n]) for n in changed.sources}
-        parts.append(Step(given, {n: tuple(c for c in cs if c) for n, cs in inside.items()}, changed.change))
+        parts.append(Step(given, {n: tuple(c for c in cs if c) for n, cs in inside.items()}, changed.change, these))
         for t in changed.targets:
             first, last = _rows(whole[t], rows.get(t, 0), start, end)
             size = _some(whole[t], first, last).numel
