@@ -1,8 +1,9 @@
 """A number that a config's fields make, as Python writes it: `2*heads*(head_dim or hidden_size//heads)`.
 
-A field may have a path, `vision_config.depth`, and an index, `widths[0]`; `widths[l]` is the layer's own entry. A flag
-decides as in `heads if gated else heads*head_dim`; one that is on where a config does not say, as `gated is not False`.
-A number is one, too: 0 turns it off. `a or b` is b where a is 0 and where it is left out, which its class takes alike.
+A field may have a path, `vision_config.depth`, and an index, `widths[0]`; `widths[l]` is the layer's own entry, and
+`len(widths)` how many there are. A flag decides as in `heads if gated else heads*head_dim`; one that is on where a
+config does not say, as `gated is not False`. A number is one, too: 0 turns it off. `a or b` is b where a is 0 and where
+it is left out, which its class takes alike.
 """
 
 import ast
@@ -20,7 +21,7 @@ _OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
 }
-_FIELD = (ast.Name, ast.Attribute, ast.Subscript)
+_FIELD = (ast.Name, ast.Attribute, ast.Subscript, ast.Call)
 
 
 def value(formula: str, said: Mapping[str, Any], layer: int = 0) -> int | None:
@@ -28,6 +29,8 @@ def value(formula: str, said: Mapping[str, Any], layer: int = 0) -> int | None:
 
     >>> value("widths[l]*(dim or 8//heads)", {"widths": [2, 3], "heads": 4}, layer=1)
     6
+    >>> value("2*len(widths)", {"widths": [2, 3]})
+    4
     >>> [value("2 if gated is not False else 3", said) for said in ({}, {"gated": False}, {"gated": "per-head"})]
     [2, 3, None]
     """
@@ -100,4 +103,7 @@ def _said(node: ast.expr, said: Mapping[str, Any], layer: int) -> Any:
         listed = _said(node.value, said, layer)
         k = node.slice.value if isinstance(node.slice, ast.Constant) else layer
         return listed[k] if isinstance(listed, list) and isinstance(k, int) and k < len(listed) else None
+    if isinstance(node, ast.Call):
+        listed = _said(node.args[0], said, layer)
+        return len(listed) if isinstance(listed, list) else None
     raise TypeError(ast.unparse(node))

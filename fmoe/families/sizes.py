@@ -70,11 +70,13 @@ def odd_sizes(
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: [l for l in stacks.get(main, ()) if count is None or l < count]}
+    stem = "" if any(n.startswith("model.") for n in native) else "model."  # which a base saved on its own has not
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
         exact = "[l]" in formula or not apart.isdisjoint(fields(formula))
         odd = dict[tuple[int, int, Expected], list[str]]()
         for template, k in dims:
+            template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
             stack = at[:-1] or main
             says = lambda l: _expected(formula, own, l, stack == main)  # noqa: B023
@@ -139,10 +141,12 @@ def _of_layer(part: Any, layer: int) -> Any:
 def _layers(
     stack: str, says: Expected | None, native: Mapping[str, Any], stacks: Mapping[str, Layers], spell: Spell
 ) -> Iterator[Problem]:
-    """A stack of another number of layers than the config says."""
-    if says and stack in stacks and (n := max(stacks[stack]) + 1) != says.size:
-        text = f"{stack}.*: {n} layers, and config.json has {says.told}: expected {says.size}"
-        yield Problem(text, (stack,))
+    """A stack that has not the layers that the config says."""
+    if not says or stack not in stacks or {*stacks[stack]} == {*range(says.size)}:
+        return
+    missing = next((l for l in range(says.size) if l not in stacks[stack]), None)
+    found = f"{len(stacks[stack])} layers" + f", none is {missing}" * (missing is not None)
+    yield Problem(f"{stack}.*: {found}, and config.json has {says.told}: expected {says.size}", (stack,))
 
 
 def _list(

@@ -16,7 +16,7 @@ HEADS = {
     "ForQuestionAnswering": ("qa_outputs.weight", "qa_outputs.bias"),
 }
 """The end of a class's name -> what it has in place of a head for tokens."""
-OF_LAYERS = re.compile(r"(layers|blocks|block)$")
+OF_LAYERS = re.compile(r"(layers|blocks|block|list)$")
 """How a stack ends whose numbers have no gaps: of a sequence of modules, those without parameters have no name."""
 _MADE_OF = re.compile(r"For\w+$|(Text)?Model$")
 

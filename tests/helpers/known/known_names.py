@@ -19,7 +19,7 @@ import hf
 import hf_zoo as zoo
 import known_where as where
 import transformers
-from known_saved import NUMBERED, TOWER, base_of, base_root, saved, towers, unfilled, unlike
+from known_saved import NUMBERED, TOWER, base_of, base_root, originals, saved, towers, unfilled
 
 import fmoe
 from fmoe.families import family
@@ -91,7 +91,7 @@ def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:
             others = [[kind] * len(value) for kind in kinds] + [[kind, *value[1:]] for kind in kinds]
         elif value == [] and "mlp" in field:  # of layers, by their numbers
             others = [[0], [1]]
-        elif isinstance(value, list) and value and isinstance(value[0], int):
+        elif isinstance(value, list) and value and isinstance(value[0], int) and "depth" not in field:  # a count
             others = [*([kind] * len(value) for kind in (0, 1)), [1]]
         else:
             continue
@@ -142,8 +142,10 @@ def form(name: str, original: bool, variants: bool = True, of: Any = None) -> di
     told = {n for sets in required.values() for least in sets for s in least for n in s}
     parts = towers(config, stem, found[0])
     others = {hit[1] for n in found[0] if (hit := NUMBERED.match(n)) and hit[1].startswith(tuple(parts))}
-    in_row = {s for s in others if not OF_LAYERS.search(s) and unlike(by_stack(found[0])[s])}
-    rows = {n for n in set.intersection(*found, *beside) if (hit := NUMBERED.match(n)) and hit[1] in in_row}
+    always_there = set.intersection(*found, *beside)
+    steady = others - {hit[1] for n in found[0] - always_there if (hit := NUMBERED.match(n))}
+    in_row = {s for s in steady if not OF_LAYERS.search(s)}
+    rows = {n for n in always_there if (hit := NUMBERED.match(n)) and hit[1] in in_row}
     inner = {n.removeprefix(stem) for n in always if n.startswith(stem) and "lm_head" not in n}
     model = unfilled(cls, config)
     own = set[str]() if base_of(model) is model else base_root(model, name, original)
@@ -197,7 +199,7 @@ def data(name: str) -> dict[str, Any]:
 
 def made_of(name: str, cls: Any) -> dict[str, Any]:
     """The entry of one class, of a name's config."""
-    forms = [form(name, original, of=cls) for original in ((True,) if name == "longcat_flash" else (True, False))]
+    forms = [form(name, original, of=cls) for original in originals(name)]
     return {
         "class": cls.__name__,
         "tied": bool(getattr(cls.config_class(), "tie_word_embeddings", False)),

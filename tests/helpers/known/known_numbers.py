@@ -32,6 +32,13 @@ def numbers(config: Any, least: int = 1) -> Step:
     return found
 
 
+def lengths(config: Any) -> Step:
+    """How many entries lists have, of what stands beside the text model."""
+    said = config.to_dict()
+    parts = {p: said[p] for p in PARTS if isinstance(said.get(p), dict)}
+    return {f"len({p}.{f})": len(v) for p, part in parts.items() for f, v in part.items() if isinstance(v, list) and v}
+
+
 def flags(config: Any) -> dict[str, bool]:
     """All flags of a config by how a formula calls them."""
     said = config.to_dict()
@@ -53,13 +60,15 @@ def changed(config: Any, values: Step, read: bool = False) -> Any:
     made = copy.deepcopy(config)
     try:
         for field, value in values.items():
-            *path, last = re.findall(r"\w+", field)
-            if field in where.COUNTS:
-                where.stretch(known_names.text_of(made), field, value)
+            *path, last = re.findall(r"\w+", field.removeprefix("len("))
             at = made if path and path[0] in PARTS else known_names.text_of(made)
             for part in path:
                 at = at[part] if isinstance(at, dict) else getattr(at, part)
-            if field.endswith("[l]"):
+            if last in where.COUNTS and not isinstance(at, dict):
+                where.stretch(at, last, value)
+            if field.startswith("len("):
+                where.stretch(at, last, value)
+            elif field.endswith("[l]"):
                 at[:] = [value] * len(at)
             elif isinstance(at, list | dict):
                 at[int(last) if isinstance(at, list) else last] = value

@@ -33,6 +33,11 @@ def saved(model: Any, name: str, original: bool) -> tuple[dict[str, Any], dict[s
     return given, {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in specs.items() if not late(n)}
 
 
+def originals(name: str) -> tuple[bool, ...]:
+    """Whether as published, then as in memory; that of LongCat is not read."""
+    return (True,) if name == "longcat_flash" else (True, False)
+
+
 def base_of(model: Any) -> Any:
     """A model's base, as AutoModel builds it; of a class that has none, the model."""
     return getattr(model, "model", model) if model.base_model is model else model.base_model
@@ -59,8 +64,3 @@ def towers(config: Any, stem: str, names: set[str]) -> list[str]:
         return []
     outside = {n for n in names if (not n.startswith(stem) or TOWER.search(n)) and "lm_head" not in n}
     return sorted({".".join(n.split(".")[: 2 if n.startswith("model.") else 1]) + "." for n in outside})
-
-
-def unlike(layers: dict[int, set[str]]) -> bool:
-    """Whether they are modules in a row, as of nn.Sequential: layers have the same names in all."""
-    return len(set(map(frozenset, layers.values()))) > 1

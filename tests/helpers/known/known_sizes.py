@@ -7,7 +7,6 @@ any other field changes (a list, what is absent) is not. Numbers that are only t
 
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import combinations, permutations, product
@@ -16,54 +15,16 @@ from typing import Any
 
 import known_fit
 import known_names
-from known_numbers import KINDS, OPTIONAL, Step, alike, changed, flags, numbers, turned
+from known_dims import Dims, dims
+from known_numbers import KINDS, OPTIONAL, Step, alike, changed, flags, lengths, numbers, turned
 
 import fmoe
 from fmoe.families.formula import fields
-from fmoe.families.numbered import NUMBERED, by_stack, decoder
-from fmoe.families.sizes import LAYERS, LIST, PARTS
+from fmoe.families.numbered import by_stack, decoder
+from fmoe.families.sizes import PARTS
 
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
-Dims = dict[tuple[str, int], int]
 MOST = 4  # numbers in one dimension
-
-
-def dims(name: str, cls: Any, config: Any) -> Dims | None:
-    """(template of a native name, dimension) -> its size; None: there is no such model.
-
-    A stack has as many layers as its last one's number says: (template of its layers, -1); a list of tensors, -2.
-    Where what a list says of a layer decides, the template names it: "#layer_types=full_attention.self_attn.q_norm".
-    """
-    try:
-        specs = known_names.sized(cls, config, name, True)
-    except Exception:  # Transformers builds no such model
-        return None
-    stacks = by_stack(specs)
-    main = decoder(stacks)
-    found: dict[tuple[str, int], set[int]] = defaultdict(set)
-    apart: dict[tuple[str, int], Dims] = defaultdict(dict)  # what is numbered, and no layers
-    said = known_names.text_of(config).to_dict()
-    kinds = {f: said[f] for f in KINDS if isinstance(said.get(f), list)}
-    counts: Dims = {}
-    for native, spec in specs.items():
-        hit = NUMBERED.match(native)
-        if ".experts." in native and not (hit and known_names.TOWER.search(hit[1])):  # ranges of experts are read too
-            continue
-        bare, _, number = native.rpartition(".")
-        if not hit and number.isdigit():
-            counts[f"{bare}.#", LIST] = max(int(number) + 1, counts.get((f"{bare}.#", LIST), 0))
-        beside = hit and hit[1] != main
-        for k, n in enumerate(spec.shape):
-            template = (f"{hit[1]}.#." if beside else "#.") + hit[3] if hit else native
-            found[template, k].add(n)
-            apart[template, k] |= {(native, k): n} if beside else {}
-            for field, listed in kinds.items() if hit and hit[1] == main else ():
-                if int(hit[2]) < len(listed):
-                    found[f"#{field}={listed[int(hit[2])]}.{hit[3]}", k].add(n)
-    both = config.is_encoder_decoder
-    counts |= {(f"{s}.#", LAYERS): max(layers) + 1 for s, layers in stacks.items() if s and (s != main or both)}
-    each = {at: n for template, sizes in found.items() if len(sizes) > 1 for at, n in apart[template].items()}
-    return {at: sizes.pop() for at, sizes in found.items() if len(sizes) == 1} | each | counts
 
 
 class Seen:
@@ -82,7 +43,7 @@ class Seen:
             text = known_names.text_of(self.config)
             setattr(text, kind[0], [kind[1]] * len(getattr(text, kind[0])))
         self.config = alike(self.config if not kind else changed(self.config, {}, True) or self.config)
-        self.said, self.flags = numbers(self.config), flags(self.config)
+        self.said, self.flags = numbers(self.config) | lengths(self.config), flags(self.config)
         self._seen: dict[tuple[tuple[str, int], ...], Dims | None] = {}
         self.base = self({}) or {}
 
@@ -106,7 +67,7 @@ class Seen:
     def others(self) -> list[tuple[Step, Dims]]:
         """The sizes where anything else is changed, with the numbers there: a flag, a list, what is absent."""
         ways = (c for part in known_names.parts_of(self.config) for c in known_names.varied(self.config, part))
-        return [(numbers(c, 0) | flags(c), d) for c in ways if (d := dims(self.name, self.cls, c))]
+        return [(numbers(c, 0) | lengths(c) | flags(c), d) for c in ways if (d := dims(self.name, self.cls, c))]
 
     def kinds(self) -> Iterator[tuple[str, Any]]:
         """What lists say of layers, here or in the class's own config."""

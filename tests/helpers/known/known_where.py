@@ -112,12 +112,14 @@ def remade(config: Any) -> Any:
     return type(config).from_dict(config.to_dict())
 
 
-def stretch(text: Any, field: str, count: int) -> None:
-    """Lists with an entry for each layer, for as many layers as this number is to be."""
-    given = text.to_dict()
+def stretch(part: Any, field: str, count: int) -> None:
+    """Lists with an entry for each layer, for as many layers as this number is to be; or all of this list's length."""
+    given = part.to_dict()
+    listed = isinstance(given[field], list)
+    length = len(given[field]) if listed else given[field]
     for f, v in given.items():
-        if isinstance(v, list) and len(v) == given[field] and len(v) > 1:
-            setattr(text, f, [v[l % len(v)] for l in range(count)])
+        if isinstance(v, list) and len(v) == length and (listed or len(v) > 1):
+            setattr(part, f, [v[l % len(v)] for l in range(count)])
 
 
 def placed(told_by: list[tuple[dict[str, Any], set[str]]], stack: str) -> list[Row]:

@@ -1,0 +1,77 @@
+"""Of models with towers or an encoder, every layer that is lost is missed, and no more layers than there are."""
+
+import re
+
+import hf
+import hf_zoo as zoo
+import known_names
+import known_numbers
+import pytest
+from known_saved import originals
+
+import fmoe
+from fmoe.families import family
+from fmoe.families.complete import gaps
+from fmoe.families.numbered import by_stack
+from fmoe.families.sizes import PARTS
+
+MODELS = [
+    name
+    for name in (*hf.MODELS, *zoo.MODELS)
+    if hasattr(known_names.base(name)[1], "text_config") or known_names.base(name)[1].is_encoder_decoder
+]
+COUNTS = re.compile(r"(num_hidden_layers|depth|encoder_layers|num_layers|deepstack_visual_indexes)$")
+
+
+def forms(name, config):
+    """Config and native tensors of a class and its base class, as published and as in memory."""
+    cls = known_names.base(name)[0]
+    for of in filter(None, (cls, known_names.two_parts(name))):
+        for original in originals(name):
+            given, specs = known_names.in_files(of, config, name, original)
+            given["architectures"] = [of.__name__]
+            yield given, fmoe.adapter(given["model_type"], given).from_hf(specs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_layer_that_is_lost_is_missed(name):
+    for given, specs in forms(name, known_names.base(name)[1]):
+        kind = family(given["model_type"])
+        assert gaps(kind, given, specs) == ([], [])
+        for stack, layers in by_stack(specs).items():
+            for l in layers if stack else ():
+                lost = f"{stack}.{l}."
+                left = {n: spec for n, spec in specs.items() if not n.startswith(lost)}
+                told = [key for problem in gaps(kind, given, left).problems for key in problem.keys]
+                assert any(key == stack or key.startswith(lost) for key in told), (given["architectures"], lost)
+
+
+LISTED = {"audio_config.num_hidden_layers": ("muse_spark", "len(audio_config.depths)")}
+"""A count that goes with lists of as many."""
+
+
+def counted(name):
+    """What a model's config says of how many layers, or merged features, stand beside the text model."""
+    config = known_names.base(name)[1]
+    said = known_numbers.numbers(config) | known_numbers.lengths(config)
+    last = lambda field: field.rpartition(".")[2].rstrip(")")
+    return {f: n for f, n in said.items() if f.removeprefix("len(").startswith(PARTS) and COUNTS.match(last(f))}
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name in MODELS for field in counted(name)])
+def test_a_tower_of_three_more_layers_is_whole_and_too_long_for_who_says_fewer(name, field):
+    config, said = known_names.base(name)[1], counted(name)
+    model, beside = LISTED.get(field, ("", ""))
+    more = {field: said[field] + 3} | ({beside: said[field] + 3} if model == name else {})
+    longer = known_numbers.changed(config, more)
+    assert longer is not None
+    for (given, specs), (few, _) in zip(forms(name, longer), forms(name, config), strict=True):
+        assert gaps(family(given["model_type"]), given, specs) == ([], [])
+        assert gaps(family(given["model_type"]), few, specs).problems
+
+
+def test_blocks_of_muse_sparks_sound_are_as_many_as_it_says():
+    config = known_names.base("muse_spark")[1]
+    config.audio_config.depths = [2]
+    for given, specs in forms("muse_spark", config):
+        assert gaps(family("muse_spark"), given, specs) == ([], [])
