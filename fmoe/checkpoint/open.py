@@ -15,7 +15,6 @@ from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
 from fmoe.families.cross import Crossing, cross
 from fmoe.families.kind import Family, as_dict
-from fmoe.families.sizes import zeros_in_stacks
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter, table
@@ -235,7 +234,7 @@ def _besides(source: Checkpoint, wrong: Collection[str]) -> list[Problem]:
         native = source.specs if source.native else adapter_of(source).plan({**source.specs, **lost}).targets
         return [problem for problem in gaps_of(source, native).problems if not {*problem.keys} <= {*wrong}]
     except AdapterError:
-        return zeros_in_stacks(FAMILIES[source.kind], source.config, source.specs, wrong)
+        return []
 
 
 def complete(source: Checkpoint, adapter: Adapter, plan: Plan, to: str, how: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def weight_rules(rules: list[Rule]) -> tuple[Rule, ...]:
 
 def unscaled(specs: Specs, found: Mapping[str, Parts], rules: tuple[Rule, ...]) -> list[Problem]:
     """A problem for each tensor of experts that is neither floating nor a part of a quantised one."""
-    whole = {d for d in {spec.dtype for spec in specs.values()} if not d.is_floating_point and not d.is_complex}
+    whole = {d for d in {spec.dtype for spec in specs.values()} if not d.is_floating_point}
     parts = {n for p in found.values() for n in (p.name, *p.stored)}
     odd = [n for n, spec in specs.items() if spec.dtype in whole and n not in parts] if whole else []
     if not odd:

@@ -121,12 +121,13 @@ class Family:
         if said := _contradictions(given, config if isinstance(config, Mapping) else {}, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")
         values = self.values(given)
-        sizes = {"e": values.get("n_routed_experts") or None, "i": values.get("moe_inter_dim")}  # none: all are dense
+        sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
         sizes["d"] = values.get("moe_latent_size") or values.get("dim")
         sizes |= {letter: next(_said(given, names), None) for letter, names in self.sizes.items()}
-        bounds = {a: n for a, n in sizes.items() if isinstance(n, int) and not isinstance(n, bool)}
-        if large := [a for a, n in bounds.items() if n >= 2**63]:
-            raise AdapterError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
+        bounds = {a: n for a, n in sizes.items() if type(n) is int and n}  # 0 experts: all layers are dense
+        moe = self._moe_config(given, values)
+        if odd := [f"{a} is {n}" for a, n in bounds.items() if not 0 < n < 2**63]:
+            raise AdapterError(f"{self.model_types[0]}: of the config's sizes {odd[0]}, expected 0 to 2**63")
         codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
             exports(self.fresh, quantize, across=in_out(tables)) if quantize else self.fresh,
@@ -144,11 +145,12 @@ class Family:
             why = f"{self.model_types[0]}'s files hold gate and up in an order that scales have no rules for"
             raise AdapterError(f"quantize={quantize!r}: {why}. Fix: convert it to one that names them apart first")
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
-        stages = (codec, *(s.bind(bounds).counted() if isinstance(s, Table) else s for s in tables))
-        if dtype is not None:
-            stages = (*stages, CastExperts(as_dtype(dtype)))
+        tables = tuple(s.bind(bounds).counted() if isinstance(s, Table) else s for s in tables)
+        rules = [e for s in tables if isinstance(s, Table) for e in walk(s.entries) if isinstance(e, Rule)]
+        casts = () if dtype is None else (CastExperts(as_dtype(dtype)),)
+        stages = (replace(codec, experts=weight_rules(rules)), *tables, *casts)
         whole = config if config is None or isinstance(config, Mapping) else config.to_dict()
-        return replace(Adapter(stages).choose(**choices), moe=self._moe_config(given, values), config=whole)
+        return replace(Adapter(stages).choose(**choices), moe=moe, config=whole)
 
     def values(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """MoEConfig's fields, as far as the config says them; of what it leaves out, Transformers' defaults."""
@@ -203,8 +205,7 @@ def _scaled(stages: tuple[Stage, ...], codec: Quantised, method: Any) -> tuple[t
     joined = tuple(seam for entries in tables for seam in seams(entries, codec.formats, flip)) if codec.keep else ()
     scaled = lambda table: with_scales(table.entries, codec.formats, keep=codec.keep, flip=flip)
     made = lambda s: replace(s, entries=scaled(s)) if isinstance(s, Table) else s
-    rules = weight_rules([e for entries in tables for e in walk(entries) if isinstance(e, Rule)])
-    return tuple(map(made, stages)), replace(codec, seams=joined, experts=rules)
+    return tuple(map(made, stages)), replace(codec, seams=joined)
 
 
 def _said(config: Mapping[str, Any], names: str) -> Iterator[Any]:

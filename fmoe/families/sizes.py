@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmoe.families.formula import fields, value, words
-from fmoe.families.kind import Family, as_dict
 from fmoe.families.known import entries, text_stack
 from fmoe.families.numbered import Layers, by_stack
 from fmoe.families.sparse import layer_count
@@ -97,20 +96,6 @@ def odd_sizes(
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
             text = f"{some(spelt(names, spell))}: {n} in {dim}, and config.json has {told}: expected {size}"
             yield Problem(text, keys(names, spell))
-
-
-def zeros_in_stacks(
-    kind: Family, config: Mapping[str, Any], specs: Mapping[str, Any], wrong: Iterable[str]
-) -> list[Problem]:
-    """Of tensors that do not fit, those of as many experts as there are with zero experts: what they are, and a fix."""
-    values = kind.values(as_dict(config))
-    count, zeros = values.get("n_routed_experts"), values.get("n_zero_experts")
-    if not count or not zeros:
-        return []
-    found = tuple(n for n in wrong if n in specs and len(specs[n].shape) == 3 and specs[n].shape[0] == count + zeros)
-    told = f"{count} experts and {zeros} zero experts in one tensor, as Transformers has them in memory and writes with"
-    fix = "Fix: save_pretrained without it, in the published format, which is read"
-    return [Problem(f"{some(found)}: {told} save_original_format=False. {fix}", found)] if found else []
 
 
 def _expected(formula: str, own: Mapping[str, Any], layer: int, text: bool) -> Expected | None:

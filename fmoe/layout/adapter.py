@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fmoe.layout.asked import asked
+from fmoe.layout.asked import asked, with_zeros
 from fmoe.layout.beside import beside, check_parts
 from fmoe.layout.eager.html import table_of
 from fmoe.layout.eager.running import Views, on_mesh, one, run, specs_of, views_of, without
@@ -128,9 +128,9 @@ class Adapter:
 
     def _plan(self, values: Mapping[str, Any], window: Window, local: frozenset[str] = frozenset()) -> Plan:
         check_ranges(self.stages, window)
-        specs = specs_of(values)
         stages = tuple(s.see(values) if hasattr(s, "see") else s for s in self.stages)  # what values alone can settle
-        return check_cut(plan_stages(stages, specs, window, local), window.keys() - local)
+        with with_zeros(self.moe, specs := specs_of(values)):
+            return check_cut(plan_stages(stages, specs, window, local), window.keys() - local)
 
     # eager
 

@@ -124,7 +124,7 @@ def together(*adapters: Adapter) -> Adapter:
     >>> layer = together(rule("{l}.up [i d]", "{l}.w [i d]"), rule("{l}.down [d i]", "{l}.v [d i]"))
     >>> layer.from_hf({"0.up": torch.zeros(2, 3)})
     Traceback (most recent call last):
-    fmoe.types.AdapterError: missing '0.down', which must stand beside '0.up'
+    fmoe.types.AdapterError: missing '0.down', which must stand beside '0.up'. Fix: give both
     """
     entries = [e for a in adapters for e in _entries(a)]
     if other := [e for e in entries if not isinstance(e, Rule | Together)]:

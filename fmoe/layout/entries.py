@@ -189,15 +189,16 @@ def _evident(either: Either, names: Names) -> str | None:
             text = f"mixed layouts: {keys[0]!r} is {either.name} {label!r}, {keys[1]!r} is {either.name} {best!r}"
             raise AdapterError([Problem(f"{text}; a checkpoint has one", keys)])
     rivals = [label for label, claim in found.items() if claim.keys() == found[best].keys()]
-    alike = [label for label in rivals if names.specs and _fit(either.choose(label), names)]
-    return best if best in alike or not alike else alike[0]
+    if len(rivals) == 1 or not names.specs:
+        return best
+    return max(rivals, key=lambda label: (_fitting(either.choose(label), names), label == best))
 
 
-def _fit(entries: Iterable[Entry], names: Names) -> bool:
-    """Whether one tensor of each kind that these rules claim has the sizes that they are bound to."""
-    pairs = ((rule, rows.names[0]) for rule in walk(entries) if isinstance(rule, Rule)
-             for _, _, rows in hits(rule, names))  # fmt: skip
-    return all(rule.fits(names.specs[name].shape) for rule, name in pairs if name in names.specs)
+def _fitting(entries: Iterable[Entry], names: Names) -> int:
+    """How many of the tensors that these rules claim have the sizes that they are bound to."""
+    pairs = ((rule, name) for rule in walk(entries) if isinstance(rule, Rule)
+             for _, _, rows in hits(rule, names) for name in rows.names)  # fmt: skip
+    return sum(rule.fits(names.specs[name].shape) for rule, name in pairs if name in names.specs)
 
 
 def _claims(entries: Iterable[Entry], names: Names) -> dict[str, str]:

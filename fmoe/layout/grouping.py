@@ -98,7 +98,17 @@ class Claimed:
             i = self.rule.stacked.index(name)
             strays.append(max(self.found.items(), key=lambda item: int(item[0][i]))[1])
             expected += f", since {strays[-1]!r} is there"
-        raise Wrong(f"{'; '.join(text)}: expected {expected} (rule {self.rule})", (*absent, *strays))
+        fix = ". Fix: give it all" + self._there(lost) if absent else ""
+        raise Wrong(f"{'; '.join(text)}: expected {expected} (rule {self.rule}){fix}", (*absent, *strays))
+
+    def _there(self, lost: list[tuple[int, ...]]) -> str:
+        """The range of experts that are there whole, if they are one: it can be asked for."""
+        if "e" not in self.rule.stacked or "e" in self.window:
+            return ""
+        i = self.rule.stacked.index("e")
+        held = sorted({int(at[i]) for at in self.found} - {at[i] for at in lost})
+        one = held and len(held) == held[-1] + 1 - held[0]
+        return f", or ask for what is there, e=range({held[0]}, {held[-1] + 1})" if one else ""
 
     def group(self) -> Group:
         """The group. Raises Wrong with the keys that are missing, out of range, or do not fit."""
@@ -144,7 +154,11 @@ class Claimed:
         told = ", ".join(f"{n!r} {list(specs[n].shape)} {specs[n].dtype}" for n in odd[:8])
         wanted = f"{'' if shape is None else list(shape)} {dtype}"
         text = f"one stack, several shapes or dtypes: {told}; of {len(specs)}, {len(specs) - len(odd)} are {wanted}"
-        raise Wrong(f"{text} (rule {self.rule})", tuple(odd))
+        dtypes = {d for _, d in seen}
+        numbers = all(d.is_floating_point and d.itemsize > 1 for d in dtypes)  # and no codes
+        cast = f". Fix: cast to {dtype if len(odd) < len(specs) else 'one dtype'}" * (numbers and len(dtypes) > 1)
+        fix = next(filter(None, (_turned(specs[n].shape, shape or ()) for n in odd)), cast)
+        raise Wrong(f"{text} (rule {self.rule}){fix}", tuple(odd))
 
     def _expected(self) -> tuple[int, ...] | None:
         """The shape that bounds and choices say, where they say all of it."""
@@ -186,10 +200,10 @@ class Claimed:
             sizes = [self._held(a, full) if a in full else None for a in dim if a != "1"]
             return "?" if None in sizes else str(prod(n for n in sizes if n is not None))
 
-        expected = ", ".join(show(dim) for dim in self.rule.source.axes or ())
+        dims = [show(dim) for dim in self.rule.source.axes or ()]
         same = [n for n in self.found.values() if self.specs[n].shape == self.specs[name].shape]
-        text = f"{some(same)}: shape {list(self.specs[name].shape)}, expected [{expected}] (rule {self.rule})"
-        return Wrong(text, tuple(same))
+        text = f"{some(same)}: shape {list(self.specs[name].shape)}, expected [{', '.join(dims)}] (rule {self.rule})"
+        return Wrong(text + _turned(self.specs[name].shape, dims), tuple(same))
 
     def _check_window(self, full: Mapping[str, int]) -> None:
         for axis, asked in self.window.items():
@@ -216,3 +230,14 @@ class Claimed:
         place = {label: range(at[i], at[i + 1]) for i, label in enumerate(labels)}
         captures = self.rule.source.captures | self.rule.target.captures
         return tuple(place[c] for c in captures[axis].choices)
+
+
+def _turned(found: Sequence[int], expected: Sequence[object]) -> str:
+    """What to do with a matrix, or a stack of them, that is transposed; nothing of another.
+
+    >>> _turned((8, 3, 4), ["8", "4", "3"])
+    '. Fix: transpose: its last two dimensions are the other way round'
+    """
+    other = [str(n) for n in (*found[:-2], *found[:-3:-1])]
+    turned = len(found) > 1 and other == [str(n) for n in expected] and found[-1] != found[-2]
+    return ". Fix: transpose: its last two dimensions are the other way round" * turned

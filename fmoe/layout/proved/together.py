@@ -26,7 +26,8 @@ def apart(entries: tuple[Entry, ...], claims: Claims) -> list[Problem]:
                 rule, beside = claims.rules[i], next(j for j in mine if place in there[j])
                 absent = patterns(rule)[0].render(_open(rule) | dict(place))
                 near = next(iter(claims.groups[beside, there[beside][place]].values()))
-                problems.append(Problem(f"missing {absent!r}, which must stand beside {near!r}", (absent, near)))
+                text = f"missing {absent!r}, which must stand beside {near!r}. Fix: give both"
+                problems.append(Problem(text, (absent, near)))
     return problems
 
 
