@@ -15,6 +15,7 @@ from fmoe.codecs.config import quantization_of
 from fmoe.families import FAMILIES
 from fmoe.families.complete import Gaps, gaps
 from fmoe.families.kind import as_dict
+from fmoe.families.refused import check_types
 from fmoe.families.sizes import Spell
 from fmoe.folding import Doubt
 from fmoe.layout.adapter import Adapter
@@ -114,6 +115,7 @@ def whole_saved(
     Of a family that is not known, of names that are not its own, and of an adapter that drops some on purpose, nobody
     knows what is whole.
     """
+    check_types(config)
     kind = FAMILIES.get(str(config.get("model_type")))
     if kind is None or any(isinstance(entry, Drop) for entry in _entries(adapter.stages)):
         return ()

@@ -1,7 +1,7 @@
 """What a family is: rules, the names that its config uses, its activation, and what its FP8 checkpoints quantise."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -14,6 +14,7 @@ from fmoe.codecs.quantised import Fresh, Quantised
 from fmoe.codecs.scales import in_out, matrix, seams, turned, with_scales
 from fmoe.codecs.unscaled import weight_rules
 from fmoe.families.defaults import left_out
+from fmoe.families.refused import check_types
 from fmoe.families.router import spoken, unheard, unsaid
 from fmoe.families.sparse import ANY
 from fmoe.folding import meant
@@ -108,7 +109,6 @@ class Family:
         lora = {n: choices.pop(n) for n in LORA if n in choices}
         if (quantized := choices.pop("quantized", "decode")) not in KEPT:
             raise AdapterError(f"quantized={quantized!r}: expected 'decode' or 'keep'{meant(quantized, KEPT)}")
-        keep = quantized == "keep"
         tables = carry(self.rules.stages, self.model_types, **lora)
         known = {n: o for stage in tables if isinstance(stage, Table) for n, o in stage.choices().items()}
         axes = frozenset[str]().union(*(stage.axes() for stage in tables))
@@ -118,6 +118,7 @@ class Family:
             told = "; ".join(f"{n}={' | '.join(map(repr, o))}" for n, o in known.items())
             near = meant(name, [*known, "system", "dtype", "quantize", "quantized", *LORA])
             raise AdapterError(f"{self.model_types[0]} has no choice {name!r}: expected {told or 'none'}; dtype{near}")
+        check_types(config)
         if said := _contradictions(given, config if isinstance(config, Mapping) else {}, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")
         values = self.values(given)
@@ -138,7 +139,7 @@ class Family:
             lists=lists(quantization_of(given)),
             undecoded=undecoded(given),
             gptq=gptq_version(given),
-            keep=keep,
+            keep=quantized == "keep",
             declared=quantization_of(given) is not None,
         )
         if quantize and _apart(tables):
@@ -169,9 +170,8 @@ class Family:
         for name, why in self.unsaid.items():
             if any(value if isinstance(value := config.get(name), list) else [value]):
                 return f"{name}={config[name]!r} {why}"
-        known = {f.name for f in fields(MoEConfig)}
         dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"))
-        extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in known}
+        extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in MoEConfig.__dataclass_fields__}
         if isinstance(told := spoken(config, self.words), str):
             return told
         extra |= told

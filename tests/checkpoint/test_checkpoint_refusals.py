@@ -134,7 +134,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         update("config.json", num_experts=9, num_local_experts=9),
         "layers.0.mlp.experts.8.gate_proj.weight",
     ),
-    "a size in words": (update("config.json", num_experts="eight"), "config.json: .*experts is 'eight'"),
+    "a size in words": (
+        update("config.json", num_experts="eight"),
+        r'config.json has num_experts "eight", .* an integer\. ',
+    ),
     "a dtype that is none": (update("config.json", dtype="float99"), "config.json: dtype is 'float99'"),
 }
 

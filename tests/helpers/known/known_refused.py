@@ -3,20 +3,29 @@
 `known_refused.py [NAME ...]`. Every number is set to 0 and to -1, every list with an entry for each layer is made one
 shorter and one longer. What Transformers then builds no model of is refused, and so is a number below 0 of which it
 builds another. But for steps of layers: 0 is taken where another field leaves no layer to count.
+
+Every whole number and flag, in every part of a config and under every name that its class knows, is made something else
+that JSON has; and it is of one type only where no other is read as what it was: as a number in a list may be.
 """
 
 import copy
+import dataclasses
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import known_names
 import known_where as where
 import torch
 from known_numbers import numbers
+from transformers import AutoConfig, PreTrainedConfig
 
 import fmoe
+from fmoe.families.refused import TYPES
+from fmoe.families.where import within
 
 EACH = re.compile(r"layer|_types")
 """In the names of lists with an entry for each layer."""
@@ -65,5 +74,86 @@ def refused(name: str) -> dict[str, list[str]]:
     return {what: fields for what, fields in found.items() if fields}
 
 
+def parts(config: Any, path: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """(path, config, whether its model type chooses its class) of a config and all that it is made of."""
+    yield path, config, False
+    for name, kind in type(config).sub_configs.items():
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            yield from ((at, p, kind is AutoConfig or free) for at, p, free in parts(part, f"{path}{name}."))
+
+
+def put(said: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """What config.json says with another value at exactly this path."""
+    made = copy.deepcopy(said)
+    part, field = within(made, path)
+    assert isinstance(part, dict)
+    part[field] = value
+    return made
+
+
+def others(now: Any) -> dict[type, list[Any]]:
+    """What a field may be made, by type."""
+    number = now if type(now) is int else 2
+    return {
+        int: [number, 1, 0],
+        bool: [True, False],
+        NoneType: [None],
+        list: [[number] * times for times in (1, 2, 3, 4)],  # for each layer, perhaps
+        float: [1.5, float(number)],
+        str: [str(number)],
+        dict: [{}],
+    }
+
+
+def declared(part: Any, field: str) -> set[type]:
+    """The types that a config's class gives a field."""
+    kinds = {f.name: f.type for f in dataclasses.fields(part)}
+    kind = kinds.get(part.attribute_map.get(field, field), "")
+    words = re.findall(r"\w+", re.sub(r"\[.*?\]", "", kind.__name__ if isinstance(kind, type) else str(kind)))
+    return {kind for kind in others(None) if {"NoneType": "None"}.get(kind.__name__, kind.__name__) in words}
+
+
+def read(config: Any, said: dict[str, Any]) -> bool:
+    """Whether the class of a config reads this."""
+    try:
+        return bool(type(config).from_dict(copy.deepcopy(said)))
+    except Exception:  # its own checks
+        return False
+
+
+def taken(name: str, path: str, now: Any, may: set[type]) -> set[type]:
+    """The types of which a class reads a field; what its config passes unread must not keep it from making a model.
+
+    may: the types that it is declared to have: where one is refused, another field may be why.
+    """
+    _, config = known_names.base(name)
+    said, passed = config.to_dict(), dict[type, list[dict[str, Any]]]()
+    for kind, values in others(now).items():
+        made = [put(said, path, value) for value in values]
+        if found := [one for one in made if read(config, one)]:
+            passed[kind] = found
+    unread = type(now) is int and bool({str, float} & {*passed} - may)
+    built = lambda all_of: any(sizes(name, made) is not None for made in all_of)
+    return may | {kind for kind, all_of in passed.items() if not unread or built(all_of)}
+
+
+def of_types(name: str) -> dict[str, list[str]]:
+    """What is expected of fields -> those that a class reads as nothing of another type."""
+    _, config = known_names.base(name)
+    found = dict[str, list[str]]()
+    for at, part, chosen in parts(config):
+        names = {f.name for f in dataclasses.fields(part)} | {*part.attribute_map} | {*part.to_dict()}
+        for field in sorted(n for n in names - {*part.sub_configs, "dtype"} if not n.startswith("_")):
+            now = part.__dict__.get(part.attribute_map.get(field, field))
+            if (may := declared(part, field)) and not may & {int, bool}:
+                continue
+            kinds = taken(name, at + field, now, may)
+            if kinds & {int, bool} and kinds <= {*TYPES}:
+                *words, last = (word for kind in TYPES if kind in kinds for word in TYPES[kind])
+                expected = f"{', '.join(words)} or {last}" if words else last
+                found.setdefault(f"{expected} in {part.model_type}" if chosen else expected, []).append(at + field)
+    return found
+
+
 if __name__ == "__main__":
-    known_names.rewrite(FILE, lambda name, was: refused(name), sys.argv[1:])
+    known_names.rewrite(FILE, lambda name, was: refused(name) | of_types(name), sys.argv[1:])
