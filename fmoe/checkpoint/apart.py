@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.sending import Outbox
+from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.carry import default_threads
 from fmoe.checkpoint.stream.carrying import carry_out
@@ -26,10 +27,10 @@ def in_ranks_apart(
     group: "ProcessGroup",
     engine: Engine,
     how: Rank,
-    survived: list[Survival],
+    heard: Heard,
     opening: Callable[[], AbstractContextManager[Staging]],
     begin: Callable[[Staging], None],
-    finish: Callable[[Staging], dict[str, str]],
+    finish: Callable[[Staging, list[Survival]], dict[str, str]],
     progress: Callable[[int], None],
 ) -> Done:
     """As `in_ranks`, to an address: whole files are shared out, by bytes, and what is sent is not sent again.
@@ -55,10 +56,10 @@ def in_ranks_apart(
 
         threads = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         with place.sending(stage) as sent:
-            carry_out(stage, engine, how.threads or engine.source.readers or threads, had, shown, sent)
+            mine = carry_out(stage, engine, how.threads or engine.source.readers or threads, had, shown, sent, heard)
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
-        survived[:] = [each for mine in ranks.gather(survived) for each in mine]
-        sums = ended(ranks, finish(stage) if ranks.first else None)
+        told = [each for found in ranks.gather(mine) for each in found]
+        sums = ended(ranks, finish(stage, told) if ranks.first else None)
         place.gone()
         return Done(resumed, read, written, sums)
 

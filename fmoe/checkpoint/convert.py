@@ -21,6 +21,7 @@ from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sending import Outbox, place_of
 from fmoe.checkpoint.sides import unnamed_choices
 from fmoe.checkpoint.staging.beside import taken_along
+from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.carrying import carry_out
@@ -129,8 +130,7 @@ def convert(
         if crossing.lost and not lossy:
             text = f"{source.path} becomes {to} at a loss: lossy=True (--lossy) does without these"
             raise AdapterError([text, *crossing.lost])
-    survived: list[Survival] = []
-    there = telling(there, survived.append)
+    there = telling(there, heard := Heard())
     plan = plan_from(source, there, **ranges)
     found = crossing.notes if crossing else complete(source, adapter, plan, to, how)
     said = {} if own or to != "native" else unnamed_choices(adapter, [*source.specs])
@@ -171,7 +171,7 @@ def convert(
     opening = lambda: place.opening(work, force, fsync)
     begin = lambda stage: place.begin(stage, layout.heads, [*others, *small])
 
-    def finish(stage: Staging) -> dict[str, str]:
+    def finish(stage: Staging, survived: list[Survival]) -> dict[str, str]:
         if stage.stale is None:
             for name, given in {**others, **small}.items():
                 stage.fill(name, given)
@@ -198,7 +198,7 @@ def convert(
     if process_group is not None:
         mine = Rank(place.home, work, threads, fsync, force)
         carry = partial(in_ranks_apart, place) if isinstance(place, Outbox) else in_ranks
-        resumed, read, written, sums = carry(process_group, engine, mine, survived, opening, begin, finish, carried)
+        resumed, read, written, sums = carry(process_group, engine, mine, heard, opening, begin, finish, carried)
         return replace(report, read=read, written=written, resumed=resumed, checksums=sums, notes=(*found, *notes))
     with opening() as stage, place.clean(stage):
         begin(stage)
@@ -206,10 +206,10 @@ def convert(
             done = {*range(stage.done), *stage.also}
             resumed = sum(engine.items[i].nbytes for i in done)
             with place.sending(stage) as sent:
-                carry_out(stage, engine, threads or source.readers, resumed, carried, sent)
+                survived = carry_out(stage, engine, threads or source.readers, resumed, carried, sent, heard)
         else:
-            resumed = plan.nbytes
-        sums = finish(stage)
+            resumed, survived = plan.nbytes, stage.heard
+        sums = finish(stage, survived)
     report = replace(report, notes=(*found, *notes), checksums=sums)
     return replace(report, read=engine.read, written=engine.written, resumed=resumed)
 

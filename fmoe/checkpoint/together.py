@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.remote.trouble import Unreadable
+from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.journal import forgotten
 from fmoe.checkpoint.staging.shares import Share
 from fmoe.checkpoint.staging.unfinished import Staging
@@ -46,15 +47,15 @@ def in_ranks(
     group: "ProcessGroup",
     engine: Engine,
     how: Rank,
-    survived: list[Survival],
+    heard: Heard,
     opening: Callable[[], AbstractContextManager[Staging]],
     begin: Callable[[Staging], None],
-    finish: Callable[[Staging], dict[str, str]],
+    finish: Callable[[Staging, list[Survival]], dict[str, str]],
     progress: Callable[[int], None],
 ) -> Done:
     """The work of an engine, by all ranks of a group, which all call this; the first alone opens, begins, finishes.
 
-    survived: what this rank has found out of changes that its codes keep; afterwards what all ranks have.
+    heard: whom changes tell; `finish` gets what those of all ranks told, and those of an earlier run.
     Raises AdapterError on all ranks where one of them fails or ends; the same call goes on, with any number of ranks.
     """
     with together(group) as ranks, ExitStack() as stack:
@@ -66,10 +67,10 @@ def in_ranks(
         resumed = sum(item.nbytes for item in engine.items) - sum(engine.items[i].nbytes for i in todo)
         shown = (lambda done: progress(resumed + done)) if ranks.first else lambda done: None
         shown(0)
-        _carry(ranks, engine, todo, how, shown)
+        mine = _carry(ranks, engine, todo, how, heard, shown) + (stage.heard if stage else [])
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
-        survived[:] = [each for mine in ranks.gather(survived) for each in mine]
-        return Done(resumed, read, written, ended(ranks, finish(stage) if stage else None))
+        told = [each for found in ranks.gather(mine) for each in found]
+        return Done(resumed, read, written, ended(ranks, finish(stage, told) if stage else None))
 
 
 def agreed(ranks: Ranks, work: str) -> None:
@@ -95,17 +96,23 @@ def _left(stage: Staging, engine: Engine) -> list[int]:
     return [i for i in range(stage.done, len(engine.items)) if i not in stage.also]
 
 
-def _carry(ranks: Ranks, engine: Engine, todo: Sequence[int], how: Rank, shown: Callable[[int], None]) -> None:
+def _carry(
+    ranks: Ranks, engine: Engine, todo: Sequence[int], how: Rank, heard: Heard, shown: Callable[[int], None]
+) -> list[Survival]:
+    """This rank's share of the items; what their changes told."""
     mine = [todo[k] for k in share([engine.items[i].nbytes for i in todo], ranks.world)[ranks.rank]]
+    told = list[Survival]()
     if not todo:
-        return
+        return told
     journal = Share(how.dst, ranks.rank, how.work)
     done, since, waiting, most = 0, 0, list[int](), 0
     each = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     try:
         with pool(how.threads or engine.source.readers or each) as executor:
-            for i, _ in in_order(executor, lambda i: engine.run(engine.items[i]), mine, engine.ahead):
-                journal.mark(i)
+            run = lambda i: heard.during(lambda: engine.run(engine.items[i]))
+            for i, found in in_order(executor, run, mine, engine.ahead):
+                journal.mark(i, found)
+                told += found
                 waiting.append(i)
                 done += engine.items[i].nbytes
                 most = max(most, ranks.done(done))
@@ -116,6 +123,7 @@ def _carry(ranks: Ranks, engine: Engine, todo: Sequence[int], how: Rank, shown: 
         _settle(engine, journal, waiting, how.fsync)
     finally:
         journal.close()
+    return told
 
 
 def _settle(engine: Engine, journal: Share, items: Sequence[int], fsync: bool) -> None:

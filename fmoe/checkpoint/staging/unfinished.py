@@ -12,8 +12,10 @@ from typing import Any
 from fmoe.checkpoint.files.disk import copied, naming
 from fmoe.checkpoint.files.weights import INDEX, JOURNAL, METADATA, OPENS, TREE, holds
 from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.staging.heard import heard_of, line_of
 from fmoe.checkpoint.staging.journal import ONCE, boot, forgotten, lines, note, told
 from fmoe.checkpoint.staging.shares import forget, shared
+from fmoe.codecs.survival import Survival
 from fmoe.types import AdapterError
 
 
@@ -21,14 +23,16 @@ class Staging:
     """The files of one directory, under a lock that lasts as long as the process.
 
     begun: whether there is something to go on with, or to remove. old: the files that these replace. done: how many
-    jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done. sent: which
-    files are elsewhere, and hold nothing here. held: whether this is still the directory, and nobody else's.
+    jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done. heard: what
+    the changes of all these said. sent: which files are elsewhere, and hold nothing here. held: whether this is still
+    the directory, and nobody else's.
     """
 
     def __init__(self, path: Path, work: str, journal: int, held: Callable[[], bool], *, fresh: bool, fsync: bool):
         self.path, self.work, self.held, self.fsync = path, work, held, fsync
         self.done = 0
         self.also: set[int] = set()
+        self.heard: list[Survival] = []
         self.sent: set[str] = set()
         self.old: set[str] = set()
         self.names: list[str] = []
@@ -85,7 +89,10 @@ class Staging:
         self._note(boot=boot())
         self.done, self.stale = done or 0, stale
         self.sent = {line["sent"] for line in found if "sent" in line}
-        self.also = shared(self.path, self.work) if stale is None else set()
+        others = shared(self.path, self.work) if stale is None else {}
+        self.also = {*others}
+        mine = {line["done"] - 1: heard_of(line) for line in found if 0 < line.get("done", 0) <= self.done}
+        self.heard = [each for item in (others | mine).values() for each in item]
         return True
 
     def fill(self, name: str, given: bytes | Where) -> None:
@@ -95,9 +102,9 @@ class Staging:
             part.unlink(missing_ok=True)  # an earlier run's, or a link that leads elsewhere
             part.write_bytes(given) if isinstance(given, bytes) else copied(given, part)
 
-    def mark(self, done: int) -> None:
-        """The first `done` jobs are done."""
-        self._note(done=done)
+    def mark(self, done: int, heard: Iterable[Survival] = ()) -> None:
+        """The first `done` jobs are done. heard: what the changes of the last of them said."""
+        self._note(done=done, **line_of(heard))
 
     def sync(self, done: int) -> None:
         """Wait until the disk has what the first `done` jobs wrote."""
