@@ -121,14 +121,15 @@ class Family:
         check_types(config)
         if said := _contradictions(given, config if isinstance(config, Mapping) else {}, self.fields):
             raise AdapterError(f"{self.model_types[0]}: {said}")
-        values = self.values(given)
-        sizes = {"e": values.get("n_routed_experts"), "i": values.get("moe_inter_dim")}
-        sizes["d"] = values.get("moe_latent_size") or values.get("dim")
+        get = (values := self.values(given)).get
+        sizes = {"e": get("n_routed_experts"), "i": get("moe_inter_dim"), "d": get("moe_latent_size") or get("dim")}
         sizes |= {letter: next(_said(given, names), None) for letter, names in self.sizes.items()}
         bounds = {a: n for a, n in sizes.items() if type(n) is int and n}  # 0 experts: all layers are dense
+        if large := [a for a, n in bounds.items() if n >= 2**63]:
+            raise AdapterError(f"{self.model_types[0]}: the sizes {large} of the config are beyond 2**63")
         moe = self._moe_config(given, values)
-        if odd := [f"{a} is {n}" for a, n in bounds.items() if not 0 < n < 2**63]:
-            raise AdapterError(f"{self.model_types[0]}: of the config's sizes {odd[0]}, expected 0 to 2**63")
+        if odd := [f"{a} is {n}" for a, n in bounds.items() if n < 0]:
+            raise AdapterError(f"{self.model_types[0]}: of the config's sizes {odd[0]}, expected 0 or more")
         codec = Quantised(
             as_dtype(dtype or given.get("dtype") or given.get("torch_dtype")),
             exports(self.fresh, quantize, across=in_out(tables)) if quantize else self.fresh,
@@ -148,8 +149,7 @@ class Family:
         tables, codec = _scaled(tables, codec, (quantization_of(given) or {}).get("quant_method"))
         tables = tuple(s.bind(bounds).counted() if isinstance(s, Table) else s for s in tables)
         rules = [e for s in tables if isinstance(s, Table) for e in walk(s.entries) if isinstance(e, Rule)]
-        casts = () if dtype is None else (CastExperts(as_dtype(dtype)),)
-        stages = (replace(codec, experts=weight_rules(rules)), *tables, *casts)
+        stages = replace(codec, experts=weight_rules(rules)), *tables, *(CastExperts(as_dtype(d)) for d in [dtype] if d)
         whole = config if config is None or isinstance(config, Mapping) else config.to_dict()
         return replace(Adapter(stages).choose(**choices), moe=moe, config=whole)
 
