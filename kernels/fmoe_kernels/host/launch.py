@@ -139,6 +139,11 @@ def dense(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
+def flat(t: Tensor) -> Tensor:
+    """t in one dense row, as numbers of slots and rows are read; `flatten` may keep a step of 2, or of 0."""
+    return t.contiguous().flatten().resolve_neg()
+
+
 def _even(t: Tensor) -> bool:
     """Is t dense along rows or columns, and does each of these start at a multiple of 16 bytes?"""
     *others, row, column = t.stride()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmoe_kernels.host.check import few_enough
-from fmoe_kernels.host.launch import Act, Tiling, check_runs, dense
+from fmoe_kernels.host.launch import Act, Tiling, check_runs, dense, flat
 from fmoe_kernels.programs.dact import dact
 from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.gmm import gmm
@@ -39,11 +39,11 @@ def experts_forward(
     if indices.numel() == 0:
         none = x.new_empty(0, w_up.shape[2] if save_z else 0)
         return x.new_zeros(x.shape, dtype=dtype), none, r.slots, r.tokens, r.inverse, r.offsets
-    act, tiling, flat = Act(activation, alpha, limit), Tiling(table, batch_invariant), weights.flatten()
-    inside = None if weight_after_down else flat
+    act, tiling, w = Act(activation, alpha, limit), Tiling(table, batch_invariant), flat(weights)
+    inside = None if weight_after_down else w
     a, z = up(dense(x), w_up, b_up, inside, r, act, tiling, save_z)
     rows = gmm(a, w_down, b_down, inside, r, tiling)
-    y = combine(rows, flat if weight_after_down else None, r, len(x), dtype)
+    y = combine(rows, w if weight_after_down else None, r, len(x), dtype)
     return y, x.new_empty(0, 0) if z is None else z, r.slots, r.tokens, r.inverse, r.offsets
 
 
@@ -72,13 +72,13 @@ def experts_backward(
         return _six(g.zero_() for g in grads)
     act, tiling = Act(activation, alpha, limit), Tiling(table, batch_invariant)
     r = Route(slots, tokens, inverse, offsets, weights.shape[1])
-    x, dy, flat = dense(x), dense(dy.to(x.dtype)), weights.flatten()
+    x, dy, w = dense(x), dense(dy.to(x.dtype)), flat(weights)
     need_x, need_weights, need_up, need_down, need_b_up, need_b_down = needs
     if z.numel() == 0:
         _, again = up(x, w_up, b_up, None, r, act, tiling, True)
         assert again is not None
         z = again
-    dz, a, partial = dact(dy, w_down, z, flat, r, act, tiling)
+    dz, a, partial = dact(dy, w_down, z, w, r, act, tiling)
     if need_x:
         grads[0] = combine(gmm(dz, w_up.mT, None, None, r, tiling), None, r, len(x), x.dtype)
     if need_weights:
@@ -90,7 +90,7 @@ def experts_backward(
     if need_b_up:
         grads[4] = bias_gradient(dz, None, r, x.dtype)
     if need_b_down:
-        grads[5] = bias_gradient(dy, flat, r, x.dtype)
+        grads[5] = bias_gradient(dy, w, r, x.dtype)
     return _six(grads)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fmoe_kernels.host.check import ENDS, FLOATS, check, few_enough
-from fmoe_kernels.host.launch import Tiling, check_runs, dense
+from fmoe_kernels.host.launch import Tiling, check_runs, dense, flat
 from fmoe_kernels.programs import codes
 from fmoe_kernels.programs import gmm as gmm_file
 from fmoe_kernels.programs.dw import dw
@@ -98,7 +98,7 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
         return out.zero_()
     r = sorted_route(x, offsets)
     if x.shape[1] == 1:
-        return bias_gradient(dense(y), x.flatten().resolve_neg(), r, x.dtype)[:, None]
+        return bias_gradient(dense(y), flat(x), r, x.dtype)[:, None]
     return dw(dense(x), dense(y), r, out, Tiling())
 
 

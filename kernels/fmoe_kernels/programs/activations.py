@@ -16,7 +16,7 @@ from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
 from fmoe_kernels.host.check import WIDE, check_device, check_kind, check_numbers
 from fmoe_kernels.host.function import Function
-from fmoe_kernels.host.launch import check_runs, run
+from fmoe_kernels.host.launch import check_runs, flat, run
 from fmoe_kernels.programs.scalars import GATED, INTERLEAVED, SCALARS, bound
 
 Maybe = Tensor | None
@@ -72,9 +72,9 @@ def _activate(u: Tensor, p: Maybe, name: str, alpha: float = 1.0, limit: float =
     if u.dtype == torch.float64:
         y = reference.activate(u, name, alpha, limit)
         return y if p is None else (y * p).to(u.dtype)
-    flat = None if p is None else p.reshape(-1).float()
+    weights = None if p is None else p.reshape(-1).float()
     check_numbers(name, alpha=alpha, limit=limit)
-    y = _call(u.reshape(shape.numel(), u.shape[-1]), flat, name, float(alpha), bound(name, limit))
+    y = _call(u.reshape(shape.numel(), u.shape[-1]), weights, name, float(alpha), bound(name, limit))
     return y.reshape(*shape, y.shape[1])
 
 
@@ -144,7 +144,7 @@ def act_forward(u: Tensor, p: Maybe, name: str, alpha: float, limit: float) -> T
     kinds, block = _kinds(name, p, y)
     if y.numel():
         grid = (len(u), triton.cdiv(y.shape[1], block))
-        run(forward_kernel, grid, u.contiguous(), p, y, y.shape[1], alpha, limit, **kinds, BLOCK=block)
+        run(forward_kernel, grid, u.contiguous(), _rows(p), y, y.shape[1], alpha, limit, **kinds, BLOCK=block)
     return y
 
 
@@ -155,7 +155,7 @@ def act_backward(dy: Tensor, u: Tensor, p: Maybe, name: str, alpha: float, limit
     dp = u.new_zeros(0 if p is None else len(u), dtype=torch.float32)
     kinds, block = _kinds(name, p, dy)
     if dy.numel():
-        args = (dy.contiguous(), u.contiguous(), p, du, dp, dy.shape[1], alpha, limit)
+        args = (dy.contiguous(), u.contiguous(), _rows(p), du, dp, dy.shape[1], alpha, limit)
         run(backward_kernel, (len(u),), *args, **kinds, BLOCK=block)
     return du, dp
 
@@ -168,6 +168,10 @@ def _(u, p, name, alpha, limit):
 @act_backward.register_fake
 def _(dy, u, p, name, alpha, limit):
     return u.new_empty(u.shape), u.new_empty(0 if p is None else u.shape[0], dtype=torch.float32)
+
+
+def _rows(p: Maybe) -> Maybe:
+    return None if p is None else flat(p)
 
 
 def _kinds(name: str, p: Maybe, y: Tensor) -> tuple[dict[str, Any], int]:
