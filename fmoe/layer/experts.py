@@ -126,7 +126,7 @@ def experts(
                 if not right:
                     check_experts(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
                 run = product if inside else weighed_outside(product)
-                return dispatcher.combine(run(_scaled(params, lora_alpha), rows, config), plan)
+                return dispatcher.combine(run(_scaled(params, lora_alpha, h.dtype), rows, config), plan)
 
         # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
         told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)
@@ -159,9 +159,10 @@ def without_autocast(where: torch.device) -> AbstractContextManager[Any]:
     return NOTHING if _autocast(where) is None else torch.autocast(where.type, enabled=False)
 
 
-def _scaled(params: Params, alpha: float) -> Params:
-    """params with lora_alpha / r in the B matrices: backends multiply them as they are."""
-    wide = lambda p: p.to(torch.promote_types(p.dtype, torch.float32))
+def _scaled(params: Params, alpha: float, dtype: torch.dtype) -> Params:
+    """params with lora_alpha / r in the B matrices: backends multiply them as they are, in products of a dtype."""
+    least = torch.promote_types(dtype, torch.float32)
+    wide = lambda p: p.to(torch.promote_types(p.dtype, least))
     r = {name: p.shape[-1] for name, p in params.items() if name in PAIRS and name.endswith("_A")}
     return {name: wide(p) * (alpha / r[PAIRS[name]]) if PAIRS.get(name) in r else p for name, p in params.items()}
 

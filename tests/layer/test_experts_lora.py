@@ -88,6 +88,14 @@ def test_lora_through_the_whole_block() -> None:
     assert not torch.allclose(one, two)
 
 
+@every_backend
+def test_narrow_matrices_beside_wide_tokens_are_scaled_in_the_dtype_of_the_products(backend: str) -> None:
+    """32 / 3 is no fp32 number."""
+    params, (x, routing) = draw(CONFIG) | lora(CONFIG, 3, torch.float32), tokens(CONFIG)
+    run = lambda params: experts(params, x, routing, CONFIG, backend=backend)
+    near(run(params), run({n: p.double() for n, p in params.items()}), 1e-14)
+
+
 def test_lora_matrices_are_checked() -> None:
     params, (x, routing) = {**draw(CONFIG), **lora(CONFIG, 2)}, tokens(CONFIG)
     alone = {name: p for name, p in params.items() if name != "lora_down_B"}
