@@ -122,12 +122,14 @@ class Place(NamedTuple):
 
 
 def alike(config: Mapping[str, Any], name: str) -> list[str]:
-    """What the class calls a tensor of its text model, or of another's layers with experts, in each of its forms.
+    """What the class calls a tensor of its text model, or of a tower with experts or of the same names, in each form.
 
     >>> alike({"model_type": "dots3_note"}, "model.language_model.layers.0.mlp.gate.weight")
     ['model.layers.0.mlp.gate.weight', 'model.language_model.layers.0.mlp.gate.weight']
-    >>> alike({"model_type": "dots3_note"}, "model.audio_tower.layers.0.mlp.up_proj.weight")
-    ['model.audio_tower.layers.0.mlp.up_proj.weight']
+    >>> alike({"model_type": "aria"}, "vision_tower.encoder.layers.0.mlp.fc1.weight")
+    ['vision_tower.encoder.layers.0.mlp.fc1.weight', 'model.vision_tower.encoder.layers.0.mlp.fc1.weight']
+    >>> alike({"model_type": "hy_v4_vl"}, "vit.layers.0.mlp.dense_h_to_4h.weight")
+    ['vit.layers.0.mlp.dense_h_to_4h.weight']
     """
     found = [(stem, place) for place in _places(str(config.get("model_type"))) for stem in place.stems]
     for stem, place in sorted(found, key=lambda f: -len(f[0])):
@@ -146,6 +148,8 @@ def _places(model_type: str) -> tuple[Place, ...]:
     text = Place(tuple(form["stem"] for form in forms), frozenset(words))
     beside = [[f"{stack}." for stack in _with_experts(form)] for form in forms]
     towers = [Place(stems, frozenset()) for stems in zip(*beside, strict=True)] if {*map(len, beside)} == {1} else []
+    named = [*map(_towers, forms)]
+    towers += [Place(tuple(of[names] for of in named), frozenset()) for names in _shared(named)]
     return tuple(place for place in (text, *towers) if len({*place.stems}) > 1)
 
 
@@ -153,6 +157,21 @@ def _with_experts(form: Mapping[str, Any]) -> Iterator[str]:
     """The stacks beside the text model that have experts."""
     for tower in form["towers"].values():
         yield from (s for s, groups in tower["stacks"].items() if any(".experts." in n for n in _names(groups)))
+
+
+def _towers(form: Mapping[str, Any]) -> dict[frozenset[str], str]:
+    """What names a tower has below its own -> its own; of towers that have the same, none."""
+    found: dict[frozenset[str], list[str]] = {}
+    for stem, tower in form["towers"].items():
+        inside = (f"{stack}.{n}" for stack, groups in tower["stacks"].items() for n in _names(groups))
+        found.setdefault(frozenset(n.removeprefix(stem) for n in (*tower["root"], *inside)), []).append(stem)
+    return {names: stems[0] for names, stems in found.items() if len(stems) == 1}
+
+
+def _shared(named: list[dict[frozenset[str], str]]) -> list[frozenset[str]]:
+    """The towers' names that every form has."""
+    first, rest = (named or [{}])[0], named[1:]
+    return [names for names in first if all(names in of for of in rest)]
 
 
 def _names(groups: list[list[list[str]]]) -> Iterator[str]:

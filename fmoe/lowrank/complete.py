@@ -46,6 +46,7 @@ def missing(
         return
     made = targets_of(adapter, params)
     keys = {key.removeprefix(WRAPPED) for t in made for key in t.keys}
+    modules = {key.removeprefix(WRAPPED) for t in made if not t.parameter for key in t.keys}
     there = set(map(same, keys))
     some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
@@ -55,7 +56,9 @@ def missing(
         known = None if names is None or skipped else _wanted(target, config, adapter, list(names))
         lost = sorted((n for n in known if same(n) not in there), key=_numbers) if known else []
         lost = [n for n in lost if not _stacked(adapter, n)]
-        lost = [] if known and len({*fits} - known) == len(lost) else lost  # others by name, in memory
+        others = {same(key) for key in fits if target in config.target_parameters or key in modules}
+        others -= {*map(same, known or ())}  # of other names, in memory; of towers some are not in `known`
+        lost = [] if len(lost) in (len(others), sum(not _SKIPPED.search(key) for key in others)) else lost
         if lost and (fits or not _expert_like(target)):
             at = (*(f"{WRAPPED}{n}" for n in lost),)
             yield Problem(f"{some(lost)}: no matrices, and adapter_config.json targets {target!r}", at)

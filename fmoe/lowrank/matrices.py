@@ -37,8 +37,13 @@ class Matrices(NamedTuple):
         return self.weight.removesuffix(".weight") + COPY
 
     def turned(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors whose product lies as the weight does."""
-        return (A, B) if self.experts else (A.mT, B.mT) if self.rows else (B, A)
+        """Two factors whose product lies as the weight does, that of a convolution flat: [out, in h w]."""
+        return (A, B) if self.experts else (A.mT, B.mT) if self.rows else (B.flatten(1), A.flatten(1))
+
+    def shaped(self, A: Tensor, B: Tensor) -> list[int]:
+        """The shape of their product, as the weight has it."""
+        one, other = self.turned(A, B)
+        return [*one.shape[:-1], other.shape[-1]] if self.experts or self.rows else [B.shape[0], *A.shape[1:]]
 
 
 def matrices(lora: Params) -> Iterator[Matrices]:
@@ -66,7 +71,7 @@ def matrices(lora: Params) -> Iterator[Matrices]:
         A, B = lora[pair.a].shape, lora[pair.b].shape
         if not _fit(A, B, pair.experts):
             kind = "[E, in, r] and [E, r, out]" if pair.experts else "[r, in] and [out, r]"
-            text = f"lora: {pair.a!r} is {list(A)} and {pair.b!r} {list(B)}, expected {kind}"
+            text = f"lora: {pair.a!r} is {list(A)} and {pair.b!r} {list(B)}, expected {kind}. {_WHOLE}"
             raise AdapterError([Problem(text, (pair.a, pair.b))])
         seen |= {pair.a, pair.b, pair.copy}
         yield pair
@@ -112,6 +117,6 @@ def scale_of(scale: Scale, pair: Matrices) -> float:
 
 def _fit(A: tuple[int, ...], B: tuple[int, ...], experts: bool) -> bool:
     if not experts:
-        return len(A) == len(B) == 2 and A[0] == B[1]
+        return len(A) == len(B) >= 2 and A[0] == B[1] and {*B[2:]} <= {1}
     halves = len(A) == 3 or len(A) == 4 and A[2] == 2
     return halves and len(B) == 3 and A[0] == B[0] and A[-1] == B[1] and (len(A) == 3 or B[2] % 2 == 0)

@@ -75,10 +75,11 @@ def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | Non
     Computed in fp32 for 16-bit weights, in fp64 for fp32 ones, expert by expert, and rounded once to W's dtype. Experts
     `lora_..._A` [E, n, r], `_B` [E, r, out], gate and up with matrices A of their own ([E, D, 2, r]) too; and plain
     `X.lora_A.weight` [r, in], `X.lora_B.weight` [out, r] of `X.weight` [out, in], also where that is cut or turned
-    natively (`tuned.scales` knows how); and `X.lora_embedding_A` [r, V], `X.lora_embedding_B` [D, r] of an embedding
-    [V, D]. A weight of the adapter's own, `X.base_layer.weight`, stands in for W, as in PEFT. lora: with or without
-    PEFT's `base_model.model.` before its names. scale: alpha / r, or for each A's name its own (`tuned.scales`).
-    interleaved: whether gate and up columns of B alternate, as for quick_geglu (GPT-OSS). It matters for an A
+    natively (`tuned.scales` knows how), or a convolution's [out, in, h, w]; and `X.lora_embedding_A` [r, V],
+    `X.lora_embedding_B` [D, r] of an embedding [V, D]. A weight of the adapter's own, `X.base_layer.weight`, stands in
+    for W, as in PEFT. lora: with or without PEFT's `base_model.model.` before its names. scale: alpha / r, or for each
+    A's name its own (`tuned.scales`). interleaved: whether gate and up columns of B alternate, as for quick_geglu
+    (GPT-OSS). It matters for an A
     [E, D, 2, r] alone, and the scales that `fmoe.lora.load` gives know it: there, leave it out. Raises AdapterError for
     such an A of which nothing says it, for a matrix alone, none at all, a weight that is not there, shapes that do not
     fit, and quantised weights.
@@ -176,7 +177,8 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
             if pair.copy in lora:
                 told = f"lora: {pair.copy!r} is a whole weight, and natively that is cut or turned"
                 raise AdapterError([Problem(f"{told}. Fix: merge it with PEFT (merge_and_unload)", (pair.copy,))])
-            for name, part in parts[pair.a](by * (one.double() @ other.double())).items():
+            update = (by * (one.double() @ other.double())).view(pair.shaped(A, B))
+            for name, part in parts[pair.a](update).items():
                 name = _there(params, scale, name)
                 W = _weight(params, name, pair)
                 _plain(name, W, A.device, pair.a)
@@ -190,10 +192,11 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
             _plain(odd, t, W.device, name)
         if pair.copy in lora and sign > 0:
             W = _instead(W, lora[pair.copy], name, pair)
-        if W.shape != (*one.shape[:-1], other.shape[-1]):
+        if [*W.shape] != pair.shaped(A, B):
             found = f"A {list(A.shape)}, B {list(B.shape)}"
             raise AdapterError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
-        made[name] = _sum(W, one, other, by) if pair.experts else _sum(W[None], one[None], other[None], by)[0]
+        alone = lambda: _sum(W.flatten(1)[None], one[None], other[None], by).view(W.shape)  # noqa: B023
+        made[name] = _sum(W, one, other, by) if pair.experts else alone()
     return made
 
 

@@ -1,6 +1,7 @@
 """What PEFT's target_modules and target_parameters reach besides experts: read with its meaning, or refused by name."""
 
 import json
+import re
 from typing import Any
 
 import peft
@@ -70,6 +71,34 @@ def test_all_linear_layers(from_directory, name, tmp_path):
     if from_directory:
         build(name).save_pretrained(tmp_path / "base")
     has_pefts_meaning(tmp_path, made, before, adapter, tmp_path / "base" if from_directory else None)
+
+
+BESIDE = {"hy_v3": r".*", "aria": r".*(vision_tower|projector).*", "qwen3_omni_moe_thinker": r".*(audio|visual).*"}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_modules_beside_experts_and_of_towers_by_the_published_directory(name, tmp_path):
+    """A module has the last name of an expert's parameter; towers have other names in memory, and convolutions."""
+    model = build(name)
+    model.save_pretrained(tmp_path / "base")
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)  # PEFT adapts these
+    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and n != "lm_head"]
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    ends = sorted({n.rpartition(".")[2] for n in linear if re.fullmatch(BESIDE[name], n)} - {"0", "2"})
+    made, _, _ = wrapped(name, target_modules=ends, target_parameters=experts if name == "hy_v3" else [])
+    made.save_pretrained(tmp_path / "a")
+    tuned, before = fmoe.lora.load(tmp_path / "a", tmp_path / "base"), fmoe.load(tmp_path / "base")
+    ours = fmoe.lora.merge(before, tuned.params, tuned.scales)
+    made.merge_and_unload().save_pretrained(tmp_path / "merged")
+    theirs = fmoe.load(tmp_path / "merged")
+    assert sum(not torch.equal(before[n], t) for n, t in theirs.items()) == len(tuned.scales) >= len(ends)
+    for n, t in theirs.items():
+        close(ours[n], t, 1e-6)
+    if name == "hy_v3":  # of a tower that a config does not say to be there, it is not known
+        lost = next(n for n in load_file(tmp_path / "a" / "adapter_model.safetensors") if f".{ends[0]}.lora_A" in n)
+        changed(tmp_path / "a", lost.partition(".lora_")[0] + ".lora_")
+        with pytest.raises(fmoe.AdapterError, match=f"{ends[0]}.*no matrices"):
+            fmoe.lora.load(tmp_path / "a", tmp_path / "base")
 
 
 def changed(path: Any, drop: str = "", **said: Any) -> Any:
