@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmoe.families.formula import fields, value, words
-from fmoe.families.known import entries, text_stack
+from fmoe.families.known import entries, text_stack, with_text
 from fmoe.families.numbered import Layers, by_stack
 from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
@@ -64,8 +64,7 @@ def odd_sizes(
     """
     if entries(config) is None:
         return
-    text = config.get("text_config")
-    own = {**(text if isinstance(text, Mapping) else config)} | {p: config[p] for p in PARTS if p in config}
+    own = with_text(config) | {p: config[p] for p in PARTS if p in config}
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: [l for l in stacks.get(main, ()) if count is None or l < count]}

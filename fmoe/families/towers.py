@@ -18,7 +18,7 @@ HEADS = {
 """The end of a class's name -> what it has in place of a head for tokens."""
 OF_LAYERS = re.compile(r"(layers|blocks|block|list)$")
 """How a stack ends whose numbers have no gaps: of a sequence of modules, those without parameters have no name."""
-_MADE_OF = re.compile(r"For\w+$|(Text)?Model$")
+_MADE_OF = re.compile(r"(Text)?(For\w+|Model)$")
 
 
 def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> list[str]:

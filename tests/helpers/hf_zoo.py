@@ -80,7 +80,7 @@ MODELS: dict[str, tuple[str, Config]] = {
     "granitemoe_swa": ("GraniteMoeSWAForCausalLM", NARROW),
     "granitemoehybrid": (
         "GraniteMoeHybridForCausalLM",
-        NARROW | dict(layer_types=["attention", "attention"], mamba_n_heads=8, mamba_d_head=8, mamba_expand=2),
+        NARROW | dict(layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=8, mamba_expand=2),
     ),
     "granitemoeshared": ("GraniteMoeSharedForCausalLM", NARROW),
     "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", NARROW),

@@ -11,10 +11,11 @@ import known_saved
 import pytest
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 from fmoe.families import FAMILIES
 from fmoe.families.complete import gaps
-from fmoe.families.towers import HEADS
+from fmoe.families.towers import HEADS, class_note
 
 NAMES = [*hf.MODELS, *zoo.MODELS]
 
@@ -112,11 +113,13 @@ def test_a_layer_of_a_tower_that_is_lost_whole_is_missed(name, field):
         assert any(k.startswith(first) for p in problems for k in p.keys), first
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "qwen3_moe"])
-def test_of_a_base_class_of_text_alone_there_is_no_note(name):
-    config, names = built(name)
-    base = "Qwen3_5MoeTextModel" if name == "qwen3_5_moe_text" else "Qwen3MoeModel"
-    assert gaps(FAMILIES[name], config | {"architectures": [base]}, names) == ([], [])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_a_class_that_transformers_builds_of_a_config_there_is_no_note(name):
+    config = type(known_names.base(name)[1])
+    maps = [m for n, m in vars(modeling_auto).items() if n.startswith("MODEL_") and n.endswith("_NAMES")]
+    listed = {arch for m in maps if isinstance(arch := m.get(config.model_type), str)} & THERE
+    made = [arch for arch in sorted(listed) if getattr(transformers, arch).config_class is config]  # not of its text
+    assert [a for a in made if class_note({"model_type": config.model_type, "architectures": [a]})] == []
 
 
 def test_a_class_that_is_not_known_is_told():

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ def text_of(config: Any) -> Any:
 
 
 def parts_of(config: Any) -> list[Callable[[Any], Any]]:
-    """How to get a config's text model and what stands beside it."""
-    subs = [n for n in ("vision_config", "audio_config") if hasattr(getattr(config, n, None), "to_dict")]
-    return [text_of, *((lambda c, n=n: getattr(c, n)) for n in subs)]
+    """How to get a config's text model, what stands beside it and what that is made of, and the whole."""
+    subs = [attrgetter(path[:-1]) for path in where.beside(config.to_dict())]
+    whole: list[Callable[[Any], Any]] = [] if text_of(config) is config else [lambda c: c]
+    return [text_of, *(part for part in subs if hasattr(part(config), "to_dict")), *whole]
 
 
 def varied(config: Any, part: Callable[[Any], Any] = text_of) -> Iterator[Any]:

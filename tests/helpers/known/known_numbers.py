@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import reduce
 from typing import Any
 
 import known_names
@@ -19,7 +20,7 @@ def numbers(config: Any, least: int = 1) -> Step:
     """All numbers of a config by how a formula calls them: of the text model, of what stands beside it, of lists."""
     said, text = config.to_dict(), known_names.text_of(config).to_dict()
     count = next((text[f] for f in where.COUNTS if type(text.get(f)) is int), 0)
-    places = [("", text), *((f"{p}.", said[p]) for p in PARTS if isinstance(said.get(p), dict))]
+    places = [("", where.own(said, text)), ("", text), *where.beside(said).items()]
     places += [(f"{f}.", v) for f, v in text.items() if isinstance(v, dict) and f not in (*PARTS, "rope_parameters")]
     found: Step = {}
     for path, part in places:
@@ -35,22 +36,21 @@ def numbers(config: Any, least: int = 1) -> Step:
 def lengths(config: Any) -> Step:
     """How many entries lists have, of what stands beside the text model."""
     said = config.to_dict()
-    parts = {p: said[p] for p in PARTS if isinstance(said.get(p), dict)}
-    return {f"len({p}.{f})": len(v) for p, part in parts.items() for f, v in part.items() if isinstance(v, list) and v}
+    parts = where.beside(said).items()
+    return {f"len({path}{f})": len(v) for path, part in parts for f, v in part.items() if isinstance(v, list) and v}
 
 
 def flags(config: Any) -> dict[str, bool]:
     """All flags of a config by how a formula calls them."""
-    said = config.to_dict()
-    places = [("", known_names.text_of(config).to_dict()), *((f"{p}.", said.get(p)) for p in PARTS)]
-    return {at + f: v for at, part in places if isinstance(part, dict) for f, v in part.items() if isinstance(v, bool)}
+    said = where.flat(config.to_dict(), known_names.text_of(config).to_dict())
+    return {f: v for f, v in said.items() if isinstance(v, bool)}
 
 
 def turned(config: Any, flag: str) -> Any:
     """The config with a flag turned."""
     made = copy.deepcopy(config)
     *path, last = flag.split(".")
-    at = getattr(made, path[0]) if path else known_names.text_of(made)
+    at = reduce(getattr, path, made) if path else _holder(made, last)
     setattr(at, last, not getattr(at, last))
     return made
 
@@ -61,7 +61,7 @@ def changed(config: Any, values: Step, read: bool = False) -> Any:
     try:
         for field, value in values.items():
             *path, last = re.findall(r"\w+", field.removeprefix("len("))
-            at = made if path and path[0] in PARTS else known_names.text_of(made)
+            at = made if path and path[0] in PARTS else _holder(made, (path or [last])[0])
             for part in path:
                 at = at[part] if isinstance(at, dict) else getattr(at, part)
             if last in where.COUNTS and not isinstance(at, dict):
@@ -77,6 +77,11 @@ def changed(config: Any, values: Step, read: bool = False) -> Any:
         return alike(where.remade(made)) if read else made
     except Exception:  # the config's own checks
         return None
+
+
+def _holder(config: Any, field: str) -> Any:
+    """What says a field that stands under no path: the text model, or the whole."""
+    return text if field in (text := known_names.text_of(config)).to_dict() else config
 
 
 def alike(config: Any) -> Any:

@@ -37,7 +37,7 @@ def given(config: Any, path: str, value: Any) -> dict[str, Any]:
     """What config.json says with another value there."""
     made = copy.deepcopy(config.to_dict())
     *parts, last = path.split(".")
-    at = made if parts or known_names.text_of(config) is config else made["text_config"]
+    at = made if parts or last not in made.get("text_config", ()) else made["text_config"]
     for part in parts:
         at = at.setdefault(part, {}) if part in at else at["text_config"][part]
     at[last] = value

@@ -34,12 +34,21 @@ class Row(NamedTuple):
 
 
 def flat(config: Any, text: Any) -> dict[str, Any]:
-    """The text model's fields, and those of what stands beside it with their path."""
-    found = dict(text)
-    for part in PARTS:
-        if isinstance(inner := config.get(part), dict):
-            found |= {f"{part}.{n}": v for n, v in inner.items()}
-    return found
+    """The text model's fields, the whole's that it has not, and those of what stands beside it with their path."""
+    found = own(config, text) | dict(text)
+    return found | {f"{path}{n}": v for path, part in beside(config).items() for n, v in part.items()}
+
+
+def own(config: Any, text: Any) -> dict[str, Any]:
+    """What the whole says, and no part of it."""
+    return {n: v for n, v in config.items() if n not in text and not isinstance(v, dict)}
+
+
+def beside(config: Any) -> dict[str, dict[str, Any]]:
+    """Path -> the fields of what stands beside a text model, and of what it is made of."""
+    parts = {f"{p}.": config[p] for p in PARTS if isinstance(config.get(p), dict)}
+    inner = {f"{path}{n}.": v for path, part in parts.items() for n, v in part.items() if n.endswith("_config")}
+    return parts | {path: v for path, v in inner.items() if isinstance(v, dict) and "model_type" in v}
 
 
 def kinds(model: type, field: str, values: list[str]) -> list[str]:
