@@ -166,7 +166,8 @@ def _absent(
             lost = {n for n in lost if told.get(n, True)} | {n for n, there in told.items() if there and n not in found}
             missing += [f"{name}.{l}.{n}" for n in sorted(lost)]
     told = settled(form["where"].get("", ()), said, 0, [*bare, *root])
-    missing += [moved(n) for n, there in told.items() if there and not held(moved(n))]
+    mine = [n for n, there in told.items() if there and not n.startswith(tuple(form["towers"]))]  # theirs: `towers`
+    missing += [n for n in map(moved, mine) if not held(n)]
     return missing, {moved(n) for n in form["tied"]}
 
 

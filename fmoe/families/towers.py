@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from fmoe.families.known import class_of, entries, known, lacking
+from fmoe.families.known import class_of, entries, known, lacking, with_text
 from fmoe.families.numbered import Layers, by_stack, has
 from fmoe.families.where import settled
 from fmoe.folding import Doubt
@@ -32,12 +32,14 @@ def lost_of_towers(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> l
     bare, ways = stacks.get("", {}).get(0, set()), []
     for form in found[0]["forms"]:
         missing, held, heard = list[str](), 0, _there(form["towers"], stacks)
+        flagged = settled(form["where"].get("", ()), with_text(config), 0, bare)
         for part, tower in form["towers"].items():
             layers = {s: stacks.get(s, {}) for s in tower["stacks"]}
             held += sum(f"{n}.".startswith(part) for n in bare)
             held += sum(len(l) for ls in layers.values() for l in ls.values())
             whole = _sound(part) in heard
-            missing += [n for n in tower["root"] if whole and not has(stacks, n)]
+            root = [*tower["root"], *(n for n, there in flagged.items() if there and n.startswith(part))]
+            missing += [n for n in root if whole and not has(stacks, n)]
             for stack, groups in tower["stacks"].items() if whole else ():
                 last = max(layers[stack], default=0)
                 for l in range(last + 1) if OF_LAYERS.search(stack) else sorted({*layers[stack], last}):

@@ -15,6 +15,10 @@ UNCOMPARED = {
     ("inkling_text", "layer_types"),
     ("gemma4", "audio_config.subsampling_conv_channels"),
     ("minimax_m3_vl", "vision_config.spatial_merge_size"),
+    ("deepseek_ocr2", "vision_config.sam_config.global_attn_indexes"),
+    ("deepseek_ocr2", "vision_config.sam_config.downsample_channels"),
+    ("unlimited_ocr", "vision_config.sam_config.global_attn_indexes"),
+    ("unlimited_ocr", "vision_config.sam_config.downsample_channels"),
     ("muse_spark", "audio_config.patch_sizes"),
     ("muse_spark", "audio_config.hidden_sizes"),
 }
