@@ -25,7 +25,7 @@ from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known, opened
-from fmoe.families.spelling import alike
+from fmoe.families.spelling import alike, in_memory
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
@@ -116,9 +116,9 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     adapter = base.resolve(tensors)
     params = adapter.from_hf(whole(_singly(adapter), tensors, said))
     model = adapter.config or {}
-    same = lambda name: alike(model, name)[-1]
+    same, inside = lambda name: alike(model, name)[-1], partial(in_memory, model)
     problems = [*_ranks(params, said, adapter), *(tied(params) if known.ties(model) else ())]
-    if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model), same)]:
+    if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model), same, inside)]:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 

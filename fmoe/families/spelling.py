@@ -3,10 +3,12 @@
 Of names that a class has and a checkpoint has not: are they lost, or spelled in another way?
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fmoe.families.known import class_names, known, nearest
@@ -112,6 +114,63 @@ def _spelt(gone: set[str], own: set[str], here: set[str], inside: set[str]) -> s
     return found
 
 
+_ADAPTED = re.compile(r"(\.lora_[AB]\.weight|\.lora_embedding_[AB]|\.base_layer\.weight|\.weight)?$")
+
+
+def alike(config: Mapping[str, Any], name: str) -> list[str]:
+    """What the class calls a module, its weight or its LoRA in each form, in memory last; or a name under its stem.
+
+    >>> alike({"model_type": "dots3_note"}, "model.language_model.layers.0.mlp.gate.weight")
+    ['model.layers.0.mlp.gate.weight', 'model.language_model.layers.0.mlp.gate.weight']
+    >>> alike({"model_type": "aria"}, "vision_tower.encoder.layers.0.mlp.fc1.weight")
+    ['vision_tower.encoder.layers.0.mlp.fc1.weight', 'model.vision_tower.encoder.layers.0.mlp.fc1.weight']
+    >>> alike({"model_type": "deepseek_v4"}, "model.layers.3.self_attn.q_a_proj")
+    ['model.layers.3.attn.wq_a', 'model.layers.3.self_attn.q_a_proj']
+    """
+    of = str(config.get("model_type"))
+    module, end = name[: (at := _ADAPTED.search(name).start())], name[at:]  # type: ignore[union-attr]
+    for starred, number in _starred(module):
+        if names := _modules(of).get(starred):
+            return [n.replace("*", number) + end for n in names]
+    found = [(stem, place) for place in _places(of) for stem in place.stems]
+    for stem, place in sorted(found, key=lambda f: -len(f[0])):
+        rest = name.removeprefix(stem)
+        if name.startswith(stem) and (not place.first or rest.partition(".")[0] in place.first):
+            return [s + rest for s in place.stems]
+    return [name]
+
+
+def in_memory(config: Mapping[str, Any], name: str) -> str | None:
+    """What a weight of files is called in memory; None: it is no tensor there, but a part of some or several."""
+    alone = spelt().get(str(config.get("model_type")), {}).get("", ())
+    parts = any(starred in alone for starred, _ in _starred(name.removesuffix(".weight")))
+    return None if parts else alike(config, name)[-1]
+
+
+def _starred(module: str) -> Iterator[tuple[str, str]]:
+    """A name, and it with each of its numbers a star, with that number."""
+    yield module, ""
+    parts = module.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            yield ".".join((*parts[:i], "*", *parts[i + 1 :])), part
+
+
+@cache
+def spelt() -> dict[str, dict[str, list[str]]]:
+    """Model type -> modules in memory, a layer's number a star -> their names in files; none: no tensor of their own.
+
+    And "": modules in files, of which memory has no tensor. Data that `tests/helpers/known/known_spelt.py` wrote.
+    """
+    return dict(json.loads(Path(__file__).with_name("spelt.json").read_text()))
+
+
+@cache
+def _modules(model_type: str) -> dict[str, list[str]]:
+    """Each of a module's names -> all of them, in memory last."""
+    return {n: [*of, ours] for ours, of in spelt().get(model_type, {}).items() if ours for n in (*of, ours)}
+
+
 class Place(NamedTuple):
     """stems: what stands before the same tensors in each form, as published and last as in memory. first: the words
     that follow it; empty: any.
@@ -119,24 +178,6 @@ class Place(NamedTuple):
 
     stems: tuple[str, ...]
     first: frozenset[str]
-
-
-def alike(config: Mapping[str, Any], name: str) -> list[str]:
-    """What the class calls a tensor of its text model, or of a tower with experts or of the same names, in each form.
-
-    >>> alike({"model_type": "dots3_note"}, "model.language_model.layers.0.mlp.gate.weight")
-    ['model.layers.0.mlp.gate.weight', 'model.language_model.layers.0.mlp.gate.weight']
-    >>> alike({"model_type": "aria"}, "vision_tower.encoder.layers.0.mlp.fc1.weight")
-    ['vision_tower.encoder.layers.0.mlp.fc1.weight', 'model.vision_tower.encoder.layers.0.mlp.fc1.weight']
-    >>> alike({"model_type": "hy_v4_vl"}, "vit.layers.0.mlp.dense_h_to_4h.weight")
-    ['vit.layers.0.mlp.dense_h_to_4h.weight']
-    """
-    found = [(stem, place) for place in _places(str(config.get("model_type"))) for stem in place.stems]
-    for stem, place in sorted(found, key=lambda f: -len(f[0])):
-        rest = name.removeprefix(stem)
-        if name.startswith(stem) and (not place.first or rest.partition(".")[0] in place.first):
-            return [s + rest for s in place.stems]
-    return [name]
 
 
 @cache
@@ -148,31 +189,11 @@ def _places(model_type: str) -> tuple[Place, ...]:
     text = Place(tuple(form["stem"] for form in forms), frozenset(words))
     beside = [[f"{stack}." for stack in _with_experts(form)] for form in forms]
     towers = [Place(stems, frozenset()) for stems in zip(*beside, strict=True)] if {*map(len, beside)} == {1} else []
-    named = [*map(_towers, forms)]
-    towers += [Place(tuple(of[names] for of in named), frozenset()) for names in _shared(named)]
     return tuple(place for place in (text, *towers) if len({*place.stems}) > 1)
 
 
 def _with_experts(form: Mapping[str, Any]) -> Iterator[str]:
     """The stacks beside the text model that have experts."""
+    names = lambda groups: (name for sets in groups for one in sets for name in one)
     for tower in form["towers"].values():
-        yield from (s for s, groups in tower["stacks"].items() if any(".experts." in n for n in _names(groups)))
-
-
-def _towers(form: Mapping[str, Any]) -> dict[frozenset[str], str]:
-    """What names a tower has below its own -> its own; of towers that have the same, none."""
-    found: dict[frozenset[str], list[str]] = {}
-    for stem, tower in form["towers"].items():
-        inside = (f"{stack}.{n}" for stack, groups in tower["stacks"].items() for n in _names(groups))
-        found.setdefault(frozenset(n.removeprefix(stem) for n in (*tower["root"], *inside)), []).append(stem)
-    return {names: stems[0] for names, stems in found.items() if len(stems) == 1}
-
-
-def _shared(named: list[dict[frozenset[str], str]]) -> list[frozenset[str]]:
-    """The towers' names that every form has."""
-    first, rest = (named or [{}])[0], named[1:]
-    return [names for names in first if all(names in of for of in rest)]
-
-
-def _names(groups: list[list[list[str]]]) -> Iterator[str]:
-    return (name for sets in groups for one in sets for name in one)
+        yield from (s for s, groups in tower["stacks"].items() if any(".experts." in n for n in names(groups)))

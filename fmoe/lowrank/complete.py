@@ -33,13 +33,14 @@ def missing(
     names: Iterable[str] | None,
     everywhere: Callable[[str], bool | None] = lambda form: None,
     same: Callable[[str], str] = lambda name: name,
+    inside: Callable[[str], str | None] = lambda name: name,
 ) -> Iterator[Problem]:
     """A problem for each target of which the matrices are not there. names: the base's Hugging Face names, if known.
 
     With them, every module and every expert parameter that a target names has matrices, where Transformers gives it
     another name in memory as many. Without, every target has some, and the layers of each have no gap. everywhere:
     whether all layers have a module of this name, its number a star; None: not known. same: one name of all that a
-    tensor has, in memory and in files.
+    tensor has, in memory and in files. inside: the one in memory, if any.
     """
     if not params:
         yield Problem("the adapter's file holds no matrices, expected some for each target of adapter_config.json")
@@ -48,12 +49,15 @@ def missing(
     keys = {key.removeprefix(WRAPPED) for t in made for key in t.keys}
     modules = {key.removeprefix(WRAPPED) for t in made if not t.parameter for key in t.keys}
     there = set(map(same, keys))
+    if names is not None and all(same(key) == key for key in keys):  # spelt as in memory
+        names = [n for n in map(inside, names) if n]
+    stacks = {_LAYER.sub("*", f"{m}.", count=1) for m in modules}
     some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
         skipped = some_layers and target in config.target_parameters
-        known = None if names is None or skipped else _wanted(target, config, adapter, list(names))
+        known = None if names is None or skipped else _wanted(target, config, adapter, list(names), stacks)
         lost = sorted((n for n in known if same(n) not in there), key=_numbers) if known else []
         lost = [n for n in lost if not _stacked(adapter, n)]
         others = {same(key) for key in fits if target in config.target_parameters or key in modules}
@@ -105,8 +109,11 @@ def _fits(target: str, key: str, config: LoraConfig) -> bool:
     return key == target or key.endswith(f".{target}")
 
 
-def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str]) -> set[str]:
-    """What of the base a target names: expert parameters where it is one, else the modules that have a weight."""
+def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str], stacks: set[str]) -> set[str]:
+    """What of the base a target names: expert parameters where it is one, else the modules that have a weight.
+
+    Of a tower, those of its layers that have matrices of their own, or others' have. stacks: modules that have some.
+    """
     if target in config.target_parameters:
         found = {k for k in _parameters(adapter, names) if _fits(target, k, config)}
         return found | {
@@ -115,9 +122,13 @@ def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str])
     if target == "all-linear":
         return set()
     layers = _layers(adapter)
-    modules = {n.removesuffix(".weight") for n in names if n.endswith(".weight") and not _SKIPPED.search(n)}
-    found = {m for m in modules if _fits(target, m, config) and config.wraps(m)}
-    return {m for m in found if layers is None or not (n := _LAYER.findall(f"{m}.")) or int(n[0]) < layers}
+    all_of = {n.removesuffix(".weight") for n in names if n.endswith(".weight")}
+    beside = {m for m in all_of if _BESIDE.search(m) and _LAYER.sub("*", f"{m}.", count=1) in stacks}
+    found = {m for m in all_of if m in beside or not _SKIPPED.search(m)}
+    found = {m for m in found if _fits(target, m, config) and config.wraps(m)}
+    return {
+        m for m in found if m in beside or layers is None or not (n := _LAYER.findall(f"{m}.")) or int(n[0]) < layers
+    }
 
 
 def _parameters(adapter: Adapter, names: list[str]) -> set[str]:

@@ -14,7 +14,8 @@ from fmoe.types import AdapterError, Params, Problem
 
 _NATIVE = (
     "Fix: pass what fmoe.load gives of its base, and params and scales as fmoe.lora.load gives them; "
-    "where Transformers has other names in memory than in files, pass adapter.from_hf(model.state_dict())"
+    "where Transformers has other tensors in memory than in files, pass adapter.from_hf(model.state_dict()), "
+    "or merge it with PEFT (merge_and_unload)"
 )
 
 
@@ -203,7 +204,8 @@ def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved:
 def _there(params: Params, scale: Scale, name: str) -> str:
     """The name that a native weight has among params."""
     names = scale.alike(name) if isinstance(scale, Scales) and name not in params else ()
-    return next((n for n in names if n in params), name)
+    there = {n for n in names if n in params}
+    return there.pop() if len(there) == 1 else name
 
 
 def _weight(params: Params, name: str, pair: Matrices) -> Tensor:
