@@ -13,10 +13,10 @@ from fmoe_kernels.host.batch import of_members
 from fmoe_kernels.host.function import Function
 from torch import Tensor
 
-from fmoe.activations import activation
 from fmoe.backends.order import Order, of, ordered, parts
 from fmoe.backends.raw.loop import at_once, multiply, outer, tgmm
 from fmoe.backends.raw.memory import empty, partly
+from fmoe.backends.weighted import derivatives, weighted
 from fmoe.dispatch import local
 from fmoe.dispatch.watched import recorded
 from fmoe.types import MoEConfig, Params, Routing
@@ -62,9 +62,10 @@ def _forward(
 ) -> Tensor:
     """y; keep [N, U]: where what the first product gives is written."""
     up, down = (params[name] for name in NAMES)
-    w, act, after = order.weights(weights, x), activation(config), config.apply_router_weight_after_down
+    act, after = weighted(config), config.apply_router_weight_after_down
     biased, biased_y = "gate_up_proj_bias" in params, "down_proj_bias" in params
-    plain = not (after or biased_y) and w.dtype == torch.promote_types(x.dtype, torch.float32)
+    w = order.weights(weights, x, narrow=not (after or biased_y))
+    plain = not (after or biased_y) and w.dtype in (x.dtype, torch.promote_types(x.dtype, torch.float32))
     out = empty((len(w), down.shape[2]), x if plain else w)
 
     def bias(name: str, sizes: dict[int, int]) -> Tensor:
@@ -133,19 +134,17 @@ def _differentiable(
 def _backward(
     ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, u: Tensor, dy: Tensor
 ) -> list[Tensor | None]:
-    order, act, needed = ctx.order, activation(ctx.config), ctx.needs_input_grad
-    dy, w = dy.to(x.dtype), order.weights(weights, x)
-    dx, dw = empty((len(w), x.shape[1]), x) if needed[0] else None, torch.empty_like(w)
+    order, needed = ctx.order, ctx.needs_input_grad
+    dy, w = dy.to(x.dtype), order.weights(weights, x, narrow=True)
+    dx = empty((len(w), x.shape[1]), x) if needed[0] else None
+    dw = torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
     d_up, d_down = (_Grad(m, order.sizes, x) if n else None for m, n in zip((up, down), needed[2:], strict=False))
     for rows, sizes in parts(order, up, down, x):
         out = order.rows(dy, rows)
-        with torch.enable_grad():
-            mine, p = (of(t, rows).detach().requires_grad_() for t in (u, w))
-            h = act(mine, p)
-        du, dp = torch.autograd.grad(h, (mine, p), multiply(out, down.mT, sizes))
+        h, du, dp = derivatives(ctx.config, of(u, rows), of(w, rows), multiply(out, down.mT, sizes))
         of(dw, rows).copy_(dp)
         if d_down:
-            d_down.add(h.detach(), out, sizes)
+            d_down.add(h, out, sizes)
         if d_up:
             d_up.add(order.rows(x, rows), du, sizes)
         if dx is not None:

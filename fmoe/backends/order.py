@@ -32,9 +32,14 @@ class Order(NamedTuple):
         """Row n: x[token[n]], of a part of the rows; x [T, D], and of one token x itself, the row of all."""
         return x if self.token is None else x.index_select(0, of(self.token, part))
 
-    def weights(self, weights: Tensor, x: Tensor) -> Tensor:
-        """The weight [N, 1] of each row, in fp32 or wider; weights [T, K]."""
+    def weights(self, weights: Tensor, x: Tensor, narrow: bool = False) -> Tensor:
+        """The weight [N, 1] of each row, in fp32 or wider; weights [T, K].
+
+        narrow: in x's dtype if they have it. A product with x's is rounded once then, and is that of fp32, rounded.
+        """
         wide = torch.promote_types(torch.promote_types(x.dtype, weights.dtype), torch.float32)
+        if narrow and weights.dtype == x.dtype:
+            wide = x.dtype
         w = weights.mT if self.slot is None else weights.flatten().index_select(0, self.slot)[:, None]
         return w if w.dtype == wide else w.to(wide)
 

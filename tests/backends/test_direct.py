@@ -49,12 +49,13 @@ def test_what_nobody_listens_to_has_the_same_bits(
                 params = {n: p.mT.contiguous().mT if turned else p for n, p in draw(config, dtype).items()}
                 x, routing = tokens(config, T=T, dtype=dtype)
                 ids = torch.tensor([[3, 0, 2]]) if turned and T == 1 else routing.indices  # neither in their order
-                routing = routing._replace(indices=ids % config.n_routed_experts, mask=None)
-                with torch.no_grad():
-                    alone = experts(params, x, routing, config)
-                    assert calls.pop() is not None and not calls
-                    other = of_the_long_way(monkeypatch, partial(experts, params, x, routing, config))
-                assert torch.equal(alone, other) and not calls
+                for weighing in {dtype, torch.float32}:
+                    routing = Routing(ids % config.n_routed_experts, routing.weights.to(weighing))
+                    with torch.no_grad():
+                        alone = experts(params, x, routing, config)
+                        assert calls.pop() is not None and not calls
+                        other = of_the_long_way(monkeypatch, partial(experts, params, x, routing, config))
+                    assert torch.equal(alone, other) and not calls
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -79,10 +80,11 @@ def test_gradients_have_the_same_bits_and_so_have_their_own(
     config = replace(CONFIG, **BARE, **sizes, expert_activation=activation)
     monkeypatch.setattr(order, "PART", 4)  # several parts
 
-    def same(T: int, K: int) -> None:
+    def same(T: int, K: int, weighing: torch.dtype) -> None:
         drawn = draw(config, dtype)
         x, routing = tokens(config, T=T, dtype=dtype)
-        given = [x, routing.weights[:, :K], *(p.mT.contiguous().mT if turned else p for p in drawn.values())]
+        given = [x, routing.weights[:, :K].to(weighing)]
+        given += [p.mT.contiguous().mT if turned else p for p in drawn.values()]
         given = [t.detach().requires_grad_() for t in given]
         ids = routing.indices[:, :K] % (config.n_routed_experts - 1)  # the last expert is idle
         ids = torch.tensor([[3, 0, 2]]) if turned and T == 1 else ids
@@ -96,14 +98,15 @@ def test_gradients_have_the_same_bits_and_so_have_their_own(
 
         for one, other in zip(first(), of_the_long_way(monkeypatch, first), strict=True):
             assert torch.equal(one, other)
-        if dtype == torch.float64:  # added up in another order
+        if weighing == torch.float64:  # added up in another order
             for one, other in zip(second(), of_the_long_way(monkeypatch, second), strict=True):
                 near(one, other, 1e-13)
 
     for large, T, K in ((1, 1, 3), (1, 9, 1), (1, 9, 3), (loop.LARGE, 9, 3)):
         monkeypatch.setattr(loop, "LARGE", large)
         monkeypatch.setattr(moves, "PART", 2 * K * config.dim)
-        same(T, K)
+        same(T, K, dtype)
+        same(T, K, torch.float32)
 
 
 def test_indices_that_are_filled_anew_before_backward_change_no_derivative() -> None:
