@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from fmoe.codecs.format import Format
 from fmoe.codecs.formats import FORMATS
-from fmoe.codecs.parts import ACTIVATION, Found, Fresh, Parts, Specs, as_named, is_part, own, read, spell
+from fmoe.codecs.parts import ACTIVATION, FIX, Found, Fresh, Parts, Specs, as_named, is_part, own, read, spell
 from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec
 
@@ -19,7 +19,7 @@ def beside(specs: Specs, names: Names, formats: tuple[Format, ...], *, kept: boo
         for name in (n for n in names.ending((suffix,)) if n != suffix):
             x = name.removesuffix(suffix)
             if x not in specs:
-                problems.append(Problem(f"{name!r} is the scale of {x!r}, which is missing", (name, x)))
+                problems.append(Problem(f"{name!r} is the scale of {x!r}, which is missing. {FIX}", (name, x)))
                 continue
             if not kept and (not specs[x].dtype.is_floating_point or specs[x].dtype.itemsize < 2):
                 text = f"{x!r} is {specs[x].dtype} beside a scale, expected numbers to encode"

@@ -20,6 +20,7 @@ Specs = Mapping[str, TensorSpec]
 Found = tuple[dict[str, "Parts"], list[Problem]]
 Fresh = tuple[tuple[str, str | None], ...]  # names of formats, and a regex for what a fresh export writes in them
 TURNED = "[i o]"  # the form of scales that a file stores the other way
+FIX = "Fix: give both, as they were quantised, or the decoded tensor alone"
 ACTIVATION = {0: "_activation_tensor", 1: "_activation_expert"}  # by its number of dimensions
 
 
@@ -177,7 +178,7 @@ def in_file(specs: Specs, names: Names, formats: tuple[Format, ...], fresh: Fres
     for name in [n for n, spec in specs.items() if spec.dtype in small and n not in claimed] if small else ():
         scales_ = dict.fromkeys(s for f in formats if (s := spell(f.scale, name)))
         missing, dtype = next(iter(scales_), name), specs[name].dtype
-        problems.append(Problem(f"{name!r} is {dtype} and its scale {missing!r} is missing", (name, missing)))
+        problems.append(Problem(f"{name!r} is {dtype} and its scale {missing!r} is missing. {FIX}", (name, missing)))
     return found, problems
 
 
@@ -185,9 +186,9 @@ def _stored(x: str, f: Format, specs: Specs) -> "Parts | Problem":
     codes, scale = spell(f.weight, x), spell(f.scale, x)
     assert codes and scale
     if codes not in specs:
-        return Problem(f"{scale!r} is the scale of {codes!r}, which is missing", (scale, codes))
+        return Problem(f"{scale!r} is the scale of {codes!r}, which is missing. {FIX}", (scale, codes))
     if scale not in specs:
-        return Problem(f"{codes!r} is {specs[codes].dtype} and its scale {scale!r} is missing", (codes, scale))
+        return Problem(f"{codes!r} is {specs[codes].dtype} and its scale {scale!r} is missing. {FIX}", (codes, scale))
     if specs[codes].dtype != f.stored:
         text = f"{scale!r} stands beside {codes!r} in {specs[codes].dtype}, expected {f.stored}"
         return Problem(text, (scale, codes))

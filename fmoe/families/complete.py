@@ -14,7 +14,7 @@ from fmoe.families.kind import Family, as_dict
 from fmoe.families.known import absent, class_of, entries, lacking, recognised, text_stack
 from fmoe.families.numbered import Layers, by_stack, groups
 from fmoe.families.refused import not_taken
-from fmoe.families.sizes import Spell, keys, odd_sizes, spelt
+from fmoe.families.sizes import Spell, counted, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, declared_ahead, layer_count
 from fmoe.families.spelling import renamed
 from fmoe.families.surplus import denied, dropped_by_config, told_of
@@ -98,7 +98,9 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
             text = stack == main
             few = text and not known_class
             alike = _unlike(stack, ours if text else layers, said if text else {}, few)
-            missing |= dict.fromkeys(n for l, n in alike if n.removeprefix(f"{stack}.{l}.") not in told_by(stack, l))
+            rows = ((l, n, n.removeprefix(f"{stack}.{l}.")) for l, n in alike)
+            mine = [n for l, n, rest in rows if rest not in told_by(stack, l) and not counted(config, stack, rest)]
+            missing |= dict.fromkeys(mine)
     none = bool(routed) and not any(n.endswith("down_projs") for n in names)
     none = none and not known_class  # of which it is known which layers have another MLP
     experts = _experts(kind, main, ours, sparse, none, spell) + (_uncounted(main, ours, spell) if routed == 0 else [])
@@ -198,7 +200,7 @@ def _kind(said: Mapping[str, Any], l: int, count: int) -> tuple[Any, ...]:
 def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, Layers]) -> tuple[list[str], list[str]]:
     """What layers for multi-token prediction lack; a note where the config declares some and there is none."""
     field, declared = declared_ahead(said)
-    held = {f"{main}.{l}": s for l, s in stacks.get(main, {}).items() if l >= count}
+    held = {f"{main}.{l}": s for l, s in stacks.get(main, {}).items() if main and l >= count}
     beside = [s for s in stacks if "mtp" in s.split(".")]
     held |= {f"{s}.{l}": layer for s in beside for l, layer in stacks[s].items() if s.rpartition(".")[2] in LAYERS}
     bare = {n for n in stacks.get("", {}).get(0, set()) if n.startswith("mtp.")}

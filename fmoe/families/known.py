@@ -148,7 +148,7 @@ def _absent(
 ) -> tuple[list[str], set[str]]:
     """What is missing of a form, and those of its names that may be tied, under the stem that is there."""
     main = _main(form)
-    here = main if main in stacks else decoder(stacks) or main
+    here = main if main in stacks or said.get("is_encoder_decoder") else decoder(stacks, form["towers"]) or main
     stem = here.rpartition(".")[0] + "." if "." in here else ""
     moved = lambda name: stem + name.removeprefix(form["stem"]) if name.startswith(form["stem"]) else name
     bare = stacks.get("", {}).get(0, set())
@@ -215,8 +215,8 @@ def text_stack(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> str:
     >>> text_stack({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}, {"": {0: {"norm.weight"}}})
     'model.layers'
     """
-    mains = [_main(form) for form in forms_of(config)]
-    return next((m for m in mains if m in stacks), "") or decoder(stacks) or next(iter(mains), "")
+    mains, parts = [_main(form) for form in forms_of(config)], [t for form in forms_of(config) for t in form["towers"]]
+    return next((m for m in mains if m in stacks), "") or decoder(stacks, parts) or next(iter(mains), "")
 
 
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:

@@ -37,10 +37,10 @@ def has(stacks: Mapping[str, Layers], name: str) -> bool:
     return (hit[3] if hit else name) in stacks.get(hit[1] if hit else "", {}).get(int(hit[2]) if hit else 0, ())
 
 
-def decoder(stacks: Mapping[str, Layers]) -> str:
-    """The stack of the text model's layers: that of most layers with experts, or of most layers."""
+def decoder(stacks: Mapping[str, Layers], towers: Iterable[str] = ()) -> str:
+    """The stack of the text model's layers, in no tower: that of most layers with experts, or of most layers."""
     has = lambda layer: any(n.rpartition(".")[2] == "down_projs" for n in layer)
-    plain = [s for s in stacks if s and not BESIDE.search(s)]
+    plain = [s for s in stacks if s and not BESIDE.search(s) and not f"{s}.".startswith(tuple(towers))]
     return max(plain, key=lambda s: (sum(map(has, stacks[s].values())), len(stacks[s]), s), default="")
 
 

@@ -1,7 +1,8 @@
 """Numbers and lists of a config that its class in Transformers takes no model of, as data.
 
 `refused.json`, which `tests/helpers/known/known_refused.py` wrote: model type -> what is expected -> the fields of
-which nothing else is taken: of a number, 0 or more, or 1 or more; of a list, that it is not shorter, or longer, than
+which nothing else is taken: of a number, 0 or more, or 1 or more, perhaps where a list of what layers are has some
+word; of a list, that it is not shorter, or longer, than
 there are layers; of any value, its type. Published lists may go on over the layers for multi-token prediction that the
 config declares. "an integer in pixtral" is expected where a part's own model type, which chooses its class, is that.
 """
@@ -16,7 +17,7 @@ from typing import Any
 from fmoe.families.defaults import with_class
 from fmoe.families.known import class_of, entries, with_text
 from fmoe.families.sparse import declared_ahead, layer_count
-from fmoe.families.where import within
+from fmoe.families.where import translated, within
 from fmoe.folding import brief
 from fmoe.types import AdapterError, Problem
 
@@ -41,13 +42,18 @@ def not_taken(config: Mapping[str, Any]) -> Iterator[Problem]:
     yield from mistyped(config)
     if not entries(config):
         return
-    said = with_text(config)
+    said = with_text(translated(config))
     count, (_, ahead) = layer_count(said), declared_ahead(said)
     for expected, fields in _expected(config):
-        for path in fields if not types(expected) else ():
+        listed, _, word = expected.partition(" where ")[2].partition(" has ")
+        for path in fields if not types(expected) and (not word or _has(said.get(listed), word)) else ():
             part, field = within(said, path)
             if wrong := _wrong(part.get(field), expected, count, ahead):
                 yield _problem(config, path, *wrong)
+
+
+def _has(listed: Any, word: str) -> bool:
+    return isinstance(listed, list) and word in map(str, listed)
 
 
 def mistyped(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -100,7 +106,7 @@ def _wrong(value: Any, expected: str, count: int | None, ahead: int) -> tuple[st
     """What is said, and what is taken, where that is something else."""
     if expected[0].isdigit():
         return (str(value), expected) if type(value) is int and value < int(expected[0]) else None
-    if not isinstance(value, list) or not count:
+    if not isinstance(value, list) or count is None:
         return None
     off = len(value) < count if expected == "shorter" else len(value) > count + ahead
     return (f"of {len(value)} entries", f"one for each of {count} layers") if off else None

@@ -1,12 +1,13 @@
 """Have a checkpoint's tensors the sizes that its config says? What Transformers makes of a config's numbers, as data.
 
 `sizes.json`, which `tests/helpers/known/known_sizes.py` wrote: model type -> a formula of config fields (`formula.py`)
--> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers a stack has, -2: how
-many tensors a list. A name that starts with `#` is of the text model's layers; with `#layer_types=word`, of those of
-which that list says the word.
+-> the dimensions that are that: a native name, `#` for the layer, and which; -1: how many layers a stack has, or a
+stack in each layer of another; -2: how many tensors a list. A name that starts with `#` is of the text model's layers;
+with `#layer_types=word`, of those of which that list says the word.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fmoe.families.formula import fields, value, words
 from fmoe.families.known import entries, text_stack, with_text
-from fmoe.families.numbered import Layers, by_stack
+from fmoe.families.numbered import NUMBERED, Layers, by_stack
 from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
 from fmoe.types import Problem
@@ -40,12 +41,20 @@ class Expected(NamedTuple):
 
 
 LAYERS, LIST = -1, -2
+BY_LAYER = re.compile(r"\[l|\bl in |\bif l\b")
 PARTS = ("vision_config", "audio_config", "attn_config", "ffn_config")
 
 
 @cache
 def known_sizes() -> dict[str, dict[str, list[list[Any]]]]:
     return dict(json.loads(Path(__file__).with_name("sizes.json").read_text()))
+
+
+def counted(config: Mapping[str, Any], stack: str, name: str) -> bool:
+    """Whether the config says how many there are of that stack within a layer of which a name is."""
+    hit = NUMBERED.match(name)
+    ways = [[f"{stem}{stack}.#.{hit[1]}.#", LAYERS] for stem in ("", "model.")] if hit else []
+    return any(at in dims for dims in known_sizes().get(str(config.get("model_type")), {}).values() for at in ways)
 
 
 def odd_sizes(
@@ -71,15 +80,21 @@ def odd_sizes(
     stem = "" if any(n.startswith("model.") for n in native) else "model."  # which a base saved on its own has not
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
-        exact = "[l]" in formula or not apart.isdisjoint(fields(formula))
+        exact = bool(BY_LAYER.search(formula)) or not apart.isdisjoint(fields(formula))
         odd = dict[tuple[int, int, Expected], list[str]]()
         for template, k in dims:
             template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
             stack = at[:-1] or main
             says = lambda l: _expected(formula, own, l, stack == main)  # noqa: B023
-            if k < 0:
-                yield from (_layers if k == LAYERS else _list)(stack, says(-1), native, stacks, spell)
+            if k == LIST:
+                yield from _list(stack, says(-1), native, stacks, spell)
+                continue
+            if k == LAYERS:
+                inner = rest.strip(".#")
+                for l, mine in stacks.get(stack, {}).items() if inner else ():
+                    yield from _layers(f"{stack}.{l}.{inner}", says(l), by_stack(mine).get(inner, {}))
+                yield from () if inner else _layers(stack, says(-1), stacks.get(stack, {}))
                 continue
             kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
@@ -122,14 +137,12 @@ def _of_layer(part: Any, layer: int) -> Any:
     return {**part, **_each(part).get(layer, {})} if isinstance(part, Mapping) else part
 
 
-def _layers(
-    stack: str, says: Expected | None, native: Mapping[str, Any], stacks: Mapping[str, Layers], spell: Spell
-) -> Iterator[Problem]:
+def _layers(stack: str, says: Expected | None, layers: Layers) -> Iterator[Problem]:
     """A stack that has not the layers that the config says."""
-    if not says or stack not in stacks or {*stacks[stack]} == {*range(says.size)}:
+    if not says or not layers or {*layers} == {*range(says.size)}:
         return
-    missing = next((l for l in range(says.size) if l not in stacks[stack]), None)
-    found = f"{len(stacks[stack])} layers" + f", none is {missing}" * (missing is not None)
+    missing = next((l for l in range(says.size) if l not in layers), None)
+    found = f"{len(layers)} layers" + f", none is {missing}" * (missing is not None)
     yield Problem(f"{stack}.*: {found}, and config.json has {says.told}: expected {says.size}", (stack,))
 
 
@@ -138,7 +151,11 @@ def _list(
 ) -> Iterator[Problem]:
     """A list of tensors that are fewer or more than the config says."""
     held = {n for n in native if n.rpartition(".")[0] == stack and n.rpartition(".")[2].isdigit()}
-    if not says or len(held) == says.size or not any(n.startswith(stack.rpartition(".")[0] + ".") for n in native):
+    if (
+        not says
+        or len(held) == max(says.size, 0)
+        or not any(n.startswith(stack.rpartition(".")[0] + ".") for n in native)
+    ):
         return
     names = sorted({f"{stack}.{k}" for k in range(says.size)} ^ held)
     text = f"{len(held)} tensors of {stack}.*, and config.json has {says.told}: expected {says.size}"

@@ -87,7 +87,9 @@ def test_scale_is_a_part_of_what_is_quantised_and_elsewhere_a_word(how):
     other = tensors | {"layers.1.attn_hc.scale": torch.ones(3)}
     same(adapter.to_hf(adapter.from_hf(other)), other)
     orphan = "layers.1.attn.wq_a.scale"
-    with pytest.raises(fmoe.AdapterError, match=r"the scale of 'layers.1.attn.wq_a.weight', which is missing") as error:
+    with pytest.raises(
+        fmoe.AdapterError, match=r"the scale of 'layers.1.attn.wq_a.weight', which is missing. Fix: give"
+    ) as error:
         adapter.from_hf(tensors | {orphan: torch.ones(1, 1).to(torch.float8_e8m0fnu)})
     assert orphan in error.value.keys
 

@@ -15,8 +15,9 @@ from hf import save
 from known_saved import originals
 
 import fmoe
-from fmoe.families.formula import fields
+from fmoe.families.formula import fields, value
 from fmoe.families.kind import as_dict
+from fmoe.families.known import with_text
 from fmoe.families.sizes import PARTS, known_sizes, odd_sizes
 
 NAMES = [*hf.MODELS, *zoo.MODELS]
@@ -47,7 +48,7 @@ def places(config, field):
 
 def moved(config, field, to=lambda n: n + 1):
     """The config with one more there, and what a problem says of that."""
-    other = copy.deepcopy(config)
+    other, field = copy.deepcopy(config), field.replace("[l - 1]", "[l]")
     there = lambda at, k: k in at if isinstance(at, dict) else k < len(at)
     found = [(at, k) for at, k in places(other, field) if there(at, k) and isinstance(at[k], int)]
     for at, k in found:
@@ -62,6 +63,30 @@ def here(config, dims):
     return any(not kind or kind[1] in map(str, text.get(kind[0], ())) for kind in kinds)
 
 
+def in_use(formula, field, config):
+    """Whether one more there is another size of the first layer: else it is of layers that a list gives another."""
+    return value(formula, with_text(config)) != value(formula, with_text(moved(config, field)[0]))
+
+
+@pytest.mark.parametrize("name", ["deepseek_ocr2", "unlimited_ocr"])
+def test_layers_that_a_list_has_and_those_that_it_has_not_are_compared_by_sizes_of_their_own(name):
+    cls, config = known_names.base(name)
+    config.architectures, sam = [cls.__name__], config.vision_config.sam_config
+    sam.num_hidden_layers, sam.global_attn_indexes = 3, [1]
+    said, native = config.to_dict(), known_names.sized(cls, config, name, True)
+    assert not [*odd_sizes(said, as_dict(said), native)]
+    for field, wrong, layers in (
+        ("window_size", sam.window_size + 1, {"0", "2"}),
+        ("image_size", 2 * sam.image_size, {"1"}),
+        ("global_attn_indexes", [2], {"1", "2"}),
+    ):
+        other = copy.deepcopy(said)
+        other["vision_config"]["sam_config"][field] = wrong
+        problems = [p for p in odd_sizes(other, as_dict(other), native) if "rel_pos" in p.text]
+        assert {n.split(".")[3] for p in problems for n in p.keys} == layers
+        assert all(f"sam_config.{field} {wrong}" in p.text for p in problems)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_number_that_sizes_follow_is_missed_where_tensors_have_another_and_no_other(name):
     cls, config = known_names.base(name)
@@ -73,6 +98,8 @@ def test_each_number_that_sizes_follow_is_missed_where_tensors_have_another_and_
     assert found
     for formula, dims in found.items():
         for field in fields(formula) if here(said, dims) else ():
+            if " if l in " in formula and not in_use(formula, field, said):
+                continue
             for to in (lambda n: n + 1, lambda n: 0):  # what is divided may be the same of one more
                 other, told = moved(said, field, to)
                 if told and (f"//{field}" not in formula if to(1) == 0 else "//" not in formula):

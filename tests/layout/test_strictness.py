@@ -84,7 +84,7 @@ def test_eight_bit_experts_are_decoded_or_refused_in_every_family(model_type):
     same(adapter.to_hf(native), q | scales)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         for choices in ({}, {"dtype": torch.bfloat16}):
-            with pytest.raises(fmoe.AdapterError, match="its scale .* is missing"):
+            with pytest.raises(fmoe.AdapterError, match=r"its scale .* is missing\. Fix: give both"):
                 fmoe.adapter(model_type, **choices).from_hf({n: t.to(dtype) for n, t in q.items()})
     with pytest.raises(fmoe.AdapterError, match="part of a quantised"):
         fmoe.adapter(model_type, dtype=torch.bfloat16).from_hf({n: t.to(torch.int8) for n, t in q.items()})

@@ -2,6 +2,7 @@
 
 from fmoe.families.kind import Family
 from fmoe.families.layouts import KEPT
+from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import rule, together
 
 X, N = "{pre}experts.expert_{e}.", "{pre}experts."
@@ -25,15 +26,21 @@ switch_transformers = Family(
     verified="round trip",
 )
 
+
+def _nllb(stack: str, i: str) -> Adapter:
+    """The rules of the encoder's or the decoder's experts, whose width is i: one's may be another than the other's."""
+    x, n = ("{pre}" + stack + ".layers.{l}.ffn." + side.removeprefix("{pre}") for side in (X, N))
+    return together(
+        rule(f"{x}fc1.weight [{i} d]", f"{n}gate_and_up_projs [e d {i}]"),
+        rule(f"{x}fc2.weight [d {i}]", f"{n}down_projs [e {i} d]"),
+        rule(f"{x}fc1.bias [{i}]", f"{n}gate_up_proj_bias [e {i}]"),
+        rule(f"{x}fc2.bias [d]", f"{n}down_proj_bias [e d]"),
+    )
+
+
 nllb_moe = Family(
     model_types=("nllb-moe",),
-    rules=together(
-        rule(X + "fc1.weight [i d]", N + "gate_and_up_projs [e d i]"),
-        rule(X + "fc2.weight [d i]", N + "down_projs [e i d]"),
-        rule(X + "fc1.bias [i]", N + "gate_up_proj_bias [e i]"),
-        rule(X + "fc2.bias [d]", N + "down_proj_bias [e d]"),
-    )
-    | KEPT,
+    rules=_nllb("encoder", "i") | _nllb("decoder", "j") | KEPT,
     fields=dict(
         n_routed_experts="num_experts",
         n_activated_experts="num_selected_experts",
@@ -41,6 +48,7 @@ nllb_moe = Family(
         moe_inter_dim="encoder_ffn_dim",
     ),
     fixed=dict(n_activated_experts=2, expert_bias=True),
+    sizes=dict(j="decoder_ffn_dim"),
     activations=RELU_IS_NONE_OF_OURS,
     activation_field="activation_function",
     sparse="",

@@ -78,6 +78,13 @@ def test_a_tower_of_three_more_layers_is_whole_and_too_long_for_who_says_fewer(n
 
 def test_blocks_of_muse_sparks_sound_are_as_many_as_it_says():
     config = known_names.base("muse_spark")[1]
-    config.audio_config.depths = [2]
+    config.audio_config.depths = [2, 1, 3]
     for given, specs in forms("muse_spark", config):
         assert gaps(family("muse_spark"), given, specs) == ([], [])
+        given["audio_config"]["depths"] = [2, 2, 3]
+        [problem] = gaps(family("muse_spark"), given, specs).problems
+        blocks, said = "model.audio_tower.layers.1.conv_blocks.*", "audio_config.depths[1] 2"
+        assert (
+            f"model.{problem.text.removeprefix('model.')}"
+            == f"{blocks}: 1 layers, none is 1, and config.json has {said}: expected 2"
+        )

@@ -26,8 +26,12 @@ def wrong(name):
     config.architectures = [cls.__name__]
     text = known_names.text_of(config).to_dict()
     for expected, fields in data()[known_names.family_type(name)].items():
+        takes, _, kind = expected.partition(" where ")
+        listed, _, word = kind.partition(" has ")
+        like = known_refused.of_kinds(name)[listed][word] if kind else config
+        like.architectures = config.architectures
         for field in fields if not types(expected) else ():
-            yield field, known_refused.given(config, field, SPOILT[expected](text.get(field)))
+            yield field, known_refused.given(like, field, SPOILT[takes](text.get(field)))
 
 
 def told(said):

@@ -49,7 +49,15 @@ MODELS: dict[str, tuple[str, Config]] = {
         "MuseSparkForConditionalGeneration",
         dict(moe_hidden_size=28, whole=dict(out_hidden_size=32, projector_hidden_size=20))
         | dict(vision_config=TOWER | dict(patch_size=4, pos_emb_height=4, pos_emb_width=4))
-        | dict(audio_config=dict(patch_sizes=[4], hidden_sizes=[16], depths=[1], out_hidden_size=32)),
+        | dict(
+            audio_config=dict(
+                num_hidden_layers=3,
+                patch_sizes=[4, 3, 5],
+                hidden_sizes=[16, 24, 20],
+                depths=[1, 1, 1],
+                out_hidden_size=32,
+            )
+        ),
     ),
     "step3p7": ("Step3p7ForConditionalGeneration", dict(mlp_layer_types=["dense", "sparse"], sliding_window=8)),
     "unlimited_ocr": (

@@ -20,7 +20,8 @@ def dims(name: str, cls: Any, config: Any) -> Dims | None:
 
     None: there is no such model.
 
-    A stack has as many layers as its last one's number says: (template of its layers, -1); a list of tensors, -2.
+    A stack has as many layers as its last one's number says: (template of its layers, -1), as one within a layer has,
+    (as "blocks.0.convs.#", -1); a list of tensors, -2.
     Where what a list says of a layer decides, the template names it: "#layer_types=full_attention.self_attn.q_norm".
     """
     try:
@@ -57,6 +58,9 @@ def _dims(config: Any, specs: dict[str, TensorSpec]) -> Dims:
         bare, _, number = native.rpartition(".")
         if not hit and number.isdigit():
             counts[f"{bare}.#", LIST] = max(int(number) + 1, counts.get((f"{bare}.#", LIST), 0))
+        if hit and hit[1] != main and (within := NUMBERED.match(hit[3])):
+            at = f"{hit[1]}.{hit[2]}.{within[1]}.#", LAYERS
+            counts[at] = max(int(within[2]) + 1, counts.get(at, 0))
         beside = hit and hit[1] != main
         for k, n in enumerate(spec.shape):
             template = (f"{hit[1]}.#." if beside else "#.") + hit[3] if hit else native

@@ -24,7 +24,7 @@ def fitted(mine: Sequence[str], rows: list[Row]) -> str:
 
 def at(formula: str, said: dict[str, int]) -> int | None:
     """Its value where fields stand under their whole names; of one that is not said, as of 0."""
-    if hit := re.fullmatch(r"(.+) if ([\w.]+)( is not False)? else (.+)", formula):
+    if hit := re.fullmatch(r"(.+) if ((?:l in )?[\w.]+)( is not False)? else (.+)", formula):
         formula = hit[1] if said.get(hit[2], bool(hit[3])) else hit[4]
     for field in sorted(fields(formula), key=len, reverse=True):
         formula = formula.replace(field, str(said.get(field, 0)))

@@ -27,9 +27,9 @@ def numbers(config: Any, least: int = 1) -> Step:
         for field, v in part.items():
             if type(v) is int and v >= least and str(field).isidentifier():
                 found[path + field] = v
-            elif not path and isinstance(v, list) and v and all(type(n) is int and n >= least for n in v):
-                same = len(v) == count and len({*v}) == 1
-                found |= {f"{field}[l]": v[0]} if same else {f"{field}[{i}]": n for i, n in enumerate(v[:4])}
+            elif isinstance(v, list) and v and all(type(n) is int and n >= least for n in v):
+                same = not path and len(v) == count and len({*v}) == 1
+                found |= {f"{field}[l]": v[0]} if same else {f"{path}{field}[{i}]": n for i, n in enumerate(v[:4])}
     return found
 
 
@@ -41,17 +41,31 @@ def lengths(config: Any) -> Step:
 
 
 def flags(config: Any) -> dict[str, bool]:
-    """All flags of a config by how a formula calls them."""
+    """All flags of a config by how a formula calls them; and whether a list has the numbers of all layers, or none."""
     said = where.flat(config.to_dict(), known_names.text_of(config).to_dict())
-    return {f: v for f, v in said.items() if isinstance(v, bool)}
+    listed = {f"l in {f}": {l in v for l in range(n)} for f, (v, n) in _of_layers(config).items()}
+    return {f: v for f, v in said.items() if isinstance(v, bool)} | {
+        f: v.pop() for f, v in listed.items() if len(v) == 1
+    }
+
+
+def _of_layers(config: Any) -> dict[str, tuple[list[int], int]]:
+    """Lists of what stands beside the text model that may be of its layers' numbers, with how many layers it has."""
+    parts = where.beside(config.to_dict()).items()
+    counted = (
+        (path, part, next((part[f] for f in where.COUNTS if type(part.get(f)) is int), 0)) for path, part in parts
+    )
+    lists = ((path + f, v, count) for path, part, count in counted for f, v in part.items() if isinstance(v, list))
+    return {f: (v, count) for f, v, count in lists if all(type(n) is int for n in v)}
 
 
 def turned(config: Any, flag: str) -> Any:
     """The config with a flag turned."""
     made = copy.deepcopy(config)
-    *path, last = flag.split(".")
+    *path, last = flag.removeprefix("l in ").split(".")
     at = reduce(getattr, path, made) if path else _holder(made, last)
-    setattr(at, last, not getattr(at, last))
+    was, (_, count) = getattr(at, last), _of_layers(config).get(flag.removeprefix("l in "), ([], 0))
+    setattr(at, last, not was if isinstance(was, bool) else [] if flags(config)[flag] else [*range(count)])
     return made
 
 

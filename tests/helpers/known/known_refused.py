@@ -2,7 +2,8 @@
 
 `known_refused.py [NAME ...]`. Every number is set to 0 and to -1, every list with an entry for each layer is made one
 shorter and one longer. What Transformers then builds no model of is refused, and so is a number below 0 of which it
-builds another. But for steps of layers: 0 is taken where another field leaves no layer to count.
+builds another. But for steps of layers: 0 is taken where another field leaves no layer to count. What only layers of
+some kind need more than 0 of is refused where there are such.
 
 Every whole number and flag, in every part of a config and under every name that its class knows, is made something else
 that JSON has; and it is of one type only where no other is read as what it was: as a number in a list may be.
@@ -13,14 +14,16 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import known_names
+import known_sizes
 import known_where as where
 import torch
-from known_numbers import numbers
+from known_numbers import alike, numbers
 from transformers import AutoConfig, PreTrainedConfig
 
 import fmoe
@@ -55,14 +58,52 @@ def sizes(name: str, said: dict[str, Any]) -> dict[str, Any] | None:
     return {n: t.shape for n, t in model.state_dict().items()}
 
 
+def without(config: Any, field: str) -> dict[str, Any]:
+    """What config.json says with 0 there; of no layers, with lists that have no entry for any."""
+    made = given(alike(copy.deepcopy(config)), field, 0)
+    part, last = within(made, field)
+    part = made["text_config"] if field in made.get("text_config", ()) else part
+    count = within(config.to_dict(), field)[0].get(last) or known_names.text_of(config).to_dict().get(last)
+    for f, v in part.items() if last in where.COUNTS and isinstance(part, dict) else ():
+        if isinstance(v, list) and len(v) == count and EACH.search(f):
+            part[f] = []
+    return made
+
+
+def zeroed(name: str, config: Any, field: str) -> bool:
+    """Whether a class makes a model of 0 there, or of no layers."""
+    return any(sizes(name, said) is not None for said in (given(config, field, 0), without(config, field)))
+
+
+@cache
+def of_kinds(name: str) -> dict[str, dict[str, Any]]:
+    """A list of what layers are -> a word of it -> the config whose layers are all that, if there is such a model."""
+    found = dict[str, dict[str, Any]]()
+    for kind in known_sizes.Seen(name).kinds():
+        config = known_sizes.Seen(name, kind).config
+        if sizes(name, config.to_dict()) is not None:
+            found.setdefault(kind[0], {})[str(kind[1])] = config
+    return found
+
+
+def where_refused(name: str, field: str) -> list[str]:
+    """How it is said of which layers a class needs more than 0 there: of some kinds, or of whatever there is."""
+    for listed, configs in of_kinds(name).items():
+        needing = [word for word, config in configs.items() if not zeroed(name, config, field)]
+        if 0 < len(needing) < len(configs):
+            return [f"1 or more where {listed} has {word}" for word in needing]
+    return ["1 or more"]
+
+
 def refused(name: str) -> dict[str, list[str]]:
     """What is expected of fields -> those of which the class takes nothing else."""
     _, config = known_names.base(name)
     found: dict[str, list[str]] = {"0 or more": [], "1 or more": [], "shorter": [], "longer": []}
     base = sizes(name, config.to_dict())
     for field in (f for f in numbers(config, -9) if "[" not in f and not STEP.search(f)):
-        if sizes(name, given(config, field, 0)) is None:
-            found["1 or more"].append(field)
+        if not zeroed(name, config, field):
+            for expected in where_refused(name, field):
+                found.setdefault(expected, []).append(field)
         elif sizes(name, given(config, field, -1)) != base:
             found["0 or more"].append(field)
     text = known_names.text_of(config).to_dict()

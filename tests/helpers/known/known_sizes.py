@@ -15,12 +15,13 @@ from typing import Any
 
 import known_fit
 import known_names
+import known_where as where
 from known_dims import Dims, dims
 from known_numbers import KINDS, OPTIONAL, Step, alike, changed, flags, lengths, numbers, turned
 
 import fmoe
 from fmoe.families.formula import fields
-from fmoe.families.numbered import by_stack, decoder
+from fmoe.families.numbered import NUMBERED, by_stack, decoder
 from fmoe.families.sizes import PARTS
 
 FILE = Path(fmoe.families.__file__).with_name("sizes.json")
@@ -66,7 +67,8 @@ class Seen:
     @cached_property
     def others(self) -> list[tuple[Step, Dims]]:
         """The sizes where anything else is changed, with the numbers there: a flag, a list, what is absent."""
-        ways = (c for part in known_names.parts_of(self.config) for c in known_names.varied(self.config, part))
+        ways = [c for part in known_names.parts_of(self.config) for c in known_names.varied(self.config, part)]
+        ways = [made for c in ways if (made := changed(c, {}, True))] if self.read else ways
         return [(numbers(c, 0) | lengths(c) | flags(c), d) for c in ways if (d := dims(self.name, self.cls, c))]
 
     def kinds(self) -> Iterator[tuple[str, Any]]:
@@ -74,7 +76,9 @@ class Seen:
         for field in KINDS:
             own, theirs = (known_names.text_of(c).to_dict().get(field) for c in (self.config, type(self.config)()))
             words = {*own, *(theirs or ())} if isinstance(own, list) else set()
-            yield from ((field, word) for word in sorted(words if words <= {*map(str, words)} else {0, 1}, key=str))
+            strings = words <= {*map(str, words)}
+            words = {*where.kinds(type(self.config), field, [*words])} if words and strings else words and {0, 1}
+            yield from ((field, word) for word in sorted(words, key=str))
 
     def __call__(self, values: Step) -> Dims | None:
         key = tuple(sorted(values.items()))
@@ -124,10 +128,39 @@ def formulas(name: str) -> dict[str, list[list[Any]]]:
         for at in left:
             found |= {at: told} if (told := read(other, again, at)) else {}
     made: dict[str, list[list[Any]]] = {}
-    for (template, k), told in found.items():
+    for (template, k), told in by_layer(found).items():
         if "=" not in template or ("#." + template.partition(".")[2], k) not in found:
             made.setdefault(told, []).append([template, k])
     return made
+
+
+def by_layer(found: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
+    """The same, with one formula for what each layer of a tower, from the first or second on, has by its own entries.
+
+    >>> found = {("a.0.w", 0): "n[0]", ("a.1.w", 0): "n[1]*n[0]", ("a.2.w", 0): "n[2]*n[1]", ("w", 0): "2*n[2]"}
+    >>> by_layer(found)
+    {('w', 0): '2*n[l]', ('a.#.w', 0): 'n[l]*n[l-1] if l else n[l]'}
+    """
+    apart: dict[tuple[str, int], dict[int, str]] = {}
+    for (template, k), told in found.items():
+        hit = NUMBERED.match(template)
+        if hit and "#" not in hit[1] and "[" in told:
+            own = lambda at: {hit[2]: "[l]", str(int(hit[2]) - 1): "[l-1]"}.get(at[1], at[0])  # noqa: B023
+            apart.setdefault((f"{hit[1]}.#.{hit[3]}", k), {})[int(hit[2])] = re.sub(r"\[(\d+)\]", own, told)
+    made, lists = {}, dict[str, int]()
+    for at, told in apart.items():
+        first, later = told.get(0, ""), {*told.values()} - {told.get(0)}
+        if len(told) > 2 and first and len(later) < 2 and not re.search(r"\[\d", first.join(later)):
+            made[at] = f"{later.pop()} if l else {first}" if later else first
+            lists |= {field: max(told) for field in re.findall(r"([\w.]+)\[l", made[at])}
+    merged = {(f"{s}.{l}.{rest}", k) for (t, k) in made for s, _, rest in [t.partition(".#.")] for l in apart[t, k]}
+    last = lambda hit: f"{hit[1]}[l]" if lists.get(hit[1]) == int(hit[2]) else hit[0]
+    left = {at: told for at, told in found.items() if at not in merged}
+    rest = {
+        at: told if re.search(r"#|\.\d", at[0]) else re.sub(r"([\w.]+)\[(\d+)\]", last, told)
+        for at, told in left.items()
+    }
+    return rest | made
 
 
 def read(seen: Seen, again: Seen, k: tuple[str, int]) -> str:

@@ -122,13 +122,17 @@ def remade(config: Any) -> Any:
 
 
 def stretch(part: Any, field: str, count: int) -> None:
-    """Lists with an entry for each layer, for as many layers as this number is to be; or all of this list's length."""
+    """Lists with an entry for each layer, for as many layers as this number is to be; or all of this list's length.
+
+    Kinds of layers come again in a row; numbers go on as the last.
+    """
     given = part.to_dict()
     listed = isinstance(given[field], list)
     length = len(given[field]) if listed else given[field]
     for f, v in given.items():
         if isinstance(v, list) and len(v) == length and (listed or len(v) > 1):
-            setattr(part, f, [v[l % len(v)] for l in range(count)])
+            last = lambda l: l % len(v) if isinstance(v[0], str) else min(l, len(v) - 1)  # noqa: B023
+            setattr(part, f, [v[last(l)] for l in range(count)])
 
 
 def placed(told_by: list[tuple[dict[str, Any], set[str]]], stack: str) -> list[Row]:
