@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,19 +23,20 @@ from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known, opened
-from fmoe.families.spelling import alike, in_memory
+from fmoe.families.spelling import alike, in_memory, layers_with, spelt
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
 from fmoe.layout.notation import Rule
-from fmoe.lowrank.complete import missing
+from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
-from fmoe.lowrank.matrices import is_copy, tied
+from fmoe.lowrank.matrices import attention, is_copy, tied
+from fmoe.lowrank.said import config_of, odd_ranks
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import LoraTable, is_lora
-from fmoe.lowrank.targets import ranked, scales_of, table_of, targets_of, told, wrapped
+from fmoe.lowrank.targets import ranked, scales_of, told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
@@ -113,12 +112,20 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     if alone := tuple(n for n in tensors if not is_lora(n) and not is_copy(n, tensors)):
         text = f"{some(alone)}: no matrix A or B, expected those alone. Fix: merge it with PEFT (merge_and_unload)"
         raise AdapterError([Problem(text, alone)])
+    if problems := [*attention(tensors)]:
+        raise AdapterError(problems)
     adapter = base.resolve(tensors)
     params = adapter.from_hf(whole(_singly(adapter), tensors, said))
     model = adapter.config or {}
-    same, inside = lambda name: alike(model, name)[-1], partial(in_memory, model)
-    problems = [*_ranks(params, said, adapter), *(tied(params) if known.ties(model) else ())]
-    if problems := [*problems, *missing(params, said, adapter, names, partial(known.everywhere, model), same, inside)]:
+    about = Known(
+        partial(known.everywhere, model),
+        lambda name: alike(model, name)[-1],
+        partial(in_memory, model),
+        partial(layers_with, model),
+        str(model.get("model_type")) in spelt(),
+    )
+    odd = [*odd_ranks(params, said, adapter), *(tied(params) if known.ties(model) else ())]
+    if problems := [*odd, *missing(params, said, adapter, names, about)]:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 
@@ -192,12 +199,12 @@ def save(
     adapter = ranked(adapter, params) if config is None else _as(adapter, config)
     tensors = adapter.to_hf(params)
     if config is None:
-        config = _config(params, adapter, lora_alpha, base)
+        config = config_of(params, adapter, lora_alpha, base)
     elif base is not None:
         config = replace(config, base=base)
     back, tensors = _as(adapter, config), pared(_singly(adapter), tensors, config)
     back.from_hf(whole(_singly(adapter), tensors, config))  # what is written can be read
-    if problems := list(_ranks(params, config, back.resolve(tensors))):
+    if problems := list(odd_ranks(params, config, back.resolve(tensors))):
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
     put = {WEIGHTS: lambda part: _saved(tensors, part), CONFIG: lambda part: part.write_text(text)}
@@ -218,30 +225,3 @@ def _saved(tensors: Params, path: Path) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     return read(path, "is missing: a PEFT directory has one", infinite=True)[0]
-
-
-def _ranks(params: Params, config: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
-    for target in targets_of(adapter, params):
-        said = {config.rank(key) for key in wrapped(target, config)}
-        if said != {target.rank}:
-            text = (
-                f"{target.a!r} has rank {target.rank}, and adapter_config.json says {sorted(said)} of {target.keys[0]}"
-            )
-            yield Problem(text, (target.a,))
-
-
-def _config(params: Params, adapter: Adapter, lora_alpha: float, base: str | None) -> LoraConfig:
-    """The config of these matrices: their names in full, the rank that most have, and what deviates from it."""
-    targets = targets_of(adapter, params)
-    if not targets:
-        raise AdapterError("no matrix A among these parameters: expected native LoRA matrices")
-    r = Counter(t.rank for t in targets).most_common(1)[0][0]
-    return LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,
-        rank_pattern={re.escape(k): t.rank for t in targets if t.rank != r for k in t.keys},
-        target_parameters=tuple(sorted(k for t in targets if t.parameter for k in t.keys)),
-        target_modules=tuple(sorted(k for t in targets if not t.parameter for k in t.keys)),
-        peft_version=table_of(adapter).version,
-        base=base,
-    )

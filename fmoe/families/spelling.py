@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fmoe.families.known import class_names, known, nearest
+from fmoe.families.known import class_names, known, lacking, nearest
 from fmoe.families.numbered import BESIDE, Layers
 
 _SMALL = re.compile(r"scale|zero_point|inv_freq|lora_")  # beside weights, whatever the class
@@ -128,10 +128,11 @@ def alike(config: Mapping[str, Any], name: str) -> list[str]:
     ['model.layers.3.attn.wq_a', 'model.layers.3.self_attn.q_a_proj']
     """
     of = str(config.get("model_type"))
-    module, end = name[: (at := _ADAPTED.search(name).start())], name[at:]  # type: ignore[union-attr]
-    for starred, number in _starred(module):
-        if names := _modules(of).get(starred):
-            return [n.replace("*", number) + end for n in names]
+    at = _ADAPTED.search(name).start()  # type: ignore[union-attr]
+    split = ((name, ""), (name[:at], name[at:]))  # a tensor of another name in files, and its module
+    ways = [(star, number, end) for module, end in split for star, number in _starred(module)]
+    if made := [n.replace("*", number) + end for s, number, end in ways for n in _modules(of).get(s, ())]:
+        return [*dict.fromkeys(n for n in made if n != made[-1]), made[-1]]
     found = [(stem, place) for place in _places(of) for stem in place.stems]
     for stem, place in sorted(found, key=lambda f: -len(f[0])):
         rest = name.removeprefix(stem)
@@ -143,8 +144,25 @@ def alike(config: Mapping[str, Any], name: str) -> list[str]:
 def in_memory(config: Mapping[str, Any], name: str) -> str | None:
     """What a weight of files is called in memory; None: it is no tensor there, but a part of some or several."""
     alone = spelt().get(str(config.get("model_type")), {}).get("", ())
-    parts = any(starred in alone for starred, _ in _starred(name.removesuffix(".weight")))
+    parts = any(s in alone for n in (name, name.removesuffix(".weight")) for s, _ in _starred(n))
     return None if parts else alike(config, name)[-1]
+
+
+def layers_with(config: Mapping[str, Any], tensor: str, names: Iterable[str]) -> set[int]:
+    """The layers that have this tensor of the class in memory, its number a star, as the kinds of their names tell.
+
+    >>> gate = "model.layers.*.mlp.gate.weight"
+    >>> layers_with({"model_type": "qwen3_moe"}, gate, ["model.layers.1.mlp.experts.down_projs"])
+    {1}
+    """
+    stack, _, rest = tensor.partition(".*.")
+    forms = known().get(str(config.get("model_type")), {"forms": ()})["forms"][-1:]
+    kinds = [p["stacks"][stack] for f in forms for p in (f, *f["towers"].values()) if stack in p["stacks"]]
+    layers: dict[int, set[str]] = {}
+    for number, _, inside in (n[len(stack) + 1 :].partition(".") for n in names if n.startswith(f"{stack}.")):
+        if number.isdigit():
+            layers.setdefault(int(number), set()).add(inside)
+    return {n for n, here in layers.items() if any(rest in lacking(groups, here - {rest}) for groups in kinds)}
 
 
 def _starred(module: str) -> Iterator[tuple[str, str]]:
@@ -160,7 +178,8 @@ def _starred(module: str) -> Iterator[tuple[str, str]]:
 def spelt() -> dict[str, dict[str, list[str]]]:
     """Model type -> modules in memory, a layer's number a star -> their names in files; none: no tensor of their own.
 
-    And "": modules in files, of which memory has no tensor. Data that `tests/helpers/known/known_spelt.py` wrote.
+    A tensor in full, where it is no `weight` on both sides. And "": those in files, of which memory has no tensor.
+    Data that `tests/helpers/known/known_spelt.py` wrote.
     """
     return dict(json.loads(Path(__file__).with_name("spelt.json").read_text()))
 

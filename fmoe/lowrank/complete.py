@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
@@ -26,53 +26,97 @@ _BESIDE = re.compile(r"vision|visual|audio")
 _SKIPPED = re.compile(r"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|\.experts\.")
 
 
+class Known(NamedTuple):
+    """What is known of the base's class.
+
+    everywhere: whether all layers have a module of this name, its number a star; None: not known. same: one name of all
+    that a tensor has, in memory and in files. inside: the one in memory, if any. layers: those that have a tensor, its
+    number a star, as the names that are there tell. whole: whether other names than files have are all known.
+    """
+
+    everywhere: Callable[[str], bool | None] = lambda form: None
+    same: Callable[[str], str] = lambda name: name
+    inside: Callable[[str], str | None] = lambda name: name
+    layers: Callable[[str, Iterable[str]], set[int]] = lambda tensor, names: set()
+    whole: bool = False
+
+
 def missing(
-    params: Params,
-    config: LoraConfig,
-    adapter: Adapter,
-    names: Iterable[str] | None,
-    everywhere: Callable[[str], bool | None] = lambda form: None,
-    same: Callable[[str], str] = lambda name: name,
-    inside: Callable[[str], str | None] = lambda name: name,
+    params: Params, config: LoraConfig, adapter: Adapter, names: Iterable[str] | None, known: Known
 ) -> Iterator[Problem]:
     """A problem for each target of which the matrices are not there. names: the base's Hugging Face names, if known.
 
-    With them, every module and every expert parameter that a target names has matrices, where Transformers gives it
-    another name in memory as many. Without, every target has some, and the layers of each have no gap. everywhere:
-    whether all layers have a module of this name, its number a star; None: not known. same: one name of all that a
-    tensor has, in memory and in files. inside: the one in memory, if any.
+    With them, every module and every parameter that a target names has matrices, under its name in memory where it has
+    another, also where it is no tensor of its own in files. Without, every target has some, and the layers of each have
+    no gap.
     """
     if not params:
         yield Problem("the adapter's file holds no matrices, expected some for each target of adapter_config.json")
         return
-    made = targets_of(adapter, params)
+    made, same = targets_of(adapter, params), known.same
     keys = {key.removeprefix(WRAPPED) for t in made for key in t.keys}
     modules = {key.removeprefix(WRAPPED) for t in made if not t.parameter for key in t.keys}
     there = set(map(same, keys))
-    if names is not None and all(same(key) == key for key in keys):  # spelt as in memory
-        names = [n for n in map(inside, names) if n]
+    files = None if names is None else list(names)
+    memory = [] if files is None else files
+    if files is not None and all(same(key) == key for key in keys):  # spelt as in memory
+        memory = [n for n in map(known.inside, files) if n]
+    natives = _natives(adapter, files or [])
     stacks = {_LAYER.sub("*", f"{m}.", count=1) for m in modules}
     some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
-        skipped = some_layers and target in config.target_parameters
-        known = None if names is None or skipped else _wanted(target, config, adapter, list(names), stacks)
-        lost = sorted((n for n in known if same(n) not in there), key=_numbers) if known else []
+        parametric = target in config.target_parameters
+        skipped = some_layers and parametric
+        wanted = None if files is None or skipped else _wanted(target, config, adapter, memory, natives, stacks)
+        lost = sorted((n for n in wanted if same(n) not in there), key=_numbers) if wanted else []
         lost = [n for n in lost if not _stacked(adapter, n)]
-        others = {same(key) for key in fits if target in config.target_parameters or key in modules}
-        others -= {*map(same, known or ())}  # of other names, in memory; of towers some are not in `known`
-        lost = [] if len(lost) in (len(others), sum(not _SKIPPED.search(key) for key in others)) else lost
-        if lost and (fits or not _expert_like(target)):
+        others = {same(key) for key in fits if parametric or key in modules} - {*map(same, wanted or ())}
+        if known.whole and wanted is not None:
+            like = others | ({target} if _LAYER.search(target) and not _regex(config) else set())
+            beyond = _beyond(like, parametric, config, adapter, {*memory, *map(same, natives)}, known)
+            lost += [n for n in beyond if n not in there and n not in lost and _fits(target, n, config)]
+        else:  # which of its names are one tensor's is not known: of each layer
+            lost = [n for n in lost if _place(n) not in {*map(_place, others)}]
+        if not fits and parametric and "." not in target:
+            fix = f"Fix: write it with its module, as in '<module>.{target}'"
+            yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it. {fix}", (target,))
+        elif lost and (fits or not _expert_like(target)):
             at = (*(f"{WRAPPED}{n}" for n in lost),)
             yield Problem(f"{some(lost)}: no matrices, and adapter_config.json targets {target!r}", at)
         elif not fits and (holders := _holders(target, config, keys)):
-            text = f"LoRA of {target.rpartition('.')[2]!r}, a parameter of which fmoe knows no weight that it adapts"
+            text = f"LoRA of {target.rpartition('.')[2]!r}, one of several parameters of a module that are wrapped"
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
-        elif not fits and (lost or names is None and target != "all-linear"):
+        elif not fits and (lost or files is None and target != "all-linear"):
             yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
-        elif names is None and not skipped and not _LAYER.search(f".{target}."):
-            yield from _gaps(target, fits, adapter, config, everywhere)
+        elif files is None and not skipped and not _LAYER.search(f".{target}."):
+            yield from _gaps(target, fits, adapter, config, known.everywhere)
+
+
+def _place(name: str) -> list[str]:
+    """A name's layer, and its last word."""
+    return [*_LAYER.findall(f".{name}.")[:1], name.rpartition(".")[2]]
+
+
+def _beyond(
+    like: set[str], parametric: bool, config: LoraConfig, adapter: Adapter, there: set[str], known: Known
+) -> list[str]:
+    """Like these, which files have not under such names, all that their layers have as the class has it in memory."""
+    layers, found = _layers(adapter), list[str]()
+    for form in sorted({_LAYER.sub("*", f"{n}.", count=1).rstrip(".") for n in like}):
+        tensor = form if parametric else f"{form}.weight"
+        for number in sorted(known.layers(tensor, there)):
+            name = form.replace("*", str(number), 1)
+            beyond = layers is not None and number >= layers and not _BESIDE.search(form)
+            found += [name] if not beyond and (parametric or config.wraps(name)) else []
+    return found
+
+
+def _natives(adapter: Adapter, names: list[str]) -> list[str]:
+    for stage in adapter.stages:
+        names = stage.resolve(Names(names), default=True).rename(Names(names)) if names else []
+    return names
 
 
 def _holders(target: str, config: LoraConfig, keys: set[str]) -> list[str]:
@@ -109,16 +153,16 @@ def _fits(target: str, key: str, config: LoraConfig) -> bool:
     return key == target or key.endswith(f".{target}")
 
 
-def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str], stacks: set[str]) -> set[str]:
-    """What of the base a target names: expert parameters where it is one, else the modules that have a weight.
+def _wanted(
+    target: str, config: LoraConfig, adapter: Adapter, names: list[str], natives: list[str], stacks: set[str]
+) -> set[str]:
+    """What of the base a target names: parameters where it is one, else the modules that have a weight.
 
     Of a tower, those of its layers that have matrices of their own, or others' have. stacks: modules that have some.
     """
     if target in config.target_parameters:
-        found = {k for k in _parameters(adapter, names) if _fits(target, k, config)}
-        return found | {
-            n for n in names if n.endswith(".weight") and not _SKIPPED.search(n) and _fits(target, n, config)
-        }
+        found = {k for k in _parameters(adapter, natives) if _fits(target, k, config)}
+        return found | {n for n in names if not _SKIPPED.search(n) and _fits(target, n, config)}
     if target == "all-linear":
         return set()
     layers = _layers(adapter)
@@ -131,12 +175,10 @@ def _wanted(target: str, config: LoraConfig, adapter: Adapter, names: list[str],
     }
 
 
-def _parameters(adapter: Adapter, names: list[str]) -> set[str]:
+def _parameters(adapter: Adapter, natives: list[str]) -> set[str]:
     """The expert parameters of the base, as PEFT names them."""
     table, layers, found = table_of(adapter), _layers(adapter), set[str]()
-    for stage in adapter.stages:
-        names = stage.resolve(Names(names), default=True).rename(Names(names))
-    for name in (n for n in names if n.rpartition(".")[2] in NATIVE):
+    for name in (n for n in natives if n.rpartition(".")[2] in NATIVE):
         numbers = _LAYER.findall(f"{name}.")
         if name.startswith("mtp.") or layers is not None and numbers and int(numbers[0]) >= layers:
             continue
@@ -166,7 +208,8 @@ def _gaps(
         if numbers := _LAYER.findall(f"{key}."):
             forms.setdefault(_LAYER.sub("*", f"{key}.", count=1), set()).add(int(numbers[0]))
     for form, found in forms.items():
-        alike = _expert_like(form) or everywhere(form.rstrip("."))
+        module = form.rstrip(".")
+        alike = _expert_like(form) or everywhere(module.removesuffix(".weight" * (target in said.target_parameters)))
         if not alike if alike is not None else mixed:
             continue
         if mixed and _expert_like(form):

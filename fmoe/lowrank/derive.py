@@ -40,7 +40,7 @@ class Wrapper:
         """Its A and B, as a version of PEFT lays them. inner: another wrapper is around it; grouped: see `Forms`."""
         stem = ended(self.module, ".base_layer" if inner else "")
         (e,), first, last = self.weight.source.axes or ()
-        one, other = (last, first) if _takes_last(version, marked) else (first, last)
+        one, other = (last, first) if takes_last(version, marked) else (first, last)
         made, packed = [], (e, "r") if grouped else ("r", e)
         for name, dim, axes in (("A", one, ((e, "r"), one)), ("B", other, (other, packed))):
             matrix = "A" if set(dim) == set(_native_dims(self.weight)[0]) else "B"
@@ -189,7 +189,7 @@ def _wrapper(rule: Rule) -> Wrapper:
     return Wrapper(rule, ended(rule.source.parts, "", drop=f".{parameter}"), parameter)
 
 
-def _takes_last(version: str, marked: bool) -> bool:
+def takes_last(version: str, marked: bool) -> bool:
     """Whether lora_A takes the last dimension of a 3-D parameter, and lora_B the one before: PEFT's releases differ.
 
     Up to 0.18 none asked what the dimensions mean; 0.19.0 asked, and took the wrong one; 0.19.1 put that right.

@@ -15,15 +15,17 @@ from fmoe.types import AdapterError, Params, Problem
 _WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
 _LINEAR = ".lora_A.weight"
 _ROWS = ".lora_embedding_A"
-COPY = ".base_layer.weight"
-"""What PEFT calls the whole weight of an embedding or a head that it writes beside its matrices."""
+_WITHIN = ".base_layer."
+"""What PEFT puts before the whole tensors of an embedding or a head that it writes beside its matrices."""
+_TWICE = ".base_layer.out_proj.lora_A.weight"
+"""Of torch's MultiheadAttention PEFT adapts both weights, with these for the second, which it adds twice (0.21)."""
 _WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
 
 
 class Matrices(NamedTuple):
     """The names of a weight and of its A and B; `experts`: stacked, and multiplied from the right.
 
-    rows: of an embedding [V, D], A [r, V] and B [D, r]. copy: the weight itself, where it stands beside them.
+    rows: of an embedding [V, D], A [r, V] and B [D, r].
     """
 
     weight: str
@@ -33,8 +35,9 @@ class Matrices(NamedTuple):
     rows: bool = False
 
     @property
-    def copy(self) -> str:
-        return self.weight.removesuffix(".weight") + COPY
+    def stem(self) -> str:
+        """The name of its module."""
+        return self.a.removesuffix(_LINEAR).removesuffix(_ROWS)
 
     def turned(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors whose product lies as the weight does, that of a convolution flat: [out, in h w]."""
@@ -53,6 +56,8 @@ def matrices(lora: Params) -> Iterator[Matrices]:
     >>> list(matrices({"q.lora_A.weight": torch.ones(2, 6), "q.lora_B.weight": torch.ones(5, 2)}))
     [Matrices(weight='q.weight', a='q.lora_A.weight', b='q.lora_B.weight', experts=False, rows=False)]
     """
+    if problems := [*attention(lora)]:
+        raise AdapterError(problems)
     seen: set[str] = set()
     for name in lora:
         prefix, _, bare = name.rpartition(".")
@@ -73,21 +78,40 @@ def matrices(lora: Params) -> Iterator[Matrices]:
             kind = "[E, in, r] and [E, r, out]" if pair.experts else "[r, in] and [out, r]"
             text = f"lora: {pair.a!r} is {list(A)} and {pair.b!r} {list(B)}, expected {kind}. {_WHOLE}"
             raise AdapterError([Problem(text, (pair.a, pair.b))])
-        seen |= {pair.a, pair.b, pair.copy}
+        seen |= {pair.a, pair.b}
         yield pair
-    if other := tuple(n for n in lora if n not in seen):
+    if other := tuple(n for n in lora if n not in seen and not is_copy(n, lora)):
         told = f"lora: {some(other)}: no matrix A or B of a pair, which cannot be merged. {_WHOLE}"
         raise AdapterError([Problem(told, other)])
 
 
+def attention(lora: Params) -> Iterator[Problem]:
+    """A problem for the matrices of a torch.nn.MultiheadAttention."""
+    if names := tuple(n for n in lora if n.endswith(_TWICE)):
+        stems = tuple(n.removesuffix(_TWICE) + _LINEAR for n in names)
+        text = (
+            f"lora: {some(names)}: of a MultiheadAttention, of whose out_proj PEFT adds the update twice, in training"
+        )
+        yield Problem(f"{text} too. {_WHOLE}, which does so", (*names, *stems))
+
+
 def is_copy(name: str, lora: Params) -> bool:
-    """Whether a name is that of a whole weight that stands beside its own matrices.
+    """Whether a name is that of a whole tensor that stands beside the matrices of its module.
 
     >>> is_copy("head.base_layer.weight", {"head.lora_A.weight": 0}), is_copy("head.weight", {"head.lora_A.weight": 0})
     (True, False)
     """
-    stem = name.removesuffix(COPY)
-    return name.endswith(COPY) and not lora.keys().isdisjoint((stem + _LINEAR, stem + _ROWS))
+    stem, _, rest = name.partition(_WITHIN)
+    return bool(rest) and ".lora_" not in rest and not lora.keys().isdisjoint((stem + _LINEAR, stem + _ROWS))
+
+
+def copies(lora: Params) -> dict[str, dict[str, str]]:
+    """Whole tensors beside the matrices of their module: its name -> what stands for which."""
+    made: dict[str, dict[str, str]] = {}
+    for name in (n for n in lora if _WITHIN in n and is_copy(n, lora)):
+        stem, _, rest = name.partition(_WITHIN)
+        made.setdefault(stem, {})[name] = f"{stem}.{rest}"
+    return made
 
 
 def tied(lora: Params) -> Iterator[Problem]:

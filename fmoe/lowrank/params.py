@@ -5,18 +5,11 @@ from torch import Tensor
 
 from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.layout.eager.running import specs_of
+from fmoe.lowrank.adding import added
 from fmoe.lowrank.derive import NATIVE
-from fmoe.lowrank.matrices import Matrices, matrices, scale_of
-from fmoe.lowrank.scales import Scale, Scales, alternates
-from fmoe.lowrank.sorting import WRAPPED
-from fmoe.sharding import is_dtensor
-from fmoe.types import AdapterError, Params, Problem
-
-_NATIVE = (
-    "Fix: pass what fmoe.load gives of its base, and params and scales as fmoe.lora.load gives them; "
-    "where Transformers has other tensors in memory than in files, pass adapter.from_hf(model.state_dict()), "
-    "or merge it with PEFT (merge_and_unload)"
-)
+from fmoe.lowrank.matrices import matrices, scale_of
+from fmoe.lowrank.scales import Scale, alternates
+from fmoe.types import AdapterError, Params
 
 
 def init(
@@ -89,7 +82,7 @@ def merge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | Non
     >>> merge({"down_projs": torch.ones(1, 2, 2)}, lora, scale=0.5)["down_projs"].tolist()
     [[[2.5, 2.5], [2.5, 2.5]]]
     """
-    return _added(params, lora, scale, 1.0, interleaved)
+    return added(params, _lifted(lora, scale, interleaved), scale, 1.0)
 
 
 def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | None = None) -> dict[str, Tensor]:
@@ -102,7 +95,7 @@ def unmerge(params: Params, lora: Params, scale: Scale, *, interleaved: bool | N
     >>> unmerge({"down_projs": torch.full((1, 2, 2), 2.5)}, lora, scale=0.5)["down_projs"].tolist()
     [[[1.0, 1.0], [1.0, 1.0]]]
     """
-    return _added(params, lora, scale, -1.0, interleaved)
+    return added(params, _lifted(lora, scale, interleaved), scale, -1.0)
 
 
 def lift(lora: Params, *, interleaved: bool | None = None) -> dict[str, Tensor]:
@@ -160,83 +153,3 @@ def even(lora: Params, scale: Scale, *, interleaved: bool | None = None) -> tupl
             A, B = torch.nn.functional.pad(A, (0, more)), torch.nn.functional.pad(B, (0, 0, 0, more))
         made |= {pair.a: A, pair.b: B}
     return made, most * R
-
-
-def _added(params: Params, lora: Params, scale: Scale, sign: float, interleaved: bool | None) -> dict[str, Tensor]:
-    specs_of(params)
-    made = dict(params)
-    if not specs_of(lora):
-        raise AdapterError("lora: no matrices A and B, expected some to add: is the adapter's file empty?")
-    lora = _lifted(lora, scale, interleaved)
-    parts = scale.parts if isinstance(scale, Scales) else {}
-    for pair in matrices(lora):
-        A, B = lora[pair.a], lora[pair.b]
-        by, (one, other) = sign * scale_of(scale, pair), pair.turned(A, B)
-        if pair.a in parts:
-            for odd, t in ((pair.a, A), (pair.b, B)):
-                _plain(odd, t, A.device, pair.a)
-            if pair.copy in lora:
-                told = f"lora: {pair.copy!r} is a whole weight, and natively that is cut or turned"
-                raise AdapterError([Problem(f"{told}. Fix: merge it with PEFT (merge_and_unload)", (pair.copy,))])
-            update = (by * (one.double() @ other.double())).view(pair.shaped(A, B))
-            for name, part in parts[pair.a](update).items():
-                name = _there(params, scale, name)
-                W = _weight(params, name, pair)
-                _plain(name, W, A.device, pair.a)
-                made[name] = (W.double() + part).to(W.dtype)
-            continue
-        weight = pair.weight.removeprefix(WRAPPED)
-        weight = scale.weights.get(pair.a, weight) if isinstance(scale, Scales) else weight
-        name = pair.weight if pair.weight in params else _there(params, scale, weight)
-        W = _weight(params, name, pair)
-        for odd, t in ((name, W), (pair.a, A), (pair.b, B)):
-            _plain(odd, t, W.device, name)
-        if pair.copy in lora and sign > 0:
-            W = _instead(W, lora[pair.copy], name, pair)
-        if [*W.shape] != pair.shaped(A, B):
-            found = f"A {list(A.shape)}, B {list(B.shape)}"
-            raise AdapterError(f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit")
-        alone = lambda: _sum(W.flatten(1)[None], one[None], other[None], by).view(W.shape)  # noqa: B023
-        made[name] = _sum(W, one, other, by) if pair.experts else alone()
-    return made
-
-
-def _there(params: Params, scale: Scale, name: str) -> str:
-    """The name that a native weight has among params."""
-    names = scale.alike(name) if isinstance(scale, Scales) and name not in params else ()
-    there = {n for n in names if n in params}
-    return there.pop() if len(there) == 1 else name
-
-
-def _weight(params: Params, name: str, pair: Matrices) -> Tensor:
-    if name not in params:
-        told = f"lora: {pair.a!r} has no weight {name!r} to be added to, expected it among params. {_NATIVE}"
-        raise AdapterError([Problem(told, (pair.a,))])
-    return params[name]
-
-
-def _plain(odd: str, t: Tensor, device: torch.device, of: str) -> None:
-    if is_dtensor(t) or not t.is_floating_point() or t.element_size() < 2:
-        found = f"{t.dtype}{' in a DTensor' * is_dtensor(t)}"
-        raise AdapterError([Problem(f"lora: {odd!r} is {found}, expected plain floats", (odd,))])
-    if t.device != device:
-        raise AdapterError(
-            [Problem(f"lora: {odd!r} is on {t.device}, and {of!r} on {device}, expected one device", (odd,))]
-        )
-
-
-def _instead(W: Tensor, copy: Tensor, name: str, pair: Matrices) -> Tensor:
-    """The weight that an adapter was trained beside, as PEFT puts it in the place of the base's."""
-    if copy.shape != W.shape:
-        told = f"lora: {pair.copy!r} is {list(copy.shape)}, and {name!r} {list(W.shape)}: its vocabulary is another"
-        raise AdapterError([Problem(f"{told}. Fix: resize the base's embeddings first, as for training", (pair.copy,))])
-    return copy.to(W.dtype).to(W.device)
-
-
-def _sum(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + scale * A @ B, in a wider dtype, expert by expert; stored as W is."""
-    wide = torch.float32 if W.element_size() == 2 else torch.float64
-    out = torch.empty_like(W)
-    for e in range(W.shape[0]):
-        out[e] = (W[e].to(wide) + scale * (A[e].to(wide) @ B[e].to(wide))).to(W.dtype)
-    return out

@@ -13,20 +13,25 @@ from fmoe.layout.entries import Either, Entry, Together, settle
 from fmoe.layout.names import Names, hits, patterns
 from fmoe.layout.table import Table
 from fmoe.lowrank.config import LoraConfig
-from fmoe.lowrank.matrices import Matrices, matrices
-from fmoe.lowrank.scales import Scales
+from fmoe.lowrank.derive import CURRENT, takes_last
+from fmoe.lowrank.matrices import matrices
+from fmoe.lowrank.scales import Scales, Stack
 from fmoe.lowrank.sorting import END, OURS, WRAPPED
-from fmoe.lowrank.stage import CURRENT, LoraTable
+from fmoe.lowrank.stage import LoraTable
 from fmoe.types import AdapterError, Params, Problem
 
 
 class Target(NamedTuple):
-    """What a matrix A adapts. keys: one parameter, or modules: one, or one for each expert and projection."""
+    """What a matrix A adapts. keys: one parameter, or modules: one, or one for each expert and projection.
+
+    plain: a parameter that no rule stacks: PEFT's matrices of it may be of a stack, and the rank as many times r.
+    """
 
     a: str
     rank: int
     parameter: bool
     keys: tuple[str, ...]
+    plain: bool = False
 
 
 def told(
@@ -82,9 +87,17 @@ def targets_of(adapter: Adapter, params: Params) -> list[Target]:
                 made.append(Target(source, params[source].shape[0], False, (key,)))
             elif source.endswith(".lora_A.weight"):
                 key = source.removesuffix(".lora_A.weight").removeprefix(WRAPPED)
-                whole = any(f".{key}.weight".endswith(f".{t}") for t in table.targets or ())
-                made.append(Target(source, params[source].shape[0], whole, (f"{key}.weight" if whole else key,)))
+                one = _held(key, table.targets or ())
+                key = f"{key}.{one}" if one else key
+                made.append(Target(source, params[source].shape[0], one is not None, (key,), one is not None))
     return made
+
+
+def _held(module: str, targets: Iterable[str]) -> str | None:
+    """The one parameter of a module that `target_parameters` wrap."""
+    splits = [t.rpartition(".") for t in targets if "." in t]
+    found = {last for head, _, last in splits if f".{module}".endswith(f".{head}")}
+    return found.pop() if len(found) == 1 else None
 
 
 def parameter(table: LoraTable, name: str) -> str:
@@ -105,12 +118,20 @@ def scales_of(
     whole: the same adapter with its layouts open: a file names modules as they are in memory, whichever its base has.
     alike: as in `Scales`.
     """
-    found = {t.a: _one(t, config) for t in targets_of(adapter, params)}
+    targets = targets_of(adapter, params)
+    found = {t.a: _one(t, config) for t in targets}
     mixed = interleaved(adapter, [n for n in found if n.endswith("_gate_and_up_A")])
-    names, cut = renamed(adapter, params), parts(adapter, params)
-    also = {a: n for a, n in renamed(whole, params).items() if a not in cut}
-    more = {a: of for a, of in parts(whole, params).items() if a not in names}
-    return Scales(found, mixed, also | names, more | cut, alike)
+    weights = {p.a: p.weight.removeprefix(WRAPPED) for p in matrices(params)}
+    named = weights | {t.a: t.keys[0] for t in targets if t.plain}
+    alone = {p.a: named[p.a] for p in matrices(params) if not p.experts}
+    names, cut = renamed(adapter, named), parts(adapter, alone)
+    also = {a: n for a, n in renamed(whole, named).items() if a not in cut}
+    more = {a: of for a, of in parts(whole, alone).items() if a not in names}
+    own = {a: n for a, n in named.items() if n != weights[a]}
+    last = takes_last(config.peft_version, marked=False)
+    ranks = {t.a: config.rank(t.keys[0]) for t in targets if t.plain and t.rank != config.rank(t.keys[0])}
+    stacks = {a: Stack(r, last, config.grouped) for a, r in ranks.items()}
+    return Scales(found, mixed, own | also | names, more | cut, alike, stacks)
 
 
 def wrapped(target: Target, config: LoraConfig) -> list[str]:
@@ -140,34 +161,29 @@ def interleaved(adapter: Adapter, names: Iterable[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def renamed(adapter: Adapter, params: Params) -> dict[str, str]:
+def renamed(adapter: Adapter, weights: Mapping[str, str]) -> dict[str, str]:
     """A's name -> its native weight's, where that has another: LoRA tensors keep the names that they have in files.
 
-    A weight that a rule turns or cuts is none that its file's A @ B fits: it is left out (`parts`).
+    weights: A's name -> that of its weight in files. One that a rule turns or cuts is none that A @ B fits: it is left
+    out (`parts`).
 
-    >>> import fmoe, torch
-    >>> lora = {f"layers.0.block_sparse_moe.gate.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
-    >>> renamed(fmoe.adapter("mixtral", {}), lora)
-    {'layers.0.block_sparse_moe.gate.lora_A.weight': 'layers.0.mlp.gate.weight'}
+    >>> import fmoe
+    >>> renamed(fmoe.adapter("mixtral", {}), {"A": "layers.0.block_sparse_moe.gate.weight"})
+    {'A': 'layers.0.mlp.gate.weight'}
     """
-    found = {pair.a: (pair.weight.removeprefix(WRAPPED), _native(adapter, pair)) for pair in matrices(params)}
+    found = {a: (name, _native(adapter, name)) for a, name in weights.items()}
     return {a: native for a, (name, native) in found.items() if native not in (None, name)}
 
 
-def parts(adapter: Adapter, params: Params) -> dict[str, Callable[[Tensor], Mapping[str, Tensor]]]:
+def parts(adapter: Adapter, weights: Mapping[str, str]) -> dict[str, Callable[[Tensor], Mapping[str, Tensor]]]:
     """A's name -> what an update of its file's weight is natively, where a rule turns or cuts that weight.
 
     >>> import fmoe, torch
-    >>> lora = {f"layers.0.mlp.gate.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
-    >>> (turn,) = parts(fmoe.adapter("ernie4_5_vl_moe", {}), lora).values()
+    >>> (turn,) = parts(fmoe.adapter("ernie4_5_vl_moe", {}), {"A": "layers.0.mlp.gate.weight"}).values()
     >>> turn(torch.ones(6, 4))["layers.0.mlp.text_moe.gate.weight"].shape
     torch.Size([4, 6])
     """
-    made: dict[str, Callable[[Tensor], Mapping[str, Tensor]]] = {}
-    for pair in matrices(params):
-        if not pair.experts and _native(adapter, pair) is None:
-            made[pair.a] = partial(_through, adapter, pair.weight.removeprefix(WRAPPED))
-    return made
+    return {a: partial(_through, adapter, n) for a, n in weights.items() if _native(adapter, n) is None}
 
 
 def _through(adapter: Adapter, name: str, update: Tensor) -> Mapping[str, Tensor]:
@@ -184,9 +200,8 @@ def _alone(entries: Iterable[Entry]) -> Iterator[Entry]:
             yield from entry.rules if isinstance(entry, Together) else (entry,)
 
 
-def _native(adapter: Adapter, pair: Matrices) -> str | None:
+def _native(adapter: Adapter, name: str) -> str | None:
     """A weight's native name; None: it is turned, cut or stacked."""
-    name = pair.weight.removeprefix(WRAPPED)
     for stage in adapter.stages:
         if isinstance(stage, Table):
             names = Names([name])

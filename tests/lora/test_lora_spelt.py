@@ -70,7 +70,7 @@ def test_a_module_lost_is_missed_whatever_it_is_called(name, tmp_path):
         if sum(bool(starred(m) & starred(lost) - {m}) for m in modules) > 1:
             rest = {n: t for n, t in files.items() if not n.startswith(f"{lost}.lora_")}
             save_file(rest, tmp_path / "a" / "adapter_model.safetensors")
-            with pytest.raises(fmoe.AdapterError, match="no matri"):
+            with pytest.raises(fmoe.AdapterError, match="no matri|one wrapper, and target_parameters"):
                 fmoe.lora.load(tmp_path / "a", tmp_path / "base")
 
 

@@ -125,10 +125,25 @@ def test_layers_that_exclude_modules_leaves_out_are_no_gap(tmp_path):
         fmoe.lora.load(changed(tmp_path, exclude_modules=None), adapter)
 
 
-def test_a_parameter_that_is_no_weight_is_refused_by_name(tmp_path):
-    made, _, adapter = wrapped("jamba", target_modules=[], target_parameters=["mamba.A_log"])
+def test_several_parameters_of_one_module_are_refused_by_name(tmp_path):
+    """Around which each of the wrappers is, no name says."""
+    both = ["shared_experts.gate_proj", "shared_experts.up_proj"]
+    made, _, adapter = wrapped("inkling_text", target_modules=[], target_parameters=both)
+    made.save_pretrained(tmp_path / "a")
+    build("inkling_text").save_pretrained(tmp_path / "base")
+    for base in (adapter, tmp_path / "base"):
+        with pytest.raises(fmoe.AdapterError, match="shared_experts': LoRA of 'up_proj', one of .*Fix: merge it"):
+            fmoe.lora.load(tmp_path / "a", base)
+
+
+def test_a_parameter_without_its_module_is_refused_with_a_fix_that_works(tmp_path):
+    made, before, adapter = wrapped("jamba", target_modules=[], target_parameters=["A_log"])
     made.save_pretrained(tmp_path / "a")
     build("jamba").save_pretrained(tmp_path / "base")
     for base in (adapter, tmp_path / "base"):
-        with pytest.raises(fmoe.AdapterError, match="mamba': LoRA of 'A_log'.*Fix: merge it with PEFT"):
+        with pytest.raises(fmoe.AdapterError, match="targets 'A_log'.*Fix: write it with its module"):
             fmoe.lora.load(tmp_path / "a", base)
+    tuned = fmoe.lora.load(changed(tmp_path / "a", target_parameters=["mamba.A_log"]), adapter)
+    ours = fmoe.lora.merge(before, tuned.params, tuned.scales)
+    for n, t in adapter.from_hf(made.merge_and_unload().state_dict()).items():
+        close(ours[n], t, 1e-6)

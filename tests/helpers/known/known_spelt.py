@@ -23,12 +23,14 @@ FILE = Path(fmoe.families.__file__).with_name("spelt.json")
 Pairs = dict[str, list[str]]
 
 
-def module(name: str) -> str:
-    return name.rpartition(".")[0]
+def module(name: str, other: str = ".weight") -> str:
+    """What a tensor is called in the data: by its module, where it and its other are weights; else in full."""
+    return name.removesuffix(".weight") if other.endswith(".weight") else name
 
 
 def pairs(memory: Mapping[str, Tensor], files: Mapping[str, Tensor]) -> Pairs:
     """A module's name in memory, its layer's number a star -> its names in files, if others; none: no tensor alone.
+    A tensor's in full, where it or its other is called otherwise than `weight`.
 
     Of "": those in files whose tensors are none in memory.
     """
@@ -42,15 +44,15 @@ def pairs(memory: Mapping[str, Tensor], files: Mapping[str, Tensor]) -> Pairs:
         elif other is None or not torch.equal(files[other], tensor):
             found.setdefault(starred(module(name), "")[0], set())
         else:
-            ours, theirs = starred(module(name), module(other))
+            ours, theirs = starred(module(name, other), module(other, name))
             numbers = [[p for p in n.split(".") if p.isdigit()] for n in (ours, theirs)]
             if numbers[0] == numbers[1] or [] in numbers:  # other layers than these have such, too
                 found.setdefault(ours, set()).add(theirs)
     for ours, theirs in found.items():
-        for n in (n for n in memory if starred(module(n), "")[0] == ours):
+        for n in (n for n in memory if ours in (starred(module(n), "")[0], starred(n, "")[0])):
             number = re.search(r"(?<=\.)\d+(?=\.)", n)
-            there = [f"{t.replace('*', number[0] if number else '')}.weight" for t in theirs]
-            assert sum(t in files for t in there) <= 1, f"{n}: {there}"
+            there = [t.replace("*", number[0] if number else "") for t in theirs]
+            assert sum(t in files or f"{t}.weight" in files for t in there) <= 1, f"{n}: {there}"
     made = {n: sorted(of) for n, of in sorted(found.items()) if n}
     own = {kind(t) for t in memory.values()}
     alone = {starred(module(n), "")[0] for n, t in files.items() if n not in memory and kind(t) not in own}
@@ -77,7 +79,8 @@ def spelt(name: str, was: Any) -> Pairs:
     memory = {n: own(t) for n, t in model.state_dict().items() if n not in tied}
     files, given = revert_weight_conversion(model, dict(memory)), model.config.to_dict()
     adapter = fmoe.adapter(given["model_type"], given)
-    alone = lambda d: {n: t for n, t in d.items() if n.endswith(".weight") and ".experts." not in n}
+    wide = lambda n, t: n.endswith(".weight") or t.is_floating_point() and t.ndim > 1  # what LoRA adapts
+    alone = lambda d: {n: t for n, t in d.items() if wide(n, t) and ".experts." not in n}
     made = pairs(alone(memory), alone(files)), pairs(*(alone(adapter.from_hf(t)) for t in (memory, files)))
     now, was = merged(name, *made), was or {}  # of another model of this type
     return {n: [*dict.fromkeys([*was.get(n, []), *now.get(n, [])])] for n in (*was, *(n for n in now if n not in was))}
