@@ -8,6 +8,7 @@ config declares. "an integer in pixtral" is expected where a part's own model ty
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ from fmoe.types import AdapterError, Problem
 
 TYPES = {int: ("an integer",), bool: ("true", "false"), list: ("a list",), NoneType: ("null",)}
 """How a type is called where it is expected."""
+
+ON = {True: "on", False: "off"}
 
 
 @cache
@@ -45,15 +48,36 @@ def not_taken(config: Mapping[str, Any]) -> Iterator[Problem]:
     said = with_text(translated(config))
     count, (_, ahead) = layer_count(said), declared_ahead(said)
     for expected, fields in _expected(config):
-        listed, _, word = expected.partition(" where ")[2].partition(" has ")
-        for path in fields if not types(expected) and (not word or _has(said.get(listed), word)) else ():
+        for path in fields if not types(expected) and _holds(said, expected) else ():
             part, field = within(said, path)
-            if wrong := _wrong(part.get(field), expected, count, ahead):
+            value = 1 if part.get(field, 1) is None and _foreign(config) else part.get(field, 1)
+            if wrong := _wrong(value, expected, count, ahead):
                 yield _problem(config, path, *wrong)
 
 
-def _has(listed: Any, word: str) -> bool:
-    return isinstance(listed, list) and word in map(str, listed)
+def _foreign(config: Mapping[str, Any]) -> bool:
+    """Whether a class that stands beside the weights reads it."""
+    other = config.get("auto_map")
+    return isinstance(other, Mapping) and "AutoConfig" in other
+
+
+def condition(expected: str) -> tuple[str, str]:
+    """The field and the word of which what is expected depends.
+
+    >>> condition("1 or more where layer_types has full_attention"), condition("0 or more")
+    (('layer_types', 'full_attention'), ('', ''))
+    """
+    hit = re.search(r" where (\S+) (?:has|is) (.+)", expected)
+    return (hit[1], hit[2]) if hit else ("", "")
+
+
+def _holds(said: Mapping[str, Any], expected: str) -> bool:
+    path, word = condition(expected)
+    part, field = within(said, path)
+    value = part.get(field)
+    if isinstance(value, bool):
+        return word == ON[value]
+    return not word or isinstance(value, list) and word in map(str, value)
 
 
 def mistyped(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -66,8 +90,7 @@ def mistyped(config: Mapping[str, Any]) -> Iterator[Problem]:
     >>> print(*(problem.text for problem in mistyped(config)))
     config.json has num_local_experts "20", and MixtralForCausalLM takes an integer. Fix: mend num_local_experts
     """
-    other = config.get("auto_map")
-    if not entries(config) or isinstance(other, Mapping) and "AutoConfig" in other:
+    if not entries(config) or _foreign(config):
         return
     for expected, fields in _expected(config):
         takes, _, of = expected.partition(" in ")
@@ -104,6 +127,8 @@ def types(expected: str) -> list[type]:
 
 def _wrong(value: Any, expected: str, count: int | None, ahead: int) -> tuple[str, str] | None:
     """What is said, and what is taken, where that is something else."""
+    if expected.startswith("a number"):
+        return ("null", expected) if value is None else None
     if expected[0].isdigit():
         return (str(value), expected) if type(value) is int and value < int(expected[0]) else None
     if not isinstance(value, list) or count is None:

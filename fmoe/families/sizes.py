@@ -57,6 +57,35 @@ def counted(config: Mapping[str, Any], stack: str, name: str) -> bool:
     return any(at in dims for dims in known_sizes().get(str(config.get("model_type")), {}).values() for at in ways)
 
 
+@cache
+def known_taken() -> dict[str, dict[str, tuple[int, list[str]]]]:
+    """Model type -> where a config says a number -> what its class takes if it does not, and the names of the field."""
+    return dict(json.loads(Path(__file__).with_name("taken.json").read_text()))
+
+
+def with_taken(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with the numbers that its class takes where Transformers, which wrote it, left them out.
+
+    Others leave out what a class of their own says.
+
+    >>> with_taken({"model_type": "glm_moe_dsa", "transformers_version": "5.0.0"})["q_lora_rank"]
+    2048
+    """
+    made = dict(config)
+    if "transformers_version" in config and "auto_map" not in config:
+        for path, (number, names) in known_taken().get(str(config.get("model_type")), {}).items():
+            made = _put(made, path.split("."), number, names)
+    return made
+
+
+def _put(part: Mapping[str, Any], path: list[str], number: int, names: list[str]) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {**part} if any(n in part for n in names) else {**part, first: number}
+    inner = part.get(first)
+    return {**part, first: _put(inner, rest, number, names)} if isinstance(inner, Mapping) else {**part}
+
+
 def odd_sizes(
     config: Mapping[str, Any], said: Mapping[str, Any], native: Mapping[str, Any], spell: Spell = lambda name: (name,)
 ) -> Iterator[Problem]:
@@ -73,7 +102,7 @@ def odd_sizes(
     """
     if entries(config) is None:
         return
-    own = with_text(config) | {p: config[p] for p in PARTS if p in config}
+    own, plain = ({**with_text(c), **{p: c[p] for p in PARTS if p in c}} for c in (with_taken(config), config))
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: [l for l in stacks.get(main, ()) if count is None or l < count]}
@@ -86,7 +115,7 @@ def odd_sizes(
             template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
             stack = at[:-1] or main
-            says = lambda l: _expected(formula, own, l, stack == main)  # noqa: B023
+            says = lambda l: _expected(formula, own, plain, l, stack == main)  # noqa: B023
             if k == LIST:
                 yield from _list(stack, says(-1), native, stacks, spell)
                 continue
@@ -112,15 +141,23 @@ def odd_sizes(
             yield Problem(text, keys(names, spell))
 
 
-def _expected(formula: str, own: Mapping[str, Any], layer: int, text: bool) -> Expected | None:
+def _expected(
+    formula: str, own: Mapping[str, Any], plain: Mapping[str, Any], layer: int, text: bool
+) -> Expected | None:
     """A size, if the config says it; of a layer, by what `per_layer_config` says of that before all else.
 
-    layer: -1 for none. text: whether it is one of the text model's.
+    plain: the same without what only the class says. layer: -1 for none. text: whether it is one of the text model's.
     """
+    said, written = (_said_of(each, layer, text) for each in (own, plain))
+    size, told = value(formula, said, layer), words(formula, said, layer).split(", ")
+    known = words(formula, written, layer).split(", ")
+    left = lambda w: "no {}, which its class takes as {}".format(*w.split(" ", 1))
+    return None if size is None else Expected(size, ", ".join(w if w in known else left(w) for w in told))
+
+
+def _said_of(own: Mapping[str, Any], layer: int, text: bool) -> Mapping[str, Any]:
     said = own if layer < 0 or text else {p: _of_layer(part, layer) for p, part in own.items()}
-    said = _of_layer(said, layer) if text else said
-    size = value(formula, said, layer)
-    return None if size is None else Expected(size, words(formula, said, layer))
+    return _of_layer(said, layer) if text else said
 
 
 def _parts(own: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

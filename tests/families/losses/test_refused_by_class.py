@@ -15,7 +15,7 @@ from fmoe.families.kind import as_dict
 from fmoe.families.refused import known_refused as data
 from fmoe.families.refused import not_taken, types
 
-SPOILT = {"1 or more": lambda now: 0, "0 or more": lambda now: -1}
+SPOILT = {"1 or more": lambda now: 0, "0 or more": lambda now: -1, "a number": lambda now: None}
 SPOILT |= {"shorter": lambda now: now[:-1], "longer": lambda now: [*now, *now[-1:] * 9]}
 NAMES = [*hf.MODELS, *zoo.MODELS]
 
@@ -27,8 +27,8 @@ def wrong(name):
     text = known_names.text_of(config).to_dict()
     for expected, fields in data()[known_names.family_type(name)].items():
         takes, _, kind = expected.partition(" where ")
-        listed, _, word = kind.partition(" has ")
-        like = known_refused.of_kinds(name)[listed][word] if kind else config
+        said, _, word = kind.rpartition(" ")
+        like = known_refused.of_kinds(name)[said][word] if kind else config
         like.architectures = config.architectures
         for field in fields if not types(expected) else ():
             yield field, known_refused.given(like, field, SPOILT[takes](text.get(field)))

@@ -3,7 +3,7 @@
 `known_refused.py [NAME ...]`. Every number is set to 0 and to -1, every list with an entry for each layer is made one
 shorter and one longer. What Transformers then builds no model of is refused, and so is a number below 0 of which it
 builds another. But for steps of layers: 0 is taken where another field leaves no layer to count. What only layers of
-some kind need more than 0 of is refused where there are such.
+some kind need more than 0 of, or with some flag, is refused where there are such. So is null in place of a number.
 
 Every whole number and flag, in every part of a config and under every name that its class knows, is made something else
 that JSON has; and it is of one type only where no other is read as what it was: as a number in a list may be.
@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import NoneType
@@ -23,11 +23,11 @@ import known_names
 import known_sizes
 import known_where as where
 import torch
-from known_numbers import alike, numbers
+from known_numbers import alike, flags, numbers, turned
 from transformers import AutoConfig, PreTrainedConfig
 
 import fmoe
-from fmoe.families.refused import TYPES
+from fmoe.families.refused import ON, TYPES
 from fmoe.families.where import within
 
 EACH = re.compile(r"layer|_types")
@@ -75,24 +75,32 @@ def zeroed(name: str, config: Any, field: str) -> bool:
     return any(sizes(name, said) is not None for said in (given(config, field, 0), without(config, field)))
 
 
+def nulled(name: str, config: Any, field: str) -> bool:
+    """Whether a class makes a model of null there."""
+    return sizes(name, given(config, field, None)) is not None
+
+
 @cache
 def of_kinds(name: str) -> dict[str, dict[str, Any]]:
-    """A list of what layers are -> a word of it -> the config whose layers are all that, if there is such a model."""
+    """As "layer_types has" -> a word -> the config of such layers; as "gated is" -> "on" -> one where it is."""
     found = dict[str, dict[str, Any]]()
     for kind in known_sizes.Seen(name).kinds():
-        config = known_sizes.Seen(name, kind).config
-        if sizes(name, config.to_dict()) is not None:
-            found.setdefault(kind[0], {})[str(kind[1])] = config
-    return found
+        found.setdefault(f"{kind[0]} has", {})[str(kind[1])] = known_sizes.Seen(name, kind).config
+    _, config = known_names.base(name)
+    for flag, on in flags(config).items():
+        if not flag.startswith("l in "):
+            found[f"{flag} is"] = {ON[on]: config, ON[not on]: turned(config, flag)}
+    built = lambda configs: {word: c for word, c in configs.items() if sizes(name, c.to_dict()) is not None}
+    return {listed: built(configs) for listed, configs in found.items()}
 
 
-def where_refused(name: str, field: str) -> list[str]:
-    """How it is said of which layers a class needs more than 0 there: of some kinds, or of whatever there is."""
-    for listed, configs in of_kinds(name).items():
-        needing = [word for word, config in configs.items() if not zeroed(name, config, field)]
+def where_refused(name: str, field: str, expected: str, taken: Callable[[str, Any, str], bool]) -> list[str]:
+    """What is expected, and of what layers or with what flag a class needs it: with some, or whatever a config says."""
+    for said, configs in of_kinds(name).items():
+        needing = [word for word, config in configs.items() if not taken(name, config, field)]
         if 0 < len(needing) < len(configs):
-            return [f"1 or more where {listed} has {word}" for word in needing]
-    return ["1 or more"]
+            return [f"{expected} where {said} {word}" for word in needing]
+    return [expected]
 
 
 def refused(name: str) -> dict[str, list[str]]:
@@ -102,10 +110,12 @@ def refused(name: str) -> dict[str, list[str]]:
     base = sizes(name, config.to_dict())
     for field in (f for f in numbers(config, -9) if "[" not in f and not STEP.search(f)):
         if not zeroed(name, config, field):
-            for expected in where_refused(name, field):
+            for expected in where_refused(name, field, "1 or more", zeroed):
                 found.setdefault(expected, []).append(field)
         elif sizes(name, given(config, field, -1)) != base:
             found["0 or more"].append(field)
+        for expected in () if nulled(name, config, field) else where_refused(name, field, "a number", nulled):
+            found.setdefault(expected, []).append(field)
     text = known_names.text_of(config).to_dict()
     count = next((text[f] for f in where.COUNTS if type(text.get(f)) is int), 0)
     for field, listed in text.items():
@@ -196,5 +206,12 @@ def of_types(name: str) -> dict[str, list[str]]:
     return found
 
 
+def once(numbers: dict[str, list[str]], types: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Both, and null refused by one of them."""
+    typed = {f.removeprefix("text_config.") for what, fields in types.items() if "null" not in what for f in fields}
+    left = {what: [f for f in fields if "a number" not in what or f not in typed] for what, fields in numbers.items()}
+    return {what: fields for what, fields in left.items() if fields} | types
+
+
 if __name__ == "__main__":
-    known_names.rewrite(FILE, lambda name, was: refused(name) | of_types(name), sys.argv[1:])
+    known_names.rewrite(FILE, lambda name, was: once(refused(name), of_types(name)), sys.argv[1:])
