@@ -12,12 +12,20 @@ from fmoe.types import AdapterError, brief
 UNSIGNED = "0.17.1"
 """What a config without peft_version is from: releases before 0.18 did not write it."""
 _MERGE = "Fix: merge it with PEFT (merge_and_unload), and convert the model"
-_MORE = """use_dora lora_bias fan_in_fan_out use_qalora use_bdlora alora_invocation_tokens kasa_config monteclora_config
-    arrow_config""".split()
+_MORE = ("use_dora", "fan_in_fan_out", "use_bdlora", "kasa_config", "monteclora_config")
+_BESIDE = "Fix: keep it beside its base, in PEFT: it has no merged model"
 REFUSED = {name: f"more than two matrices A and B say. {_MERGE}" for name in _MORE} | {
+    "lora_bias": f"biases beside A and B. {_MERGE}; where the base's modules have no bias PEFT cannot: keep it there",
+    "use_qalora": "matrices A of groups of inputs, which PEFT merges into none. Fix: say use_qalora=false, and write "
+    "A [r, inputs / g] as A.repeat_interleave(g, 1) * A.shape[1] / g, g = qalora_group_size, the same update; and an A "
+    "[r, inputs], of a base that was not quantised, as it is",
+    "alora_invocation_tokens": f"an update that begins at a token. {_BESIDE}",
+    "arrow_config": f"a router among adapters. {_BESIDE}; or load one of its adapters alone",
     "modules_to_save": f"whole weights beside A and B. {_MERGE}",
-    "trainable_token_indices": f"rows of an embedding beside A and B. {_MERGE}",
-    "layer_replication": f"other layers than the base's. {_MERGE}",
+    "trainable_token_indices": f"rows of an embedding beside A and B. {_MERGE}; but of a base whose embedding is its "
+    "head too, untie it first: PEFT merges rows of one of them into both",
+    "layer_replication": "other layers than the base's, of which PEFT merges all copies into one. Fix: write a base "
+    "that has these layers, each a copy of its own, with num_hidden_layers of them, and leave layer_replication out",
     "bias": f"biases of the base, trained beside A and B. {_MERGE}",
 }
 """Fields of adapter_config.json that two matrices cannot express, and what they mean."""
@@ -207,8 +215,10 @@ def _refused(other: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}={said!r}: {why}"
     start = other.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(STARTS):
-        fix = f"Fix: save it with PEFT's path_initial_model_for_weight_conversion, or {_MERGE.removeprefix('Fix: ')}"
-        yield f"init_lora_weights={start!r}: A and B belong to a base whose weights the start has changed. {fix}"
+        fix = "merge it with PEFT (merge_and_unload) where it was trained, and convert the model"
+        if not start.lower().startswith("loftq"):  # of which PEFT converts none
+            fix = f"save it with PEFT's path_initial_model_for_weight_conversion, or {fix}"
+        yield f"init_lora_weights={start!r}: A and B belong to a base whose weights the start has changed. Fix: {fix}"
 
 
 def listed(key: str, names: Any) -> bool:

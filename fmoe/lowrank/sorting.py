@@ -126,6 +126,17 @@ def sort_pairs(pairs: Iterable[Pair], found: Sorted, form: str | None, flipped: 
     return found
 
 
+def unread(problems: Iterable[Problem], forms: Forms) -> list[Problem]:
+    """The problems, those of experts' LoRA that no rule claims as one, which says what to do."""
+    theirs = [p for p in problems if "no rule claims it" in p.text and any(".experts." in k for k in p.keys)]
+    if not (keys := tuple(dict.fromkeys(k for p in theirs for k in p.keys))):
+        return [*problems]
+    why = "" if forms.wrappers else f" (PEFT's wrapper of all: {forms.no_peft})"
+    text = f"{some(keys)}: LoRA of experts in no form that has a rule{why}. Fix: merge it with PEFT"
+    told = Problem(f"{text} (merge_and_unload), write that by save_pretrained, and load it", keys)
+    return [*(p for p in problems if p not in theirs), told]
+
+
 def twins(rules: Iterable[Rule], names: Names, *, of_gates: bool = False) -> dict[str, str]:
     """Matrices A of up, as they are named -> those of gate: of the ups among the names, or of the gates."""
     made: dict[str, str] = {}

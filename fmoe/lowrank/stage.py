@@ -23,7 +23,7 @@ from fmoe.layout.stage import Stage
 from fmoe.layout.table import Table
 from fmoe.lowrank.derive import CURRENT, Forms, derive, shared
 from fmoe.lowrank.pairs import Pair, pairs_of
-from fmoe.lowrank.sorting import Job, Sorted, paired, sort_files, sort_native, sort_pairs, twins
+from fmoe.lowrank.sorting import Job, Sorted, paired, sort_files, sort_native, sort_pairs, twins, unread
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem, bits
 
@@ -168,7 +168,7 @@ class LoraTable(Table):
             try:
                 plans += [self._planned(job, specs, window, local)] if job.names else []
             except AdapterError as error:
-                problems += error.found
+                problems += error.found if self.flipped else unread(error.found, self.forms)
         targets = {t: spec for plan in plans for t, spec in plan.targets.items()}
         problems += [] if problems else list(paired(specs if self.flipped else targets, plans))
         if problems:
