@@ -16,7 +16,7 @@ import fmoe
 from fmoe.families.spelling import spelt
 from fmoe.testing import same
 
-pytestmark = WARNS
+pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")]
 LINEAR = (torch.nn.Linear, torch.nn.Embedding)
 FILE = "adapter_model.safetensors"
 
@@ -98,3 +98,42 @@ def test_it_is_merged_as_peft_does_and_missed_where_it_is_lost(name, tmp_path):
             save_file({n: t for n, t in files.items() if not n.startswith(module)}, at / "a" / FILE)
             with pytest.raises(fmoe.AdapterError, match="no matri"):
                 fmoe.lora.load(at / "a", at / "base")
+
+
+TABLES = {"inkling2": ["embed_tokens", "position_embedding"], "inkling_text": ["embed_tokens"],
+          "step3p7": ["position_embedding"], "aria": ["position_embedding"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("changed", [False, True])
+def test_tables_that_files_call_otherwise_and_tensors_beside_their_weight(changed, name, tmp_path):
+    """Inkling's embedding holds a norm, which PEFT writes beside its matrices, and puts in the place of the base's."""
+    model = build(name).double()
+    model.save_pretrained(tmp_path / "base")
+    made = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=TABLES[name]))
+    for n, p in made.named_parameters():
+        if ".lora_" in n or changed and "embed_norm" in n:
+            p.data.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    made.save_pretrained(tmp_path / "a")
+    assert any("embed_norm" in n for n in load_file(tmp_path / "a" / FILE)) == ("embed_tokens" in TABLES[name])
+    tuned, before = fmoe.lora.load(tmp_path / "a", tmp_path / "base"), fmoe.load(tmp_path / "base")
+    made.merge_and_unload().save_pretrained(tmp_path / "merged")
+    more = changed and "embed_tokens" in TABLES[name]
+    ours, theirs = fmoe.lora.merge(before, tuned.params, tuned.scales), fmoe.load(tmp_path / "merged")
+    agree(ours, theirs, before, len(TABLES[name]) + more)
+
+
+def test_a_lost_module_is_not_outweighed_by_others_of_the_same_end(tmp_path):
+    """Step's tower has q_proj in memory, and not in files: as many of its own as are lost of the text model."""
+    model = build("step3p7")
+    model.save_pretrained(tmp_path / "base")
+    made = peft.get_peft_model(model, peft.LoraConfig(r=R, target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path / "a")
+    files = load_file(tmp_path / "a" / FILE)
+    text, tower = ([n for n in files if part in n and "lora_A" in n] for part in ("language_model", "vision_model"))
+    assert text and tower
+    fmoe.lora.load(tmp_path / "a", tmp_path / "base")
+    lost = text[0].partition(".lora_")[0]
+    save_file({n: t for n, t in files.items() if not n.startswith(f"{lost}.")}, tmp_path / "a" / FILE)
+    with pytest.raises(fmoe.AdapterError, match="q_proj': no matrices"):
+        fmoe.lora.load(tmp_path / "a", tmp_path / "base")
