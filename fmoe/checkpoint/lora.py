@@ -27,6 +27,7 @@ from fmoe.families.spelling import alike, in_memory, layers_with, spelt
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
+from fmoe.layout.eager.kinds import unwritable
 from fmoe.layout.notation import Rule
 from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
@@ -196,6 +197,8 @@ def save(
     if odd := [n for n, t in params.items() if is_dtensor(t) or t.is_meta]:
         where = "a DTensor: save what `full_tensor()` gives" if is_dtensor(params[odd[0]]) else "on the device meta"
         raise AdapterError([Problem(f"{some(odd)}: {where}, expected plain tensors with values", (*odd,))])
+    if told := [Problem(f"{n!r} {why}", (n,)) for n, t in params.items() if (why := unwritable(t))]:
+        raise AdapterError(told)
     adapter = ranked(adapter, params) if config is None else _as(adapter, config)
     tensors = adapter.to_hf(params)
     if config is None:

@@ -31,6 +31,7 @@ from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families.kind import Family
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.eager.kinds import unwritable
 from fmoe.layout.pipeline import Plan
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, bits
@@ -198,6 +199,8 @@ def _unfit(name: str, tensor: Any, sharded: bool) -> Iterator[Problem]:
         yield Problem(f"{name!r} is on the device meta: expected a tensor with values", (name,))
     elif isinstance(tensor, Tensor) and tensor.dtype not in DTYPES.values():
         yield Problem(f"{name!r} is {tensor.dtype}, which safetensors has no code for: cast it", (name,))
+    elif isinstance(tensor, Tensor) and not is_dtensor(tensor) and (why := unwritable(tensor)):
+        yield Problem(f"{name!r} {why}", (name,))
 
 
 def _adapter(path: Path, adapter: Adapter | Family | None) -> Adapter:

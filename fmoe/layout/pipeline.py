@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fmoe.layout.axes import Copy, Group
 from fmoe.layout.eager.html import table_of
+from fmoe.layout.eager.kinds import movable
 from fmoe.layout.entries import walk
 from fmoe.layout.grouping import Specs
 from fmoe.layout.names import Names, hits
@@ -189,7 +190,8 @@ class Plan:
             gone = set(self.stages[k - 1].targets if made is None else made) - params.keys()
             if gone:  # what only other ranks have of DTensors, and all that depends on it
                 names = [t for t in (stage.targets if names is None else names) if gone.isdisjoint(self._back[k][t])]
-            params = stage.run(params, names, views=views)
+            with movable(params):
+                params = stage.run(params, names, views=views)
         return {n: params[n] for n in asked if n in params}
 
     @cached_property

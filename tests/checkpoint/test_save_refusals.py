@@ -7,7 +7,9 @@ from functools import cache
 import hf_synthetic as synthetic
 import pytest
 import torch
+from deaf import Deaf
 from directories import files, fill
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 import fmoe
@@ -157,3 +159,22 @@ def test_a_config_that_stays_is_of_these_parameters(tmp_path, how, other):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 7}))
     how(params, tmp_path, fmoe.adapter("qwen3_moe", config))
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 7
+
+
+@pytest.mark.parametrize("layout", ["hf", "native"])
+def test_tensors_whose_bytes_are_not_their_values_are_refused_by_name(layout, source, tmp_path):
+    path = source("qwen3_moe-float32")
+    params, key = fmoe.load(path), "model.norm.weight"
+    wide = torch.complex(params[key], params[key]).conj()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(params[key])
+    odd = {r"conjugate view.*resolve_conj\(\)": wide, r"negative view.*resolve_neg\(\)": wide.imag}
+    for text, value in (
+        odd | {"FakeTensor, of which no bytes": fake, "Deaf, of which no bytes": Deaf(params[key])}
+    ).items():
+        with pytest.raises(fmoe.AdapterError, match=text) as caught:
+            fmoe.save(params | {key: value}, tmp_path / "new", fmoe.adapter(path), layout)
+        assert caught.value.keys == (key,) and not (tmp_path / "new").exists()
+    harmless = params[key].as_subclass(type("Harmless", (torch.Tensor,), {}))
+    fmoe.save(params | {key: harmless}, tmp_path / "new", fmoe.adapter(path), layout, fsync=False)
+    same(fmoe.load(tmp_path / "new"), params)

@@ -32,7 +32,7 @@ layout.names layout.spelled.parsing layout.spelled.alias
 layout.entries layout.axes
 layout.proved.suspects layout.spelled.copies
 layout.claims layout.eager.converting layout.sharded.placements
-layout.grouping layout.sharded.shards
+layout.grouping layout.eager.kinds layout.sharded.shards
 layout.proved
 layout.plan layout.stage
 layout.units

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmoe.layout.claims import some
+from fmoe.layout.eager.kinds import QUANTISED, movable
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.sharded.mesh import distributed, experts_of_rank, placed
 from fmoe.sharding import is_dtensor
@@ -53,6 +54,7 @@ def _is_tensor(value: Any) -> bool:
 def _is_sized(spec: TensorSpec) -> bool:
     return (
         isinstance(spec.dtype, torch.dtype)
+        and spec.dtype not in QUANTISED
         and all(isinstance(n, int | torch.SymInt) for n in spec.shape)
         and (min(spec.shape, default=0) >= 0 and spec.numel < 1 << 63)
     )
@@ -61,16 +63,18 @@ def _is_sized(spec: TensorSpec) -> bool:
 def _no_tensor(name: object, value: Any) -> list[Problem]:
     if not isinstance(name, str):
         return [Problem(f"{name!r}: a key that is a {type(name).__name__}, expected a name", (str(name),))]
-    what = type(value).__name__
+    what, fix = type(value).__name__, ""
     try:
         if isinstance(value, Tensor) and value.layout is not torch.strided:
             what = f"tensor of layout {value.layout}"
+        elif value.dtype in QUANTISED:
+            what, fix = f"tensor of {value.dtype}, which has a scale of its own", ". Fix: dequantize() it"
         elif _is_tensor(value) and _is_sized(TensorSpec(tuple(value.shape), value.dtype)):
             return []
     except (AttributeError, TypeError, RuntimeError):
         pass
-    what += " of sizes that no tensor has" if isinstance(value, TensorSpec) else ""
-    return [Problem(f"{name!r}: a {what}, expected a tensor or a TensorSpec", (name,))]
+    what += " of sizes that no tensor has" if isinstance(value, TensorSpec) and not fix else ""
+    return [Problem(f"{name!r}: a {what}, expected a tensor or a TensorSpec{fix}", (name,))]
 
 
 def run(
@@ -83,11 +87,12 @@ def run(
     if any(isinstance(v, TensorSpec) for v in params.values()):
         return {n: plan.targets[n] for n in (plan.targets if only is None else only)}
     out = plan.run(params, only)
-    if copy:
-        storage = lambda t: (t.to_local() if is_dtensor(t) else t).untyped_storage()._cdata
-        given = set(map(storage, params.values()))
-        out = {n: t.clone() if storage(t) in given else t for n, t in out.items()}
-    return {n: t.contiguous() for n, t in out.items()} if contiguous else out
+    with movable(out):
+        if copy:
+            storage = lambda t: (t.to_local() if is_dtensor(t) else t).untyped_storage()._cdata
+            given = set(map(storage, params.values()))
+            out = {n: t.clone() if storage(t) in given else t for n, t in out.items()}
+        return {n: t.contiguous() for n, t in out.items()} if contiguous else out
 
 
 def on_mesh(
