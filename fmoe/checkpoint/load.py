@@ -13,6 +13,7 @@ from fmoe.checkpoint.files.origin import held_ranges
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.overlaps import overlapping
 from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import warned, whole
@@ -194,7 +195,7 @@ def _fill(
     source: Checkpoint, adapter: Adapter, plan: Plan, out: Params, ranges: Mapping[str, range], maps: Maps | None
 ) -> dict[str, Tensor]:
     """out, with the plan's tensors in it: through views of it under HF names, or tensor by tensor where it has none."""
-    if problems := unfilled(plan, out, "out"):
+    if problems := [*unfilled(plan, out, "out"), *overlapping(out)]:
         raise AdapterError(problems)
     if source.native:
         for name, tensor in _native(source, plan, maps).items():

@@ -19,6 +19,7 @@ from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.load import inputs, unfilled
 from fmoe.checkpoint.open import adapter_of
 from fmoe.checkpoint.remote.address import where
+from fmoe.checkpoint.stream.overlaps import overlapping
 from fmoe.checkpoint.stream.slices import read
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import warned, whole
@@ -100,7 +101,7 @@ class Planner(LoadPlanner):
         self.plan = adapter.plan(self.specs)
         if self.reader is not None and (source.native or adapter.config is not None):  # else rules of one's own
             self.notes = whole(source, self.plan.targets)
-        if problems := [*unfilled(self.plan, self.params, "params"), *_sums(self.params)]:
+        if problems := [*unfilled(self.plan, self.params, "params"), *_sums(self.params), *overlapping(self.params)]:
             raise AdapterError(problems)
         self.views, self.made = _views(adapter, self.params)
         if self.made and self.reader is None:
