@@ -45,7 +45,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     for line in text.split("\n"):
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # no line of ours is nested
             continue
         if isinstance(said, dict) and said.keys() >= _HEAD:
             found = [said]

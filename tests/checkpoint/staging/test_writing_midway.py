@@ -120,3 +120,21 @@ def test_a_folder_where_a_file_is_to_come_is_refused_before_anything_is_written(
     with pytest.raises(AdapterError, match=f"{name}{end}"):
         fmoe.convert(source, dst, force=True)
     assert files(dst) == before
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff\x00", b"null\n[]\n", b'{"a":' * 100_000, b'{"a":' + b"9" * 6000 + b"}"], ids=len
+)
+def test_a_journal_of_garbage_says_nothing_and_force_begins_anew(text, source, tmp_path):
+    dst = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, dst, progress=after(20_000, interrupt))
+    (dst / JOURNAL).write_bytes(text)
+    with pytest.raises(AdapterError):
+        fmoe.load(dst)
+    try:
+        convert(source, dst)
+    except AdapterError:
+        convert(source, dst, force=True)
+    convert(source, tmp_path / "want")
+    assert files(dst) == files(tmp_path / "want")
