@@ -9,6 +9,7 @@ from typing import Any
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.fit import layers_fit
 from fmoe.checkpoint.files.origin import OWN, held_ranges
+from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import gaps_of, whole
 from fmoe.codecs.cast import CastExperts, all_of
@@ -49,11 +50,10 @@ def adapter(
     if isinstance(path_or_model_type, str) and path_or_model_type in FAMILIES:
         return _made(path_or_model_type, config, system, choices)
     if isinstance(path_or_model_type, str | Path):
+        place(path_or_model_type)
         if "://" not in str(path_or_model_type) and not Path(path_or_model_type).exists():
-            near = meant(path_or_model_type, FAMILIES)
-            raise AdapterError(
-                f"{str(path_or_model_type)!r} is neither a directory nor a known model type. {KNOWN}{near}"
-            )
+            text = f"{str(path_or_model_type)!r} is neither a directory nor a known model type. {KNOWN}"
+            raise AdapterError(text + meant(path_or_model_type, FAMILIES))
         source = open_ours(path_or_model_type, "open", own="adapter" in choices)
         return adapter_of(source, config, system=system, **choices)
     if isinstance(path_or_model_type, Adapter):

@@ -50,6 +50,7 @@ def config_of(config: Any) -> dict[str, Any] | None:
         return dict(config.to_dict())
     if not isinstance(config, str | Path):
         raise AdapterError(f"config={brief(config)}: expected a dict, a Transformers config, a file or its directory")
+    place(config)
     path = Path(config)
     path = path / "config.json" if path.is_dir() else path
     try:

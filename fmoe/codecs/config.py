@@ -83,9 +83,9 @@ def exports(fresh: Fresh, quantize: str, *, across: bool = False) -> Fresh:
     >>> exports((("mxfp4 blocks", ".*"), ("fp8 blocks", None)), "mxfp4")
     (('mxfp4 blocks', '.*'), ('fp8 blocks', None))
     """
-    if quantize not in EXPORTS:
+    if not isinstance(quantize, str) or quantize not in EXPORTS:
         raise AdapterError(
-            f"quantize={quantize!r}: expected one of {', '.join(map(repr, EXPORTS))}{meant(quantize, EXPORTS)}"
+            f"quantize={brief(quantize)}: expected one of {', '.join(map(repr, EXPORTS))}{meant(quantize, EXPORTS)}"
         )
     own = [(name, pattern) for name, pattern in fresh if name.startswith(quantize) and pattern is not None]
     written = own or [(ACROSS.get(quantize, EXPORTS[quantize]) if across else EXPORTS[quantize], EXPERTS)]

@@ -8,6 +8,7 @@ import builtins
 import operator
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from inspect import Parameter, unwrap
 from pathlib import Path
@@ -131,16 +132,19 @@ _KINDS: dict[Any, Callable[[Any], bool]] = {
 }
 
 
+_KNOWN = {*sys.stdlib_module_names, "numpy", "torch"} - {"types", "unittest"}  # whose classes stand for others in tests
+
+
 class _ByName(type):
     """The kind of a class that only type checkers import: its values are known by the names of their classes.
 
-    What is none of Python's, NumPy's or torch's own may stand for it, as a mesh of somebody's tests does.
+    What is no class of Python's, NumPy's or torch's own may stand for it, as a mesh of somebody's tests does.
     """
 
     def __instancecheck__(cls, value: Any) -> bool:
         if cls.__name__ == "ProcessGroup" and type(value) is int and value == -100:
             return True  # what torch gives to a rank that is not in a group
-        known = type(value).__module__.partition(".")[0] in ("builtins", "numpy", "torch")
+        known = type(value).__module__.partition(".")[0] in _KNOWN
         return not known or any(k.__name__ == cls.__name__ for k in type(value).__mro__)
 
 

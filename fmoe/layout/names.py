@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from fmoe.layout.notation import Rule
 from fmoe.layout.spelled.address import Address, Capture
+from fmoe.layout.spelled.bounds import as_list
 from fmoe.layout.templates import BLANK, DIGITS, NUMBER, Columns, Rows, Value, blanked, columns, filled, template
 from fmoe.types import AdapterError, Problem, brief
 
@@ -23,9 +24,9 @@ class Names:
     """A set of names, by template: `rows[template]` are its names, and their numbers; specs: their shapes, if known."""
 
     def __init__(self, names: Iterable[str], specs: Mapping[str, Any] | None = None):
-        if not isinstance(names, Iterable):
+        if (listed := as_list(names)) is None:
             raise AdapterError(f"{brief(names)}: expected key names")
-        self.names = list(names)
+        self.names: list[str] = listed
         given = specs or (names if isinstance(names, Mapping) else {})
         self.specs = given if hasattr(next(iter(given.values()), None), "shape") else {}
         if {*map(type, self.names)} - {str} and (odd := [n for n in self.names if not isinstance(n, str)]):

@@ -65,7 +65,7 @@ def drop(routing: Routing, capacity: int, by: str = "weight") -> Routing:
     at = torch.arange(len(flat), device=flat.device)
     first = torch.searchsorted(ids_in_turn, ids_in_turn)
     place = torch.empty_like(at).scatter(0, within if order is None else order[within], at - first)
-    over = (place >= capacity).view_as(ids) & ~gone
+    over = (place >= min(capacity, len(flat))).view_as(ids) & ~gone  # whatever the capacity, in int64
     return Routing(ids.masked_fill(over, -1), weights.masked_fill(over, 0), mask)
 
 

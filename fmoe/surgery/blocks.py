@@ -187,6 +187,8 @@ def _listed(given: Any, depth: int, whole: bool) -> list[Any] | None:
     >>> _listed(torch.tensor([2, 0]), 1, True), _listed([[0, 1]], 1, True), _listed([[0.5, 0.5]], 2, False)
     ([2, 0], None, [[0.5, 0.5]])
     """
+    if getattr(given, "is_meta", False):
+        return None
     if hasattr(given, "tolist"):
         given = given.tolist()
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
@@ -194,7 +196,7 @@ def _listed(given: Any, depth: int, whole: bool) -> list[Any] | None:
     if depth > 1:
         inner = [_listed(own, depth - 1, whole) for own in given]
         return None if None in inner else inner
-    numbers = [n.item() if hasattr(n, "item") else n for n in given]
+    numbers = [n.item() if hasattr(n, "item") and not getattr(n, "is_meta", False) else n for n in given]
     kinds = (int,) if whole else (int, float)
     return numbers if all(type(n) in kinds for n in numbers) else None  # a bool is no id
 

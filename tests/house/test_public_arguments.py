@@ -91,6 +91,7 @@ def fault(error: Exception, argument: str, value: Any, other: type[Exception]) -
     if type(error) not in (ValueError, AdapterError):
         return f"{type(error).__name__}: {error}"[:200]
     text = str(error)
-    found = type(value).__name__ in text or repr(value)[:20] in text or (isinstance(value, str) and value in text)
+    said = isinstance(value, str | os.PathLike) and str(value) in text
+    found = type(value).__name__ in text or repr(value)[:20] in text or said
     foreign = re.search("is ambiguous|Overflow when", text)
     return None if (found or re.search(stands_for(argument), text)) and not foreign else f"no name in {text[:200]!r}"

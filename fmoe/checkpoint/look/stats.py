@@ -11,6 +11,7 @@ from torch import Tensor
 from fmoe.checkpoint.files.directory import Checkpoint, open_checkpoint
 from fmoe.checkpoint.files.header import read_header
 from fmoe.checkpoint.files.mapped import mapped
+from fmoe.checkpoint.remote.address import place
 from fmoe.folding import meant
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError
@@ -40,6 +41,7 @@ def tensors(path: Path | str, pattern: str = "*", *, stats: bool = False) -> Ite
 
 def opened(path: Path | str, own: bool = False) -> Checkpoint:
     """A checkpoint directory, or one safetensors file as if it were alone in one. own: as in `open_checkpoint`."""
+    place(path)
     if not Path(path).is_file():
         return open_checkpoint(path, own=own)
     file = Path(path)

@@ -1,5 +1,7 @@
 """A folder or a file of another machine, which is asked for as a path is: `address / "config.json"`, read by ranges."""
 
+import errno
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from fmoe.types import AdapterError, brief
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.IGNORECASE)
 PIECE = 16 * 2**20  # bytes that are asked for at once
+LONGEST = "model-00001-of-00001.safetensors.part"  # of the names of files that are written
 
 
 @dataclass
@@ -122,7 +125,7 @@ Where = Path | Address
 
 
 def place(path: object) -> None:
-    """Raises AdapterError for what is no path and no address.
+    """Raises AdapterError for what is no path and no address, and for a path too long to hold files.
 
     >>> place(3)
     Traceback (most recent call last):
@@ -130,6 +133,17 @@ def place(path: object) -> None:
     """
     if not isinstance(path, str | Path | Address):
         raise AdapterError(f"{brief(path)}: expected the path of a directory, or an address")
+    if isinstance(path, Address) or (found := _URL.fullmatch(str(path))) and found[1].lower() != "file":
+        return
+    try:
+        os.lstat(Path(stores.local(str(path)) or path, LONGEST))
+    except ValueError:  # no path at all, so nothing is there
+        pass
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise AdapterError(
+                f"{brief(path)}: a path of {len(str(path))} characters, expected a shorter one"
+            ) from None
 
 
 def where(path: "Where | str") -> Where:

@@ -51,7 +51,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
         raise AdapterError(f"{dst} is {'a file' if dst.exists() else 'a link to nowhere'}: name a directory")
     home = _home(dst)
     if not home.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(dst))
+        raise AdapterError(f"{dst}: Not a directory: {home} is a file: name a directory")
     if not os.access(home, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []

@@ -1,6 +1,7 @@
 """The numbers that a letter takes: a size, a range or some, as they are given and as they are shown."""
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from fmoe.types import AdapterError, brief
 
@@ -16,13 +17,18 @@ def size(name: str, values: object) -> Bound:
         values = range(values) if 0 <= values <= _MOST else (values,)
     if isinstance(values, range):
         ends = [values.start, values.stop - values.step]
-    elif isinstance(values, Iterable) and not isinstance(values, str | bytes):
-        values = ends = list(values)
+    elif not isinstance(values, str | bytes) and (listed := as_list(values)) is not None:
+        values = ends = listed
     else:
         raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or some numbers")
     if values and not all(isinstance(v, int) and not isinstance(v, bool) and -1 <= v < _MOST for v in ends):
         raise AdapterError(f"{name} is bounded by {brief(values)}, expected a size or numbers below {_MOST}")
     return _bound(values)
+
+
+def as_list(values: object) -> list[Any] | None:
+    """What can be iterated, as a list; None for anything else, as for a tensor without dimensions."""
+    return list(values) if isinstance(values, Iterable) and getattr(values, "shape", True) != () else None
 
 
 def _bound(values: range | list[int]) -> Bound:

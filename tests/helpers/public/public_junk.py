@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -35,10 +36,13 @@ JUNK: dict[str, Any] = {
     "function": lambda *args: None,
     "module": torch.nn.Linear(2, 2),
     "tensor": torch.ones(2, 7, dtype=torch.int8),
+    "path": Path("x"),
+    "long": "x" * 5000,
+    "words": ["fp8"],
     "set": {1},
     "numbers": {1: 2},
 }
-WORDS, COUNTS, NUMBERS = "x '' (", "3 2**63", "3 -1 2**63 1.5"
+WORDS, COUNTS, NUMBERS = "x '' ( long", "3 2**63", "3 -1 2**63 1.5"
 
 # dotted name(argument), with wildcards -> what is meant there, and why
 MEANT: dict[str, tuple[str, str]] = {
@@ -51,16 +55,16 @@ MEANT: dict[str, tuple[str, str]] = {
     "fmoe.drop(pattern)": (WORDS, "a tensor of any name"),
     "fmoe.keep(pattern)": (WORDS, "a tensor of any name"),
     "fmoe.rename(*)": ("''", "no prefix"),
-    "*.resolve(names)": (WORDS, "the letters of a text are names"),
+    "*.resolve(names)": (WORDS + " words", "names, and the letters of a text are some"),
     "*convert_single_tensor_to_hf(fqn)": (WORDS, "a tensor of any name"),
-    "*(exclude_key_regex)": ("x ''", "a regular expression"),
+    "*(exclude_key_regex)": ("x '' long", "a regular expression"),
     "*convert_single_tensor_to_hf(tensor)": ("tensor", "a tensor"),
     "fmoe.adapter(path_or_model_type)": ("[]", "no rules"),
-    "*.convert(dst)": (WORDS, "a place to write"),
-    "*convert(dst)": (WORDS, "a place to write"),
-    "*save(path)": (WORDS, "a place to write"),
+    "*.convert(dst)": (WORDS + " path", "a place to write"),
+    "*convert(dst)": (WORDS + " path", "a place to write"),
+    "*save(path)": (WORDS + " path", "a place to write"),
     "*.get_hf_storage_reader(path)": (WORDS, "torch looks when it reads"),
-    "*torchtitan.StateDictAdapter(hf_assets_path)": (WORDS, "where an index may be"),
+    "*torchtitan.StateDictAdapter(hf_assets_path)": (WORDS + " path", "where an index may be"),
     "*(max_shard_size)": (COUNTS, "bytes"),
     "*(bandwidth)": (COUNTS, "bytes a second"),
     "*(threads)": ("3", "threads"),
@@ -101,7 +105,8 @@ MEANT: dict[str, tuple[str, str]] = {
     "*.lora.*(base)": (WORDS, "the name of a model"),
     "*.LoraConfig*(key)": (WORDS, "any module"),
     "*.LoraConfig(peft_version)": (WORDS, "what wrote it"),
-    "*.LoraConfig(target_modules)": (WORDS, "a regular expression, or names"),
+    "*.LoraConfig(target_parameters)": ("words", "names"),
+    "*.LoraConfig(target_modules)": (WORDS + " words", "a regular expression, or names"),
     "*.is_lora(name)": (WORDS, "a question about any name"),
     "*.map_peft_target_module_to_hf(name)": (WORDS, "any module"),
     "*.activations.*(p)": (NUMBERS + " nan True", "what multiplies"),
@@ -126,8 +131,9 @@ MEANT: dict[str, tuple[str, str]] = {
     "*.deepep(api)": (WORDS, "a group of one rank moves nothing"),
     "*.deepep(max_tokens)": ("3 -1 2**63", "a group of one rank moves nothing"),
     "*.replicate(times)": ("3", "a count"),
-    "*.Family(*)": (WORDS, "data of a family: a reader says what is wrong"),
-    "*.System(*)": (WORDS, "data of a system: a reader says what is wrong"),
+    "*.Family(*)": (WORDS + " words", "data of a family: a reader says what is wrong"),
+    "*.System(*)": (WORDS + " words", "data of a system: a reader says what is wrong"),
+    "*.System.*(names)": ("words", "a question about any names"),
     "*.System.*(model_type)": (WORDS, "a question about any name"),
     "*.family_checkpoints(model_type)": (WORDS, "a strategy looks when it draws"),
     "*.testing.*(max_axes)": ("3 -1 2**63", "a strategy looks when it draws"),
