@@ -127,3 +127,16 @@ def test_an_error_midway_is_gone_on_from_and_bad_input_leaves_nothing(
         force = False
     again = fmoe.convert(source, out, force=force, max_shard_size=60_000)
     assert files(out) == files(tmp_path / "new") and again.written + again.resumed == new.written
+
+
+def test_no_directory_is_made_below_a_file_or_at_a_path_too_long(source, tmp_path):
+    (tmp_path / "file").write_text("x")
+    adapter, params = fmoe.adapter(source), fmoe.load(source)
+    for place, why in ((tmp_path / "file" / "sub", "Not a directory"), (tmp_path / ("x/" * 2500), "characters")):
+        for call in (lambda at: fmoe.convert(source, at), lambda at: fmoe.save(params, at, adapter)):
+            with pytest.raises(AdapterError, match=why):
+                call(place)
+    for call in (fmoe.load, fmoe.inspect, fmoe.verify, fmoe.adapter, lambda at: fmoe.convert(at, tmp_path / "new")):
+        for place in ("x" * 5000, f"file:///{'x' * 5000}", tmp_path / ("x" * 300)):
+            with pytest.raises(AdapterError, match="characters, expected a shorter one"):
+                call(place)

@@ -109,3 +109,17 @@ def test_names_with_arrays_of_another_library_settle_a_layout_as_names_do():
     names = [f"model.layers.0.mlp.experts.{e}.{p}_proj.weight" for e in (0, 1) for p in ("gate", "up", "down")]
     names += [f"{n}_scale_inv" for n in names]
     assert adapter.resolve(dict.fromkeys(names, numpy.ones((2, 2)))) == adapter.resolve(names)
+
+
+@pytest.mark.parametrize("three", [torch.tensor(3), numpy.array(3)], ids=["torch", "numpy"])
+def test_what_has_no_dimensions_is_no_list(three):
+    with pytest.raises(fmoe.AdapterError, match="e is bounded by .*3.*, expected a size or some numbers"):
+        rule("w.{e} [d]", "w [e d]", e=three)
+    with pytest.raises(fmoe.AdapterError, match="3.*expected key names"):
+        rule("w.{e} [d]", "w [e d]").resolve(three)
+
+
+def test_a_list_of_words_is_no_word():
+    sizes = {"num_experts": 2, "hidden_size": 4, "moe_intermediate_size": 3, "num_experts_per_tok": 1}
+    with pytest.raises(fmoe.AdapterError, match=r"quantize=\['fp8'\]: expected one of 'fp8'"):
+        fmoe.adapter("qwen3_moe", sizes, quantize=["fp8"])

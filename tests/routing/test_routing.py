@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmoe.routing import SCORES, route, topk_routing
+from fmoe.routing import SCORES, drop, route, topk_routing
 from fmoe.types import MoEConfig, Routing
 
 E, K, D, T = 12, 3, 10, 37
@@ -240,3 +240,8 @@ def test_parameter_errors() -> None:
     refuse(r"'gate.bias' is missing, expected shape \[E=12\]", params, x, router_bias=True)
     refuse(r"'gate.e_score_correction_bias' is missing", params, x, score_func="sigmoid_with_bias")
     refuse(r"x has shape \[2, 1, 10\], expected \[T, D=10\]", params, x[:, None])
+
+
+def test_a_capacity_beyond_all_integers_drops_nothing():
+    given = Routing(torch.tensor([[0, 1]]), torch.ones(1, 2))
+    assert drop(given, 10**30).indices.tolist() == [[0, 1]]

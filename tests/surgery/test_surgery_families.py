@@ -81,3 +81,15 @@ def test_what_names_experts_goes_along_and_what_counts_them_elsewhere_is_refused
     for change in (lambda n: surgery.select(n, config, [2, 5]), lambda n: surgery.replicate(n, config, 2)):
         with pytest.raises(ValueError, match="self_attention.experts.*the config has one number for both"):
             change(native | attention)
+
+
+def test_ids_without_values_are_refused():
+    block = "model.layers.0.mlp.experts"
+    native = {f"{block}.gate_and_up_projs": torch.ones(4, 2, 6), f"{block}.down_projs": torch.ones(4, 3, 2)}
+    config = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 1, "num_hidden_layers": 1}
+    config |= {"hidden_size": 2, "moe_intermediate_size": 3}
+    ids = torch.ones(4, dtype=torch.long, device="meta")
+    for call in (surgery.select, surgery.permute, surgery.merge):
+        for given in (ids, [*ids]):
+            with pytest.raises(ValueError, match=f"{call.__name__}: .* is .*meta.*, expected"):
+                call(native, config, given)
