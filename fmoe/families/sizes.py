@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from fmoe.families.formula import fields, value, words
 from fmoe.families.known import entries, text_stack, with_text
 from fmoe.families.numbered import NUMBERED, Layers, by_stack
@@ -105,12 +107,13 @@ def odd_sizes(
     own, plain = ({**with_text(c), **{p: c[p] for p in PARTS if p in c}} for c in (with_taken(config), config))
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
-    here = {**stacks, main: [l for l in stacks.get(main, ()) if count is None or l < count]}
+    here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
     stem = "" if any(n.startswith("model.") for n in native) else "model."  # which a base saved on its own has not
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
         exact = bool(BY_LAYER.search(formula)) or not apart.isdisjoint(fields(formula))
-        odd = dict[tuple[int, int, Expected], list[str]]()
+        odd = dict[tuple[int, int | None, Expected], list[str]]()
+        some_of, right = list[tuple[Any, ...]](), dict[tuple[str, int], int]()
         for template, k in dims:
             template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
@@ -127,17 +130,28 @@ def odd_sizes(
                 continue
             kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
-            held = {n: l for n, l in (places if numbered else {template: -1}).items() if _plain(native.get(n)) > k}
+            held = {n: l for n, l in (places if numbered else {template: -1}).items() if _plain(native.get(n))}
             each = exact or bool(kind)
             alike = None if each else says(-1)
-            wanted = {n: says(l) if each else alike for n, l in held.items()}
-            wrong = [n for n, size in wanted.items() if size and size.size != native[n].shape[k]]
-            if each or len(wrong) == len(held) and len({native[n].shape[k] for n in held}) == 1:
+            wanted = {n: size for n, l in held.items() if (size := says(l) if each else alike)}
+            sizes = {n: native[n].shape[k] if len(native[n].shape) > k else None for n in wanted}
+            wrong = [n for n in wanted if sizes[n] != wanted[n].size]
+            right |= {(stack, held[n]): wanted[n].size for n in wanted if n not in wrong} if numbered else {}
+            if each or not numbered or len(wrong) == len(held) and len({*sizes.values()}) == 1:
                 for n in wrong:  # of all layers, or where each has its own: without that, they may be of several kinds
-                    odd.setdefault((k, native[n].shape[k], wanted[n]), []).append(n)  # type: ignore[arg-type]
+                    odd.setdefault((k, sizes[n], wanted[n]), []).append(n)
+                continue
+            module = rest.partition(".")[0]
+            beside = {n: {m for m in here[stack][l] if m.partition(".")[0] == module} for n, l in held.items()}
+            same = [beside[n] for n in wanted if n not in wrong]
+            some_of += [(k, sizes[n], wanted[n], n, (stack, held[n]), beside[n] in same) for n in wrong]
+        for k, n, size, name, layer, alike in some_of:  # of some layers: where it is right beside it, or in one alike
+            if alike or right.get(layer) == size.size:
+                odd.setdefault((k, n, size), []).append(name)
         for (k, n, (size, told)), names in odd.items():
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
-            text = f"{some(spelt(names, spell))}: {n} in {dim}, and config.json has {told}: expected {size}"
+            found = f"{n} in {dim}" if n is not None else f"no {dim}"
+            text = f"{some(spelt(names, spell))}: {found}, and config.json has {told}: expected {size}"
             yield Problem(text, keys(names, spell))
 
 
@@ -211,9 +225,8 @@ def as_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _plain(spec: Any) -> int:
-    """How many dimensions it has, if it is there and no codes."""
-    if spec is None:
-        return 0
-    whole = spec.dtype.itemsize > 1 if spec.dtype.is_floating_point else spec.dtype.itemsize == 8
-    return len(spec.shape) if whole else 0
+def _plain(spec: Any) -> bool:
+    """Whether it is there, and no codes."""
+    if spec is None or spec.dtype == torch.bool:
+        return spec is not None
+    return bool(spec.dtype.itemsize > 1 if spec.dtype.is_floating_point else spec.dtype.itemsize == 8)

@@ -1,0 +1,47 @@
+"""A tensor of one layer alone is cut, or has lost a dimension: that is told, and by name."""
+
+import hf
+import hf_zoo as zoo
+import known_names
+import pytest
+
+from fmoe.families import family
+from fmoe.families.complete import gaps
+from fmoe.families.known import text_stack
+from fmoe.families.numbered import NUMBERED, by_stack
+from fmoe.families.sizes import known_sizes
+
+ALONE = {"mimo_v2_flash": (".q_proj.weight", ".o_proj.weight"), "deepseek_v4": (".mlp.gate.weight",)}
+"""Of which this tiny model has one layer of a kind: with no second one beside it nobody knows that it is a kind."""
+
+
+def judged(model_type):
+    """(stack, or none of the text model, name, dimension) of what the config says the size of."""
+    for name, k in (each for dims in known_sizes()[model_type].values() for each in dims):
+        stack, _, rest = name.partition("#")
+        yield stack[:-1], rest.partition(".")[2], k
+
+
+def smaller(spec, k):
+    yield spec._replace(shape=tuple(n - (d == k) for d, n in enumerate(spec.shape)))
+    if k == len(spec.shape) - 1:
+        yield spec._replace(shape=spec.shape[:-1])
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_a_tensor_of_one_layer_that_is_cut_is_told(name):
+    cls, config = known_names.base(name)
+    kind, whole = family(config.model_type), known_names.sized(cls, config, name, True)
+    own = config.to_dict() | {"architectures": [cls.__name__]}
+    said, main = {*judged(config.model_type)}, text_stack(own, by_stack(whole))
+    told, seen = gaps(kind, own, whole).problems, 0
+    for native, spec in whole.items():
+        hit = NUMBERED.match(native)
+        for k, n in enumerate(spec.shape if hit and not native.endswith(ALONE.get(name, ("-",))) else ()):
+            if n < 2 or ("" if hit[1] == main else hit[1], hit[3], k) not in said:
+                continue
+            for cut in smaller(spec, k):
+                problems = [p for p in gaps(kind, own, whole | {native: cut}).problems if p not in told]
+                assert any(native in p.keys for p in problems), (native, cut)
+                seen += 1
+    assert seen
