@@ -135,7 +135,7 @@ def odd_sizes(
             alike = None if each else says(-1)
             wanted = {n: size for n, l in held.items() if (size := says(l) if each else alike)}
             sizes = {n: native[n].shape[k] if len(native[n].shape) > k else None for n in wanted}
-            if numbered and "." not in rest:  # modules in a row, of any kinds
+            if numbered and rest in ("weight", "bias"):  # modules in a row, of any kinds
                 wanted = {n: size for n, size in wanted.items() if sizes[n] is not None}
             wrong = [n for n in wanted if sizes[n] != wanted[n].size]
             right |= {(stack, held[n]): wanted[n].size for n in wanted if n not in wrong} if numbered else {}
@@ -143,17 +143,17 @@ def odd_sizes(
                 for n in wrong:  # of all layers, or where each has its own: without that, they may be of several kinds
                     odd.setdefault((k, sizes[n], wanted[n]), []).append(n)
                 continue
-            module, dotted, _ = rest.partition(".")
+            module = rest.partition(".")[0]
             beside = {n: {m for m in here[stack][l] if m.partition(".")[0] == module} for n, l in held.items()}
             same = [beside[n] for n in wanted if n not in wrong]
-            some_of += [(k, sizes[n], wanted[n], n, (stack, held[n]), beside[n] in same) for n in wrong if dotted]
-        for k, n, size, name, layer, alike in some_of:  # of some layers: where it is right beside it, or in one alike
-            if alike or right.get(layer) == size.size:
-                odd.setdefault((k, n, size), []).append(name)
-        for (k, n, (size, told)), names in odd.items():
+            some_of += [(k, sizes[n], wanted[n], n, (stack, held[n]), beside[n] in same) for n in wrong]
+        for k, n, says_so, name, layer, as_well in some_of:  # of some layers: right beside it, or in one that is alike
+            if as_well or right.get(layer) == says_so.size:
+                odd.setdefault((k, n, says_so), []).append(name)
+        for (k, n, (expected, told)), names in odd.items():
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
             found = f"{n} in {dim}" if n is not None else f"no {dim}"
-            text = f"{some(spelt(names, spell))}: {found}, and config.json has {told}: expected {size}"
+            text = f"{some(spelt(names, spell))}: {found}, and config.json has {told}: expected {expected}"
             yield Problem(text, keys(names, spell))
 
 
