@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from itertools import chain, repeat
 from multiprocessing.context import ForkServerProcess
@@ -60,7 +60,8 @@ class Started(NamedTuple):
         if after is not None:
             self.process.join(after)
             if self.process.is_alive() and self.process.pid:
-                os.kill(self.process.pid, by)
+                with suppress(ProcessLookupError):  # it ended in between
+                    os.kill(self.process.pid, by)
         self.process.join(60)
         assert self.process.exitcode is not None, "it hangs"
         return Ended(self.process.exitcode, (self.folder / "out").read_text(), (self.folder / "err").read_text())
