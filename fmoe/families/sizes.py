@@ -42,6 +42,15 @@ class Expected(NamedTuple):
     told: str
 
 
+class Odd(NamedTuple):
+    """A dimension k of a tensor that is of another size than expected, or not there."""
+
+    name: str
+    k: int
+    found: int | None
+    expected: Expected
+
+
 LAYERS, LIST = -1, -2
 BY_LAYER = re.compile(r"\[l|\bl in |\bif l\b")
 PARTS = ("vision_config", "audio_config", "attn_config", "ffn_config")
@@ -112,8 +121,7 @@ def odd_sizes(
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
         exact = bool(BY_LAYER.search(formula)) or not apart.isdisjoint(fields(formula))
-        odd = dict[tuple[int, int | None, Expected], list[str]]()
-        some_of, right = list[tuple[Any, ...]](), dict[tuple[str, int], int]()
+        odd, doubtful, agreed = list[Odd](), list[tuple[Odd, tuple[str, int], bool]](), dict[tuple[str, int], int]()
         for template, k in dims:
             template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
@@ -137,20 +145,22 @@ def odd_sizes(
             sizes = {n: native[n].shape[k] if len(native[n].shape) > k else None for n in wanted}
             if numbered and rest in ("weight", "bias"):  # modules in a row, of any kinds
                 wanted = {n: size for n, size in wanted.items() if sizes[n] is not None}
-            wrong = [n for n in wanted if sizes[n] != wanted[n].size]
-            right |= {(stack, held[n]): wanted[n].size for n in wanted if n not in wrong} if numbered else {}
-            if each or not numbered or len(wrong) == len(wanted) and len({*sizes.values()}) == 1:
-                for n in wrong:  # of all layers, or where each has its own: without that, they may be of several kinds
-                    odd.setdefault((k, sizes[n], wanted[n]), []).append(n)
-                continue
-            module = rest.partition(".")[0]
-            beside = {n: {m for m in here[stack][l] if m.partition(".")[0] == module} for n, l in held.items()}
-            same = [beside[n] for n in wanted if n not in wrong]
-            some_of += [(k, sizes[n], wanted[n], n, (stack, held[n]), beside[n] in same) for n in wrong]
-        for k, n, says_so, name, layer, as_well in some_of:  # of some layers: right beside it, or in one that is alike
-            if as_well or right.get(layer) == says_so.size:
-                odd.setdefault((k, n, says_so), []).append(name)
-        for (k, n, (expected, told)), names in odd.items():
+            right = {n for n in wanted if sizes[n] == wanted[n].size}
+            wrong = [Odd(n, k, sizes[n], wanted[n]) for n in wanted if n not in right]
+            if each or not numbered or not right and len({*sizes.values()}) == 1:
+                odd += wrong  # of all layers, or where each has its own: without that, they may be of several kinds
+            else:
+                module = rest.partition(".")[0]
+                beside = {n: {m for m in here[stack][l] if m.partition(".")[0] == module} for n, l in held.items()}
+                alike_ones = [beside[n] for n in right]
+                doubtful += [(o, (stack, held[o.name]), beside[o.name] in alike_ones) for o in wrong]
+            agreed |= {(stack, held[n]): wanted[n].size for n in right} if numbered else {}
+        # of some layers: where one that is alike has it right, or another tensor of the same layer has that size
+        odd += [o for o, layer, by_one in doubtful if by_one or agreed.get(layer) == o.expected.size]
+        grouped = dict[tuple[int, int | None, Expected], list[str]]()
+        for o in odd:
+            grouped.setdefault((o.k, o.found, o.expected), []).append(o.name)
+        for (k, n, (expected, told)), names in grouped.items():
             dim = f"dimension {k}" + " of the native tensor" * (spelt(names, spell) != names)
             found = f"{n} in {dim}" if n is not None else f"no {dim}"
             text = f"{some(spelt(names, spell))}: {found}, and config.json has {told}: expected {expected}"

@@ -58,8 +58,10 @@ def added(params: Params, lora: Params, scale: Scale, sign: float) -> dict[str, 
             found = f"A {list(A.shape)}, B {list(B.shape)}"
             text = f"lora: {name!r} is {list(W.shape)}, which {found} of {pair.a!r} do not fit"
             raise AdapterError([Problem(f"{text}. {_NATIVE}", (pair.a, pair.b))])
-        alone = lambda: _sum(W.flatten(1).reshape(1, len(one), -1), one[None], other[None], by).reshape(W.shape)  # noqa: B023
-        made[name] = _sum(W, one, other, by) if one.ndim > 2 else alone()
+        if one.ndim == 2:  # a module's: as of one expert
+            made[name] = _sum(W.flatten(1).reshape(1, len(one), -1), one[None], other[None], by).reshape(W.shape)
+        else:
+            made[name] = _sum(W, one, other, by)
     return made
 
 
