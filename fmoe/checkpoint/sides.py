@@ -14,6 +14,7 @@ from fmoe.checkpoint.files.origin import OWN
 from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
 from fmoe.checkpoint.which import side
 from fmoe.checkpoint.whole import gaps_of, spelling
+from fmoe.codecs.agree import untold
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.formats import FORMATS
 from fmoe.codecs.quantised import Quantised
@@ -77,7 +78,8 @@ def gaps_between(source: Checkpoint, here: str, adapter: Adapter) -> Gaps:
     made = kind.adapter(source.config).resolve(hf)
     native = made.plan(hf).targets
     there = made.inverse if here == "hf" else made.inverse >> adapter
-    return gaps(kind, source.config, native, spelling(lambda: there))
+    found = gaps(kind, source.config, native, spelling(lambda: there))
+    return Gaps(found.problems, [*found.notes, *(untold(source.config, hf, made) if here == "hf" else ())])
 
 
 def whole_between(source: Checkpoint, here: str, adapter: Adapter, fix: str = "") -> Gaps:

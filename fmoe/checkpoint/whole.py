@@ -11,6 +11,7 @@ import torch
 
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
 from fmoe.checkpoint.report import CheckpointWarning
+from fmoe.codecs.agree import untold
 from fmoe.codecs.config import quantization_of
 from fmoe.families import FAMILIES
 from fmoe.families.complete import Gaps, gaps
@@ -45,6 +46,8 @@ def gaps_of(
     there = lambda: kind.adapter(source.config).resolve(source.specs).inverse if kind else Adapter()
     spell = (lambda name: (name,)) if source.native else spelling(there)
     found = gaps(kind, source.config, native, spell) if kind else Gaps([], [])
+    if kind and not source.native:
+        found = Gaps(found.problems, [*found.notes, *untold(source.config, source.specs, kind.adapter(source.config))])
     if source.origin is None or back is None:
         return found
     lost = [n for n in source.origin["weight_map"] if n not in back]

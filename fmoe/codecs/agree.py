@@ -9,12 +9,14 @@ import torch
 from fmoe.codecs.config import coded, quantization_of, with_dtype, with_told, without
 from fmoe.codecs.foreign.lists import in_step
 from fmoe.codecs.foreign.told import calibrated, weights
+from fmoe.codecs.foreign.undecoded import narrow
 from fmoe.codecs.format import Format
 from fmoe.codecs.formats import FOREIGN
 from fmoe.codecs.parts import Parts, in_file
 from fmoe.codecs.quantised import Quantised
 from fmoe.codecs.values import E8M0
 from fmoe.layout.adapter import Adapter
+from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs
 from fmoe.layout.names import Names
 from fmoe.types import TensorSpec, as_dtype
@@ -32,10 +34,30 @@ def agreeing(
     Its quantization_config is there where some are quantised, and says how; dtype: what floats have become.
     """
     made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
+    found = _coded(adapter, specs)
+    return made if found is None else stated(made, specs, found)
+
+
+def untold(config: Mapping[str, Any], specs: Specs, adapter: Adapter) -> list[str]:
+    """A note where tensors of a directory of Hugging Face's are codes and its config does not say so, or none is."""
+    told, codes = quantization_of(config), any(narrow(spec.dtype) for spec in specs.values())
+    if (told is not None) == codes:
+        return []
+    if told is not None:
+        how = told.get("quant_method") or "by a method that it does not name"
+        return [f"config.json has a quantization_config ({how}), and no tensor is in codes: what is written has none"]
+    found = _coded(adapter, specs) or {}
+    names = some([p.codes for p in found.values()])
+    text = (
+        "codes, and config.json has no quantization_config: fmoe reads them so, and Transformers takes them for numbers"
+    )
+    return [f"{names}: {text}. Fix: add one, as fmoe.convert writes it with quantize="] * bool(found)
+
+
+def _coded(adapter: Adapter, specs: Specs) -> dict[str, Parts] | None:
+    """The quantised tensors of a file; None where nothing of its adapter knows any."""
     codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
-    if codec is None:
-        return made
-    return stated(made, specs, in_file(specs, Names(specs), codec.readable, codec.fresh, codec.lists)[0])
+    return None if codec is None else in_file(specs, Names(specs), codec.readable, codec.fresh, codec.lists)[0]
 
 
 def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ QUANT = "hf_quant_config.json"
 def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The quantization_config of a config, at its top or in its text_config; None where it has none.
 
-    Of weights that were decoded it is the one that they had. Raises AdapterError where it is no JSON object.
+    Of weights that were decoded it is the one that they had. Raises AdapterError where it is no JSON object, or its
+    method no name, or its groups no object.
     """
     config = config or {}
     for field in (*FIELDS, *(DECODED + f for f in FIELDS)):
@@ -29,6 +30,9 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
             found = found.to_dict() if hasattr(found, "to_dict") else found
             if not isinstance(found, Mapping):
                 raise AdapterError(f"{field} is {brief(found)}, expected an object with its quant_method")
+            for part, kind, text in (("quant_method", str, "a name"), ("config_groups", Mapping, "an object")):
+                if not isinstance(said := found.get(part), kind | None):
+                    raise AdapterError(f"{field}.{part} is {brief(said)}, expected {text}")
             return dict(found)
     inner = config.get("text_config")
     return quantization_of(inner) if isinstance(inner, Mapping) else None

@@ -161,7 +161,8 @@ def test_families_list_their_formats_and_every_format_that_is_read_has_a_family(
 def test_the_command_line_keeps_codes(tmp_path, monkeypatch, capsys):
     run = runner(monkeypatch, capsys)
     adapter, tensors = made(("gpt_oss", "mxfp4 blocks"), quantized="keep")
-    save(config("gpt_oss", 128, 256), tensors, tmp_path / "hf")
+    told = config("gpt_oss", 128, 256) | {"quantization_config": {"quant_method": "mxfp4"}}
+    save(told, tensors, tmp_path / "hf")
     code, out, err = run("convert", tmp_path / "hf", tmp_path / "native", "--quantized", "keep", "--json")
     assert (code, err) == (0, "") and json.loads(out)["made"] == 7
     same(load_file(tmp_path / "native/model.safetensors"), adapter.from_hf(tensors))

@@ -10,7 +10,7 @@ from fmoe.codecs.foreign.lists import Lists
 from fmoe.codecs.parts import Parts
 from fmoe.layout.claims import some
 from fmoe.layout.names import Names
-from fmoe.types import Problem, TensorSpec, brief
+from fmoe.types import Problem, TensorSpec
 
 READ: Mapping[str, tuple[str, Collection[str | None]]] = {
     "compressed-tensors": (
@@ -47,9 +47,7 @@ def undecoded(config: Mapping[str, Any] | None) -> str | None:
     """
     told = quantization_of(config) or {}
     method = told.get("quant_method")
-    if not isinstance(method, str):
-        return None if method is None else brief(method)
-    if method not in READ:
+    if method is None or method not in READ:
         return method
     field, read = READ[method]
     groups = told.get("config_groups")
@@ -69,12 +67,12 @@ def unread(name: str | None, specs: Mapping[str, TensorSpec], found: Mapping[str
     if name is None:
         return []
     claimed = {n for p in found.values() for n in p.stored}
-    narrow = tuple(n for n, spec in specs.items() if n not in claimed and _narrow(spec.dtype))
-    if not narrow:
+    left = tuple(n for n, spec in specs.items() if n not in claimed and narrow(spec.dtype))
+    if not left:
         return []
-    text = f"{some(narrow)}: quantization_config says {name}, a format that fmoe does not decode"
+    text = f"{some(left)}: quantization_config says {name}, a format that fmoe does not decode"
     fix = "Fix: decode it with its own tool; or take quantization_config out of config.json, if it is wrong"
-    return [Problem(f"{text}. {fix}", narrow)]
+    return [Problem(f"{text}. {fix}", left)]
 
 
 def left_alone(lists: Lists, found: Mapping[str, Parts]) -> list[Problem]:
@@ -94,5 +92,6 @@ def lone(names: Names, found: Mapping[str, Parts]) -> list[Problem]:
     return [Problem(text.format(n), (n,)) for n in scales if n.removesuffix("input_scale") + "weight" not in found]
 
 
-def _narrow(dtype: torch.dtype) -> bool:
+def narrow(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype may be codes: floats of a byte, or integers of less than 64 bits."""
     return dtype.itemsize < (2 if dtype.is_floating_point else 8) and dtype != torch.bool
