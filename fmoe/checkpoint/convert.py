@@ -14,12 +14,12 @@ from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint
 from fmoe.checkpoint.files.disk import bytes_of, identities
 from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
-from fmoe.checkpoint.open import across, adapter_between, complete, plan_from
+from fmoe.checkpoint.open import complete, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.report import Progress, Report
 from fmoe.checkpoint.sending import Outbox, place_of
-from fmoe.checkpoint.sides import unnamed_choices
+from fmoe.checkpoint.sides import across, adapter_between, unnamed_choices
 from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.room import check_space, size_of

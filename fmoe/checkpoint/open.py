@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,14 @@ from fmoe.checkpoint.files.origin import OWN, held_ranges
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import gaps_of, whole
-from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.families import FAMILIES, KNOWN, family
-from fmoe.families.cross import Crossing, cross
-from fmoe.families.kind import Family, as_dict
+from fmoe.families.kind import Family
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter, table
 from fmoe.layout.pipeline import Plan
-from fmoe.systems import SYSTEMS
 from fmoe.systems import adapter as of_system
-from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, as_dtype
+from fmoe.types import AdapterError, Problem
 
 
 def adapter(
@@ -86,6 +82,11 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
             told = ", ".join(choices) or ("a config" if config is not None else f"system={system!r}")
             raise AdapterError(f"adapter= comes with {told}, expected it alone. Fix: adapter.choose(...)")
         return own.resolve(hf_names(checkpoint))
+    asked = [f"{n}={v!r}" for n, v in choices.items() if n == "dtype" or (n, v) == ("quantized", "decode")]
+    if asked and holds_codes(checkpoint):
+        text = f"{checkpoint.path} was made with quantized='keep', and holds codes: found {' and '.join(asked)}"
+        fix = f"Fix: fmoe convert {checkpoint.path} HF --to hf --dtype bfloat16, then HF"
+        raise AdapterError(f"{text}, expected neither. {fix}")
     choices = made_with(checkpoint) | choices
     if config is None:
         layers_fit(checkpoint.path / "config.json", checkpoint.config, checkpoint.specs)
@@ -120,92 +121,15 @@ def made_with(checkpoint: Checkpoint) -> dict[str, str]:
     return choices
 
 
+def holds_codes(checkpoint: Checkpoint) -> bool:
+    """Whether it is a native directory of codes and scales, as quantized="keep" makes them."""
+    beside = lambda n: any(n[: m.start()] in checkpoint.specs for m in re.finditer("_scale", n))
+    return checkpoint.native and made_with(checkpoint).get("quantized") == "keep" and any(map(beside, checkpoint.specs))
+
+
 def hf_names(checkpoint: Checkpoint) -> Iterable[str]:
     """The names of its HF tensors; of a native one, of those that it was made from."""
     return checkpoint.origin["weight_map"] if checkpoint.origin else checkpoint.specs
-
-
-def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapter, Adapter]:
-    """The adapter of a checkpoint, and what makes the other layout from it: the adapter, its inverse, or both in a row.
-
-    Raises AdapterError where the checkpoint is in that layout already.
-    """
-    if to not in ("native", "hf"):
-        known = f"(fmoe families), or a system (fmoe systems){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
-        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type {known}")
-    if "adapter" in choices:
-        if source.native == (to == "native"):
-            raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
-        made = adapter_of(source, **choices)
-        return made, made.inverse if source.native else made
-    before = {n: v for n, v in made_with(source).items() if n != "dtype"}  # which is of the tensors as they lie there
-    how = {n: v for n, v in (before | choices).items() if n in VALUES}
-    layout = {n: v for n, v in choices.items() if n not in how}
-    quantize, cast = how.pop("quantize", None), how.pop("cast", "experts")
-    if cast != "experts" and (source.native or to == "native" or layout or "dtype" not in how):
-        told = "expected it with dtype=, from a Hugging Face checkpoint to the same layout of it"
-        raise AdapterError(f"cast={cast!r}: {told}. Fix: to='hf', dtype=..., cast='all', and convert that")
-    if source.native and to == "native":
-        raise AdapterError(f"{source.path} is native already")
-    if to == "native":
-        if quantize:
-            raise AdapterError(f"quantize={quantize!r} with to='native': expected to='hf', which it is written in")
-        made = adapter_of(source, **choices)
-        return made, made
-    if source.native and not (quantize or "dtype" in how):
-        if not layout:
-            made = adapter_of(source, **choices)
-            return made, made.inverse
-        made = family(source.model_type).adapter(source.config, **made_with(source) | choices)
-        return made, made.inverse
-    if not source.native and not (choices.keys() - {"quantized"}):
-        raise AdapterError(f"{source.path} is a Hugging Face checkpoint already: name a choice, as layout='fused'")
-    if how.get("quantized") == "keep" and (quantize or "dtype" in how):
-        raise AdapterError("quantized='keep' with dtype or quantize: expected one of both")
-    made = adapter_of(source, **how)
-    if layout or source.native:
-        kept = {n: v for n, v in how.items() if n == "quantized"}
-        back = family(source.model_type).adapter(source.config, quantize=quantize, **layout, **kept)
-        back = back if layout else back.resolve(hf_names(source))
-        back = back.choose(quantization=False) if "dtype" in how and not quantize else back
-        first = Adapter((CastExperts(as_dtype(how["dtype"])),)) if source.native and "dtype" in how else Adapter()
-        return made, (first if source.native else made) >> back.inverse
-    return made, _anew(source, made, quantize, cast)
-
-
-COUNT = re.compile(r"\d+")
-VALUES = ("dtype", "cast", "quantized", "quantize")
-"""Choices that say which numbers are written, and not under which names."""
-
-
-def _anew(source: Checkpoint, made: Adapter, quantize: str | None, cast: str) -> Adapter:
-    """The same names in other numbers, a tensor at a time: decoded, its experts cast (or all), and encoded if asked."""
-    plan = made.plan(source.specs)
-    codec, dtypes = made.stages[0], [s.dtype for s in made.stages if isinstance(s, CastExperts)]
-    inside = Plan(plan.stages[1:], plan.stages[0].targets)
-    mine = {n for n in inside.targets if n.rpartition(".")[2] in EXPERT_TENSORS}
-    mine |= all_of(cast, inside.targets, as_dict(source.config))
-    names = frozenset(n for sources, targets in inside.units() if mine & {*targets} for n in sources)
-    written = family(source.model_type).adapter(source.config, quantize=quantize).stages[0]
-    if not quantize:
-        written = written.choose({"quantization": False})
-    casts = tuple(CastExperts(dtype, names) for dtype in dtypes)
-    return Adapter((codec, *casts, written.inverse), config=made.config)
-
-
-def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter, Crossing]:
-    """What makes another family's checkpoint of this one, and what that loses."""
-    if "quantize" in choices:
-        raise AdapterError(f"quantize= with to={model_type!r}: expected to='hf'. Fix: convert first, then quantise")
-    dtype = {n: v for n, v in choices.items() if n == "dtype"}
-    layout = {n: v for n, v in choices.items() if n != "dtype"}
-    made = adapter_of(source, **dtype)
-    native = source.specs if source.native else made.plan(source.specs).targets
-    gaps = gaps_of(source, native)
-    found = cross(family(source.model_type), model_type, source.config, native, **layout)
-    missing = tuple(problem.text for problem in gaps.problems)
-    found = replace(found, lost=(*found.lost, *missing), notes=(*found.notes, *gaps.notes))
-    return (found.adapter if source.native else made >> found.adapter), found
 
 
 def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
@@ -222,6 +146,9 @@ def plan_from(source: Checkpoint, there: Adapter, **axis_ranges: range) -> Plan:
         return there._plan(source.specs, held, frozenset(held)) if held else there.plan(source.specs, **axis_ranges)
     except AdapterError as error:
         raise AdapterError([*error.found, *_besides(source, error.keys)], error.rest) from None
+
+
+COUNT = re.compile(r"\d+")
 
 
 def _besides(source: Checkpoint, wrong: Collection[str]) -> list[Problem]:

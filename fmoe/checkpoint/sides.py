@@ -1,6 +1,7 @@
 """The adapters between Hugging Face's, ours and other systems' directories, and what a source of either lacks."""
 
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from fmoe import systems
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.origin import OWN
-from fmoe.checkpoint.open import adapter_of, layers_fit, plan_from
+from fmoe.checkpoint.open import adapter_of, hf_names, holds_codes, layers_fit, made_with, plan_from
 from fmoe.checkpoint.which import side
 from fmoe.checkpoint.whole import gaps_of, spelling
 from fmoe.codecs.agree import untold
+from fmoe.codecs.cast import CastExperts, all_of
 from fmoe.codecs.config import quantization_of
 from fmoe.codecs.formats import FORMATS
 from fmoe.codecs.quantised import Quantised
 from fmoe.families import FAMILIES, family
 from fmoe.families.complete import Gaps, gaps
+from fmoe.families.cross import Crossing, cross
+from fmoe.families.kind import as_dict
+from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.proved.suspects import QUANTISED
 from fmoe.layout.table import Table
 from fmoe.systems import SYSTEMS
-from fmoe.types import AdapterError, Problem
+from fmoe.types import EXPERT_TENSORS, AdapterError, Problem, as_dtype
 
 CODES = {f.stored for f in FORMATS.values()} | {torch.uint32}  # which MLX views MXFP4 as
 WEIGHT = re.compile(r"(weight|_projs|blocks|_packed)$")  # and not a scale, which stays beside what is decoded
@@ -145,3 +150,101 @@ def unnamed_choices(adapter: Adapter, names: list[str]) -> dict[str, str]:
     choices = {n: o for stage in opened.stages if isinstance(stage, Table) for n, o in stage.choices().items()}
     fits = lambda name, label: tables(opened.choose(**{name: label})) == tables(adapter)
     return how | {name: label for name, labels in choices.items() for label in labels if fits(name, label)}
+
+
+def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapter, Adapter]:
+    """The adapter of a checkpoint, and what makes the other layout from it: the adapter, its inverse, or both in a row.
+
+    Raises AdapterError where the checkpoint is in that layout already.
+    """
+    if to not in ("native", "hf"):
+        known = f"(fmoe families), or a system (fmoe systems){meant(to, ('native', 'hf', *FAMILIES, *SYSTEMS))}"
+        raise AdapterError(f"to={to!r}: expected 'native' or 'hf', or a model type {known}")
+    if "adapter" in choices:
+        if source.native == (to == "native"):
+            raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
+        made = adapter_of(source, **choices)
+        return made, made.inverse if source.native else made
+    if to == "hf" and {"dtype", "quantize"} & choices.keys() and holds_codes(source):
+        whole, hf = _as_made(source)
+        return whole, whole.inverse >> adapter_between(hf, to, **choices)[1]
+    before = {n: v for n, v in made_with(source).items() if n != "dtype"}  # which is of the tensors as they lie there
+    how = {n: v for n, v in (before | choices).items() if n in VALUES}
+    layout = {n: v for n, v in choices.items() if n not in how}
+    quantize, cast = how.pop("quantize", None), how.pop("cast", "experts")
+    if cast != "experts" and (source.native or to == "native" or layout or "dtype" not in how):
+        told = "expected it with dtype=, from a Hugging Face checkpoint to the same layout of it"
+        raise AdapterError(f"cast={cast!r}: {told}. Fix: to='hf', dtype=..., cast='all', and convert that")
+    if source.native and to == "native":
+        raise AdapterError(f"{source.path} is native already")
+    if to == "native":
+        if quantize:
+            raise AdapterError(f"quantize={quantize!r} with to='native': expected to='hf', which it is written in")
+        made = adapter_of(source, **choices)
+        return made, made
+    if source.native and not (quantize or "dtype" in how):
+        if not layout:
+            made = adapter_of(source, **choices)
+            return made, made.inverse
+        made = family(source.model_type).adapter(source.config, **made_with(source) | choices)
+        return made, made.inverse
+    if not source.native and not (choices.keys() - {"quantized"}):
+        raise AdapterError(f"{source.path} is a Hugging Face checkpoint already: name a choice, as layout='fused'")
+    if how.get("quantized") == "keep" and (quantize or "dtype" in how):
+        raise AdapterError("quantized='keep' with dtype or quantize: expected one of both")
+    made = adapter_of(source, **how)
+    if layout or source.native:
+        kept = {n: v for n, v in how.items() if n == "quantized"}
+        back = family(source.model_type).adapter(source.config, quantize=quantize, **layout, **kept)
+        back = back if layout else back.resolve(hf_names(source))
+        back = back.choose(quantization=False) if "dtype" in how and not quantize else back
+        first = Adapter((CastExperts(as_dtype(how["dtype"])),)) if source.native and "dtype" in how else Adapter()
+        return made, (first if source.native else made) >> back.inverse
+    return made, _anew(source, made, quantize, cast)
+
+
+VALUES = ("dtype", "cast", "quantized", "quantize")
+"""Choices that say which numbers are written, and not under which names."""
+
+
+def _anew(source: Checkpoint, made: Adapter, quantize: str | None, cast: str) -> Adapter:
+    """The same names in other numbers, a tensor at a time: decoded, its experts cast (or all), and encoded if asked."""
+    plan = made.plan(source.specs)
+    codec, dtypes = made.stages[0], [s.dtype for s in made.stages if isinstance(s, CastExperts)]
+    inside = Plan(plan.stages[1:], plan.stages[0].targets)
+    mine = {n for n in inside.targets if n.rpartition(".")[2] in EXPERT_TENSORS}
+    mine |= all_of(cast, inside.targets, as_dict(source.config))
+    names = frozenset(n for sources, targets in inside.units() if mine & {*targets} for n in sources)
+    written = family(source.model_type).adapter(source.config, quantize=quantize).stages[0]
+    if not quantize:
+        written = written.choose({"quantization": False})
+    casts = tuple(CastExperts(dtype, names) for dtype in dtypes)
+    return Adapter((codec, *casts, written.inverse), config=made.config)
+
+
+def across(source: Checkpoint, model_type: str, **choices: Any) -> tuple[Adapter, Crossing]:
+    """What makes another family's checkpoint of this one, and what that loses."""
+    if "quantize" in choices:
+        raise AdapterError(f"quantize= with to={model_type!r}: expected to='hf'. Fix: convert first, then quantise")
+    if choices.get("quantized") == "keep":
+        text = f"quantized='keep' with to={model_type!r}: another family's checkpoint is written in numbers"
+        raise AdapterError(f"{text}. Fix: leave it out, or to='hf'")
+    if holds_codes(source):
+        kept, hf = _as_made(source)
+        there, crossing = across(hf, model_type, **choices)
+        return kept.inverse >> there, crossing
+    dtype = {n: v for n, v in choices.items() if n == "dtype"}
+    layout = {n: v for n, v in choices.items() if n != "dtype"}
+    made = adapter_of(source, **dtype)
+    native = source.specs if source.native else made.plan(source.specs).targets
+    gaps = gaps_of(source, native)
+    found = cross(family(source.model_type), model_type, source.config, native, **layout)
+    missing = tuple(problem.text for problem in gaps.problems)
+    found = replace(found, lost=(*found.lost, *missing), notes=(*found.notes, *gaps.notes))
+    return (found.adapter if source.native else made >> found.adapter), found
+
+
+def _as_made(source: Checkpoint) -> tuple[Adapter, Checkpoint]:
+    """The adapter of a native directory of codes, and the Hugging Face checkpoint that comes back from it."""
+    kept = adapter_of(source)
+    return kept, replace(source, specs=plan_from(source, kept.inverse).targets, origin=None)
