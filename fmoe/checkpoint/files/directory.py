@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
+from fmoe.checkpoint.files.along import others
 from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import read
@@ -119,7 +120,7 @@ class Checkpoint:
             self.path.known.facts.clear()
             look(self.path, [*self.stamps])
         for file, stamp in self.stamps.items():
-            with disk.reading(self.path / file) as descriptor:
+            with disk.reading(self.path / file, stamp) as descriptor:
                 disk.unchanged(self.path / file, descriptor, stamp)
 
     def others(self) -> list[Path]:
@@ -127,11 +128,16 @@ class Checkpoint:
 
         Raises AdapterError for one that may not be copied, as a link that leads out of the directory.
         """
-        ours = {INDEX, NATIVE, JOURNAL, SUMS, *self.stamps}
+        ours = {INDEX, NATIVE, JOURNAL, SUMS, *self.stamps, *self._folders}
         goes = lambda p: str(p) not in ours and not unfinished(str(p))
         if isinstance(self.path, Address):
             return [p for p in map(Path, self.path.names()) if goes(p) and str(p)[0] != "."]
-        return list(disk.others(self.path, goes))
+        return list(others(self.path, goes))
+
+    @property
+    def _folders(self) -> set[str]:
+        """Those that its tensors lie in, if not all lie side by side."""
+        return {str(folder) for file in self.stamps for folder in Path(file).parents}
 
     def left(self) -> list[str]:
         """What goes nowhere: hidden files and folders, what is unfinished, an index that speaks of other files."""
@@ -140,7 +146,7 @@ class Checkpoint:
             gone = [n for n in away if n[0] == "." or unfinished(n) or n == INDEX and self.index is None]
             return gone if self.path.listed else [*gone, "whatever else lies there: it cannot be listed"]
         there = sorted(os.listdir(self.path))
-        hidden = [n for n in there if n.startswith(".")]
+        hidden = [n for n in there if n.startswith(".") and n not in self._folders]
         below = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*"))
         stays = [n for n in below if unfinished(n) and not n.startswith(".")]
         stale = [INDEX] if INDEX in there and self.index is None else []
@@ -207,7 +213,7 @@ def _listed(path: Where) -> list[str]:
 def _headers(path: Where, files: list[str], missing: str) -> dict[str, Header]:
     """Of every file; those of another machine are asked for in parallel."""
     if not isinstance(path, Address):
-        return {file: read_header(path / file, missing) for file in files}
+        return {file: read_header(path / file, missing, path) for file in files}
     look(path, files)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(files, pool.map(lambda f: read_header(path / f, missing), files), strict=True))

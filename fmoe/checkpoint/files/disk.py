@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -40,7 +40,10 @@ class Stamp(NamedTuple):
     def of(cls, descriptor: Opened) -> "Stamp":
         if isinstance(descriptor, Address):
             return cls(size=descriptor.size, tag=(descriptor.facts() or Facts(0, "")).tag)
-        found = os.fstat(descriptor)
+        return cls.said(os.fstat(descriptor))
+
+    @classmethod
+    def said(cls, found: os.stat_result) -> "Stamp":
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
@@ -99,11 +102,16 @@ def bytes_of(path: Where) -> int:
 
 @contextmanager
 def reading(
-    path: Where, was: Stamp | None = None, missing: str = "is not there", *, parts: bool = False
+    path: Where,
+    was: Stamp | None = None,
+    missing: str = "is not there",
+    *,
+    parts: bool = False,
+    root: Path | None = None,
 ) -> Iterator[Opened]:
     """A descriptor of the regular file at path; was: and still the one of that stamp. missing: said if not.
 
-    parts: what lies between them is not read ahead.
+    parts: what lies between them is not read ahead. root: the directory that was asked for, if not the one it lies in.
 
     Never waits. Raises AdapterError where there is none, where a link leads out of the directory, where it may not be
     read, or where it has changed.
@@ -114,7 +122,7 @@ def reading(
         yield path
         return
     try:
-        descriptor = _open(path)
+        descriptor = _open(path, root or path.parent, was)
     except FileNotFoundError:
         raise AdapterError(f"{path} {missing}") from None
     except OSError as error:
@@ -185,20 +193,23 @@ def naming(path: Path) -> Iterator[Path]:
         raise
 
 
-def _open(path: Path) -> int:
-    if stat.S_ISLNK(os.lstat(path).st_mode):
-        inside(path)
-    _regular(path, os.stat(path).st_mode)
+def _open(path: Path, root: Path, was: Stamp | None) -> int:
+    if was is None or Stamp.said(os.stat(path)) != was:  # else it is the one that has been looked at
+        for step in (path, *(folder for folder in path.parents if root in folder.parents)):
+            if stat.S_ISLNK(os.lstat(step).st_mode):
+                inside(step, root)
+    regular(path, os.stat(path).st_mode)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _regular(path, os.fstat(descriptor).st_mode)  # what is there now need not be what was there before
+        regular(path, os.fstat(descriptor).st_mode)  # what is there now need not be what was there before
     except AdapterError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _regular(path: Path, mode: int) -> None:
+def regular(path: Path, mode: int) -> None:
+    """Raises AdapterError for what is no file."""
     if not stat.S_ISREG(mode):
         kind = "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise AdapterError(f"{path} is {kind}, expected a file")
@@ -213,36 +224,5 @@ def inside(link: Path, root: Path | None = None) -> None:
     hubs = [folder.parent / "blobs" for folder in home.parents if folder.name == "snapshots"]
     target = Path(os.path.realpath(link))
     if target != home and not any(folder in target.parents for folder in (home, *hubs)):
-        raise AdapterError(f"{link} is a link to {str(target)!r}, outside of its directory: put the file itself there")
-
-
-def others(root: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
-    """Every file below root that is wanted and not hidden, relative to it, in order; links to files as `inside` has it.
-
-    Raises AdapterError for what cannot be copied as a file: a link that leads out, a link to a folder, a pipe.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise AdapterError(f"{error.filename} cannot be read: {error.strerror}")
-
-    found = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        links = [n for n in folders if os.path.islink(os.path.join(folder, n))]
-        paths = [Path(folder, n).relative_to(root) for n in (*links, *names)]
-        found += [path for path in paths if not path.parts[0].startswith(".") and wanted(path)]
-        if Path(folder) == root:
-            folders[:] = [n for n in folders if not n.startswith(".")]
-    for path in sorted(found):
-        _copied(root, path)
-        yield path
-
-
-def _copied(root: Path, path: Path) -> None:
-    if not str(path).isprintable():
-        raise AdapterError(f"{root} has a file named {str(path)!r}: rename it")
-    try:
-        if (root / path).is_symlink():
-            inside(root / path, root)
-        _regular(root / path, os.stat(root / path).st_mode)
-    except OSError as error:
-        raise AdapterError(f"{root / path} cannot be read: {error.strerror}") from None
+        fix = "put the file itself there, as cp -rL does"
+        raise AdapterError(f"{link} is a link to {str(target)!r}, outside of its directory: {fix}")

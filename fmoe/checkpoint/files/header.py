@@ -6,6 +6,7 @@ so is what it lets pass and a conversion would lose: a tensor described twice, f
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +66,12 @@ class Header(NamedTuple):
     stamp: Stamp = Stamp()
 
 
-def read_header(path: Where, missing: str = "is not there") -> Header:
-    """The header of a safetensors file. Raises AdapterError where the header is none, or not the file's."""
-    with reading(path, missing=missing, parts=True) as file:
+def read_header(path: Where, missing: str = "is not there", root: Path | None = None) -> Header:
+    """The header of a safetensors file. Raises AdapterError where the header is none, or not the file's.
+
+    missing, root: as `reading` has them.
+    """
+    with reading(path, missing=missing, parts=True, root=root) as file:
         stamp = Stamp.of(file)
         text = kept(file) if isinstance(file, Address) else None
         if text is None:

@@ -4,7 +4,7 @@ which keeps that index, and all else that the files held beside tensors, for the
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmoe.checkpoint.files.header import PICKLE, described
@@ -22,7 +22,7 @@ OWN = {"adapter": "own"}
 
 
 def weight_map(path: Where, index: Mapping[str, Any]) -> dict[str, str]:
-    """The weight_map of an index, which is at path: names to safetensors files in the same directory."""
+    """The weight_map of an index, which is at path: names to safetensors files in the same directory, or below it."""
     found = index.get("weight_map")
     if not isinstance(found, dict):
         raise AdapterError(f"{path} has no weight_map of names to files")
@@ -32,11 +32,12 @@ def weight_map(path: Where, index: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(file, str):
             raise AdapterError(f"{path} has no weight_map of names to files: {short(name)} is in {short(file)}")
     for file in dict.fromkeys(found.values()):
-        plain = Path(file).name == file and "\\" not in file and file.isprintable()
+        within = not file.startswith("/") and ".." not in file.split("/")
+        plain = within and "\\" not in file and file.isprintable()
         if not plain or not file.endswith(".safetensors"):
             why = f" (the others are {PICKLE})" if plain and file.endswith((".bin", ".pt", ".pth")) else ""
             raise AdapterError(f"{path} names the file {short(file)}: expected safetensors in {path.parent}{why}")
-    return found
+    return {name: PurePosixPath(file).as_posix() for name, file in found.items()}
 
 
 def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
@@ -71,12 +72,12 @@ def origin_of(path: Where, found: dict[str, Any]) -> dict[str, Any]:
             raise AdapterError(f"{path} keeps a header of {short(file)} with other tensors: convert the source again")
     if found["index"] is not None:
         try:
-            index = parse(found["index"].encode())
+            index = weight_map(path, parse(found["index"].encode()))
         except (ValueError, TypeError) as error:
             raise AdapterError(f"{path} keeps an index that is none: {error}") from None
-        if index.get("weight_map") != files:
+        if index != files:
             raise AdapterError(f"{path} keeps an index whose weight_map is not its own: convert the source again")
-    return found
+    return found | {"weight_map": files}
 
 
 def held_ranges(origin: Mapping[str, Any] | None) -> dict[str, range]:

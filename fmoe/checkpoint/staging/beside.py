@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fmoe.checkpoint.files.directory import Checkpoint
+from fmoe.checkpoint.files.directory import INDEX, Checkpoint
+from fmoe.checkpoint.files.origin import weight_map
 from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, LEASE, WEIGHTS, former
 from fmoe.checkpoint.remote.address import Where
@@ -70,9 +71,19 @@ def code_of(path: Path) -> set[str]:
         return set()
 
 
+def shards_below(path: Path) -> set[str]:
+    """Files in folders of this directory that its index says hold the tensors."""
+    try:
+        named = {*weight_map(path / INDEX, read(path / INDEX)[0]).values()}
+    except AdapterError:
+        return set()
+    linked = lambda n: any((path / folder).is_symlink() for folder in Path(n).parents if folder.name)
+    return {n for n in named if "/" in n and os.path.lexists(path / n) and not linked(n)}
+
+
 def replaceable(path: Path) -> set[str]:
     """Every file of the model in this directory."""
-    return former(path, code_of(path))
+    return former(path, code_of(path)) | shards_below(path)
 
 
 def _note(what: str, names: list[str]) -> list[str]:

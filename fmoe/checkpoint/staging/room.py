@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmoe.checkpoint.files.directory import CONFIG
+from fmoe.checkpoint.files.directory import CONFIG, INDEX
 from fmoe.checkpoint.files.weights import JOURNAL, LEASE, checkpoints
 from fmoe.checkpoint.remote.address import Where
-from fmoe.checkpoint.staging.beside import replaceable
+from fmoe.checkpoint.staging.beside import replaceable, shards_below
 from fmoe.checkpoint.staging.journal import ONCE, lines
 from fmoe.codecs.config import QUANT
 from fmoe.layout.claims import some
@@ -58,7 +58,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
     for name in there:
         if (checkpoints([name]) or name in (CONFIG, QUANT)) and _folder(dst / name):
             raise AdapterError(f"{dst / name} is a folder, expected no more than a file of that name: move it away")
-    held = checkpoints(there)
+    held = checkpoints(there) | (shards_below(dst) if INDEX in there else set())
     old = held | {QUANT} & set(there) if bystanders else held and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
@@ -101,7 +101,7 @@ def _ids(path: Path) -> Iterator[tuple[int, int] | str]:
 
 def check_space(dst: Path, needed: int) -> None:
     """Raises AdapterError where the disk has no room for that many bytes, less what parts of it hold already."""
-    held = sum(p.lstat().st_blocks * 512 for p in dst.glob("*.part")) if dst.exists() else 0
+    held = sum(p.lstat().st_blocks * 512 for p in dst.rglob("*.part")) if dst.exists() else 0
     home = _home(dst)
     free = shutil.disk_usage(home).free
     if needed - held > free:

@@ -155,10 +155,10 @@ class Staging:
             raise
 
     def _emptied(self, folder: Path) -> None:
-        """A folder of the former model goes with its last file."""
-        if folder != self.path:
-            with suppress(OSError):
-                folder.rmdir()
+        """Folders of the former model go with their last file."""
+        with suppress(OSError):
+            for empty in [f for f in (folder, *folder.parents) if self.path in f.parents]:
+                empty.rmdir()
 
     def abandon(self) -> None:
         """Nothing of this work is left; all of other work is."""
@@ -168,7 +168,11 @@ class Staging:
             (self.path / JOURNAL).unlink(missing_ok=True)
 
     def _names_free(self) -> None:
-        """Raises AdapterError where a folder has the name of a file to come, or two files have one."""
+        """Raises AdapterError where a folder has the name of a file to come, or will have, or two files have one."""
+        files = {JOURNAL, *self.names, *(f"{n}.part" for n in self.names)}
+        if both := sorted(files & {p.as_posix() for n in self.names for p in Path(n).parents}):
+            text = f"{self.path / both[0]} would be a file, and a folder of others"
+            raise AdapterError(f"{text}: rename one of them in the source")
         ours = [p for n in self.names for p in (self.path / n, self._part(n))]
         for path in (*ours, *self.path.glob("*.safetensors.part")):
             if path.is_dir() and not path.is_symlink():

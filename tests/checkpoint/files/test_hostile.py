@@ -76,7 +76,20 @@ DIRECTORIES: dict[str, tuple[Change, str]] = {
     "a folder for a config": (instead(CONFIG, lambda p: p.mkdir()), f"{CONFIG} is a directory, expected a file"),
     "a folder for an index": (instead(INDEX, lambda p: p.mkdir()), f"{INDEX} is a directory, expected a file"),
     "a config beyond reading": (lambda p: os.truncate(p / CONFIG, 2**40), f"{CONFIG} has 1,099,511,627,776 bytes, exp"),
-    "a file in a folder": (mapped(x="sub/x.safetensors"), f"{INDEX} names the file 'sub/x.safetensors': expected safe"),
+    "a file in a folder that is not there": (
+        mapped(x="sub/x.safetensors"),
+        f"sub/x.safetensors is not there, and {INDEX} names it",
+    ),
+    "a folder by a link out": (
+        lambda p: (
+            mapped(x="sub/x.safetensors")(p),
+            (p.parent / "elsewhere").mkdir(),
+            (p.parent / "elsewhere" / "x.safetensors").write_bytes((p / A).read_bytes()),
+            (p / "sub").symlink_to("../elsewhere"),
+        ),
+        f"sub {OUTSIDE}",
+    ),
+    "a file above a folder": (mapped(x="sub/../x.safetensors"), f"{INDEX} names the file 'sub/../x.safetensors': exp"),
     "a file above": (mapped(x="../x.safetensors"), f"{INDEX} names the file '../x.safetensors'"),
     "a file by its path": (mapped(x="/x.safetensors"), f"{INDEX} names the file '/x.safetensors'"),
     "a file of Windows": (mapped(x="..\\x.safetensors"), f"{INDEX} names the file '..\\\\\\\\x.safetensors'"),

@@ -1,0 +1,40 @@
+"""Files of a directory that are none of its checkpoint's, and go where that goes."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fmoe.checkpoint.files.disk import inside, regular
+from fmoe.types import AdapterError
+
+
+def others(root: Path, wanted: Callable[[Path], bool]) -> Iterator[Path]:
+    """Every file below root that is wanted and not hidden, relative to it, in order; links to files as `inside` has it.
+
+    Raises AdapterError for what cannot be copied as a file: a link that leads out, a link to a folder, a pipe.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise AdapterError(f"{error.filename} cannot be read: {error.strerror}")
+
+    found = []
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        links = [n for n in folders if os.path.islink(os.path.join(folder, n))]
+        paths = [Path(folder, n).relative_to(root) for n in (*links, *names)]
+        found += [path for path in paths if not path.parts[0].startswith(".") and wanted(path)]
+        if Path(folder) == root:
+            folders[:] = [n for n in folders if not n.startswith(".")]
+    for path in sorted(found):
+        _copied(root, path)
+        yield path
+
+
+def _copied(root: Path, path: Path) -> None:
+    if not str(path).isprintable():
+        raise AdapterError(f"{root} has a file named {str(path)!r}: rename it")
+    try:
+        if (root / path).is_symlink():
+            inside(root / path, root)
+        regular(root / path, os.stat(root / path).st_mode)
+    except OSError as error:
+        raise AdapterError(f"{root / path} cannot be read: {error.strerror}") from None
