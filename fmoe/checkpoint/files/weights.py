@@ -6,7 +6,7 @@ Where there is neither, which Transformers does not read, all safetensors files 
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,17 +31,23 @@ ADAPTER = "adapter_config.json"
 UNFINISHED = (".part", ".incomplete")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 WEIGHTS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".part"} | PICKLES
-FOLDERS = {"original", "metal", "additional_chat_templates", "onnx", "openvino", "coreml"}
+FOLDERS = {"original", "metal", "additional_chat_templates", "chat_templates", "custom_generate"}
+FOLDERS |= {"onnx", "openvino", "coreml"}
 """Folders that model repositories have: what lies in them is part of the model."""
 
 _SHARD = re.compile(r"(.*-)(\d{5})(-of-(\d{5})\.safetensors)")
 _OTHER = re.compile(r"(.*[^a-z])?(adapter|consolidated|optimizer|optim|scheduler|ema|training|rng)(?![a-z]).*")
 _CODE = "modeling|modular|configuration|tokenization|tokenizer|processing|processor|image_processing|image_processor"
+_TOKENIZERS = re.compile(r"(\w+_)?tokenizer(_\d+)?")
+"""Folders of a processor's further tokenizers, by the names of its attributes."""
+MODULES, _MODULE = "modules.json", re.compile(r"\d+_[A-Z]\w*")
+"""What sentence-transformers writes: which modules follow the model, and a folder for each, as 1_Pooling."""
 _MODEL = re.compile(r"(pytorch_model|tf_model|flax_model)\b.*\.(bin|h5|msgpack|json)|adapter_(config\.json|model\..*)")
 """What, beside safetensors files, Transformers would read as a model that lies where one is saved."""
 _KINDS = re.compile(
     rf"({_CODE}|video_processing|video_processor|feature_extraction|generation)_.*\.py"
     r"|config\.json|params\.json|tekken\.json|special_tokens_map\.json|added_tokens\.json|chat_template.*"
+    rf"|{MODULES}|config_sentence_transformers\.json|configuration\.json"
     r"|.*_config\.json|.*\.index\.json|(tokenizer|vocab).*\.json|(vocab|merges|dict)\.txt|.*\.jinja"
     r"|.*\.(model|tiktoken|spm|bpe|codes)"
 )
@@ -148,15 +154,18 @@ def instead(there: Iterable[str]) -> str:
 
 def former(path: Path, code: Iterable[str] = ()) -> set[str]:
     """What a model in this directory consists of, as `of_model` has it."""
-    names: list[str] = []
-    for entry in os.scandir(path):
-        if entry.is_dir(follow_symlinks=False):
-            ours = entry.name in FOLDERS or entry.name.startswith(ARRAYS)
-            inside = (p for p in Path(entry.path).rglob("*") if not p.is_dir()) if ours else ()
-            names += [p.relative_to(path).as_posix() for p in inside]
-        else:
-            names.append(entry.name)
-    return of_model(names, code)
+    folders = {entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)}
+    names = [name for name in os.listdir(path) if name not in folders]
+    for folder in filter(_folders(names), folders):
+        names += [p.relative_to(path).as_posix() for p in (path / folder).rglob("*") if not p.is_dir()]
+    return of_model([*names, *(n for n in code if "/" in n)], code)
+
+
+def _folders(names: Collection[str]) -> Callable[[str], bool]:
+    """Which folders beside files of these names are a model's."""
+    numbered = lambda folder: MODULES in names and bool(_MODULE.fullmatch(folder))
+    arrays = lambda folder: TREE in names and folder.startswith(ARRAYS)
+    return lambda n: n in FOLDERS or bool(_TOKENIZERS.fullmatch(n)) or numbered(n) or arrays(n)
 
 
 def of_model(names: Iterable[str], code: Iterable[str] = ()) -> set[str]:
@@ -170,5 +179,5 @@ def of_model(names: Iterable[str], code: Iterable[str] = ()) -> set[str]:
     names, weights = list(names), WEIGHTS - {".part"}
     named = {*code, NATIVE, SUMS, *(["metadata.json"] if METADATA in names else [])}  # the last is Megatron's
     here = lambda n: holds(n) or Path(n).suffix in weights or n in named or bool(_KINDS.fullmatch(n))
-    below = lambda folder: folder in FOLDERS or folder.startswith(ARRAYS) and TREE in names
-    return {n for n in names if (below(n.partition("/")[0]) if "/" in n else here(n))}
+    below = _folders(names)
+    return {n for n in names if n in named or (below(n.partition("/")[0]) if "/" in n else here(n))}

@@ -1,12 +1,15 @@
 """What lies beside a checkpoint: which files go where it goes, and what is told of those that do not."""
 
 import os
+import re
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 
 from fmoe.checkpoint.files.directory import INDEX, Checkpoint
+from fmoe.checkpoint.files.disk import content
 from fmoe.checkpoint.files.origin import weight_map
-from fmoe.checkpoint.files.strict import read
+from fmoe.checkpoint.files.strict import MOST, read
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, LEASE, WEIGHTS, former
 from fmoe.checkpoint.remote.address import Where
 from fmoe.types import AdapterError
@@ -61,14 +64,34 @@ def removed(replaced: Iterable[str], written: Iterable[str]) -> list[str]:
     return _note("of the former model, removed", sorted({*replaced} - {*written}))
 
 
+_IMPORTED = re.compile(r"^\s*(?:import|from)\s+\.(\w+(?:\.\w+)*)\s*(?:$|import)", re.MULTILINE)
+
+
 def code_of(path: Path) -> set[str]:
-    """The files of remote code that a config names."""
+    """The files of remote code that a config names, and those of the directory that these or the usual ones import."""
     try:
         found = read(path / "config.json", infinite=True)[0].get("auto_map", {}).values()
         named = [text for value in found for text in ([value] if isinstance(value, str) else value)]
-        return {text.rpartition("--")[2].split(".")[0] + ".py" for text in named if isinstance(text, str)}
+        code = {text.rpartition("--")[2].split(".")[0] + ".py" for text in named if isinstance(text, str)}
+        code = {name for name in code if "/" not in name}
     except (AdapterError, AttributeError, TypeError):
-        return set()
+        code = set()
+    left = [*code, *(n for n in former(path) if n.endswith(".py") and "/" not in n)]
+    while left:
+        name = left.pop()
+        with suppress(AdapterError):
+            text = content(path / name, most=MOST).decode(errors="replace")
+            new = {PurePosixPath(name).parent / f"{n.replace('.', '/')}.py" for n in _IMPORTED.findall(text)}
+            found = {str(n) for n in new if (path / n).is_file() and _ours(path, str(n))} - code
+            left += found
+            code |= found
+    return code
+
+
+def _ours(path: Path, name: str) -> bool:
+    """Whether a file of this name lies in the directory, and not in another by a link."""
+    above = [path / folder for folder in Path(name).parents if folder.name]
+    return os.path.lexists(path / name) and not any(folder.is_symlink() for folder in above)
 
 
 def shards_below(path: Path) -> set[str]:
@@ -77,8 +100,7 @@ def shards_below(path: Path) -> set[str]:
         named = {*weight_map(path / INDEX, read(path / INDEX)[0]).values()}
     except AdapterError:
         return set()
-    linked = lambda n: any((path / folder).is_symlink() for folder in Path(n).parents if folder.name)
-    return {n for n in named if "/" in n and os.path.lexists(path / n) and not linked(n)}
+    return {n for n in named if "/" in n and _ours(path, n)}
 
 
 def replaceable(path: Path) -> set[str]:

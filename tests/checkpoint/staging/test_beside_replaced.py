@@ -27,55 +27,6 @@ def source(tmp_path) -> Path:
     return Path(shutil.copytree(demo() / "hf", tmp_path / "source"))
 
 
-OLD = [
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.txt",
-]
-OLD += ["modeling_old.py", "configuration_old.py", "mycode.py", "pytorch_model.bin", "pytorch_model.bin.index.json"]
-OLD += ["adapter_config.json", "adapter_model.safetensors", "mtp.safetensors", "vocab.json"]
-OLD += [
-    "merges.txt",
-    "vocab.txt",
-    "additional_chat_templates/a.jinja",
-    "original/consolidated.00.pth",
-    "generation_config.json",
-]
-MINE = ["notes.txt", "train.py", "checkpoint-5/config.json", "checkpoint-5/model.safetensors", "eval/results.json"]
-
-
-def test_force_leaves_nothing_of_the_former_model_and_all_that_is_mine(source, tmp_path):
-    dst = tmp_path / "dst"
-    fmoe.convert(source, dst, max_shard_size=1)
-    config = json.loads((dst / "config.json").read_text())
-    (dst / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "mycode.Model"}}))
-    for name in (*OLD, *MINE):
-        (dst / name).parent.mkdir(parents=True, exist_ok=True)
-        (dst / name).write_text("old")
-    report = fmoe.convert(source, dst, force=True)
-    fmoe.convert(source, tmp_path / "new")
-    assert files(dst) == files(tmp_path / "new") | dict.fromkeys(MINE, b"old")
-    assert not (dst / "original").exists()
-    notes = " ".join(report.notes)
-    assert (
-        all(repr(n) in notes for n in OLD if n not in files(dst)) and "'notes.txt'" in notes and "'train.py'" in notes
-    )
-
-
-def test_saving_over_a_models_own_directory_keeps_its_tokenizer_and_no_other_weights(source, tmp_path):
-    kept = ["tokenizer.json", "chat_template.jinja", "modeling_x.py", "notes.txt", "optimizer.pt"]
-    gone = ["pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json", "adapter_model.safetensors"]
-    params, adapter = fmoe.load(source), fmoe.adapter(source)
-    for name in (*kept, *gone):
-        (source / name).write_text("old")
-    fmoe.save(params, source, adapter, force=True)
-    there = files(source)
-    assert all(there[n] == b"old" for n in kept) and not set(gone) & set(there)
-
-
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("how", ["above", "far above", "by a link"])
 def test_nothing_is_written_above_the_source(how, force, source, tmp_path):
