@@ -82,7 +82,8 @@ def adapter_of(checkpoint: Checkpoint, config: Any = None, *, system: str = "nat
             told = ", ".join(choices) or ("a config" if config is not None else f"system={system!r}")
             raise AdapterError(f"adapter= comes with {told}, expected it alone. Fix: adapter.choose(...)")
         return own.resolve(hf_names(checkpoint))
-    asked = [f"{n}={v!r}" for n, v in choices.items() if n == "dtype" or (n, v) == ("quantized", "decode")]
+    decodes = lambda n, v: n == "dtype" or n == "quantized" and isinstance(v, str) and v == "decode"
+    asked = [f"{n}={v!r}" for n, v in choices.items() if decodes(n, v)]
     if asked and holds_codes(checkpoint):
         text = f"{checkpoint.path} was made with quantized='keep', and holds codes: found {' and '.join(asked)}"
         fix = f"Fix: fmoe convert {checkpoint.path} HF --to hf --dtype bfloat16, then HF"

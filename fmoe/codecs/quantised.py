@@ -139,7 +139,7 @@ class Quantised:
         said = None if self.flipped else self.undecoded
         alone = [] if self.flipped else [*lone(names, found), *left_alone(self.lists, found)]
         problems = [*unread(said, specs, found), *alone, *problems, *cut_across(found, window)]
-        problems += unscaled(specs, found, self.experts)
+        problems += unscaled(specs, found, self.experts, {key for problem in problems for key in problem.keys})
         if self.keep:
             problems += [p for seam in self.seams for p in seam.problems(specs, found)]
         made = self._kept if self.keep else self._encoding if self.flipped else self._decoding

@@ -17,15 +17,21 @@ def weight_rules(rules: list[Rule]) -> tuple[Rule, ...]:
     return tuple(r for r in rules if r.target.name.rpartition(".")[2] in EXPERT_TENSORS)
 
 
-def unscaled(specs: Specs, found: Mapping[str, Parts], rules: tuple[Rule, ...]) -> list[Problem]:
-    """A problem for each tensor of experts that is neither floating nor a part of a quantised one."""
+def unscaled(
+    specs: Specs, found: Mapping[str, Parts], rules: tuple[Rule, ...], told: Collection[str] = ()
+) -> list[Problem]:
+    """A problem for each weight, bias and tensor of experts that is neither floating nor a part of a quantised one.
+
+    rules: of expert weights, which have names of any kind. told: the names of which a problem says so already.
+    """
     whole = {d for d in {spec.dtype for spec in specs.values()} if not d.is_floating_point}
-    parts = {n for p in found.values() for n in (p.name, *p.stored)}
-    odd = [n for n, spec in specs.items() if spec.dtype in whole and n not in parts] if whole else []
+    parts = {*told, *(n for p in found.values() for n in (p.name, *p.stored))} if whole else set()
+    odd = [n for n, spec in specs.items() if spec.dtype in whole and n not in parts]
     if not odd:
         return []
     names = Names(odd)
     named = dict.fromkeys(n for rule in rules for _, _, rows in hits(rule, names) for n in rows.names)
+    named |= dict.fromkeys(n for n in odd if n.endswith((".weight", ".bias")))
     text = "{!r} is {}, and no scale beside it says what its numbers mean: expected a floating dtype, or its scales"
     return [Problem(text.format(n, str(specs[n].dtype).removeprefix("torch.")), (n,)) for n in named]
 

@@ -116,3 +116,18 @@ def test_every_mutation_of_every_family_is_an_error_that_names_the_key(model_typ
                 adapter.plan(mutant)
             named = {key, key + "x", key + "_again", target} & set(error.value.keys)
             assert named and all(n in str(error.value) for n in named), (name, key, error.value.keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int8, torch.complex64], ids=str)
+@pytest.mark.parametrize("model_type", fmoe.families.FAMILIES)
+def test_a_weight_that_is_no_float_and_has_no_scale_is_refused_both_ways(model_type, dtype):
+    kind = fmoe.families.FAMILIES[model_type]
+    config = {kind.fields[f].split()[0]: n for f, n in SIZES.items()}
+    good = {n: fmoe.TensorSpec((4, 4), torch.float32) for n in ("model.layers.0.fc1.weight", "model.fc.bias")}
+    adapter = kind.adapter(config, **CHOICES.get(model_type, {})).resolve(good)
+    plan = adapter.plan(good)
+    for (key,), (native,) in plan.units():
+        for way, specs, name in ((adapter, good, key), (adapter.inverse, plan.targets, native)):
+            with pytest.raises(fmoe.AdapterError) as error:
+                way.plan(specs | {name: specs[name]._replace(dtype=dtype)})
+            assert error.value.keys[:1] == (name,) and str(dtype).removeprefix("torch.") in str(error.value)
