@@ -13,7 +13,7 @@ from fmoe.checkpoint.files.origin import held_ranges
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.stream.carry import in_order, pool
-from fmoe.checkpoint.stream.overlaps import overlapping
+from fmoe.checkpoint.stream.overlaps import overlapping, without_twins
 from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import warned, whole
@@ -48,8 +48,9 @@ def load(
     process.
 
     device: where they go ("meta": shapes and dtypes only). device_mesh: this rank's experts, as DTensors. out: native
-    tensors, all of them, to be filled in place and returned. choices: as in `fmoe.adapter`; adapter=: one of your own;
-    a range is one of an axis, as `e=range(0, 16)`, and only its bytes are read.
+    tensors, all of them, to be filled in place and returned; both names of a tied weight may be one tensor. choices: as
+    in `fmoe.adapter`; adapter=: one of your own; a range is one of an axis, as `e=range(0, 16)`, and only its bytes are
+    read.
 
     dtype= casts the experts and nothing else. With cast="all" it casts the other tensors too. Integers, quantised parts
     and what is kept in fp32 stay as they are: correction biases, `A_log`, `dt_bias`, and every tensor that is stored in
@@ -195,23 +196,32 @@ def _fill(
     source: Checkpoint, adapter: Adapter, plan: Plan, out: Params, ranges: Mapping[str, range], maps: Maps | None
 ) -> dict[str, Tensor]:
     """out, with the plan's tensors in it: through views of it under HF names, or tensor by tensor where it has none."""
-    if problems := [*unfilled(plan, out, "out"), *overlapping(out)]:
+    given, out = out, without_twins(out, plan.targets)
+    if problems := [*unfilled(plan, out, "out"), *overlapping(out, lambda name: value(source, plan, name, maps))]:
         raise AdapterError(problems)
     if source.native:
         for name, tensor in _native(source, plan, maps).items():
             out[name].copy_(tensor)
-        return dict(out)
+        return dict(given)
     try:
         views = adapter.views(out, **ranges)
     except AdapterError:  # decoded, or cast: no view of what is stored
         views = None
     cut = narrowing(plan, "sources")
     for sources, targets in plan.units():
-        given = inputs(source, plan, sources, maps)
-        if views is not None and views.keys() >= given.keys():
-            for name, tensor in given.items():
+        parts = inputs(source, plan, sources, maps)
+        if views is not None and views.keys() >= parts.keys():
+            for name, tensor in parts.items():
                 views[name].copy_(cut[name](tensor) if name in cut else tensor)
         else:
-            for name, tensor in plan.run(given, targets).items():
+            for name, tensor in plan.run(parts, targets).items():
                 out[name].copy_(tensor)
-    return dict(out)
+    return dict(given)
+
+
+def value(source: Checkpoint, plan: Plan, name: str, maps: Maps | None) -> Tensor:
+    """What a plan makes of a checkpoint under this native name."""
+    if source.native:
+        return source.read([name])[name]
+    (unit,) = (unit for unit in plan.units() if name in unit[1])
+    return plan.run(inputs(source, plan, unit[0], maps), [name])[name]

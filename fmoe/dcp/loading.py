@@ -16,10 +16,10 @@ from torch.futures import Future
 
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
-from fmoe.checkpoint.load import inputs, unfilled
+from fmoe.checkpoint.load import inputs, unfilled, value
 from fmoe.checkpoint.open import adapter_of
 from fmoe.checkpoint.remote.address import where
-from fmoe.checkpoint.stream.overlaps import overlapping
+from fmoe.checkpoint.stream.overlaps import overlapping, without_twins
 from fmoe.checkpoint.stream.slices import read
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import warned, whole
@@ -101,7 +101,10 @@ class Planner(LoadPlanner):
         self.plan = adapter.plan(self.specs)
         if self.reader is not None and (source.native or adapter.config is not None):  # else rules of one's own
             self.notes = whole(source, self.plan.targets)
-        if problems := [*unfilled(self.plan, self.params, "params"), *_sums(self.params), *overlapping(self.params)]:
+        self.params = without_twins(self.params, self.plan.targets)
+        same = None if self.reader is None else lambda name: value(source, self.plan, name, None)
+        problems = [*unfilled(self.plan, self.params, "params"), *_sums(self.params), *overlapping(self.params, same)]
+        if problems:
             raise AdapterError(problems)
         self.views, self.made = _views(adapter, self.params)
         if self.made and self.reader is None:
