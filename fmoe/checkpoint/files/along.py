@@ -38,3 +38,11 @@ def _copied(root: Path, path: Path) -> None:
         regular(root / path, os.stat(root / path).st_mode)
     except OSError as error:
         raise AdapterError(f"{root / path} cannot be read: {error.strerror}") from None
+
+
+def is_empty(path: Path) -> bool:
+    """Whether it is a folder without anything in it."""
+    try:
+        return not path.is_symlink() and path.is_dir() and not os.listdir(path)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}") from None

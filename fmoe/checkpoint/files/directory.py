@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fmoe.checkpoint.files import disk
-from fmoe.checkpoint.files.along import others
+from fmoe.checkpoint.files.along import is_empty, others
 from fmoe.checkpoint.files.header import DTYPES, Header, read_header
 from fmoe.checkpoint.files.origin import origin_of, weight_map
 from fmoe.checkpoint.files.strict import read
@@ -140,7 +140,7 @@ class Checkpoint:
         return {str(folder) for file in self.stamps for folder in Path(file).parents}
 
     def left(self) -> list[str]:
-        """What goes nowhere: hidden files and folders, what is unfinished, an index that speaks of other files."""
+        """What goes nowhere: what is hidden or unfinished, an index that speaks of other files, folders of none."""
         if isinstance(self.path, Address):
             away = self.path.names()
             gone = [n for n in away if n[0] == "." or unfinished(n) or n == INDEX and self.index is None]
@@ -150,7 +150,8 @@ class Checkpoint:
         below = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*"))
         stays = [n for n in below if unfinished(n) and not n.startswith(".")]
         stale = [INDEX] if INDEX in there and self.index is None else []
-        return [*hidden, *stays, *stale]
+        empty = [f"{n}/" for n in below if n[0] != "." and is_empty(self.path / n)]
+        return [*hidden, *stays, *stale, *empty]
 
 
 def open_checkpoint(path: Where | str, config: dict[str, Any] | None = None, *, own: bool = False) -> Checkpoint:

@@ -87,9 +87,10 @@ def digest(path: Where, stamp: Stamp | None = None) -> str:
 
 
 def copied(path: Where, to: Path) -> None:
-    """to = a file of this machine or another."""
+    """to = a file of this machine, with who may read, write and run it, or of another."""
     if not isinstance(path, Address):
         shutil.copyfile(path, to)
+        to.chmod(path.stat().st_mode & 0o777)
         return
     with open(to, "wb") as out:
         for block in path.blocks():

@@ -185,3 +185,22 @@ def test_a_kept_header_of_other_tensors_is_refused(source, tmp_path):
         (tmp_path / "native" / "fmoe.json").write_text(json.dumps(origin))
         with pytest.raises(AdapterError):
             fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
+
+
+def test_who_may_run_what_goes_along_and_folders_of_nothing_are_named(tmp_path):
+    source = Path(shutil.copytree(demo() / "hf", tmp_path / "hf"))
+    modes = {"run.sh": 0o755, "tools/run": 0o700, "notes.txt": 0o640, "tokenizer.json": 0o444}
+    for name, mode in modes.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+        (source / name).chmod(mode | 0o4000)  # as its owner: not for whoever converts
+    for folder in ("empty", "tools/none/at/all", ".hidden/empty"):
+        (source / folder).mkdir(parents=True)
+    there = fmoe.convert(source, tmp_path / "native", checksums=True, fsync=False)
+    assert any(note == "not taken along: '.hidden', 'empty/', 'tools/none/at/all/'" for note in there.notes)
+    back = fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", fsync=False)
+    assert not any("not taken along" in note for note in back.notes)
+    for folder in ("native", "back"):
+        assert {n: (tmp_path / folder / n).stat().st_mode & 0o7777 for n in modes} == modes
+    fmoe.convert(source, tmp_path / "native", force=True, fsync=False)
+    assert (tmp_path / "native" / "run.sh").stat().st_mode & 0o7777 == 0o755
