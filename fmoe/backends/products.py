@@ -17,7 +17,7 @@ from fmoe_kernels.host.function import Function
 from torch import Tensor
 
 from fmoe.backends.raw import RAW
-from fmoe.dispatch.watched import unwatched
+from fmoe.dispatch.watched import untraced, unwatched
 
 
 @torch._dynamo.allow_in_graph
@@ -40,6 +40,7 @@ def _tgmm(x: Tensor, y: Tensor, offsets: Tensor, by: str) -> Tensor:
 
 def _alone(*tensors: Tensor) -> bool:
     """Does nobody listen, neither to autograd nor to operators? Then what is behind them is called itself."""
+    untraced("a backend")
     return unwatched(*tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 
 from fmoe.dispatch.moves import gather, spread, summed
 from fmoe.dispatch.rows import Dispatcher, Rows
-from fmoe.dispatch.watched import unwatched
+from fmoe.dispatch.watched import untraced, unwatched
 from fmoe.types import MoEConfig, Routing
 
 
@@ -40,6 +40,7 @@ def plan(routing: Routing, config: MoEConfig) -> Plan:
     >>> plan(Routing(torch.tensor([[1, 0], [1, -1]]), torch.ones(2, 2)), config)
     Plan(slot_ids=tensor([1, 0, 2]), counts=tensor([1, 2]), n_tokens=2, k=2, routed=None)
     """
+    untraced("local: plan")
     wait = routing.indices.device.type == "cpu"
     return by_expert(routing.indices, routing.mask, config.n_routed_experts, wait=wait)
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fmoe.dispatch.context import Context
 from fmoe.dispatch.rows import Dispatcher, Rows
+from fmoe.dispatch.watched import untraced
 from fmoe.types import MoEConfig, Routing
 
 Map = Callable[[str, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
@@ -88,6 +89,7 @@ def pair(
 
     def make(routing: Routing, config: MoEConfig) -> Any:
         ctx.check("plan")
+        untraced(f"{ctx.name}: plan")
         with torch.no_grad():
             return plan(ctx, Routing(*routing), config)
 

@@ -5,7 +5,7 @@ from fmoe_kernels.host.batch import of_members, older
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["at_most_recorded", "of_members", "recorded", "unwatched"]
+__all__ = ["at_most_recorded", "of_members", "recorded", "untraced", "unwatched"]
 
 PLAIN = (Tensor, nn.Parameter)
 wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -37,3 +37,13 @@ def at_most_recorded(*tensors: Tensor) -> bool:
     if about or forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return False
     return all(type(t) in PLAIN and not t.is_meta and not wrapped(t) and not older(t) for t in tensors)
+
+
+def untraced(owner: str) -> None:
+    """Raises ValueError under torch.jit.trace: it writes down what the host reads, one routing, as constants."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        told = "called under torch.jit.trace (torch.onnx.export with dynamo=False is one), expected no such tracer"
+        why = "it would record this routing as constants, and be wrong for every other input"
+        raise ValueError(
+            f"{owner}: {told}: {why}. Fix: torch.export.export, torch.onnx.export(dynamo=True), torch.compile"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor
 from fmoe.backends import HAS_TRITON, Backend
 from fmoe.backends.raw import RAW
 from fmoe.dispatch import Rows, local
+from fmoe.dispatch.watched import untraced
 from fmoe.integrations.gates import Gate
 from fmoe.layer.experts import experts
 from fmoe.types import MoEConfig, Params, Routing
@@ -33,6 +34,7 @@ def layer(
     apply: act of a gate that is `own`; after: a function of each expert's output, before it is weighted. ups: the names
     of what makes u, side by side. With any of these, products are those of the backend loop, torch_mm or triton.
     """
+    untraced("experts")  # before sizes are read, which that tracer makes tensors of
     E, I, D = params["down_projs"].shape
     K = min(routing.indices.shape[1], E)  # on a rank that has fewer experts than a token goes to
     made = _config.__wrapped__ if torch.compiler.is_compiling() else _config

@@ -17,7 +17,7 @@ from fmoe.backends.direct import direct
 from fmoe.backends.held import in_codes
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
-from fmoe.dispatch.watched import at_most_recorded, recorded
+from fmoe.dispatch.watched import at_most_recorded, recorded, untraced
 from fmoe.layer.checks import PAIRS, as_routing, check_experts, check_tokens
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
@@ -76,8 +76,9 @@ def experts(
     All arguments on `meta`, or fake tensors: nothing is computed, shapes and dtypes come out (so one learns memory, and
     with `torch.utils.flop_counter` the cost). As no routing can be read there, each slot counts as one row.
 
-    Raises ValueError for an unknown backend, for parameters or tensors that do not fit the config, and for codes that
-    require a gradient or lack scales; ImportError for a backend whose library is not installed.
+    Raises ValueError for an unknown backend, for parameters or tensors that do not fit the config, for codes that
+    require a gradient or lack scales, and under torch.jit.trace; ImportError for a backend whose library is not
+    installed.
 
     >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=1, moe_inter_dim=1, expert_activation="relu2")
     >>> params = {"gate_and_up_projs": torch.ones(2, 1, 1), "down_projs": torch.tensor([[[1.0]], [[10.0]]])}
@@ -85,6 +86,7 @@ def experts(
     >>> experts(params, torch.tensor([[3.0], [2.0], [9.0]]), routing, config).flatten().tolist()
     [45.0, 4.0, 0.0]
     """
+    untraced("experts")
     check_config("experts", config)
     routing = as_routing(routing)
     right = usual(params, x, routing, config)

@@ -152,3 +152,11 @@ def test_L0_eight_bits_and_dtensors_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bindings, "is_dtensor", lambda t: True)
     with pytest.raises(ValueError, match="MixtralExperts.gate_up_proj is a DTensor, expected this rank's part"):
         bindings.views(module)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # the tracer's own
+def test_a_patched_model_under_the_tracer_of_torchscript_is_refused() -> None:
+    model, _ = zoo.build("mixtral")
+    fmoe.patch(model)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"under torch\.jit\.trace"):
+        torch.jit.trace(model.model.layers[0].mlp, (torch.randn(1, 3, 32),))
