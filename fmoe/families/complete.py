@@ -17,7 +17,7 @@ from fmoe.families.refused import not_taken
 from fmoe.families.sizes import Spell, counted, keys, odd_sizes, spelt
 from fmoe.families.sparse import LISTS, declared_ahead, layer_count
 from fmoe.families.spelling import renamed
-from fmoe.families.surplus import denied, dropped_by_config, told_of
+from fmoe.families.surplus import denied, dropped_by_config, told_of, too_deep
 from fmoe.families.towers import class_missed, class_note, lost_of_head, lost_of_towers, towers
 from fmoe.families.where import translated
 from fmoe.folding import Doubt
@@ -77,7 +77,9 @@ def gaps(kind: Family, config: Mapping[str, Any], names: Iterable[str], spell: S
 def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell: Spell) -> Gaps:
     written, config = config, translated(config)
     said = as_dict(config)
-    odd = [*not_taken(written), *(odd_sizes(config, said, names, spell) if isinstance(names, Mapping) else ())]
+    odd = [*not_taken(written)]
+    if isinstance(names, Mapping):
+        odd += [*odd_sizes(config, said, names, spell), *too_deep(config, names, spell)]
     names = list(names)
     stacks, count = by_stack(names), None if said.get("is_encoder_decoder") else layer_count(said)
     main = text_stack(config, stacks)

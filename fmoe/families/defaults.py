@@ -4,7 +4,10 @@ DEFAULTS[model type][a field of MoEConfig]. Tests compare them with the classes.
 how wide, is no field of these: a checkpoint's tensors say it.
 """
 
+import json
 from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fmoe.families.known import class_of, known
@@ -155,3 +158,32 @@ def left_out(model_types: Iterable[str], n_experts: Any) -> dict[str, Any]:
     if isinstance(n_experts, int) and "n_expert_groups" in found and n_experts < 2 * found["n_expert_groups"]:
         del found["n_expert_groups"], found["n_limited_groups"]
     return found
+
+
+@cache
+def known_taken() -> dict[str, dict[str, tuple[int, list[str]]]]:
+    """Model type -> where a config says a number -> what its class takes if it does not, and the names of the field."""
+    return dict(json.loads(Path(__file__).with_name("taken.json").read_text()))
+
+
+def with_taken(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config, with the numbers that its class takes where Transformers, which wrote it, left them out.
+
+    Others leave out what a class of their own says.
+
+    >>> with_taken({"model_type": "glm_moe_dsa", "transformers_version": "5.0.0"})["q_lora_rank"]
+    2048
+    """
+    made = dict(config)
+    if "transformers_version" in config and "auto_map" not in config:
+        for path, (number, names) in known_taken().get(str(config.get("model_type")), {}).items():
+            made = _put(made, path.split("."), number, names)
+    return made
+
+
+def _put(part: Mapping[str, Any], path: list[str], number: int, names: list[str]) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {**part} if any(n in part for n in names) else {**part, first: number}
+    inner = part.get(first)
+    return {**part, first: _put(inner, rest, number, names)} if isinstance(inner, Mapping) else {**part}

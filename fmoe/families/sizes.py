@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fmoe.families.defaults import with_taken
 from fmoe.families.formula import fields, value, words
 from fmoe.families.known import entries, text_stack, with_text
 from fmoe.families.numbered import NUMBERED, Layers, by_stack
@@ -68,33 +69,9 @@ def counted(config: Mapping[str, Any], stack: str, name: str) -> bool:
     return any(at in dims for dims in known_sizes().get(str(config.get("model_type")), {}).values() for at in ways)
 
 
-@cache
-def known_taken() -> dict[str, dict[str, tuple[int, list[str]]]]:
-    """Model type -> where a config says a number -> what its class takes if it does not, and the names of the field."""
-    return dict(json.loads(Path(__file__).with_name("taken.json").read_text()))
-
-
-def with_taken(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config, with the numbers that its class takes where Transformers, which wrote it, left them out.
-
-    Others leave out what a class of their own says.
-
-    >>> with_taken({"model_type": "glm_moe_dsa", "transformers_version": "5.0.0"})["q_lora_rank"]
-    2048
-    """
-    made = dict(config)
-    if "transformers_version" in config and "auto_map" not in config:
-        for path, (number, names) in known_taken().get(str(config.get("model_type")), {}).items():
-            made = _put(made, path.split("."), number, names)
-    return made
-
-
-def _put(part: Mapping[str, Any], path: list[str], number: int, names: list[str]) -> dict[str, Any]:
-    first, *rest = path
-    if not rest:
-        return {**part} if any(n in part for n in names) else {**part, first: number}
-    inner = part.get(first)
-    return {**part, first: _put(inner, rest, number, names)} if isinstance(inner, Mapping) else {**part}
+def stem_of(native: Iterable[str]) -> str:
+    """What a base that is saved on its own has not before its names."""
+    return "" if any(n.startswith("model.") for n in native) else "model."
 
 
 def odd_sizes(
@@ -113,11 +90,11 @@ def odd_sizes(
     """
     if entries(config) is None:
         return
-    own, plain = ({**with_text(c), **{p: c[p] for p in PARTS if p in c}} for c in (with_taken(config), config))
+    own, written = ({**with_text(c), **{p: c[p] for p in PARTS if p in c}} for c in (with_taken(config), config))
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
-    stem = "" if any(n.startswith("model.") for n in native) else "model."  # which a base saved on its own has not
+    stem = stem_of(native)
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
         exact = bool(BY_LAYER.search(formula)) or not apart.isdisjoint(fields(formula))
@@ -126,7 +103,7 @@ def odd_sizes(
             template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
             stack = at[:-1] or main
-            says = lambda l: _expected(formula, own, plain, l, stack == main)  # noqa: B023
+            says = lambda l: _expected(formula, own, written, l, stack == main)  # noqa: B023
             if k == LIST:
                 yield from _list(stack, says(-1), native, stacks, spell)
                 continue
@@ -138,7 +115,7 @@ def odd_sizes(
                 continue
             kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
-            held = {n: l for n, l in (places if numbered else {template: -1}).items() if _plain(native.get(n))}
+            held = {n: l for n, l in (places if numbered else {template: -1}).items() if plain(native.get(n))}
             each = exact or bool(kind)
             alike = None if each else says(-1)
             wanted = {n: size for n, l in held.items() if (size := says(l) if each else alike)}
@@ -237,7 +214,7 @@ def as_part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _plain(spec: Any) -> bool:
+def plain(spec: Any) -> bool:
     """Whether it is there, and no codes."""
     if spec is None or spec.dtype == torch.bool:
         return spec is not None

@@ -1,15 +1,18 @@
-"""Which names a config gives its layers, and which it denies them: of the latter, Transformers drops what is there."""
+"""What is there beyond a class: names that its config denies, which Transformers drops, and dimensions too many."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from fmoe.families.known import class_of, entries, nearest, rules_of, with_text
-from fmoe.families.numbered import Layers
-from fmoe.families.sizes import Spell, spelt
+from fmoe.families.known import class_of, entries, nearest, rules_of, text_stack, with_text
+from fmoe.families.numbered import NUMBERED, Layers, by_stack
+from fmoe.families.sizes import Spell, keys, known_sizes, plain, spelt, stem_of
 from fmoe.families.where import field_of, holds, says, settled, translated, unsaid, within
 from fmoe.folding import Doubt
 from fmoe.layout.claims import some
+from fmoe.types import Problem
 
 Rule = Sequence[Any]
 
@@ -102,3 +105,42 @@ def _word(said: Mapping[str, Any], path: str, l: int) -> str:
     value = part.get(field)
     told = json.dumps(value[l] if isinstance(value, list) and l < len(value) else value)
     return f"{path} {told}" if field in part else f"no {path}"
+
+
+@cache
+def known_ranks(model_type: str) -> dict[str, int | None]:
+    """A name as in `sizes.json` -> how many dimensions its tensors have at most; None, or no name, where nobody knows.
+
+    `ranks.json`, which `tests/helpers/known/known_ranks.py` wrote, has those of which the last is none of known size.
+    """
+    made = dict[str, Any]()
+    for name, k in (each for dims in known_sizes().get(model_type, {}).values() for each in dims):
+        if k >= 0 and "=" not in name:
+            made[name] = max(k + 1, made.get(name, 0))
+    return made | json.loads(Path(__file__).with_name("ranks.json").read_text()).get(model_type, {})
+
+
+def template(name: str, main: str) -> str:
+    """A native name, as in `sizes.json`. main: the text model's stack.
+
+    >>> template("model.layers.3.mlp.gate.weight", "model.layers")
+    '#.mlp.gate.weight'
+    """
+    hit = NUMBERED.match(name)
+    return f"{'' if hit[1] == main else f'{hit[1]}.'}#.{hit[3]}" if hit else name
+
+
+def too_deep(config: Mapping[str, Any], native: Mapping[str, Any], spell: Spell) -> Iterator[Problem]:
+    """A problem for tensors with a dimension of 1 more than their class has, which broadcasting would hide."""
+    if entries(config) is None:
+        return
+    main, stem = text_stack(config, by_stack(native)), stem_of(native)
+    ranks = {n.removeprefix(stem): rank for n, rank in known_ranks(str(config.get("model_type"))).items()}
+    deep = dict[tuple[tuple[int, ...], int], list[str]]()
+    for name, spec in native.items():
+        rank = ranks.get(template(name, main)) if 1 in spec.shape and plain(spec) else None
+        if rank is not None and len(spec.shape) > rank:
+            deep.setdefault((tuple(spec.shape), rank), []).append(name)
+    for (shape, rank), names in deep.items():
+        text = f"{some(spelt(names, spell))}: {list(shape)}, and its class has {rank} dimension{'s' * (rank != 1)}"
+        yield Problem(text, keys(names, spell))

@@ -10,7 +10,7 @@ import pytest
 
 from fmoe.families import family
 from fmoe.families.complete import gaps
-from fmoe.families.sizes import known_taken as data
+from fmoe.families.defaults import known_taken as data
 
 NAMES = [*hf.MODELS, *zoo.MODELS]
 

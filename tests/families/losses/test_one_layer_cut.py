@@ -1,8 +1,9 @@
-"""A tensor of one layer alone is cut, or has lost a dimension: that is told, and by name."""
+"""A tensor of one layer alone is cut, or has lost a dimension, or has one of 1 too many: that is told, and by name."""
 
 import hf
 import hf_zoo as zoo
 import known_names
+import known_ranks as made_of
 import pytest
 
 from fmoe.families import family
@@ -10,6 +11,7 @@ from fmoe.families.complete import gaps
 from fmoe.families.known import text_stack
 from fmoe.families.numbered import NUMBERED, by_stack
 from fmoe.families.sizes import known_sizes
+from fmoe.families.surplus import known_ranks, template
 
 ALONE = {"mimo_v2_flash": (".q_proj.weight", ".o_proj.weight"), "deepseek_v4": (".mlp.gate.weight",)}
 """Of which this tiny model has one layer of a kind: with no second one beside it nobody knows that it is a kind."""
@@ -45,3 +47,24 @@ def test_a_tensor_of_one_layer_that_is_cut_is_told(name):
                 assert any(native in p.keys for p in problems), (native, cut)
                 seen += 1
     assert seen
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_a_dimension_of_one_too_many_is_told(name):
+    cls, config = known_names.base(name)
+    kind, whole = family(config.model_type), known_names.sized(cls, config, name, True)
+    own = config.to_dict() | {"architectures": [cls.__name__]}
+    told, ranks = gaps(kind, own, whole).problems, known_ranks(config.model_type)
+    main = text_stack(own, by_stack(whole))
+    judged = {n: s for n, s in whole.items() if ranks.get(template(n, main)) == len(s.shape)}
+    assert len(judged) > 5
+    for deep in ({n: s._replace(shape=s.shape + (1,)) for n, s in judged.items()},
+                 {n: s._replace(shape=(1, *s.shape)) for n, s in judged.items()}):  # fmt: skip
+        problems = [p for p in gaps(kind, own, whole | deep).problems if p not in told and "its class has" in p.text]
+        assert {key for p in problems for key in p.keys} >= deep.keys()
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_how_many_dimensions_a_name_has_is_what_its_class_says(name):
+    ranks, seen = known_ranks(known_names.family_type(name)), made_of.seen(name)
+    assert all(ranks[at] == seen.get(at) for at in ranks)
