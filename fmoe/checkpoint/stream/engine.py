@@ -48,9 +48,8 @@ class Engine:
 
     def __init__(self, source: Checkpoint, plan: Plan, starts: Mapping[str, tuple[Path, int]], limit: int = LIMIT):
         self.source, self.plan, self.flow, self.starts = source, plan, flow(plan, source.pieces), starts
-        self.named = {path: path.name for path, _ in starts.values()}
-        if len(self.named) > len({*self.named.values()}):  # in several folders
-            self.named = {path: f"{path.parent.name}/{path.name}" for path in self.named}
+        home = os.path.commonpath({path.parent for path, _ in starts.values()}) if starts else ""
+        self.named = {path: path.relative_to(home).as_posix() for path, _ in starts.values()}
         self.paths = {name: path for path, name in self.named.items()}
         self.limit, self.read, self.written = limit, 0, 0
         self.gate = Gate(FLIGHT)

@@ -22,6 +22,7 @@ WAYS: dict[str, Callable[[str, int], str]] = {
     "deeper": lambda file, i: f"a/b/c/{file}",
     "some of them": lambda file, i: f"sub/{file}" if i else file,
     "one folder each": lambda file, i: f"{i}/model.safetensors",
+    "folders alike in others": lambda file, i: f"{i}/shards/model.safetensors",
     "with a dot": lambda file, i: f"./{file}",
     "with two slashes": lambda file, i: f"sub//./{file}",
     "in a hidden folder": lambda file, i: f".weights/{file}",
