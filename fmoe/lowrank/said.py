@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fmoe.layout.adapter import Adapter
 from fmoe.lowrank.config import LoraConfig
@@ -10,11 +10,17 @@ from fmoe.lowrank.targets import table_of, targets_of, wrapped
 from fmoe.types import AdapterError, Params, Problem
 
 
-def odd_ranks(params: Params, config: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
-    """A problem for each matrix A of another rank than the config says; of a stack it is as many times that."""
+def odd_ranks(
+    params: Params, config: LoraConfig, adapter: Adapter, deep: Callable[[str], int | None] = lambda name: None
+) -> Iterator[Problem]:
+    """A problem for each matrix A of another rank than the config says; of a stack it is as many times that.
+
+    deep: how many dimensions a parameter has in the model, where that is known: a stack has three.
+    """
     for target in targets_of(adapter, params):
         said = {config.rank(key) for key in wrapped(target, config)}
-        if not (target.rank % min(said) == 0 if target.plain else said == {target.rank}):
+        stack = target.plain and target.rank % min(said) == 0 and deep(target.keys[0]) != 2
+        if not stack and said != {target.rank}:
             text = (
                 f"{target.a!r} has rank {target.rank}, and adapter_config.json says {sorted(said)} of {target.keys[0]}"
             )

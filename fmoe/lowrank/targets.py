@@ -171,8 +171,8 @@ def renamed(adapter: Adapter, weights: Mapping[str, str]) -> dict[str, str]:
     >>> renamed(fmoe.adapter("mixtral", {}), {"A": "layers.0.block_sparse_moe.gate.weight"})
     {'A': 'layers.0.mlp.gate.weight'}
     """
-    found = {a: (name, _native(adapter, name)) for a, name in weights.items()}
-    return {a: native for a, (name, native) in found.items() if native not in (None, name)}
+    found = {a: (name, native(adapter, name)) for a, name in weights.items()}
+    return {a: at for a, (name, at) in found.items() if at not in (None, name)}
 
 
 def parts(adapter: Adapter, weights: Mapping[str, str]) -> dict[str, Callable[[Tensor], Mapping[str, Tensor]]]:
@@ -183,7 +183,7 @@ def parts(adapter: Adapter, weights: Mapping[str, str]) -> dict[str, Callable[[T
     >>> turn(torch.ones(6, 4))["layers.0.mlp.text_moe.gate.weight"].shape
     torch.Size([4, 6])
     """
-    return {a: partial(_through, adapter, n) for a, n in weights.items() if _native(adapter, n) is None}
+    return {a: partial(_through, adapter, n) for a, n in weights.items() if native(adapter, n) is None}
 
 
 def _through(adapter: Adapter, name: str, update: Tensor) -> Mapping[str, Tensor]:
@@ -200,7 +200,7 @@ def _alone(entries: Iterable[Entry]) -> Iterator[Entry]:
             yield from entry.rules if isinstance(entry, Together) else (entry,)
 
 
-def _native(adapter: Adapter, name: str) -> str | None:
+def native(adapter: Adapter, name: str) -> str | None:
     """A weight's native name; None: it is turned, cut or stacked."""
     for stage in adapter.stages:
         if isinstance(stage, Table):

@@ -13,6 +13,7 @@ from peft_cases import ALPHA, MODELS, WARNS, R, adapter_of, build, parameters
 from safetensors.torch import load_file, save_file
 
 import fmoe
+from fmoe.checkpoint.lora import _deep
 from fmoe.families.spelling import spelt
 from fmoe.testing import same
 
@@ -98,6 +99,17 @@ def test_it_is_merged_as_peft_does_and_missed_where_it_is_lost(name, tmp_path):
             save_file({n: t for n, t in files.items() if not n.startswith(module)}, at / "a" / FILE)
             with pytest.raises(fmoe.AdapterError, match="no matri"):
                 fmoe.lora.load(at / "a", at / "base")
+
+
+@ALL
+def test_load_knows_which_are_stacks(name):
+    """Of every class, by the names that the model in memory has: a rank of several times r is of a stack alone."""
+    adapter, shapes = adapter_of(build(name)), {n: p.ndim for n, p in build(name).named_parameters()}
+    for kind, (first, *_) in kinds(name).items():
+        found = _deep(adapter, first)
+        assert found in (None, shapes[first]), kind
+        known = found or shapes[first] == 3 or kind.endswith(("norm.scale", "correction_bias", "position_bias"))
+        assert known, f"{kind}: not known, and so of any rank"
 
 
 TABLES = {"inkling2": ["embed_tokens", "position_embedding"], "inkling_text": ["embed_tokens"],

@@ -56,6 +56,26 @@ def test_a_router_is_a_parameter_of_two_dimensions(name, tmp_path):
     has_pefts_meaning(tmp_path, made, before, adapter)
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_is_no_stack_whose_rank_may_be_a_multiple(name, tmp_path):
+    """Refused by merge, and so by load and save: of a base by its adapter, and by its directory."""
+    build(name).save_pretrained(tmp_path / "base")
+    made, before, adapter = wrapped(name, target_modules=[], target_parameters=[ROUTERS[name]])
+    made.save_pretrained(tmp_path / "a")
+    tuned = fmoe.lora.load(tmp_path / "a", adapter)
+    said = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"r": 1}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(said))
+    says = f"has rank {R}, and adapter_config.json says .1. of .*{ROUTERS[name]}"
+    for base in adapter, tmp_path / "base":
+        with pytest.raises(fmoe.AdapterError, match=says):
+            fmoe.lora.load(tmp_path / "a", base)
+    with pytest.raises(fmoe.AdapterError, match=says):
+        fmoe.lora.save(tuned.params, tmp_path / "b", tuned.adapter, fmoe.lora.LoraConfig.read(said))
+    scales = tuned._replace(config=fmoe.lora.LoraConfig.read(said)).scales
+    with pytest.raises(fmoe.AdapterError, match="do not fit"):
+        fmoe.lora.merge(before, tuned.params, scales)
+
+
 @pytest.mark.parametrize("name", [*MIXED, *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS
                                                if n not in (*ALONE, *MIXED, *ADDS))])  # fmt: skip
 @pytest.mark.parametrize("from_directory", [False, True])
