@@ -138,7 +138,7 @@ def too_deep(config: Mapping[str, Any], native: Mapping[str, Any], spell: Spell)
     ranks = {n.removeprefix(stem): rank for n, rank in known_ranks(str(config.get("model_type"))).items()}
     deep = dict[tuple[tuple[int, ...], int], list[str]]()
     for name, spec in native.items():
-        rank = ranks.get(template(name, main)) if 1 in spec.shape and plain(spec) else None
+        rank = ranks.get(template(name, main)) if plain(spec) and 1 in spec.shape else None
         if rank is not None and len(spec.shape) > rank:
             deep.setdefault((tuple(spec.shape), rank), []).append(name)
     for (shape, rank), names in deep.items():
