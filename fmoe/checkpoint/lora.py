@@ -23,9 +23,7 @@ from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.engine import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known, opened
-from fmoe.families.numbered import NUMBERED
 from fmoe.families.spelling import alike, in_memory, layers_with, spelt
-from fmoe.families.surplus import known_ranks
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
@@ -34,12 +32,13 @@ from fmoe.layout.notation import Rule
 from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
+from fmoe.lowrank.layers import deep, less
 from fmoe.lowrank.matrices import attention, is_copy, tied
 from fmoe.lowrank.said import config_of, odd_ranks
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import LoraTable, is_lora
-from fmoe.lowrank.targets import native, ranked, scales_of, told
+from fmoe.lowrank.targets import ranked, scales_of, told
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Params, Problem, TensorSpec, bits
 
@@ -127,8 +126,11 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         partial(layers_with, model),
         str(model.get("model_type")) in spelt(),
     )
-    odd = [*odd_ranks(params, said, adapter, partial(_deep, adapter)), *(tied(params) if known.ties(model) else ())]
-    if problems := [*odd, *missing(params, said, adapter, names, about)]:
+    odd = [*odd_ranks(params, said, adapter, partial(deep, adapter)), *(tied(params) if known.ties(model) else ())]
+    problems = [*odd, *missing(params, said, adapter, names, about)]
+    told = {key for p in problems for key in p.keys}
+    problems += [] if names is not None else [p for p in less(params, said, adapter) if told.isdisjoint(p.keys)]
+    if problems:
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 
@@ -137,17 +139,6 @@ def _as(adapter: Adapter, said: LoraConfig) -> Adapter:
     """The adapter, open but for what a config says of its LoRA tensors."""
     rank = None if said.rank_pattern else said.r
     return told(adapter, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
-
-
-def _deep(adapter: Adapter, name: str) -> int | None:
-    """How many dimensions a parameter has, by any of its names in files; None: nobody knows."""
-    model, whole = adapter.config or {}, opened(adapter)
-    names = {n for one in alike(model, name) for n in (one, native(whole, one)) if n}
-    hits = {m for n in names if (m := NUMBERED.match(n))}
-    ranks = known_ranks(str(model.get("model_type")))
-    forms = {*names, *(f"{path}#.{m[3]}" for m in hits for path in ("", f"{m[1]}."))}
-    found = {rank for form, rank in ranks.items() if form in forms}
-    return None if not found or None in found else max(rank for rank in found if rank is not None)
 
 
 def _singly(adapter: Adapter) -> tuple[Rule, ...]:
@@ -220,7 +211,7 @@ def save(
         config = replace(config, base=base)
     back, tensors = _as(adapter, config), pared(_singly(adapter), tensors, config)
     back.from_hf(whole(_singly(adapter), tensors, config))  # what is written can be read
-    if problems := list(odd_ranks(params, config, back.resolve(tensors), partial(_deep, adapter))):
+    if problems := list(odd_ranks(params, config, back.resolve(tensors), partial(deep, adapter))):
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
     put = {WEIGHTS: lambda part: _saved(tensors, part), CONFIG: lambda part: part.write_text(text)}

@@ -202,6 +202,8 @@ def _gaps(
 ) -> Iterator[Problem]:
     """Layers between others, or behind them, that lack what these have, where layers are all of one kind."""
     config: Any = adapter.config or {}
+    if not config:  # nothing says that layers are alike: those between may be of another kind
+        return
     mixed = any(c.get(field) for c in (config, config.get("text_config") or {}) for field in MIXED)
     forms: dict[str, set[int]] = {}
     for key in keys:

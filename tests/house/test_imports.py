@@ -45,6 +45,7 @@ layout.build
 codecs
 lowrank
 families
+lowrank.layers
 systems
 checkpoint.report
 checkpoint.remote

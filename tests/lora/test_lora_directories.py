@@ -1,16 +1,41 @@
-"""LoRA matrices in directories: checked before they are written, and as they are read."""
+"""LoRA matrices in directories: checked before they are written and as they are read, against class and config too."""
 
+import json
+import re
 from dataclasses import replace
+from typing import Any
 
+import peft
 import pytest
 import torch
 from lora_cases import PREFIX, adapter_of, forms, native
+from peft_cases import ALPHA, MODELS, WARNS, R, build
+from peft_cases import adapter_of as in_memory
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES as KINDS
+from torch import nn
 
 import fmoe
 from fmoe.lowrank.derive import CURRENT
 from fmoe.lowrank.stage import is_lora
 from fmoe.testing import same
+
+pytestmark = WARNS
+FILE = "adapter_model.safetensors"
+LAYERS: dict[str, dict[str, Any]] = {  # several layers of each kind
+    "jamba": dict(num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=1),
+    "qwen3_next": dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2),
+    "kimi_linear": dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2,
+                        mlp_layer_types=["dense", "dense", "sparse", "sparse"]),
+    "lfm2_moe": dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2),
+    "granitemoehybrid": dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2),
+    "deepseek_v3": dict(num_hidden_layers=4, first_k_dense_replace=2),
+    "qwen3_moe": dict(num_hidden_layers=4, mlp_only_layers=[1, 2]),
+}  # fmt: skip
+HYBRID = pytest.mark.parametrize("name", LAYERS)
+SLOW = [
+    pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in (*LAYERS, "longcat_flash")
+]  # whose experts PEFT wraps so that none can tell
 
 
 def test_a_directory_is_checked_before_it_is_written_and_as_it_is_read(tmp_path):
@@ -74,3 +99,80 @@ def test_is_lora():
     )
     with pytest.raises(fmoe.AdapterError, match="carries no LoRA matrices"):
         fmoe.lora.save({"a.lora_A.weight": torch.ones(1, 1)}, "nowhere", fmoe.keep("{rest}"))
+
+
+def longer(name: str) -> nn.Module:
+    """A model of several layers of each kind."""
+    model = build(name)
+    if name not in LAYERS:
+        return model
+    said = {n: v for n, v in model.config.to_dict().items() if n not in ("layers_block_type", *LAYERS[name])}
+    return type(model)(type(model.config)(**said | LAYERS[name]))
+
+
+def linear(model: nn.Module) -> list[str]:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "experts." not in n]
+    return sorted({n.rpartition(".")[2] for n in names if re.search(r"\.layers\.\d+\.", n)})
+
+
+def trained(name: str, path: Any, **how: Any) -> tuple[fmoe.Adapter, dict[str, torch.Tensor]]:
+    model = longer(name)
+    adapter = in_memory(model)
+    said = dict(r=R, lora_alpha=ALPHA, target_modules=linear(model)) | how
+    peft.get_peft_model(model, peft.LoraConfig(**said)).save_pretrained(path)
+    return adapter, load_file(path / FILE)
+
+
+def modules(files: dict[str, torch.Tensor]) -> list[str]:
+    return sorted({re.sub(r"\.lora_[AB]\.weight$", "", n) for n in files})
+
+
+@HYBRID
+def test_a_module_lost_in_one_layer_of_several_of_its_kind_is_missed(name, tmp_path):
+    adapter, files = trained(name, tmp_path)
+    fmoe.lora.load(tmp_path, adapter)
+    for module in modules(files):
+        save_file({n: t for n, t in files.items() if not n.startswith(f"{module}.lora_")}, tmp_path / FILE)
+        with pytest.raises(fmoe.AdapterError, match="no matri|stands alone|lora") as error:
+            fmoe.lora.load(tmp_path, adapter)
+        assert any(re.sub(r"\.base_layer$", "", module) in key for key in error.value.keys), module
+
+
+@HYBRID
+def test_a_whole_layer_that_is_lost_is_missed_where_the_config_says_its_kind(name, tmp_path):
+    adapter, files = trained(name, tmp_path)
+    for layer in range(LAYERS[name]["num_hidden_layers"]):
+        save_file({n: t for n, t in files.items() if f".layers.{layer}." not in n}, tmp_path / FILE)
+        with pytest.raises(fmoe.AdapterError, match="no matrices") as error:
+            fmoe.lora.load(tmp_path, adapter)
+        assert any(f".layers.{layer}." in key for key in error.value.keys)
+
+
+@HYBRID
+@pytest.mark.parametrize("how", ["layers", "regex", "excluded", "parts"])
+def test_layers_that_the_config_leaves_out_are_not_missed(how, name, tmp_path):
+    model = longer(name)
+    said: dict[str, Any] = {
+        "layers": dict(layers_to_transform=[0, 1]),
+        "regex": dict(target_modules=rf".*layers\.[013]\..*({'|'.join(linear(model))})"),
+        "excluded": dict(exclude_modules=r".*layers\.[23]\..*_proj"),
+        "parts": dict(target_modules=[n for n in ("o_proj", "k_proj", "w2") if n in linear(model)]),
+    }[how]
+    adapter, files = trained(name, tmp_path, **said)
+    assert files and fmoe.lora.load(tmp_path, adapter).params
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *SLOW])
+def test_nothing_is_missed_of_what_peft_wrote(name, tmp_path):
+    """Of every family, whatever is told of its base: also nothing at all, where layers may be of any kind."""
+    try:
+        adapter, files = trained(name, tmp_path)
+    except ValueError as error:
+        pytest.skip(f"PEFT: {str(error)[:60]}")
+    fmoe.lora.load(tmp_path, adapter)
+    bare = fmoe.adapter(build(name).config.model_type, {})
+    plain = {n: t for n, t in files.items() if "experts" not in n}  # how many those are is said nowhere
+    save_file(plain, tmp_path / FILE)
+    said = json.loads((tmp_path / "adapter_config.json").read_text()) | {"target_parameters": None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    fmoe.lora.load(tmp_path, bare)

@@ -13,8 +13,8 @@ from peft_cases import ALPHA, MODELS, WARNS, R, adapter_of, build, parameters
 from safetensors.torch import load_file, save_file
 
 import fmoe
-from fmoe.checkpoint.lora import _deep
 from fmoe.families.spelling import spelt
+from fmoe.lowrank.layers import deep
 from fmoe.testing import same
 
 pytestmark = [*WARNS, pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")]
@@ -106,7 +106,7 @@ def test_load_knows_which_are_stacks(name):
     """Of every class, by the names that the model in memory has: a rank of several times r is of a stack alone."""
     adapter, shapes = adapter_of(build(name)), {n: p.ndim for n, p in build(name).named_parameters()}
     for kind, (first, *_) in kinds(name).items():
-        found = _deep(adapter, first)
+        found = deep(adapter, first)
         assert found in (None, shapes[first]), kind
         known = found or shapes[first] == 3 or kind.endswith(("norm.scale", "correction_bias", "position_bias"))
         assert known, f"{kind}: not known, and so of any rank"

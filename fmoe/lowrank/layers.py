@@ -1,0 +1,123 @@
+"""What is known of a model's class tells: layers that lack what others of their kind have, and what is a stack."""
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fmoe.families import opened
+from fmoe.families.known import known, rules_of, with_text
+from fmoe.families.numbered import BESIDE, NUMBERED
+from fmoe.families.sparse import ANY, layer_count, sparse_layers
+from fmoe.families.spelling import alike
+from fmoe.families.surplus import known_ranks
+from fmoe.families.where import settled, translated
+from fmoe.layout.adapter import Adapter
+from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.matrices import matrices
+from fmoe.lowrank.sorting import WRAPPED
+from fmoe.lowrank.targets import native, targets_of
+from fmoe.types import Params, Problem
+
+Wraps = Callable[[str], bool]
+
+
+class Kinds(NamedTuple):
+    """Of a stack of layers: group by group the sets of names, one of which a layer has; the rules of its config."""
+
+    groups: list[list[list[str]]]
+    rules: Any
+    text: bool
+
+
+def lost(config: Mapping[str, Any], keys: Mapping[str, str], wraps: Wraps) -> Iterator[str]:
+    """Modules and parameters that have no matrices where every kind that their layer can be of has some.
+
+    keys: native name of a weight -> what LoRA calls it, for each that has matrices. wraps: whether it is a target. What
+    no layer has matrices of is no loss; nor is what only kinds have that a layer need not be of.
+
+    >>> keys = {f"model.layers.{l}.self_attn.{n}_proj.weight": f"model.layers.{l}.self_attn.{n}_proj"
+    ...         for l, n in ((0, "q"), (0, "o"), (2, "q"))}
+    >>> [*lost({"model_type": "jamba"}, keys, lambda key: True)]
+    ['model.layers.2.self_attn.o_proj']
+    """
+    said = with_text(translated(config))
+    stacks: dict[str, dict[int, dict[str, str]]] = {}
+    for name, key in keys.items():
+        if hit := NUMBERED.match(name):
+            stacks.setdefault(hit[1], {}).setdefault(int(hit[2]), {})[hit[3]] = key
+    for stack, layers in stacks.items():
+        forms = {rest: (l, key) for l, held in layers.items() for rest, key in held.items()}
+        for kinds in _kinds(config, stack):
+            count = layer_count(said) if kinds.text else None
+            for l in range(max(layers) + 1 if count is None else count):
+                named = {rest: _at(key, at, l) for rest, (at, key) in forms.items()}
+                wanted = {rest for rest, key in named.items() if wraps(key)}
+                yield from (named[rest] for rest in _lacks(kinds, said, l, {*layers.get(l, ())}, wanted))
+
+
+def _at(key: str, layer: int, other: int) -> str:
+    """The same of another layer."""
+    return key.replace(f".{layer}.", f".{other}.", 1)
+
+
+def _kinds(config: Mapping[str, Any], stack: str) -> Iterable[Kinds]:
+    """What is known of a stack, in the form of the class in memory."""
+    for form in known().get(str(config.get("model_type")), {"forms": ()})["forms"][-1:]:
+        for part in (form, *form["towers"].values()):
+            if groups := part["stacks"].get(stack):
+                yield Kinds(groups, rules_of(form, stack), part is form and not BESIDE.search(stack))
+
+
+def _lacks(kinds: Kinds, said: Mapping[str, Any], l: int, held: set[str], wanted: Collection[str]) -> list[str]:
+    """What a layer lacks: in each group what the kind with least lacks, where all that it can be of lack some."""
+    sparse = sparse_layers(said, ANY) if kinds.text and layer_count(said) is not None else None
+    found: list[str] = []
+    for sets in kinds.groups:
+        every = {n for s in sets for n in s}
+        told = settled(kinds.rules, said, l, every)
+        is_sparse = [any(".experts." in n for n in s) for s in sets]
+        can = [
+            {*s}
+            for s, experts in zip(sets, is_sparse, strict=True)
+            if held & every <= {*s}
+            and not any(told.get(n) is False for n in s)
+            and not any(there and n in every and n not in s for n, there in told.items())
+            and (sparse is None or len({*is_sparse}) == 1 or experts == (l in sparse))
+        ]
+        lacks = [sorted((s & {*wanted}) - held) for s in can]
+        if lacks and all(lacks):
+            found += sorted(lacks, key=lambda one: (len(one), one))[0]
+    return found
+
+
+def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
+    """A problem for each target that a layer lacks, and others of its kind have: no names of the base tell it."""
+    whole, some_layers = opened(adapter), said.other.get("layers_to_transform") is not None
+    keys = {t.a: t for t in targets_of(adapter, params)}
+    at = {p.a: native(whole, p.weight.removeprefix(WRAPPED)) for p in matrices(params) if p.a in keys}
+    held = {n: keys[a].keys[0].removeprefix(WRAPPED) for a, n in at.items() if n}
+    parameters = {keys[a].keys[0].removeprefix(WRAPPED) for a, n in at.items() if keys[a].parameter}
+
+    def wraps(key: str) -> bool:
+        ends = any(f".{key}".endswith(f".{t}") for t in said.target_parameters)
+        return ends and not some_layers if stars(key) in forms else said.wraps(key)
+
+    stars = lambda key: re.sub(r"\.\d+\.", ".*.", key, count=1)
+    forms = {*map(stars, parameters)}
+    for name in lost(adapter.config or {}, held, wraps):
+        text = (
+            f"{name!r}: no matrices, and other layers of its kind have some, which adapter_config.json targets in all"
+        )
+        fix = "Fix: save the adapter again; of some layers alone, say which in layers_to_transform"
+        yield Problem(f"{text}. {fix}", (f"{WRAPPED}{name}",))
+
+
+def deep(adapter: Adapter, name: str) -> int | None:
+    """How many dimensions a parameter has, by any of its names in files; None: nobody knows."""
+    model, whole = adapter.config or {}, opened(adapter)
+    names = {n for one in alike(model, name) for n in (one, native(whole, one)) if n}
+    hits = {m for n in names if (m := NUMBERED.match(n))}
+    ranks = known_ranks(str(model.get("model_type")))
+    forms = {*names, *(f"{path}#.{m[3]}" for m in hits for path in ("", f"{m[1]}."))}
+    found = {rank for form, rank in ranks.items() if form in forms}
+    return None if not found or None in found else max(rank for rank in found if rank is not None)
