@@ -7,7 +7,8 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
+from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, CordaConfig, KasaConfig, MontecloraConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.variants import QALoraLinearVariant
 from peft_cases import ALPHA, WARNS, R, adapter_of, build, close, config_of, logits
 from safetensors.torch import load_file, save_file
@@ -82,6 +83,24 @@ def test_what_peft_cannot_merge_is_not_said_to_be_merged_with_it(how, says, tmp_
         made.merge_and_unload()
 
 
+def test_adapters_among_which_arrow_chooses_are_read_one_by_one(tmp_path):
+    """And its router is kept in PEFT, which merges none: as the error says."""
+    alone = [trained("mixtral", tmp_path / n) for n in ("a", "b")]
+    paths = [str(tmp_path / n) for n in ("a", "b")]
+    made = peft.create_arrow_model(build("mixtral"), paths, ArrowConfig(top_k=1)).eval()
+    made.save_pretrained(tmp_path / "arrow")
+    says = "says arrow_config=.*Fix: keep it beside its base.*load one of its adapters alone"
+    refused(tmp_path / "arrow" / "arrow_router", adapter_of(build("mixtral")), says)
+    with pytest.raises(RuntimeError, match="Cannot merge an active Arrow router"):
+        made.merge_and_unload()
+    for i, meant in enumerate(alone):
+        adapter = adapter_of(model := build("mixtral"))
+        tuned = fmoe.lora.load(tmp_path / "arrow" / f"task_{i}", adapter)
+        merged = adapter.to_hf(fmoe.lora.merge(adapter.from_hf(model.state_dict()), tuned.params, tuned.scales))
+        model.load_state_dict({n: t.clone() for n, t in merged.items()})
+        close(logits(model), logits(meant))
+
+
 def told(path: Any, **said: Any) -> None:
     config = path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | said))
@@ -123,10 +142,24 @@ def test_qalora_is_lora_of_repeated_columns(tmp_path):
         close(x @ ours.T, QALoraLinearVariant.forward(layer, "default", x, x @ native[name].T))
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_2", "olora"])
+def started(start: str, rslora: bool) -> Any:
+    """PEFT's model whose base the start has changed; CorDA looks at what goes through it first."""
+    model, ids = build("mixtral"), torch.arange(12)[None] * 7 % 60 + 1
+    how = dict(corda_config=CordaConfig(corda_method=start[-3:])) if start.startswith("corda") else {}
+    said = LoraConfig(r=4, init_lora_weights=start[:5] if how else start, use_rslora=rslora, **Q, **how)
+    if how:
+        preprocess_corda(model, said, run_model=lambda: model(input_ids=ids, use_cache=False))
+    return peft.get_peft_model(model, said)
+
+
+STARTED = ["pissa", "pissa_niter_2", "olora", "corda ipm", "corda kpm"]
+
+
+@pytest.mark.parametrize("start", STARTED)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_a_start_that_changes_the_base_is_lora_of_the_base_once_peft_converts_it(rslora, start, tmp_path):
-    made = peft.get_peft_model(build("mixtral"), LoraConfig(r=4, init_lora_weights=start, use_rslora=rslora, **Q))
+    """Or once it is merged with PEFT where it was trained: both are in the error."""
+    made, start = started(start, rslora), start.partition(" ")[0]
     said = made.peft_config["default"]
     said.init_lora_weights = True
     made.eval().save_pretrained(tmp_path / "first")
@@ -136,12 +169,18 @@ def test_a_start_that_changes_the_base_is_lora_of_the_base_once_peft_converts_it
     meant = logits(made)
     made.save_pretrained(tmp_path / "a")
     adapter = adapter_of(model := build("mixtral"))
-    refused(tmp_path / "a", adapter, f"init_lora_weights='{start}'.*Fix: save it with PEFT's path_initial_model")
+    refused(
+        tmp_path / "a", adapter, f"init_lora_weights='{start}'.*Fix: save it with PEFT's path_initial_model.*or merge"
+    )
     made.save_pretrained(tmp_path / "b", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     tuned = fmoe.lora.load(tmp_path / "b", adapter)
     merged = adapter.to_hf(fmoe.lora.merge(adapter.from_hf(model.state_dict()), tuned.params, tuned.scales))
     model.load_state_dict({n: t.clone() for n, t in merged.items()})
     close(logits(model), meant)
+    made.merge_and_unload().save_pretrained(tmp_path / "merged")
+    fmoe.convert(tmp_path / "merged", tmp_path / "native", "native", fsync=False)
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", fsync=False)
+    close(logits(type(model).from_pretrained(tmp_path / "back", dtype=model.dtype).eval()), meant)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
