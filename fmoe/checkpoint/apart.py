@@ -12,6 +12,7 @@ from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.sending import Outbox
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carry import default_threads
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.engine import Engine
@@ -46,6 +47,7 @@ def in_ranks_apart(
         stage = stack.enter_context(opening())
         stack.enter_context(place.clean(stage))
         begin(stage)
+        again(stage, engine)
         had = sum(engine.items[i].nbytes for i in {*range(stage.done), *stage.also})
         resumed = there + sum(ranks.gather(had))
 

@@ -28,6 +28,7 @@ from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.digests import sums_text, unchanged
@@ -101,7 +102,7 @@ def convert_between(
     laid = source.raw(dst) if isinstance(source, Orbax) else source
     beside_it = sum(source.specs[n].nbytes for n in source.arrays) if isinstance(source, Orbax) else 0
     starts = {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
-    engine = Engine(laid, plan, starts)
+    engine = Engine(laid, plan, starts, sums=checksums)
     was = identities(source.path, source.stamps)
     work = _work(source, was, here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
@@ -121,10 +122,11 @@ def convert_between(
     sums: dict[str, str] = {}
     with staging(dst, work, claim, fsync=fsync) as stage:
         stage.begin(layout.heads, [*small, *kept])
+        again(stage, engine)
         resumed = plan.nbytes
         if stage.stale is None:
             framed(stage, layout)
-            resumed = sum(item.nbytes for item in engine.items[: stage.done])
+            resumed = sum(engine.items[i].nbytes for i in {*range(stage.done), *stage.also})
             with source.unpacked(dst, laid, needed(engine, UNPACKED)) if isinstance(source, Orbax) else nullcontext():
                 carry_out(stage, engine, threads or source.readers, resumed, carried)
             for name, given in small.items():

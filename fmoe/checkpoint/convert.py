@@ -24,6 +24,7 @@ from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
 from fmoe.checkpoint.stream.digests import unchanged, untold
@@ -149,9 +150,8 @@ def convert(
         if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
             del others[QUANT]
             notes.append(f"not taken along: {QUANT!r}, of the quantised source")
-    engine = Engine(
-        source, plan, {n: (place.home / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
-    )
+    parts = {n: (place.home / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
+    engine = Engine(source, plan, parts, sums=checksums)
     place.order(engine, layout.heads, [*layout.heads, *others, *small])
     if bandwidth is not None:
         engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
@@ -202,9 +202,9 @@ def convert(
         return replace(report, read=read, written=written, resumed=resumed, checksums=sums, notes=(*found, *notes))
     with opening() as stage, place.clean(stage):
         begin(stage)
+        again(stage, engine)
         if stage.stale is None:
-            done = {*range(stage.done), *stage.also}
-            resumed = sum(engine.items[i].nbytes for i in done)
+            resumed = sum(engine.items[i].nbytes for i in {*range(stage.done), *stage.also})
             with place.sending(stage) as sent:
                 survived = carry_out(stage, engine, threads or source.readers, resumed, carried, sent, heard)
         else:

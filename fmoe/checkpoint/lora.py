@@ -20,7 +20,7 @@ from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.staging.few import written
-from fmoe.checkpoint.stream.engine import write_at
+from fmoe.checkpoint.stream.written import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import known, opened
 from fmoe.families.spelling import alike, in_memory, layers_with, spelt

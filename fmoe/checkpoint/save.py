@@ -24,7 +24,7 @@ from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.whose import alike, one_model, unknown
 from fmoe.checkpoint.stream.carry import in_order, pool
-from fmoe.checkpoint.stream.engine import write_at
+from fmoe.checkpoint.stream.written import write_at
 from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, not_decoded, read_again, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said

@@ -13,6 +13,7 @@ from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.journal import forgotten
 from fmoe.checkpoint.staging.shares import Share
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carry import default_threads, in_order, pool
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.codecs.survival import Survival
@@ -63,6 +64,7 @@ def in_ranks(
         stage = stack.enter_context(opening()) if ranks.first else None
         if stage is not None:
             begin(stage)
+            again(stage, engine)
         todo = ranks.tell(_left(stage, engine) if stage else None)
         resumed = sum(item.nbytes for item in engine.items) - sum(engine.items[i].nbytes for i in todo)
         shown = (lambda done: progress(resumed + done)) if ranks.first else lambda done: None
@@ -110,8 +112,8 @@ def _carry(
     try:
         with pool(how.threads or engine.source.readers or each) as executor:
             run = lambda i: heard.during(lambda: engine.run(engine.items[i]))
-            for i, found in in_order(executor, run, mine, engine.ahead):
-                journal.mark(i, found)
+            for i, (found, sum_) in in_order(executor, run, mine, engine.ahead):
+                journal.mark(i, found, sum_)
                 told += found
                 waiting.append(i)
                 done += engine.items[i].nbytes

@@ -20,7 +20,7 @@ from fmoe.checkpoint.save import Job, prepare
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced
 from fmoe.checkpoint.staging.staging import staging
-from fmoe.checkpoint.stream.engine import write_at
+from fmoe.checkpoint.stream.written import write_at
 from fmoe.codecs.survival import Survival, told
 from fmoe.dcp.boxes import alive, first_of_copies, pieces, run_starts, surfacing
 from fmoe.families.kind import Family

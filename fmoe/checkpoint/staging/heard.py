@@ -5,9 +5,11 @@ A journal's lines keep it, each as JSON, beside the job that they count as done.
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fmoe.codecs.survival import Survival
+
+_Result = TypeVar("_Result")
 
 
 class Heard:
@@ -19,26 +21,25 @@ class Heard:
     def __call__(self, each: Survival) -> None:
         self._here.found.append(each)
 
-    def during(self, run: Callable[[], object]) -> list[Survival]:
-        """What is said while `run()` runs.
+    def during(self, run: Callable[[], _Result]) -> tuple[list[Survival], _Result]:
+        """What is said while `run()` runs, and its result.
 
         >>> heard = Heard()
-        >>> [each.name for each in heard.during(lambda: heard(Survival("w")))]
+        >>> [each.name for each in heard.during(lambda: heard(Survival("w")))[0]]
         ['w']
         """
         self._here.found = found = list[Survival]()
-        run()
-        return found
+        return found, run()
 
 
-def line_of(found: Iterable[Survival]) -> dict[str, Any]:
-    """What a journal's line has of it, if anything was said.
+def line_of(found: Iterable[Survival], sum_: int | None = None) -> dict[str, Any]:
+    """What a journal's line has of a job: what was said, if anything was, and the sum of what it wrote.
 
     >>> line_of([]), line_of([Survival("w", 3)])
     ({}, {'heard': [('w', 3, 0.0, 0.0, 0.0, 0.0)]})
     """
     said = [tuple(each) for each in found]
-    return {"heard": said} if said else {}
+    return ({"heard": said} if said else {}) | ({} if sum_ is None else {"sum": sum_})
 
 
 def heard_of(line: Mapping[str, Any]) -> list[Survival]:

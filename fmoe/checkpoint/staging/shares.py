@@ -9,7 +9,7 @@ from typing import Any
 
 from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.files.weights import JOURNAL
-from fmoe.checkpoint.staging.heard import heard_of, line_of
+from fmoe.checkpoint.staging.heard import line_of
 from fmoe.checkpoint.staging.journal import boot, note
 from fmoe.codecs.survival import Survival
 
@@ -25,8 +25,8 @@ class Share:
             os.write(self._journal, b"\n")  # what an interruption cut short ends here
         self._note(work=work, boot=boot())
 
-    def mark(self, item: int, heard: Iterable[Survival] = ()) -> None:
-        self._note(item=item, **line_of(heard))
+    def mark(self, item: int, heard: Iterable[Survival] = (), sum_: int | None = None) -> None:
+        self._note(item=item, **line_of(heard, sum_))
 
     def synced(self, items: Iterable[int]) -> None:
         """The disk has what these have written."""
@@ -46,12 +46,12 @@ class Share:
             note(self._journal, **line)
 
 
-def shared(path: Path, work: str) -> dict[int, list[Survival]]:
-    """The jobs of this work that count as done, and what their changes said.
+def shared(path: Path, work: str) -> dict[int, dict[str, Any]]:
+    """The jobs of this work that count as done, and what is told of each.
 
     Of this boot of the machine all, else those known to be on the disk.
     """
-    return {item: heard for place in _places(path) for item, heard in _done(place, work).items()}
+    return {item: line for place in _places(path) for item, line in _done(place, work).items()}
 
 
 def forget(path: Path) -> None:
@@ -63,9 +63,9 @@ def _places(path: Path) -> list[Path]:
     return [p for p in sorted(path.glob(f"{JOURNAL}.*")) if p.is_file() or p.is_symlink()]
 
 
-def _done(place: Path, work: str) -> dict[int, list[Survival]]:
+def _done(place: Path, work: str) -> dict[int, dict[str, Any]]:
     done, synced, last, ours = set[int](), set[int](), "", False
-    heard: dict[int, list[Survival]] = {}
+    lines: dict[int, dict[str, Any]] = {}
     if place.is_symlink():
         return {}
     for line in place.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -82,6 +82,6 @@ def _done(place: Path, work: str) -> dict[int, list[Survival]]:
         elif ours:
             synced |= set(said.get("synced", ()))
             done |= {said["item"]} if "item" in said else set(said.get("synced", ()))
-            heard |= {said["item"]: heard_of(said)} if "item" in said else {}
+            lines |= {said["item"]: said} if "item" in said else {}
     counts = done if ours and last and last == boot() else synced if ours else set()
-    return {item: heard.get(item, []) for item in counts}
+    return {item: lines.get(item, {}) for item in counts}

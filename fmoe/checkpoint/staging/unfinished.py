@@ -4,7 +4,7 @@ A journal beside them says what is done, so that whoever is killed goes on where
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ class Staging:
 
     begun: whether there is something to go on with, or to remove. old: the files that these replace. done: how many
     jobs an earlier run of the same work, since interrupted, has done. also: which others ranks have done. heard: what
-    the changes of all these said. sent: which files are elsewhere, and hold nothing here. held: whether this is still
-    the directory, and nobody else's.
+    the changes of all these said. sums: of what they wrote, as `stream.again` has it. sent: which files are elsewhere,
+    and hold nothing here. held: whether this is still the directory, and nobody else's.
     """
 
     def __init__(self, path: Path, work: str, journal: int, held: Callable[[], bool], *, fresh: bool, fsync: bool):
         self.path, self.work, self.held, self.fsync = path, work, held, fsync
         self.done = 0
         self.also: set[int] = set()
-        self.heard: list[Survival] = []
+        self.said: dict[int, list[Survival]] = {}
+        self.sums: dict[int, int] = {}
         self.sent: set[str] = set()
         self.old: set[str] = set()
         self.names: list[str] = []
@@ -40,6 +41,10 @@ class Staging:
         self.stale: list[str] | None = None  # once they are being published: the files that they replace
         self.begun = False
         self.fresh, self._journal = fresh, journal
+
+    @property
+    def heard(self) -> list[Survival]:
+        return [each for said in self.said.values() for each in said]
 
     def part(self, name: str) -> Path:
         """Where to write a file that gets this name in the end. Raises AdapterError where a link leads elsewhere."""
@@ -69,16 +74,23 @@ class Staging:
         if found:
             self.fresh |= found[0]["fresh"]
             if found[0]["work"] == self.work != ONCE and self._resume(found):
+                if self.sums:
+                    self._headed(heads, "r+b")
                 return
         self._discard()
         head = {"work": self.work, "files": self.names, "replaces": sorted(self.old), "fresh": self.fresh}
         self._note(boot=boot(), **head)
         self._settled([self.path / JOURNAL, self.path, *([self.path.parent] if self.fresh else [])])
-        for name, (head_bytes, size) in heads.items():
-            with naming(self.part(name)) as part, open(part, "wb") as out:
-                out.write(head_bytes)
-                out.truncate(size)
+        self._headed(heads, "wb")
         self._note(done=0)
+
+    def _headed(self, heads: Mapping[str, tuple[bytes, int]], mode: str) -> None:
+        """The first bytes of all files that are still in the making."""
+        for name, (head_bytes, size) in heads.items() if self.stale is None else ():
+            if name not in self.sent:
+                with naming(self.part(name)) as part, open(part, mode) as out:
+                    out.write(head_bytes)
+                    out.truncate(size)
 
     def _resume(self, found: list[dict[str, Any]]) -> bool:
         done, stale = told(found)
@@ -91,9 +103,17 @@ class Staging:
         self.sent = {line["sent"] for line in found if "sent" in line}
         others = shared(self.path, self.work) if stale is None else {}
         self.also = {*others}
-        mine = {line["done"] - 1: heard_of(line) for line in found if 0 < line.get("done", 0) <= self.done}
-        self.heard = [each for item in (others | mine).values() for each in item]
+        mine = {line["done"] - 1: line for line in found if 0 < line.get("done", 0) <= self.done}
+        self.said = {i: heard_of(line) for i, line in (others | mine).items()}
+        self.sums = {i: line["sum"] for i, line in (others | mine).items() if "sum" in line}
         return True
+
+    def undone(self, items: Collection[int]) -> None:
+        """These are not done after all."""
+        done = {*range(self.done), *self.also}.difference(items)
+        self.done = min([self.done, *items])
+        self.also = {i for i in done if i >= self.done}
+        self.said = {i: said for i, said in self.said.items() if i not in items}
 
     def fill(self, name: str, given: bytes | Where) -> None:
         """A file written whole, of these bytes or as a copy."""
@@ -102,9 +122,9 @@ class Staging:
             part.unlink(missing_ok=True)  # an earlier run's, or a link that leads elsewhere
             part.write_bytes(given) if isinstance(given, bytes) else copied(given, part)
 
-    def mark(self, done: int, heard: Iterable[Survival] = ()) -> None:
-        """The first `done` jobs are done. heard: what the changes of the last of them said."""
-        self._note(done=done, **line_of(heard))
+    def mark(self, done: int, heard: Iterable[Survival] = (), sum_: int | None = None) -> None:
+        """The first `done` jobs are done. heard, sum_: what the changes of the last of them said, and what it wrote."""
+        self._note(done=done, **line_of(heard, sum_))
 
     def sync(self, done: int) -> None:
         """Wait until the disk has what the first `done` jobs wrote."""

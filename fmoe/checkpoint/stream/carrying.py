@@ -32,8 +32,8 @@ def carry_out(
     with pool(threads) as executor, pool(1) as aside:
         left = [i for i in range(stage.done, len(engine.items)) if i not in stage.also]
         run = lambda i: heard.during(lambda: engine.run(engine.items[i]))
-        for i, found in in_order(executor, run, left, engine.ahead):
-            stage.mark(i + 1, found)
+        for i, (found, sum_) in in_order(executor, run, left, engine.ahead):
+            stage.mark(i + 1, found, sum_)
             told += found
             done += engine.items[i].nbytes
             progress(done)

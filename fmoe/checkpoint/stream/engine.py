@@ -5,8 +5,8 @@ Every thread holds at most two buffers of about a job's size, so memory does not
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from fmoe.checkpoint.stream.boxes import Box, Job, Place, box_of, bundled, jobs
 from fmoe.checkpoint.stream.flow import Step, flow
 from fmoe.checkpoint.stream.judged import Judge
 from fmoe.checkpoint.stream.rate import Rate
+from fmoe.checkpoint.stream.written import sum_at, sum_of, write_at, writing
 from fmoe.layout.pipeline import Plan
 from fmoe.types import bits
 
@@ -44,14 +45,23 @@ class Engine:
     """Carries out a plan from a checkpoint's files to files that exist already, item by item, in any order.
 
     starts: the file of each target, and where its bytes begin in it. read, written: bytes, counted as they pass.
+    sums: `run` gives the sum of what an item has written.
     """
 
-    def __init__(self, source: Checkpoint, plan: Plan, starts: Mapping[str, tuple[Path, int]], limit: int = LIMIT):
+    def __init__(
+        self,
+        source: Checkpoint,
+        plan: Plan,
+        starts: Mapping[str, tuple[Path, int]],
+        limit: int = LIMIT,
+        *,
+        sums: bool = False,
+    ):
         self.source, self.plan, self.flow, self.starts = source, plan, flow(plan, source.pieces), starts
         home = os.path.commonpath({path.parent for path, _ in starts.values()}) if starts else ""
         self.named = {path: path.relative_to(home).as_posix() for path, _ in starts.values()}
         self.paths = {name: path for path, name in self.named.items()}
-        self.limit, self.read, self.written = limit, 0, 0
+        self.limit, self.sums, self.read, self.written = limit, sums, 0, 0
         self.gate = Gate(FLIGHT)
         self.rate: Rate | None = None
         self._lock, self._alone = threading.Lock(), threading.Lock()
@@ -79,18 +89,22 @@ class Engine:
         made = {self.starts[t][0] for job in jobs if isinstance(job, Unit) for t in job.targets}
         return made | {self.paths[n] for n in names}
 
-    def run(self, item: Job | Unit) -> None:
-        """Everything that an item moves. Raises AdapterError where a source file is not what it was; OSError."""
-        self._here.opened = {}
+    def run(self, item: Job | Unit) -> int | None:
+        """Everything that an item moves; the sum of what it writes, if asked for, as `stream.again` finds it there.
+
+        Raises AdapterError where a source file is not what it was; OSError.
+        """
+        self._here.opened, self._here.sum = {}, 0
         if self.rate is not None:
             self.rate.take(item.nbytes)
         try:
             if isinstance(item, Unit):
                 self._make(item)
-                return
+                return self._here.sum if self.sums else None
             with self.gate.passing(2 * item.nbytes) if isinstance(self.source.path, Address) else nullcontext():
                 self._here.fetched = fetched(item, self.source, self.flow)
                 self._move(item)
+            return self._here.sum if self.sums else None
         finally:
             self._here.fetched = {}
             for _, stack in self._here.opened.values():
@@ -182,10 +196,13 @@ class Engine:
         except (OSError, AttributeError):
             pass
         self._count(done, done)
+        before = self._here.sum
         if done < b.nbytes:
             buffer = self._buffer("out", b.nbytes - done)
             self._read(b.source, buffer, b.at + done)
             self._write(b.to, buffer, b.to_at + done)
+        if done and self.sums:
+            self._here.sum = before + sum_at(self.paths[b.to.name], self._target(b.to), b.to_at, b.nbytes)
 
     def _read(self, place: Place, into: Tensor, at: int) -> None:
         held, view = self._here.fetched.get(place.name), into.numpy().data
@@ -195,6 +212,7 @@ class Engine:
 
     def _write(self, place: Place, data: Tensor, at: int) -> None:
         write_at(self.paths[place.name], self._target(place), data, at)
+        self._here.sum += sum_of(data, at) if self.sums else 0
         self._count(0, data.numel())
 
     def _source(self, place: Place) -> Any:
@@ -203,7 +221,7 @@ class Engine:
 
     def _target(self, place: Place) -> Any:
         path = self.paths[place.name]
-        return self._opened(path, lambda: _writing(path))
+        return self._opened(path, lambda: writing(path))
 
     def _opened(self, path: Where, opening: Callable[[], AbstractContextManager[disk.Opened]]) -> disk.Opened:
         """This thread's descriptor of a file; it holds but a few, those that it used last."""
@@ -229,17 +247,3 @@ class Engine:
             held = torch.empty(size, dtype=torch.uint8)
             setattr(self._here, name, held)
         return held[:size]
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def write_at(path: Path, descriptor: int, data: Tensor, at: int) -> None:
-    """All the bytes [n] uint8, to the file at path from `at` on. Raises OSError that names it."""
-    disk.write_at(path, descriptor, data.numpy().data, at)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fmoe.checkpoint.files.directory import DTYPES, read_header
 from fmoe.checkpoint.files.writer import Layout
-from fmoe.checkpoint.stream.engine import write_at
+from fmoe.checkpoint.stream.written import write_at
 from fmoe.testing import same
 from fmoe.types import AdapterError, TensorSpec, bits
 
