@@ -138,13 +138,13 @@ _KNOWN = {*sys.stdlib_module_names, "numpy", "torch"} - {"types", "unittest"}  #
 class _ByName(type):
     """The kind of a class that only type checkers import: its values are known by the names of their classes.
 
-    What is no class of Python's, NumPy's or torch's own may stand for it, as a mesh of somebody's tests does.
+    What is no path, and no class of Python's, NumPy's or torch's own, may stand for it, as a mesh of somebody's tests.
     """
 
     def __instancecheck__(cls, value: Any) -> bool:
         if cls.__name__ == "ProcessGroup" and type(value) is int and value == -100:
             return True  # what torch gives to a rank that is not in a group
-        known = type(value).__module__.partition(".")[0] in _KNOWN
+        known = isinstance(value, os.PathLike) or type(value).__module__.partition(".")[0] in _KNOWN
         return not known or any(k.__name__ == cls.__name__ for k in type(value).__mro__)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fmoe.layout.entries import Either, Entry, Together
 from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address, Capture
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 CURRENT = "0.21.2"  # the PEFT release whose form is written where nothing else is asked for
 NATIVE = {"gate_and_up_projs": "lora_gate_and_up", "down_projs": "lora_down"}
@@ -194,9 +194,9 @@ def takes_last(version: str, marked: bool) -> bool:
 
     Up to 0.18 none asked what the dimensions mean; 0.19.0 asked, and took the wrong one; 0.19.1 put that right.
     """
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
+    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
     if not found:
-        raise AdapterError(f"peft_version is {version!r}, expected a release such as {CURRENT!r}")
+        raise AdapterError(f"peft_version is {brief(version)}, expected a release such as {CURRENT!r}")
     at = tuple(int(n or 0) for n in found.groups())
     if "dev" in version and at in ((0, 18, 2), (0, 19, 1)):
         text = f"peft_version {version!r} may be from before or after a change in how lora_A and lora_B lie"

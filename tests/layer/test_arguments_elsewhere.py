@@ -1,9 +1,13 @@
 """What belongs elsewhere: a whole model's dict, the experts alone, an adapter, a config of Hugging Face's."""
 
+import inspect
+
 import pytest
 import torch
+from public_names import calls
 
 import fmoe
+from fmoe.entrance.fitting import misfit, resolved
 
 LAYER = fmoe.MoEConfig(n_routed_experts=4, n_activated_experts=2, dim=8, moe_inter_dim=6, dtype="float32")
 PARTS = {"gate.weight": (4, 8), "experts.gate_and_up_projs": (4, 8, 12), "experts.down_projs": (4, 6, 8)}
@@ -66,3 +70,22 @@ def test_the_experts_alone_are_no_block():
         assert "fmoe.subtree(native, 'model.layers.0.mlp')" in str(error.value)
     with pytest.raises(ValueError, match=r"'expert.down_projs', expected only gate.weight, .*'experts.down_projs'\?"):
         fmoe.moe(BLOCK_OF_IT | {"expert.down_projs": torch.ones(1)}, torch.ones(3, 8), LAYER)
+
+
+class Place:
+    """A path of somebody's own class."""
+
+    def __fspath__(self) -> str:
+        return "x"
+
+
+def test_a_path_of_any_class_stands_for_nothing_but_a_path() -> None:
+    """Of every public argument: a mesh or a group of somebody's own class is taken, and a path is none."""
+    taken = []
+    for name, call in calls().items():
+        home = call.__init__ if inspect.isclass(call) else call  # type: ignore[misc]
+        for argument, p in inspect.signature(call).parameters.items():
+            hint = resolved(p.annotation, home)
+            if "Path" not in str(hint) and misfit(object(), hint) and not misfit(Place(), hint):
+                taken.append(f"{name}({argument}: {hint})")
+    assert not taken

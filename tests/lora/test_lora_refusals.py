@@ -125,7 +125,7 @@ def test_values_settle_what_names_cannot_and_nothing_is_dropped():
 
 
 def test_versions_that_say_too_little_are_refused():
-    for version in ("0.18.2.dev0@abc", "0.19.1.dev0", "new"):
+    for version in ("0.18.2.dev0@abc", "0.19.1.dev0", "new", 3, 0.19, 10**5000, ("0.19.1",)):
         with pytest.raises(fmoe.AdapterError, match="peft_version"):
             adapter_of("qwen3_moe", peft_version=version)
     for version, like in ("0.18.0.rc0", "0.18.1"), ("0.19.2.dev0@1", CURRENT), ("1.0.0", CURRENT), ("0.17.1", "0.18.1"):
