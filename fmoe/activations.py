@@ -51,7 +51,7 @@ def swiglu_oai(u: Tensor, p: Tensor | None = None, alpha: float = 1.702, limit: 
     g, v = halves(_widen(u))
     if limit > 0:
         g, v = _clip(g, v, limit)
-    return _weighted(g * torch.sigmoid(alpha * g) * (v + 1), p, u)
+    return _weighted(g * torch.sigmoid(_real(alpha) * g) * (v + 1), p, u)
 
 
 def quick_geglu(
@@ -65,7 +65,7 @@ def quick_geglu(
     tensor([[-0.2313, -1.0512,  4.3750]])
     """
     g, v = _clip(*pairs(u), limit)
-    return _weighted(g * torch.sigmoid(alpha * g) * (v + linear_offset), p, u)
+    return _weighted(g * torch.sigmoid(_real(alpha) * g) * (v + _real(linear_offset)), p, u)
 
 
 def geglu(u: Tensor, p: Tensor | None = None) -> Tensor:
@@ -87,6 +87,7 @@ def situ(u: Tensor, p: Tensor | None = None, beta: float = 1.0, linear_beta: flo
     >>> situ(torch.tensor([[-1, 0.5, 10, 2, -9, 0.25]]), torch.tensor(0.5))
     tensor([[-0.2048, -1.2944,  0.1250]])
     """
+    beta, linear_beta = _real(beta), _real(linear_beta)
     g, v = halves(_widen(u))
     if linear_beta > 0:
         v = linear_beta * torch.tanh(v / linear_beta)
@@ -193,7 +194,13 @@ def _weighted(a: Tensor, p: Tensor | None, u: Tensor) -> Tensor:
 
 
 def _clip(g: Tensor, v: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    limit = _real(limit)
     return g.clamp(max=limit), v.clamp(-limit, limit)
+
+
+def _real(number: float) -> float:
+    """As torch takes it, which knows no int beyond 64 bits."""
+    return float(number) if type(number) is int else number
 
 
 def _widen(u: Tensor) -> Tensor:

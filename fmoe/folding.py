@@ -39,7 +39,7 @@ def meant(found: object, options: Iterable[str]) -> str:
     (". Did you mean 'triton'?", ". Did you mean 'qwen3_moe'?", '', '')
     """
     spelled = {option.lower(): option for option in options}
-    near = get_close_matches(str(found).lower(), spelled, n=1)
+    near = get_close_matches(found.lower(), spelled, n=1) if isinstance(found, str) else []
     return f". Did you mean {spelled[near[0]]!r}?" if near else ""
 
 
@@ -200,7 +200,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 def check_fields(config: Any) -> None:
     """Raises ValueError, naming the field, for a value of another kind than its field's, a count below 0, and NaN.
 
-    Infinite is a limit at most.
+    Infinite is a limit at most. A number beyond 64 bits is made the float that torch would take.
 
     >>> from dataclasses import dataclass
     >>> @dataclass
@@ -220,10 +220,16 @@ def check_fields(config: Any) -> None:
         taken, told = KINDS[kind]
         wrong = not isinstance(value, taken) or kind == "bool" and value not in (0, 1)
         wrong = wrong or (kind == "int" and (isinstance(value, bool) or not 0 <= value < 2**63))
+        if kind == "float" and not wrong and abs(value) >= 2**63:
+            try:
+                value = float(value)
+                object.__setattr__(config, f.name, value)
+            except OverflowError:
+                wrong = True
         endless = isinstance(value, float) and not (isfinite(value) or value == inf and "limit" in f.name)
         if wrong or endless:
             end = ", or None" if none else ""
-            raise ValueError(f"{type(config).__name__}.{f.name} is {value!r}, expected {told}{end}")
+            raise ValueError(f"{type(config).__name__}.{f.name} is {brief(value)}, expected {told}{end}")
 
 
 def _named(annotation: Any) -> str:

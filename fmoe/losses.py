@@ -16,7 +16,7 @@ from fmoe.entrance import held
 from fmoe.folding import meant
 from fmoe.routing.choose import score_of
 from fmoe.routing.usage import slots, summed
-from fmoe.shapes import check_config, n_ranked
+from fmoe.shapes import check_config, computed_with, n_ranked, odd
 from fmoe.types import MoEConfig, Routed
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ def load_balancing(
         raise ValueError(f"load_balancing: {told}, expected one of {', '.join(KINDS)}{meant(kind, KINDS)}")
     check_config("load_balancing", config)
     E, here = n_ranked(config), _tokens(routed, mask)
+    if routed.logits.shape[1] != E:
+        raise ValueError(
+            f"losses: routed.logits are {list(routed.logits.shape)}, expected [T, E={E}], as config has it"
+        )
     chosen = _chosen(routed, here, E)
     if kind == "sequence":
         return _by_sequence(routed, config, chosen, here if mask is None else here.view(mask.shape), group)
@@ -168,7 +172,18 @@ def _chosen(routed: Routed, here: Tensor, E: int) -> Tensor:
 
 def _tokens(routed: Routed, mask: Tensor | None) -> Tensor:
     """[T] bool: the tokens that take part."""
-    T, own = routed.logits.shape[0], routed.routing.mask
+    for name in ("logits", "scores"):
+        computed_with("losses", f"routed.{name}", t := getattr(routed, name))
+        if t.ndim != 2 or t.shape != routed.logits.shape:
+            raise ValueError(f"losses: routed.{name} are {list(t.shape)}, expected [T, E], both logits and scores")
+    T = routed.logits.shape[0]
+    ids, _ = slots(routed.routing, None)
+    if len(ids) != T:
+        raise ValueError(f"losses: routed.routing has {len(ids)} tokens, expected T={T}, as logits have")
+    own = routed.routing.mask
+    given = {"scores": routed.scores, "routing": ids} | ({} if mask is None else {"mask": mask})
+    if strange := odd(given, routed.logits.device):
+        raise ValueError(f"losses: {strange[0].replace('where x is', 'where logits are')}")
     if mask is None:
         return routed.logits.new_ones(T, dtype=torch.bool) if own is None else own
     if mask.ndim not in (1, 2) or mask.numel() != T:

@@ -139,6 +139,23 @@ def computed_with(owner: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{owner}: {name} is {tensor.dtype}, expected floating, of 16 bits or more")
 
 
+def counted(owner: str, name: str, tensor: Any, ndim: int) -> None:
+    """Raises ValueError for what the host cannot read as real numbers along so many axes.
+
+    >>> counted("load", "counts", torch.tensor(3), 1)
+    Traceback (most recent call last):
+    ValueError: load: counts is torch.int64 [] on cpu, expected real numbers with data, along 1 axis
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{owner}: {name} is a {type(tensor).__name__}, expected a tensor")
+    no_nested(owner, {name: tensor})
+    if tensor.is_meta or tensor.is_complex() or tensor.layout != torch.strided or tensor.ndim != ndim:
+        found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        found += "" if tensor.layout == torch.strided else f", {tensor.layout}"
+        axes = f"{ndim} ax{'i' if ndim == 1 else 'e'}s"
+        raise ValueError(f"{owner}: {name} is {found}, expected real numbers with data, along {axes}")
+
+
 def all_tensors(owner: str, given: Mapping[str, Any], what: str = "parameter ") -> None:
     """Raises ValueError for what is no tensor, or a nested one.
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import index
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fmoe.entrance import held
+from fmoe.folding import brief
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,8 +29,10 @@ def expert_range(n_experts: int, n_ranks: int, rank: int) -> range:
     >>> [expert_range(8, 3, rank) for rank in range(3)]
     [range(0, 3), range(3, 6), range(6, 8)]
     """
-    if not 0 <= n_experts < 2**63 or not 0 <= rank < n_ranks:
-        raise ValueError(f"expected n_experts >= 0 and 0 <= rank < n_ranks, got {n_experts=}, {n_ranks=}, {rank=}")
+    n_experts, n_ranks, rank = given = [*map(index, (n_experts, n_ranks, rank))]  # of tensors and of NumPy too
+    if not 0 <= n_experts < 2**63 or not 0 <= rank < n_ranks < 2**63:
+        told = "n_experts={}, n_ranks={}, rank={}: expected n_experts >= 0 and 0 <= rank < n_ranks"
+        raise ValueError(told.format(*map(brief, given)))
     count, extra = divmod(n_experts, n_ranks)
     return range(*(r * count + min(r, extra) for r in (rank, rank + 1)))
 
@@ -63,8 +67,7 @@ def get_expert_range_for_rank_from_mesh(device_mesh: DeviceMesh | None, n_expert
     if device_mesh is None:
         return 0, len(expert_range(n_experts, 1, 0))
     mesh = get_submesh(device_mesh, ("ep",)) if "ep" in (device_mesh.mesh_dim_names or ()) else device_mesh
-    mine = expert_range(n_experts, mesh.size(), _place(mesh))
-    return mine.start, mine.stop
+    return (mine := expert_range(n_experts, mesh.size(), _place(mesh))).start, mine.stop
 
 
 def should_load_expert_for_rank(expert_id: int, device_mesh: DeviceMesh | None, n_experts: int) -> bool:
@@ -104,10 +107,10 @@ def split_experts_weights_dtensor_aware(weight: Tensor, n_experts: int) -> tuple
     """
     local, start, end = get_expert_slice_for_rank(weight, n_experts)
     if local.shape[:1] != (end - start,):
-        found = f"shape {tuple(local.shape)}; pass all {n_experts} experts, or a DTensor of all"
-        raise ValueError(f"Expected local tensor first dimension to be {end - start}, got {found}")
-    experts, ids = [local[i] for i in range(end - start)], list(range(start, end))
-    return (_rewrap(experts, weight) if is_dtensor(weight) else experts), ids
+        told = f"to be {end - start}, got shape {tuple(local.shape)}; pass all {n_experts} experts, or a DTensor of all"
+        raise ValueError(f"Expected local tensor first dimension {told}")
+    experts = [local[i] for i in range(end - start)]
+    return (_rewrap(experts, weight) if is_dtensor(weight) else experts), [*range(start, end)]
 
 
 def validate_dtensor_expert_sharding(tensor: Tensor, expected_experts: int, tensor_name: str = "tensor") -> bool:
@@ -162,8 +165,7 @@ def create_dtensor_from_local(
     if shape is None:
         return DTensor.from_local(local_tensor, mesh, placements)
     sizes = {d: len(_part_of_rank(whole[d], mesh, i, experts=d == 0)) for i, d in enumerate(cuts) if d is not None}
-    part = tuple(sizes.get(d, size) for d, size in enumerate(whole))
-    if local_tensor.shape != part:
+    if local_tensor.shape != (part := tuple(sizes.get(d, size) for d, size in enumerate(whole))):
         found = f"{tuple(local_tensor.shape)}, expected {part}, this rank's of {tuple(whole)} on {mesh}"
         raise ValueError(f"local_tensor has shape {found}: cut dim 0 by its expert range, dim 1 by ep_shard_slice")
     # dense, with the dims of the whole nested as local's are: parts of a transposed tensor make a transposed one
@@ -183,14 +185,12 @@ def ep_shard_slice(tensor: Tensor, device_mesh: DeviceMesh | None) -> Tensor:
     """
     if device_mesh is None or "ep_shard" not in (device_mesh.mesh_dim_names or ()):
         return tensor
-    mesh = get_submesh(device_mesh, ("ep_shard",))
-    if mesh.size() == 1:
+    if (mesh := get_submesh(device_mesh, ("ep_shard",))).size() == 1:
         return tensor
     if is_dtensor(tensor) or tensor.ndim < 2 or tensor.shape[1] % mesh.size():
         found = f"{type(tensor).__name__} of shape {tuple(tensor.shape)}; choose a size that divides dim 1"
         raise ValueError(f"`ep_shard` of size {mesh.size()} cuts dim 1 of a plain tensor in equal parts, got {found}")
-    width = tensor.shape[1] // mesh.size()
-    return tensor.narrow(1, _place(mesh) * width, width)
+    return tensor.chunk(mesh.size(), 1)[_place(mesh)]
 
 
 def _place(mesh: DeviceMesh, *dim: int) -> int:
@@ -216,7 +216,7 @@ def _experts_of(tensor: Tensor, n_experts: int, name: str) -> range:
     """The experts that this rank's storage of a tensor [E, ...] holds."""
     if tensor.shape[:1] != (n_experts,):
         found = f"{tuple(tensor.shape)} (of uneven parts? create_dtensor_from_local needs shape=)"
-        raise ValueError(f"{name} has shape {found}, expected {n_experts} experts on dim 0")
+        raise ValueError(f"{name} has shape {found}, expected {brief(n_experts)} experts on dim 0")
     if not is_dtensor(tensor):
         return range(n_experts)
     active = {i: p for i, p in enumerate(tensor.placements) if tensor.device_mesh.size(i) > 1}

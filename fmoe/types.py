@@ -197,7 +197,7 @@ class MoEConfig:
         for name in "n_routed_experts n_activated_experts dim moe_inter_dim".split():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
-                raise ValueError(f"MoEConfig.{name} is {value!r}, expected a positive int")
+                raise ValueError(f"MoEConfig.{name} is {brief(value)}, expected a positive int")
         if not torch.compiler.is_compiling():  # inside a graph sizes are tensors'; torch 2.11 cannot trace this
             check_fields(self)
         for name in (*FROM_0.split(), "norm_eps", "expert_norm_eps", *LIMITS):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fmoe.draw.files import pyplot
 from fmoe.draw.panels import Drawn, Panel, panels
 from fmoe.layout.adapter import Adapter
-from fmoe.types import AdapterError, human
+from fmoe.types import AdapterError, brief, human
 
 SHOWN = 6  # experts of a stack that are drawn
 
@@ -82,10 +82,7 @@ def load(counts: "Tensor | Sequence[Tensor] | Mapping[str, Tensor]") -> Any:
     """
     names = list(counts) if isinstance(counts, Mapping) else []
     stack = list(counts.values()) if isinstance(counts, Mapping) else counts
-    if not len(stack):
-        raise AdapterError("draw.load: counts is empty, expected a row for each layer")
-    table = torch.as_tensor(stack) if isinstance(stack, Tensor) else torch.stack([torch.as_tensor(c) for c in stack])
-    table = table.double().reshape(-1, table.shape[-1]).cpu()
+    table = _table(stack)
     relative = table / table.mean(1, keepdim=True).clamp(min=1e-12)
     plot = pyplot()
     figure, axis = plot.subplots(figsize=(8, 1.4 + 0.28 * len(table)))
@@ -102,9 +99,22 @@ def load(counts: "Tensor | Sequence[Tensor] | Mapping[str, Tensor]") -> Any:
     return figure
 
 
+def _table(stack: Any) -> Tensor:
+    """[layers, E] fp64 of what `load` takes."""
+    at_once = isinstance(stack, Tensor) and stack.ndim == 2
+    rows = [stack] if isinstance(stack, Tensor) else [torch.as_tensor(c) for c in stack]
+    for t in rows:
+        if t.is_meta or t.is_complex() or t.layout != torch.strided or t.ndim != 1 + at_once:
+            found = f"{t.dtype} {list(t.shape)} on {t.device}"
+            raise AdapterError(f"draw.load: counts has {found}, expected real numbers with data, [E] for each layer")
+    if not rows or not rows[0].numel() or len({t.shape for t in rows}) > 1:
+        raise AdapterError("draw.load: counts is empty, or of several lengths, expected [E] for each layer")
+    return torch.cat([t.double().reshape(-1, t.shape[-1]).cpu() for t in rows])
+
+
 def _check(ranks: int) -> None:
     if ranks < 1:
-        raise AdapterError(f"draw: ranks is {ranks}, expected a positive int")
+        raise AdapterError(f"draw: ranks is {brief(ranks)}, expected a positive int")
 
 
 def _panel(axis: Any, panel: Panel, tall: int, n_experts: int, ranks: int, e: range | None) -> None:

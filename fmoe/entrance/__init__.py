@@ -152,20 +152,32 @@ class _Parameters:
                 raise made from fault
 
     def together(self, args: tuple[Any, ...], kwargs: dict[str, Any], fault: Exception) -> None:
-        """Raises the error with the shapes of all tensors, where torch says that some do not go together."""
+        """Raises the error with what all tensors are, where torch says that some cannot be computed with."""
         given = {name: value for name, value, _ in self.of(args, kwargs) if isinstance(value, Tensor)}
-        if given and type(fault) in (RuntimeError, IndexError) and _SIZES.search(str(fault)):
-            shapes = [f"{n} is {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in given.items()]
-            text = f"{', '.join(shapes)}, expected tensors that go together ({fault})"
+        if given and type(fault) in _TORCHS and _SIZES.search(str(fault)):
+            where = {t.device for t in given.values()}
+            shapes = [f"{n} is {_what(t)}{f' on {t.device}' * (len(where) > 1)}" for n, t in given.items()]
+            why = str(fault).partition("\n")[0].partition(". ")[0]
+            text = f"{', '.join(shapes)}, expected tensors that go together ({why})"
             raise self._error(f"{self._owner}: {text}. See help({self._owner})") from fault
 
 
 def _is_ours(fault: Exception) -> bool:
     """Whether fmoe found the fault, and said what it is; some of NumPy's and torch's are ValueErrors too."""
-    return isinstance(fault, ValueError) and not re.search("is ambiguous|Overflow when", str(fault))
+    return isinstance(fault, ValueError) and not re.search("is ambiguous|Overflow when|Exceeds the limit", str(fault))
 
 
-_SIZES = re.compile(r"shapes? |size of tensor|expanded size|out of bounds|out of range|without overflow|expected dtype")
+def _what(tensor: Tensor) -> str:
+    layout = "" if tensor.layout is torch.strided else f", {tensor.layout}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{layout}"
+
+
+_TORCHS = (RuntimeError, IndexError, TypeError, NotImplementedError)
+_SIZES = re.compile(
+    r"shapes? |size of tensor|expanded size|out of bounds|out of range|without overflow|expected dtype|too many ind|"
+    r"of 0-d|0-d tensor|not on the expected device|on meta tensors|out of meta|"  # what has no axes, or no data
+    r"Could not run '|not implemented for '|(not|un)supported for|not support(ed| complex)|only support"  # of a dtype
+)
 
 
 held(globals(), "subtree", where="fmoe", error=ValueError)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import GenericAlias, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+import torch
 from torch import Tensor
 
 from fmoe.types import brief
@@ -75,6 +76,8 @@ def _inside(value: Any, kind: type, args: tuple[Any, ...]) -> Misfit | None:
         if len(value) != len(args):
             return f": a {type(value).__name__}", value, kind[args]  # type: ignore[index]
         items = zip(range(len(args)), value, args, strict=True)
+    elif args[0] is str and hasattr(value, "ndim"):
+        return "", value, kind[args]  # type: ignore[index]
     else:
         few = value[:1] if hasattr(value, "ndim") else value  # of an array, rows are alike
         items = () if _all_are(args[0], few) else ((i, v, args[0]) for i, v in enumerate(few))
@@ -99,7 +102,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 def _is_int(value: Any) -> bool:
     if isinstance(value, Tensor):  # without reading it
-        return not value.ndim and not value.is_floating_point()
+        return _is_number(value) and not value.is_floating_point()
     try:
         return not isinstance(value, bool) and operator.index(value) is not None
     except TypeError:
@@ -107,8 +110,25 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    odd = isinstance(value, bool | type) or bool(getattr(value, "ndim", 0))
-    return not odd and value == value and (hasattr(value, "__float__") or _is_int(value))  # and no NaN
+    if not _is_number(value) or value != value:  # NaN is none
+        return False
+    try:
+        return isinstance(value, Tensor) or (hasattr(value, "__float__") and float(value) is not None)
+    except (TypeError, ValueError, OverflowError):  # an int of more digits than floats have
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it may be one: no truth value, no class, no array, and of tensors a real scalar that has data."""
+    if isinstance(value, Tensor):
+        odd = value.is_meta or value.is_complex() or value.dtype is torch.bool or value.layout is not torch.strided
+        return not value.ndim and not odd
+    return type(value).__name__ not in ("bool", "bool_", "ndarray") and not isinstance(value, type)
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether it is no scalar of NumPy's or torch's, nor a tensor without rows."""
+    return getattr(value, "ndim", 1) != 0 and getattr(value, "layout", torch.strided) is torch.strided
 
 
 def _acts(*methods: str) -> Callable[[Any], bool]:
@@ -126,8 +146,13 @@ _KINDS: dict[Any, Callable[[Any], bool]] = {
     Mapping: _is_mapping,
     dict: _is_mapping,
     **dict.fromkeys((list, tuple), lambda value: isinstance(value, list | tuple)),
-    Sequence: lambda value: _is_list(value) and not (isinstance(value, _TEXT) or _is_mapping(value)),
-    **dict.fromkeys((Iterable, Collection), lambda value: isinstance(value, Iterable) and not isinstance(value, _TEXT)),
+    Sequence: lambda value: (
+        _is_list(value) and not (isinstance(value, _TEXT) or _is_mapping(value)) and _has_rows(value)
+    ),
+    **dict.fromkeys(
+        (Iterable, Collection),
+        lambda value: isinstance(value, Iterable) and not isinstance(value, _TEXT) and _has_rows(value),
+    ),
     Iterator: _acts("__next__"),
 }
 

@@ -33,7 +33,7 @@ def as_routing(routing: Routing) -> Routing:
     indices, weights, mask = made = Routing(*routing)
     if not (isinstance(indices, Tensor) and isinstance(weights, Tensor) and (mask is None or isinstance(mask, Tensor))):
         named = made._asdict().items()
-        name, t = next((n, t) for n, t in named if not isinstance(t, Tensor) and (n, t) != ("mask", None))
+        name, t = next((n, t) for n, t in named if not isinstance(t, Tensor) and (n != "mask" or t is not None))
         raise ValueError(f"experts: routing.{name} is a {type(t).__name__}, expected a tensor")
     if indices.dtype is torch.int64 or indices.dtype not in INTEGERS:
         return made

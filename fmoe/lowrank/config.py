@@ -38,7 +38,10 @@ LAYOUTS = ("rank_major", "grouped_by_expert")
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int of more digits than floats have
+        return False
 
 
 def _rank(value: Any) -> bool:
@@ -122,7 +125,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool) or not 1 <= self.r < 2**31:
-            raise AdapterError(f"LoraConfig.r is {self.r!r}, expected a positive int")
+            raise AdapterError(f"LoraConfig.r is {brief(self.r)}, expected a positive int")
         _of_kinds({**self.other, **vars(self)})
         if problems := [*_refused(self.other)]:
             raise AdapterError([f"adapter_config.json says {problem}" for problem in problems])

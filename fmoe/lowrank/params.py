@@ -9,7 +9,7 @@ from fmoe.lowrank.adding import added
 from fmoe.lowrank.derive import NATIVE
 from fmoe.lowrank.matrices import matrices, scale_of
 from fmoe.lowrank.scales import Scale, alternates
-from fmoe.types import AdapterError, Params
+from fmoe.types import AdapterError, Params, brief
 
 
 def init(
@@ -34,7 +34,7 @@ def init(
     if kind not in ("xavier", "kaiming"):
         raise AdapterError(f"lora.init: kind is {kind!r}, expected 'xavier' or 'kaiming'")
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r < 2**31:
-        raise AdapterError(f"lora.init: r is {r!r}, expected a positive int")
+        raise AdapterError(f"lora.init: r is {brief(r)}, expected a positive int")
     specs_of(params)
     made: dict[str, Tensor] = {}
     for name, weight in params.items():

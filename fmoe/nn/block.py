@@ -14,7 +14,7 @@ from fmoe.losses import attach, load_balancing
 from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import Gate, LatentNorm, Linear, NormedGate, NormWeight, SharedExperts, trained_dtype
 from fmoe.routing import routed_of, update_bias
-from fmoe.routing.gate import check_chosen
+from fmoe.routing.gate import check_chosen, check_tokens
 from fmoe.routing.usage import summed
 from fmoe.shapes import check_config, n_ranked, said
 from fmoe.types import MoEConfig, Routed, Routing
@@ -119,6 +119,7 @@ class MoE(nn.Module):
 
     def route(self, x: Tensor, indices: Tensor | None = None, mask: Tensor | None = None) -> Routed:
         """`fmoe.routing.routed` of x [T, D], by the gate as it is: wrapped, hooked or not."""
+        check_tokens("MoE.route", x, self.config, mask)
         check_chosen(next((t for n, t in self.gate.named_buffers() if n.endswith("tid2eid")), None), indices)
         found, bias = self.gate(x), self._correction()
         logits, scale = found if isinstance(found, tuple) else (found, None)

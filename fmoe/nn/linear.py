@@ -15,7 +15,7 @@ from fmoe.layer.latent import latent_norm
 from fmoe.routing import gate_logits
 from fmoe.routing.gate import is_corrected, rms_norm
 from fmoe.shapes import n_ranked
-from fmoe.types import MoEConfig, as_dtype
+from fmoe.types import MoEConfig, as_dtype, brief
 
 
 def trained_dtype(what: str, config: MoEConfig) -> torch.dtype:
@@ -33,7 +33,7 @@ def trained_dtype(what: str, config: MoEConfig) -> torch.dtype:
 
 def check_std(what: str, init_std: float) -> None:
     if not 0 <= init_std < inf:
-        raise ValueError(f"{what}: init_std is {init_std}, expected a number from 0 on")
+        raise ValueError(f"{what}: init_std is {brief(init_std)}, expected a number from 0 on")
 
 
 class Linear(nn.Linear):

@@ -72,6 +72,11 @@ class GroupedExpertsMXFP4(GroupedExperts):
                 )
             state[f"{name}_packed"] = codes.view(MXFP4.stored).mT
             state[f"{name}_scales"] = scale.view(MXFP4.scales[0]).mT
+        for name, empty in made.state_dict().items():
+            found = [*state[name].shape] if name in state else "missing"
+            if found != [*empty.shape]:
+                told = f"{name!r}, of params, is {found}, expected {[*empty.shape]}, as config has it"
+                raise ValueError(f"GroupedExpertsMXFP4: {told}")
         made.load_state_dict(state, assign=True)
         return made
 

@@ -11,8 +11,8 @@ from fmoe.folding import meant
 from fmoe.routing.gate import logits_of
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import count
-from fmoe.shapes import check_config, n_ranked, said
-from fmoe.types import MoEConfig, Params, Routed, Routing
+from fmoe.shapes import all_tensors, check_config, computed_with, n_ranked, odd, said
+from fmoe.types import INTEGERS, MoEConfig, Params, Routed, Routing
 
 
 def route(
@@ -77,6 +77,9 @@ def routing_of(
     """
     routing = topk_routing(logits, config, correction, indices)
     if scale is not None:
+        if scale.shape != (n_ranked(config),) or (strange := odd({"scale": scale}, logits.device)):
+            told = f"is {list(scale.shape)}" if scale.shape != (n_ranked(config),) else strange[0]
+            raise ValueError(f"routing_of: scale {told}, expected [E={n_ranked(config)}], where logits are")
         at = routing.indices.clamp(0, len(scale) - 1)  # a slot that goes nowhere weighs 0, whatever its scale
         routing = routing._replace(weights=routing.weights * scale[at].to(routing.weights.dtype))
     if not isinstance(dtype, torch.dtype):
@@ -123,6 +126,7 @@ def topk_routing(
     Routing(indices=tensor([[0, 2]]), weights=tensor([[0.5000, 0.8808]]), mask=None)
     """
     _check_choice(logits, config, correction_bias)
+    _check_given(logits, correction_bias, indices)
     score = score_of(config)
     scores = score.rank(_wide(logits))
     biased = scores if correction_bias is None else scores + correction_bias.to(scores.dtype)
@@ -186,11 +190,29 @@ def _in_best_groups(scores: Tensor, config: MoEConfig, best_of: int, loser: floa
     return groups.masked_fill(~best[..., None], loser).flatten(-2)
 
 
+def _check_given(logits: Tensor, bias: Tensor | None, indices: Tensor | None) -> None:
+    """Whether what else is given goes with logits [T, E]."""
+    *T, E = logits.shape
+    if bias is not None:
+        computed_with("topk_routing", "correction_bias", bias)
+        if bias.shape != (E,):
+            raise ValueError(f"topk_routing: correction_bias is {list(bias.shape)}, expected [E={E}]")
+    if indices is not None:
+        all_tensors("topk_routing", {"indices": indices}, "")
+        if not indices.ndim or [*indices.shape[:-1]] != T or indices.dtype not in INTEGERS:
+            told = f"{indices.dtype} {list(indices.shape)}, expected integer {[*T, 'K']}"
+            raise ValueError(f"topk_routing: indices are {told}, for logits {[*T, E]}")
+    given = {"correction_bias": bias, "indices": indices}
+    if strange := odd({name: t for name, t in given.items() if t is not None}, logits.device):
+        raise ValueError(f"topk_routing: {strange[0].replace('where x is', 'where logits are')}")
+
+
 def _check_choice(logits: Tensor, config: MoEConfig, correction_bias: Tensor | None) -> None:
     score, name = score_of(config), config.score_func
     E, K = n_ranked(config), config.n_activated_experts
     G, g = config.n_expert_groups, config.n_limited_groups
-    if logits.shape[-1] != E or K > E:
+    computed_with("topk_routing", "logits", logits)
+    if not logits.ndim or logits.shape[-1] != E or K > E:
         raise ValueError(f"logits have shape {list(logits.shape)}, expected [T, E={E}] with E >= K={K}")
     if correction_bias is not None and score.bias == "none":
         raise ValueError(f"score_func {name!r} takes no e_score_correction_bias, expected 'softmax_with_bias'")

@@ -59,6 +59,7 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
     >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
     tensor([[2., 6.]])
     """
+    _check_linear(x, weight, bias)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if config.score_func != "softmax":
         dtype = torch.promote_types(dtype, torch.float32)
@@ -70,17 +71,35 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def _check(gate: dict[str, Tensor], x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:
-    computed_with("route", "x", x)
-    all_tensors("route", {n: t for n, t in given.items() if t is not None}, "")
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, t in given.items():
+        computed_with("gate_logits", name, t)
+    E, D = weight.shape if weight.ndim == 2 else (-1, -1)
+    if not x.ndim or x.shape[-1] != D or (bias is not None and bias.shape != (E,)):
+        shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
+        raise ValueError(f"gate_logits: found {shapes}, expected x [T, D], weight [E, D] and bias [E] or None")
+    if strange := [f"{n} is on {t.device}" for n, t in given.items() if t.device != x.device]:
+        raise ValueError(f"gate_logits: {strange[0]}, expected {x.device}, where x is. Fix: move it there")
+
+
+def check_tokens(owner: str, x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
+    """Raises ValueError for what is no x [T, D] of numbers, or no mask bool [T] of it."""
+    computed_with(owner, "x", x)
+    all_tensors(owner, {} if mask is None else {"mask": mask}, "")
     if x.ndim != 2 or x.shape[1] != config.dim:
-        raise ValueError(f"route: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
-    T, K = x.shape[0], config.n_activated_experts
+        raise ValueError(f"{owner}: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
+    if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.bool):
+        raise ValueError(f"{owner}: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [T={x.shape[0]}]")
+
+
+def _check(gate: dict[str, Tensor], x: Tensor, config: MoEConfig, given: dict[str, Tensor | None]) -> None:
     indices, mask = given["indices"], given["mask"]
+    all_tensors("route", {"indices": indices} if indices is not None else {}, "")
+    check_tokens("route", x, config, mask)
+    T, K = x.shape[0], config.n_activated_experts
     if indices is not None and (indices.shape != (T, K) or indices.dtype not in INTEGERS):
         raise ValueError(f"route: indices are {indices.dtype} {list(indices.shape)}, expected integer [T={T}, K={K}]")
-    if mask is not None and (mask.shape != (T,) or mask.dtype != torch.bool):
-        raise ValueError(f"route: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [T={T}]")
     if strange := odd({name: t for name, t in given.items() if t is not None}, x.device):
         raise ValueError("\n".join(f"route: {told}" for told in strange))
     weight = next((name for name in WEIGHTS if name in gate), WEIGHTS[0])

@@ -1,11 +1,15 @@
 """How evenly the experts of a model's layers are used, under the names by which training runs are watched."""
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from statistics import fmean, median
 from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
+
+from fmoe.shapes import counted
+from fmoe.types import brief
 
 
 def load_balance_metrics(
@@ -34,12 +38,15 @@ def load_balance_metrics(
     (1.155, 2.0, 0.25)
     """
     if top_k < 0:
-        raise ValueError(f"load_balance_metrics: top_k is {top_k}, expected an int from 0 on")
-    numbered = _by_layer(counts)
-    given = {} if aux_losses is None else _by_layer(aux_losses)
-    if odd := [l for l, loss in given.items() if getattr(loss, "ndim", 0)]:
-        raise ValueError(f"load_balance_metrics: aux_losses has {odd[0]!r} of {given[odd[0]].shape}, expected numbers")
-    losses = {l: float(loss) for l, loss in given.items()}
+        raise ValueError(f"load_balance_metrics: top_k is {brief(top_k)}, expected an int from 0 on")
+    top_k, numbered = index(top_k), _by_layer("counts", counts)
+    for layer, own in numbered.items():
+        counted("load_balance_metrics", f"counts of layer {layer!r}", own, 1)
+    given = {} if aux_losses is None else _by_layer("aux_losses", aux_losses)
+    for layer, loss in given.items():
+        if isinstance(loss, Tensor):
+            counted("load_balance_metrics", f"aux_losses of layer {layer!r}", loss, 0)
+    losses = {layer: _float(layer, loss) for layer, loss in given.items()}
     if not numbered:
         return {}
     layers = {l: _layer(c) for l, c in numbered.items()}
@@ -67,8 +74,19 @@ def load_balance_metrics(
     return {f"moe/{name}": value for name, value in found.items()} | shown
 
 
-def _by_layer(given: Any) -> dict[int, Any]:
+def _by_layer(name: str, given: Any) -> dict[int, Any]:
+    if getattr(given, "ndim", 1) == 0:
+        told = f"{name} is a {type(given).__name__} without axes, expected what each layer has"
+        raise ValueError(f"load_balance_metrics: {told}")
     return dict(given.items()) if isinstance(given, Mapping) else dict(enumerate(given))
+
+
+def _float(layer: int, loss: SupportsFloat) -> float:
+    try:
+        return float(loss)
+    except (OverflowError, TypeError):  # an int of more digits than floats have, an array
+        told = f"aux_losses of layer {layer!r} is {brief(loss)}, expected a number"
+        raise ValueError(f"load_balance_metrics: {told}") from None
 
 
 def _utilization(counts: Tensor) -> list[float]:

@@ -1,11 +1,13 @@
 """What one does with a routing: count it, balance it, cut it to a capacity. `fmoe.routing` has these names."""
 
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fmoe.types import Routing
+from fmoe.shapes import all_tensors, computed_with, counted, odd
+from fmoe.types import INTEGERS, Routing, brief
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,7 +22,8 @@ def count(routing: Routing, n_experts: int, group: "ProcessGroup | None" = None)
     [1, 0, 2]
     """
     if not 0 <= n_experts < 2**31:
-        raise ValueError(f"routing.count: n_experts is {n_experts}, expected a number of experts")
+        raise ValueError(f"routing.count: n_experts is {brief(n_experts)}, expected a number of experts")
+    n_experts = index(n_experts)  # also of a scalar of NumPy's
     ids, gone = slots(routing, n_experts)
     ids = ids.masked_fill(gone, n_experts).flatten()
     # integers: whatever the order they are added in, the sum is the same
@@ -36,8 +39,13 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     >>> update_bias(torch.zeros(3), torch.tensor([4, 2, 0]), 0.5).tolist()
     [-0.5, 0.0, 0.5]
     """
-    if bias.shape != counts.shape:
-        raise ValueError(f"update_bias: counts have shape {list(counts.shape)}, expected {list(bias.shape)}, as bias")
+    computed_with("update_bias", "bias", bias)
+    if bias.ndim != 1 or bias.shape != counts.shape or counts.is_complex():
+        found = f"bias is {list(bias.shape)}, counts are {counts.dtype} {list(counts.shape)}"
+        raise ValueError(f"update_bias: {found}, expected [E] both, counts real")
+    if strange := odd({"counts": counts}, bias.device):
+        raise ValueError(f"update_bias: {strange[0].replace('where x is', 'where bias is')}")
+    rate = float(rate) if type(rate) is int else rate  # of more than 64 bits too
     wide = counts.to(torch.float64)
     return bias + (wide.mean() - wide).sign().to(bias.dtype) * rate
 
@@ -54,9 +62,9 @@ def drop(routing: Routing, capacity: int, by: str = "weight") -> Routing:
     """
     if by not in ("weight", "position") or capacity < 0:
         told = "by='weight' or 'position' and capacity >= 0"
-        raise ValueError(f"drop: by={by!r}, capacity={capacity}, expected {told}")
-    indices, weights, mask = routing
+        raise ValueError(f"drop: by={by!r}, capacity={brief(capacity)}, expected {told}")
     ids, gone = slots(routing, None)
+    _, weights, mask = Routing(*routing)
     flat = ids.masked_fill(gone, -1).flatten()
     order = weights.detach().flatten().argsort(descending=True, stable=True) if by == "weight" else None
     ranked = flat if order is None else flat[order]
@@ -65,7 +73,7 @@ def drop(routing: Routing, capacity: int, by: str = "weight") -> Routing:
     at = torch.arange(len(flat), device=flat.device)
     first = torch.searchsorted(ids_in_turn, ids_in_turn)
     place = torch.empty_like(at).scatter(0, within if order is None else order[within], at - first)
-    over = (place >= min(capacity, len(flat))).view_as(ids) & ~gone  # whatever the capacity, in int64
+    over = (place >= min(index(capacity), len(flat))).view_as(ids) & ~gone  # whatever the capacity, in int64
     return Routing(ids.masked_fill(over, -1), weights.masked_fill(over, 0), mask)
 
 
@@ -77,8 +85,7 @@ def load(counts: Tensor) -> dict[str, float]:
     >>> load(torch.tensor([2, 2, 0, 0]))
     {'max_over_mean': 2.0, 'entropy': 0.6931471805599453, 'idle_experts': 2}
     """
-    if counts.ndim != 1:
-        raise ValueError(f"routing.load: counts have shape {list(counts.shape)}, expected [E]")
+    counted("routing.load", "counts", counts, 1)
     wide = counts.to(torch.float64)
     share = wide / wide.sum().clamp(min=1)
     entropy = -torch.special.xlogy(share, share).sum()
@@ -88,9 +95,21 @@ def load(counts: Tensor) -> dict[str, float]:
 
 def slots(routing: Routing, n_experts: int | None) -> tuple[Tensor, Tensor]:
     """(ids [T, K] int64, gone [T, K] bool): which slots go nowhere."""
-    if not isinstance(routing, tuple):
+    if not isinstance(routing, tuple) or len(routing) not in (2, 3):
         raise ValueError(f"routing is of type {type(routing).__name__}, expected Routing(indices, weights, mask)")
-    indices, _, mask = Routing(*routing)
+    indices, weights, mask = Routing(*routing)
+    all_tensors("routing", {"indices": indices, "weights": weights} | ({} if mask is None else {"mask": mask}), "")
+    here = {"weights": weights} if mask is None else {"weights": weights, "mask": mask}
+    if indices.ndim != 2 or indices.dtype not in INTEGERS:
+        raise ValueError(f"routing: indices are {indices.dtype} {list(indices.shape)}, expected integer [T, K]")
+    if weights.shape != indices.shape or not weights.is_floating_point():
+        told = f"floating {list(indices.shape)}, as indices are"
+        raise ValueError(f"routing: weights are {weights.dtype} {list(weights.shape)}, expected {told}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != indices.shape[:1]):
+        told = f"torch.bool [T={indices.shape[0]}]"
+        raise ValueError(f"routing: mask is {mask.dtype} {list(mask.shape)}, expected {told}")
+    if strange := odd({"indices": indices, **here}, indices.device):
+        raise ValueError(f"routing: {strange[0].replace('where x is', 'where indices are')}")
     ids = indices.long()
     gone = ids < 0 if n_experts is None else (ids < 0) | (ids >= n_experts)
     return ids, gone if mask is None else gone | ~mask[:, None]

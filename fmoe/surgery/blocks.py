@@ -66,7 +66,7 @@ def replicate(native: Params, config: Any, times: int) -> tuple[dict[str, Tensor
     """
     given, kind, moe = known(config)
     if not isinstance(times, int) or isinstance(times, bool) or not 1 <= times < 2**31:
-        raise ValueError(f"replicate: times is {times!r}, expected a positive int")
+        raise ValueError(f"replicate: times is {brief(times)}, expected a positive int")
     if moe.n_expert_groups > 1:
         raise ValueError(f"replicate: experts are routed by {moe.n_expert_groups} groups, which copies would outweigh")
     if moe.n_zero_experts:
@@ -187,7 +187,7 @@ def _listed(given: Any, depth: int, whole: bool) -> list[Any] | None:
     >>> _listed(torch.tensor([2, 0]), 1, True), _listed([[0, 1]], 1, True), _listed([[0.5, 0.5]], 2, False)
     ([2, 0], None, [[0.5, 0.5]])
     """
-    if getattr(given, "is_meta", False):
+    if isinstance(given, Tensor) and (given.is_meta or given.layout != torch.strided):
         return None
     if hasattr(given, "tolist"):
         given = given.tolist()

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmoe.surgery.config import as_given
-from fmoe.types import Params
+from fmoe.types import Params, brief
 
 MLP = re.compile(r"(.*layers\.\d+\.mlp)\.(gate|up|down)_proj\.(\w+)")
 # what a config that does not say so means, where the sparse architecture's class would mean something else
@@ -52,7 +53,7 @@ def upcycle(
     >>> config["num_local_experts"], config["model_type"]
     (4, 'mixtral')
     """
-    given = as_given(config)
+    given, n_experts, n_activated = as_given(config), index(n_experts), index(n_activated)  # plain in the config
     _check(native, given, n_experts, n_activated, to)
     given = DENSE[given["model_type"]] | {n: v for n, v in given.items() if v is not None or n in ("sliding_window",)}
     if "rope_parameters" not in given:
@@ -87,7 +88,8 @@ def _check(native: Params, config: Mapping[str, Any], n_experts: int, n_activate
         told = f"of {', '.join(DENSE)} to {', '.join(SPARSE)}"
         raise ValueError(f"upcycle: {source!r} to {to!r}, expected a checkpoint {told}")
     if not 1 <= n_activated <= n_experts < 2**31:
-        raise ValueError(f"upcycle: n_activated={n_activated} of n_experts={n_experts}, expected 1 <= K <= E")
+        told = f"n_activated={brief(n_activated)} of n_experts={brief(n_experts)}"
+        raise ValueError(f"upcycle: {told}, expected 1 <= K <= E")
     if config.get("quantization_config"):
         raise ValueError("upcycle: config has a quantization_config, expected weights that are decoded")
     if (source == "qwen3") != (to == "qwen3_moe"):

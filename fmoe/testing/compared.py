@@ -1,12 +1,13 @@
 """Dicts of tensors drawn and compared bit for bit: what is other is said by name, after the law that asked."""
 
 from collections.abc import Mapping
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmoe.types import TensorSpec, bits
+from fmoe.types import AdapterError, TensorSpec, bits, brief
 
 
 def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]:
@@ -15,6 +16,8 @@ def tensors(specs: Mapping[str, TensorSpec], seed: int = 0) -> dict[str, Tensor]
     >>> tensors({"w": TensorSpec((2, 3), torch.bfloat16)})["w"].shape
     torch.Size([2, 3])
     """
+    if not -(2**63) <= (seed := index(seed)) < 2**64:
+        raise AdapterError(f"testing.tensors: seed is {brief(seed)}, expected an int of 64 bits")
     made = torch.Generator().manual_seed(seed)
     return {n: torch.randn(spec.shape, generator=made).to(spec.dtype) for n, spec in specs.items()}
 

@@ -113,7 +113,7 @@ def test_names_with_arrays_of_another_library_settle_a_layout_as_names_do():
 
 @pytest.mark.parametrize("three", [torch.tensor(3), numpy.array(3)], ids=["torch", "numpy"])
 def test_what_has_no_dimensions_is_no_list(three):
-    with pytest.raises(fmoe.AdapterError, match="e is bounded by .*3.*, expected a size or some numbers"):
+    with pytest.raises(fmoe.AdapterError, match=r"e(= is a ndarray| is bounded by .*3.*), expected (a size|int) or "):
         rule("w.{e} [d]", "w [e d]", e=three)
     with pytest.raises(fmoe.AdapterError, match="3.*expected key names"):
         rule("w.{e} [d]", "w [e d]").resolve(three)

@@ -41,8 +41,30 @@ JUNK: dict[str, Any] = {
     "words": ["fp8"],
     "set": {1},
     "numbers": {1: 2},
+    "10**30": 10**30,
+    "-10**30": -(10**30),
+    "10**5000": 10**5000,
+    "False": False,
+    "int64": numpy.int64(3),
+    "float32-nan": numpy.float32("nan"),
+    "0d-array": numpy.array(3),
+    "0d": torch.tensor(3),
+    "0d-nan": torch.tensor(float("nan")),
+    "0d-meta": torch.tensor(3, device="meta"),
+    "0d-bool": torch.tensor(True),
+    "meta": torch.ones(2, 7, device="meta"),
+    "sparse": torch.ones(2, 7).to_sparse(),
+    "complex": torch.ones(2, 7, dtype=torch.complex64),
+    "fp8": torch.ones(2, 7).to(torch.float8_e4m3fn),
 }
-WORDS, COUNTS, NUMBERS = "x '' ( long", "3 2**63", "3 -1 2**63 1.5"
+WORDS, COUNTS = "x '' ( long", "3 2**63 10**30 10**5000 int64 0d 0d-array"
+NUMBERS = "3 -1 2**63 1.5 10**30 -10**30 int64 0d"
+ANY_INT = COUNTS + " -1 -10**30"
+COUNT = "3 int64 0d 0d-array"
+ANY_TENSOR = "tensor 0d 0d-nan 0d-meta 0d-bool meta sparse complex fp8"
+TENSORS = [n for n, value in JUNK.items() if isinstance(value, torch.Tensor)]
+PARTS = {n: JUNK[n] for n in ("None", "3", "x", "array", *TENSORS)}
+"""What is put in the place of one tensor of several that are given together."""
 
 # dotted name(argument), with wildcards -> what is meant there, and why
 MEANT: dict[str, tuple[str, str]] = {
@@ -58,7 +80,7 @@ MEANT: dict[str, tuple[str, str]] = {
     "*.resolve(names)": (WORDS + " words", "names, and the letters of a text are some"),
     "*convert_single_tensor_to_hf(fqn)": (WORDS, "a tensor of any name"),
     "*(exclude_key_regex)": ("x '' long", "a regular expression"),
-    "*convert_single_tensor_to_hf(tensor)": ("tensor", "a tensor"),
+    "*convert_single_tensor_to_hf(tensor)": ("tensor meta complex fp8", "a tensor"),
     "fmoe.adapter(path_or_model_type)": ("[]", "no rules"),
     "*.convert(dst)": (WORDS + " path", "a place to write"),
     "*convert(dst)": (WORDS + " path", "a place to write"),
@@ -93,7 +115,7 @@ MEANT: dict[str, tuple[str, str]] = {
     "*.MoEConfig(*_factor)": ("3 2**63 1.5 True", "a number from 0 on"),
     "*.MoEConfig(*)": ("3", "a count"),
     "*.MoEConfig(dtype)": ("None", "bf16"),
-    "*.choose(quantization)": ("None True", "as the checkpoint, and quantised"),
+    "*.choose(quantization)": ("None True False", "as the checkpoint, and quantised"),
     "*.merge(weights)": ("None", "the mean"),
     "*.from_hf(device_mesh)": ("None", "no mesh"),
     "*.rule(e)": ("3", "a size"),
@@ -109,43 +131,46 @@ MEANT: dict[str, tuple[str, str]] = {
     "*.LoraConfig(target_modules)": (WORDS + " words", "a regular expression, or names"),
     "*.is_lora(name)": (WORDS, "a question about any name"),
     "*.map_peft_target_module_to_hf(name)": (WORDS, "any module"),
-    "*.activations.*(p)": (NUMBERS + " nan True", "what multiplies"),
+    "*.activations.*(p)": (NUMBERS + " nan True False float32-nan 0d-array 0d-nan 0d-bool", "what multiplies"),
     "*.activations.*(*)": (NUMBERS, "a number"),
-    "*.relu2(u)": ("tensor", "of whole numbers too"),
-    "*.attach(y)": ("tensor", "any tensor"),
+    "*.relu2(u)": (ANY_TENSOR, "of whole numbers too"),
+    "*(*routing.mask)": ("None", "no token is masked"),
+    "*.losses.*(routed.counts)": ("*", "losses count themselves"),
+    "*.attach(y)": (ANY_TENSOR, "any tensor"),
+    "*.attach(loss)": ("0d-nan", "a loss: that it is NaN is seen"),
     "*.attach(scale)": (NUMBERS, "a factor"),
     "*(rate)": (NUMBERS, "a factor"),
-    "*(init_std)": ("3 2**63 1.5", "a number from 0 on"),
+    "*(init_std)": ("3 2**63 1.5 10**30 int64 0d", "a number from 0 on"),
     "*(indices)": ("tensor", "experts of each token, as many as one likes"),
     "*.routing.drop(capacity)": (COUNTS, "a count"),
     "*(top_k)": (COUNTS, "a count"),
-    "*(counts)": ("tensor", "counts by layer"),
-    "*(n_experts)": ("3", "a count"),
+    "*(counts)": ("tensor fp8", "counts by layer"),
+    "*(n_experts)": (COUNT, "a count"),
     "*.load_balance_metrics(aux_losses)": ("numbers", "a loss of layer 1"),
     "*.expert_range(*)": (COUNTS, "a count"),
-    "*.should_load_expert_for_rank(expert_id)": ("3 -1 2**63", "a question about any number"),
-    "*.create_dtensor_from_local(rank)": ("3 -1 2**63", "the seed's argument: its value is not used"),
-    "*.sharding.*tensor)": ("tensor", "a plain tensor"),
-    "*.sharding.*(weight)": ("tensor", "a plain tensor"),
+    "*.should_load_expert_for_rank(expert_id)": (ANY_INT, "a question about any number"),
+    "*.create_dtensor_from_local(rank)": (ANY_INT, "the seed's argument: its value is not used"),
+    "*.sharding.*tensor)": (ANY_TENSOR, "a plain tensor"),
+    "*.sharding.*(weight)": (ANY_TENSOR, "a plain tensor"),
     "*.draw.*(ranks)": (COUNTS, "a count"),
     "*.deepep(api)": (WORDS, "a group of one rank moves nothing"),
-    "*.deepep(max_tokens)": ("3 -1 2**63", "a group of one rank moves nothing"),
+    "*.deepep(max_tokens)": (ANY_INT, "a group of one rank moves nothing"),
     "*.replicate(times)": ("3", "a count"),
     "*.Family(*)": (WORDS + " words", "data of a family: a reader says what is wrong"),
     "*.System(*)": (WORDS + " words", "data of a system: a reader says what is wrong"),
     "*.System.*(names)": ("words", "a question about any names"),
     "*.System.*(model_type)": (WORDS, "a question about any name"),
     "*.family_checkpoints(model_type)": (WORDS, "a strategy looks when it draws"),
-    "*.testing.*(max_axes)": ("3 -1 2**63", "a strategy looks when it draws"),
-    "*.testing.*(seed)": ("3 -1 2**63", "a seed"),
-    "*.by_einops(e)": ("3 -1 2**63", "sizes that names say are theirs"),
+    "*.testing.*(max_axes)": (ANY_INT, "a strategy looks when it draws"),
+    "*.testing.*(seed)": ("3 -1 2**63 int64 0d 0d-array", "a seed"),
+    "*.by_einops(e)": (ANY_INT, "sizes that names say are theirs"),
     "*.register(name)": (WORDS, "any name"),
 }
 
 
 def is_meant(call: str, argument: str, junk: str, hint: Any) -> bool:
     """Whether a call may return: nothing where None may stand, yes, what is empty, and what MEANT says."""
-    if junk in ("None", "True", "[]", "{}") and hint is not Any and not misfit(JUNK[junk], hint):
+    if junk in ("None", "True", "False", "[]", "{}") and hint is not Any and not misfit(JUNK[junk], hint):
         return True
     if junk in ("None", "{}") and argument in ("config", "layout"):
         return True  # not given
