@@ -57,7 +57,7 @@ def untold(config: Mapping[str, Any], specs: Specs, adapter: Adapter) -> list[st
 def _coded(adapter: Adapter, specs: Specs) -> dict[str, Parts] | None:
     """The quantised tensors of a file; None where nothing of its adapter knows any."""
     codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
-    return None if codec is None else in_file(specs, Names(specs), codec.readable, codec.fresh, codec.lists)[0]
+    return None if codec is None else in_file(specs, Names(specs), codec.readable, codec.known, codec.lists)[0]
 
 
 def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:

@@ -1,19 +1,23 @@
 """Quantised tensors among names of ours: what carries scales, or is codes; and what a file's names become."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from fmoe.codecs.format import Format
-from fmoe.codecs.formats import FORMATS
+from fmoe.codecs.formats import APART, FORMATS, OF_STACKS
 from fmoe.codecs.parts import ACTIVATION, FIX, Found, Fresh, Parts, Specs, as_named, is_part, own, read, spell
 from fmoe.layout.names import Names
 from fmoe.types import Problem, TensorSpec
 
 
-def beside(specs: Specs, names: Names, formats: tuple[Format, ...], *, kept: bool) -> Found:
-    """The tensors among these names that carry scales (kept: that are codes), and the scales that are no tensor's."""
+def beside(specs: Specs, names: Names, formats: Iterable[Format], *, kept: bool, left: bool = False) -> Found:
+    """The tensors among these names that carry scales (kept: that are codes), and the scales that are no tensor's.
+
+    left: scales are left out, so that those that fit no format, or several, are no matter.
+    """
     found: dict[str, Parts] = {}
     problems: list[Problem] = []
+    formats = [*formats]
     for suffix in dict.fromkeys(f.beside for f in formats):
         mine = [f for f in formats if f.beside == suffix]
         for name in (n for n in names.ending((suffix,)) if n != suffix):
@@ -26,13 +30,17 @@ def beside(specs: Specs, names: Names, formats: tuple[Format, ...], *, kept: boo
                 problems.append(Problem(f"{text}: quantized='keep' keeps codes", (x, name)))
                 continue
             made = [p for f in mine if (p := _carried(x, name, f, specs, kept)) is not None]
-            if len({p.format.name for p in made}) != 1:
-                blocks = " or ".join(_blocks(f) for f in mine)
-                why = "more formats than one have such a scale" if made else f"expected one for each {blocks} block of "
-                text = f"{name!r} is {list(specs[name].shape)} {specs[name].dtype}, {why}" + "it: " * bool(made)
-                problems.append(Problem(f"{text}{x!r} {list(specs[x].shape)} {specs[x].dtype}", (name, x)))
-            else:
+            if len({p.format.name for p in made}) == 1:
                 found[x] = made[0]
+            elif not left:
+                blocks = " or ".join(_blocks(f) for f in mine)
+                why = (
+                    "such a scale is one of several formats, for"
+                    if made
+                    else f"expected one for each {blocks} block of"
+                )
+                text = f"{name!r} is {list(specs[name].shape)} {specs[name].dtype}, {why}"
+                problems.append(Problem(f"{text} {x!r} {list(specs[x].shape)} {specs[x].dtype}", (name, x)))
     held = {p.activation[1] for p in found.values() if p.activation}
     for name in names.ending(tuple(ACTIVATION.values())) if any(f.activation for f in formats) else ():
         if name not in held:
@@ -68,6 +76,14 @@ def _carried(x: str, scale: str, f: Format, specs: Specs, kept: bool) -> Parts |
 def activations(found: Mapping[str, Parts], side: int) -> set[str]:
     """The scales of activations of these tensors: 0, as a file names them; 1, as they are beside."""
     return {p.activation[side] for p in found.values() if p.activation}
+
+
+def left_out(specs: Specs, carried: Mapping[str, Parts], formats: Iterable[Format]) -> set[str]:
+    """All that stands beside tensors because they were quantised, and that no numbers need."""
+    apart = (*(f"{{S}}.{part}" for part in APART), *(f"{{X}}.{part}" for part in OF_STACKS))
+    gone = {n for p in carried.values() for part in apart if (n := spell(part, p.name))}
+    ends = {f.beside for f in formats}
+    return gone | {n for n in specs for end in ends if n.endswith(end) and n.removesuffix(end) in specs}
 
 
 def _blocks(f: Format) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from fmoe.codecs import Changed, CodecPlan
-from fmoe.codecs.carried import activations, beside, renamed
+from fmoe.codecs.carried import activations, beside, left_out, renamed
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.foreign.lists import Lists
 from fmoe.codecs.foreign.undecoded import left_alone, lone, unread
 from fmoe.codecs.format import Format
-from fmoe.codecs.formats import APART, FORMATS, OF_STACKS, elsewhere
+from fmoe.codecs.formats import FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
@@ -38,8 +38,8 @@ class Quantised:
     codes. seams: where rules join blocks, which codes must fit. experts: the rules of expert weights. told: called
     with the `Survival` of each tensor that changed since it was decoded. declared: the config or the names say that it
     is quantised. gptq: `gptq_version` of its config. undecoded: the format that it says, if that is not read.
-    lists: what config says of modules by name. alone: only formats with names to write are encoded; what
-    carries scales of another is encoded anew.
+    lists: what config says of modules by name. was: the family's formats, which files and scales are of, where fresh
+    are others to write: what carries scales of none of these is encoded anew.
     """
 
     dtype: torch.dtype
@@ -54,19 +54,23 @@ class Quantised:
     lists: Lists = Lists()
     undecoded: str | None = None
     gptq: str | None = None
-    alone: bool = False
+    was: Fresh | None = None
     flipped: bool = False
     told: Callable[[Survival], None] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def own(self) -> tuple[Format, ...]:
-        """Those of the family, of the config's block size."""
+        """Those to write, of the config's block size."""
         return tuple(self._sized(FORMATS[name]) for name, _ in self.fresh)
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:
         """Those of the family, and those that a tensor of any may be in."""
-        return (*self.own, *map(self._sized, elsewhere(dict(self.fresh))))
+        return (*(self._sized(FORMATS[n]) for n, _ in self.known), *map(self._sized, elsewhere(dict(self.known))))
+
+    @property
+    def known(self) -> Fresh:
+        return self.fresh if self.was is None else self.was
 
     @cached_property
     def readable(self) -> tuple[Format, ...]:
@@ -106,12 +110,12 @@ class Quantised:
             tails += tuple(t.partition("}")[2] for t in parts)
         found = any(template.endswith(tails) for template in names.rows)
         if found and {"{S}.scale", "{X}.scale"} & parts and not self.flipped:  # which may be another word
-            found = list(renamed(names, self.formats, self.fresh)) != names.names
+            found = list(renamed(names, self.formats, self.known)) != names.names
         return replace(self, declared=found)
 
     def rename(self, names: Names) -> list[str]:
         if not self.flipped:
-            return list(dict.fromkeys(renamed(names, self.formats, self.fresh)))
+            return list(dict.fromkeys(renamed(names, self.formats, self.known)))
         return [new for n in names.names for new in self._spelled(n)]
 
     def _spelled(self, name: str) -> list[str]:
@@ -119,7 +123,7 @@ class Quantised:
         for suffix in ACTIVATION.values():
             if (x := name.removesuffix(suffix)) != name:
                 return [n for f in self.formats for t in f.activation if (n := spell(t, x))][:1] or [name]
-        for f in self.formats[len(self.own) :]:
+        for f in self.formats[len(self.known) :]:
             ends = {f"{f.beside}_third": f.third, f"{f.beside}_second": f.second, f.beside: f.scale}
             end = next((e for e in ends if name.endswith(e)), "")
             x, part = name.removesuffix(end), ends.get(end)
@@ -134,16 +138,18 @@ class Quantised:
         return [name]
 
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
-        there = lambda: in_file(specs, names, self.readable, self.fresh, self.lists)
-        found, problems = beside(specs, names, self.formats, kept=self.keep) if self.flipped else there()
-        said = None if self.flipped else self.undecoded
-        alone = [] if self.flipped else [*lone(names, found), *left_alone(self.lists, found)]
-        problems = [*unread(said, specs, found), *alone, *problems, *cut_across(found, window)]
+        if self.flipped:
+            found, problems = beside(specs, names, self.formats, kept=self.keep, left=self.quantization is False)
+        else:
+            found, problems = in_file(specs, names, self.readable, self.known, self.lists)
+            problems = [*unread(self.undecoded, specs, found), *lone(names, found), *problems]
+            problems += left_alone(self.lists, found)
+        problems += cut_across(found, window)
         problems += unscaled(specs, found, self.experts, {key for problem in problems for key in problem.keys})
         if self.keep:
             problems += [p for seam in self.seams for p in seam.problems(specs, found)]
         made = self._kept if self.keep else self._encoding if self.flipped else self._decoding
-        passed = not found and not (self.flipped and self.quantization)
+        passed = not found and not (self.flipped and self.quantization is not None)
         plan = CodecPlan(dict(specs), (), str(self)) if passed else made(specs, found)
         if problems:
             raise AdapterError(problems, rest=plan)
@@ -171,14 +177,13 @@ class Quantised:
     def _encoding(self, specs: Specs, carried: Mapping[str, Parts]) -> CodecPlan:
         gone = {here for p in carried.values() for _, here, _, _ in p.kept} | activations(carried, 1)
         if self.quantization is False:
-            apart = (*(f"{{S}}.{part}" for part in APART), *(f"{{X}}.{part}" for part in OF_STACKS))
-            gone |= {n for p in carried.values() for part in apart if (n := spell(part, p.name))}
+            gone |= left_out(specs, carried, self.formats)
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
-        if self.alone:
-            ours = {name for name, pattern in self.fresh if pattern is not None}
-            carried = {n: p for n, p in carried.items() if p.format.name in ours}
-        chosen = dict(carried) | (self._chosen(specs, carried) if self.quantization else {})
-        targets: dict[str, TensorSpec] = {n: s for n, s in specs.items() if n not in chosen and n not in gone}
+        if self.was is not None:
+            carried = {n: p for n, p in carried.items() if dict(self.fresh).get(p.format.name) is not None}
+        left = {n: s for n, s in specs.items() if n not in gone}
+        chosen = dict(carried) | (self._chosen(left, carried) if self.quantization else {})
+        targets: dict[str, TensorSpec] = {n: s for n, s in left.items() if n not in chosen}
         changes, passed = [], {}
         for p in chosen.values():
             targets |= p.there_specs(specs if p.name in carried else {})
@@ -197,10 +202,8 @@ class Quantised:
         specs = {n: s for n, s in specs.items() if not self.lists.alone(n)}
         for n in sorted(n for n, s in specs.items() if n not in carried and s.dtype.is_floating_point):
             for f, (_, pattern) in zip(self.own, self.fresh, strict=True):
-                shape = specs[n].shape
-                if pattern is None or not re.fullmatch(pattern, n) or len(shape) not in (2, 3):
-                    continue
-                if len(shape) == 3 and not (f.each or f.grouped or self.alone):
+                shape, stacks = specs[n].shape, f.each or f.grouped or self.was is not None
+                if pattern is None or not re.fullmatch(pattern, n) or len(shape) not in (2, 2 + bool(stacks)):
                     continue
                 if f.fits(shape) and (p := as_named(n, f, shape)) is not None:
                     made[n] = p
@@ -208,7 +211,7 @@ class Quantised:
         written = [(f, pattern) for f, (_, pattern) in zip(self.own, self.fresh, strict=True) if pattern is not None]
         if problems := [*left_plain(specs, made.keys() | carried.keys(), written)]:
             raise AdapterError(problems)
-        if self.alone and not made and not carried:
+        if self.was is not None and not made and not carried:
             told = ", ".join(f.name for f, _ in written)
             raise AdapterError(f"no tensor of this checkpoint can be written in {told}: expected experts that fit it")
         return made

@@ -136,7 +136,7 @@ class Family:
             block=weight_block(given),
             restarts=restarts(given),
             quantization=True if quantize else None,
-            alone=bool(quantize),
+            was=self.fresh if quantize else None,
             lists=lists(quantization_of(given)),
             undecoded=undecoded(given),
             gptq=gptq_version(given),

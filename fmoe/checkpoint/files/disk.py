@@ -87,10 +87,11 @@ def digest(path: Where, stamp: Stamp | None = None) -> str:
 
 
 def copied(path: Where, to: Path) -> None:
-    """to = a file of this machine, with who may read, write and run it, or of another."""
+    """to = a file of this machine or another; of this one, who may run it still may, as far as the umask lets them."""
     if not isinstance(path, Address):
         shutil.copyfile(path, to)
-        to.chmod(path.stat().st_mode & 0o777)
+        mode = to.stat().st_mode & 0o777
+        to.chmod(mode | path.stat().st_mode & (mode & 0o444) >> 2)
         return
     with open(to, "wb") as out:
         for block in path.blocks():

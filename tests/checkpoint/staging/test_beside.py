@@ -1,7 +1,9 @@
 """What lies around a checkpoint: what is one, what goes along, what is replaced, and nothing of it in silence."""
 
 import json
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -187,10 +189,12 @@ def test_a_kept_header_of_other_tensors_is_refused(source, tmp_path):
             fmoe.convert(tmp_path / "native", tmp_path / "back", "hf")
 
 
-def test_who_may_run_what_goes_along_and_folders_of_nothing_are_named(tmp_path):
+def test_who_may_run_what_goes_along_and_folders_of_nothing_are_named(tmp_path, request):
+    request.addfinalizer(partial(os.umask, os.umask(0o022)))
     source = Path(shutil.copytree(demo() / "hf", tmp_path / "hf"))
-    modes = {"run.sh": 0o755, "tools/run": 0o700, "notes.txt": 0o640, "tokenizer.json": 0o444}
-    for name, mode in modes.items():
+    modes = {"run.sh": (0o755, 0o755), "tools/run": (0o700, 0o744), "notes.txt": (0o640, 0o644)}
+    modes |= {"tokenizer.json": (0o444, 0o644), "any.sh": (0o777, 0o755)}
+    for name, (mode, _) in modes.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("{}")
         (source / name).chmod(mode | 0o4000)  # as its owner: not for whoever converts
@@ -201,6 +205,8 @@ def test_who_may_run_what_goes_along_and_folders_of_nothing_are_named(tmp_path):
     back = fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", fsync=False)
     assert not any("not taken along" in note for note in back.notes)
     for folder in ("native", "back"):
-        assert {n: (tmp_path / folder / n).stat().st_mode & 0o7777 for n in modes} == modes
+        assert {n: (tmp_path / folder / n).stat().st_mode & 0o7777 for n in modes} == {
+            n: m[1] for n, m in modes.items()
+        }
     fmoe.convert(source, tmp_path / "native", force=True, fsync=False)
     assert (tmp_path / "native" / "run.sh").stat().st_mode & 0o7777 == 0o755
