@@ -12,6 +12,7 @@ from fmoe.codecs.stacks import is_beside, is_code
 from fmoe.folding import meant
 from fmoe.types import MoEConfig, Params, brief
 
+PLAIN, FLOATS = (Tensor, Parameter), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORM = "post_expert_norm.weight"
 """The one parameter of `fmoe.experts` that is of all experts together."""
 
@@ -130,6 +131,8 @@ def odd(tensors: Mapping[str, Tensor], where: torch.device) -> list[str]:
 
 def computed_with(owner: str, name: str, tensor: Tensor) -> None:
     """Raises ValueError for what arithmetic does not take: no tensor, a nested one, complex numbers, stored FP8."""
+    if type(tensor) in PLAIN and tensor.dtype in FLOATS and tensor.layout is torch.strided and not tensor.is_nested:
+        return  # as nearly always, and for each token that is decoded
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{owner}: {name} is a {type(tensor).__name__}, expected a tensor")
     no_nested(owner, {name: tensor})

@@ -23,12 +23,17 @@ def count(routing: Routing, n_experts: int, group: "ProcessGroup | None" = None)
     """
     if not 0 <= n_experts < 2**31:
         raise ValueError(f"routing.count: n_experts is {brief(n_experts)}, expected a number of experts")
-    n_experts = index(n_experts)  # also of a scalar of NumPy's
-    ids, gone = slots(routing, n_experts)
+    _check(routing)
+    counts = counts_of(Routing(*routing), index(n_experts))  # also of a scalar of NumPy's
+    return counts if group is None else summed(counts, group)
+
+
+def counts_of(routing: Routing, n_experts: int) -> Tensor:
+    """The same of a routing that is known to be one."""
+    ids, gone = _slots(routing, n_experts)
     ids = ids.masked_fill(gone, n_experts).flatten()
     # integers: whatever the order they are added in, the sum is the same
-    counts = ids.new_zeros(n_experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:n_experts]
-    return counts if group is None else summed(counts, group)
+    return ids.new_zeros(n_experts + 1).scatter_add(0, ids, torch.ones_like(ids))[:n_experts]
 
 
 def update_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
@@ -95,6 +100,18 @@ def load(counts: Tensor) -> dict[str, float]:
 
 def slots(routing: Routing, n_experts: int | None) -> tuple[Tensor, Tensor]:
     """(ids [T, K] int64, gone [T, K] bool): which slots go nowhere."""
+    _check(routing)
+    return _slots(Routing(*routing), n_experts)
+
+
+def _slots(routing: Routing, n_experts: int | None) -> tuple[Tensor, Tensor]:
+    indices, _, mask = routing
+    ids = indices.long()
+    gone = ids < 0 if n_experts is None else (ids < 0) | (ids >= n_experts)
+    return ids, gone if mask is None else gone | ~mask[:, None]
+
+
+def _check(routing: Routing) -> None:
     if not isinstance(routing, tuple) or len(routing) not in (2, 3):
         raise ValueError(f"routing is of type {type(routing).__name__}, expected Routing(indices, weights, mask)")
     indices, weights, mask = Routing(*routing)
@@ -110,9 +127,6 @@ def slots(routing: Routing, n_experts: int | None) -> tuple[Tensor, Tensor]:
         raise ValueError(f"routing: mask is {mask.dtype} {list(mask.shape)}, expected {told}")
     if strange := odd({"indices": indices, **here}, indices.device):
         raise ValueError(f"routing: {strange[0].replace('where x is', 'where indices are')}")
-    ids = indices.long()
-    gone = ids < 0 if n_experts is None else (ids < 0) | (ids >= n_experts)
-    return ids, gone if mask is None else gone | ~mask[:, None]
 
 
 def summed(t: Tensor, group: "ProcessGroup") -> Tensor:
