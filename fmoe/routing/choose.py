@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fmoe.folding import meant
-from fmoe.routing.gate import logits_of
+from fmoe.routing.gate import check_mask, logits_of
 from fmoe.routing.scores import BEFORE_TOPK, SCORES, Score
 from fmoe.routing.usage import counts_of
 from fmoe.shapes import all_tensors, check_config, computed_with, n_ranked, odd, said
@@ -104,6 +104,7 @@ def routed_of(
     tensor([1, 1])
     """
     routing = routing_of(logits, dtype, config, correction, indices, scale)._replace(mask=mask)
+    check_mask("routed_of", mask, logits)
     return Routed(routing, logits, score_of(config).rank(_wide(logits)), counts_of(routing, n_ranked(config)))
 
 

@@ -86,10 +86,17 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_tokens(owner: str, x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:
     """Raises ValueError for what is no x [T, D] of numbers, or no mask bool [T] of it."""
     computed_with(owner, "x", x)
-    all_tensors(owner, {} if mask is None else {"mask": mask}, "")
     if x.ndim != 2 or x.shape[1] != config.dim:
         raise ValueError(f"{owner}: x has shape {list(x.shape)}, expected [T, D={config.dim}]")
-    if mask is not None and (mask.shape != x.shape[:1] or mask.dtype != torch.bool):
+    check_mask(owner, mask, x)
+
+
+def check_mask(owner: str, mask: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError for what is no mask bool [T] of x [T, ...]."""
+    if mask is None:
+        return
+    all_tensors(owner, {"mask": mask}, "")
+    if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
         raise ValueError(f"{owner}: mask is {mask.dtype} {list(mask.shape)}, expected torch.bool [T={x.shape[0]}]")
 
 
