@@ -26,6 +26,8 @@ CONFIGS = {
     "fmoe.adapter('qwen3_moe', SIZES | dict(n_group=2)).moe_config": "the family's router knows no groups of experts",
     "fmoe.adapter('gpt_oss', SIZES | dict(intermediate_size=6, swiglu_limit=0)).moe_config": "a clamp at 0 is zero",
     "fmoe.adapter('qwen3_moe', dict(quantization_config=dict(weight_block_size=128)))": "a block has rows and columns",
+    "fmoe.adapter('qwen3_moe', dict(quantization_config=dict(quant_method=['fp8'])))": "nobody knows what is meant",
+    "fmoe.adapter('qwen3_moe', SIZES).from_hf(whole)": "whole numbers of nothing that is known",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(lone_scale)": "a scale without codes: a half of a pair is lost",
     "fmoe.adapter('qwen3_moe', SIZES).from_hf(lone_codes)": "codes without a scale are no weights",
     "fmoe.adapter('qwen3_moe', SIZES | IGNORES).from_hf(coded)": "who believes the list takes codes for weights",
@@ -75,6 +77,7 @@ LAYER = {
     "fmoe.experts(params, x[:, :7], routing, config)": "tokens of another width",
     "fmoe.experts(params, x, (x, x), config)": "a routing is indices, weights and a mask",
     "fmoe.experts(params, x, routing, config, backend='cuda')": "no such backend: none is chosen in its place",
+    "torch.jit.trace(fmoe.nn.MoE(config), x.bfloat16())": "one routing would become constants",
     "fmoe.route(gate, x, replace(config, score_func='relu'))": "no such score",
     "fmoe.route(gate, x, replace(config, score_func='sigmoid_with_bias'))": "the bias that it promises is not there",
     "fmoe.route(gate, x, replace(config, n_expert_groups=3))": "4 experts are no 3 groups",
@@ -104,7 +107,7 @@ def configs() -> dict[str, Any]:
     native = fmoe.adapter("qwen3_moe", SIZES).from_hf(plain)
     codes = {CODES: torch.ones(I, D).to(torch.float8_e4m3fn), CODES + "_scale_inv": torch.ones(1, 1)}
     return dict(
-        fmoe=fmoe, SIZES=SIZES, plain=plain, native=native,
+        fmoe=fmoe, SIZES=SIZES, plain=plain, native=native, whole=plain | {"lm_head.weight": torch.ones(9, D).int()},
         unknown=plain | {BLOCK + "0.mid_proj.weight": torch.ones(I, D)},
         lone_scale=plain | {CODES + "_scale_inv": torch.ones(1, 1)},
         lone_codes=plain | {CODES: codes[CODES]},
