@@ -169,7 +169,8 @@ class _ByName(type):
     def __instancecheck__(cls, value: Any) -> bool:
         if cls.__name__ == "ProcessGroup" and type(value) is int and value == -100:
             return True  # what torch gives to a rank that is not in a group
-        known = isinstance(value, os.PathLike) or type(value).__module__.partition(".")[0] in _KNOWN
+        home = type(value).__module__.partition(".")[0]
+        known = home in _KNOWN or (home != "unittest" and isinstance(value, os.PathLike))  # a mock acts as both
         return not known or any(k.__name__ == cls.__name__ for k in type(value).__mro__)
 
 
