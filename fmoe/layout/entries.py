@@ -12,7 +12,7 @@ from fmoe.layout.names import Names, hits
 from fmoe.layout.notation import Rule, interned
 from fmoe.layout.spelled.address import Address
 from fmoe.layout.spelled.alias import Alias, Copies
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Problem, brief
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Either:
                 return entries
         known = [name for name, _ in self.options]
         told = f"{', '.join(map(repr, known))}{meant(label, known)}"
-        raise AdapterError(f"{self.name}={label!r}: expected one of {told}")
+        raise AdapterError(f"{self.name}={brief(label)}: expected one of {told}")
 
     def __str__(self) -> str:
         lines = []

@@ -37,7 +37,6 @@ LEFT_OUT = {
     ("bandwidth", "int64"): "right, and minutes of waiting",
     ("bandwidth", "0d"): "right, and minutes of waiting",
     ("bandwidth", "0d-array"): "right, and minutes of waiting",
-    ("layout", "10**5000"): "a message of fmoe.layout would print it: a ValueError of Python's own says so",
 }
 IN_PARTS = [name for name in CALLS if name.split(".")[1] in ("experts", "moe", "route", "routing", "losses", "nn")]
 """Calls whose tuples and dicts of tensors are given with one of them replaced."""
