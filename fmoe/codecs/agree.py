@@ -21,6 +21,8 @@ from fmoe.layout.grouping import Specs
 from fmoe.layout.names import Names
 from fmoe.types import TensorSpec, as_dtype
 
+FP4, EXPERT_DTYPE = "mxfp4 .scale", "expert_dtype"
+"""DeepSeek-V4's format, and what says that experts are in it."""
 NOT_CONVERTED = "modules_to_not_convert"
 FIELD = {"modelopt": "ignore", "compressed-tensors": "ignore", "quark": "exclude"}
 """quant_method -> the list of modules that are not quantised, where it is not `NOT_CONVERTED`."""
@@ -69,21 +71,34 @@ def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Ma
     before = quantization_of(config)
     if not found:
         return without(made) if before is not None else made
-    if before is not None and _speaks_of(before, {p.format.name: p.format for p in found.values()}):
+    formats = {p.format.name: p.format for p in found.values()}
+    agreed = before is not None and _expert_dtype(config) == ("fp4" if FP4 in formats else None)
+    if before is not None and agreed and _speaks_of(before, formats):
         how = {n: weights(p.format.along) for n, p in found.items()}
         said = in_step(before, how, experts_left(specs, found), FIELD.get(before["quant_method"], NOT_CONVERTED))
         return made if said == before else with_told(made, said)
     told = quantization_config(specs, found)
-    return without(made) | ({"quantization_config": told} if told["quant_method"] else {})
+    rest = {n: v for n, v in without(made).items() if n != EXPERT_DTYPE}
+    return rest | ({"quantization_config": told} if told["quant_method"] else {})
+
+
+def _expert_dtype(config: Mapping[str, Any]) -> str | None:
+    """What DeepSeek-V4 says of its experts, at its top or in its quantization_config, where they are not in FP8."""
+    said = (quantization_of(config) or {}).get(EXPERT_DTYPE, config.get(EXPERT_DTYPE))
+    return said if said == "fp4" else None
 
 
 def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
     """Whether a quantization_config is one that a checkpoint in these formats may have."""
     methods = {f.method.partition(" ")[0] for f in formats.values()}
+    alike = lambda kind: all(name.startswith(kind) for name in formats)
     if formats.keys() <= FOREIGN.keys():  # which several tools write
-        methods |= {"modelopt", "compressed-tensors", "quark", "fbgemm_fp8", "fp8"}
+        methods |= {"modelopt", "compressed-tensors", "quark"} | ({"fbgemm_fp8", "fp8"} if alike("fp8") else set())
     if told.get("quant_method") not in methods:
         return False
+    algorithm = str(told.get("quant_algo")).lower()
+    if kind := next((k for k in ("nvfp4", "mxfp4", "mxfp8", "fp8") if k in algorithm), ""):
+        return alike(kind)
     named = {f.method.partition(" ")[2] for f in formats.values()}
     return told.get("quant_method") != "compressed-tensors" or told.get("format") in {None, "mixed-precision", *named}
 
@@ -114,8 +129,8 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
     told["weight_block_size"] = list(blocks.format.block) if blocks and blocks.format.block[1] else None
     if blocks is None:
         told["weight_block_size"] = [128, 128]
-    if name == "mxfp4 .scale":
-        told |= {"expert_dtype": "fp4"}
+    if name == FP4:
+        told |= {EXPERT_DTYPE: "fp4"}
     if any(specs[p.scale].dtype == E8M0 for p in found.values()):
         told |= {"scale_fmt": "ue8m0"}
     return told | {"modules_to_not_convert": rest}

@@ -86,6 +86,13 @@ def left_out(specs: Specs, carried: Mapping[str, Parts], formats: Iterable[Forma
     return gone | {n for n in specs for end in ends if n.endswith(end) and n.removesuffix(end) in specs}
 
 
+def written(carried: Mapping[str, Parts], fresh: Fresh) -> tuple[dict[str, Parts], dict[str, Parts]]:
+    """Those in a format that is written anew too, which stay as they are; and the others."""
+    ours = {name for name, pattern in fresh if pattern is not None}
+    mine = {n: p for n, p in carried.items() if p.format.name in ours}
+    return mine, {n: p for n, p in carried.items() if n not in mine}
+
+
 def _blocks(f: Format) -> str:
     return "x".join(str(b or "all") for b in f.block)
 

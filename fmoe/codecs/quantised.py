@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fmoe.codecs import Changed, CodecPlan
-from fmoe.codecs.carried import activations, beside, left_out, renamed
+from fmoe.codecs.carried import activations, beside, left_out, renamed, written
 from fmoe.codecs.changes import cuts, decoding, encoding, keeping, rows
 from fmoe.codecs.foreign.lists import Lists
 from fmoe.codecs.foreign.undecoded import left_alone, lone, unread
@@ -38,8 +38,7 @@ class Quantised:
     codes. seams: where rules join blocks, which codes must fit. experts: the rules of expert weights. told: called
     with the `Survival` of each tensor that changed since it was decoded. declared: the config or the names say that it
     is quantised. gptq: `gptq_version` of its config. undecoded: the format that it says, if that is not read.
-    lists: what config says of modules by name. was: the family's formats, which files and scales are of, where fresh
-    are others to write: what carries scales of none of these is encoded anew.
+    lists: what config says of modules by name. was: the family's formats, where fresh are others to write instead.
     """
 
     dtype: torch.dtype
@@ -61,7 +60,8 @@ class Quantised:
     @cached_property
     def own(self) -> tuple[Format, ...]:
         """Those to write, of the config's block size."""
-        return tuple(self._sized(FORMATS[name]) for name, _ in self.fresh)
+        anew = replace(self, block=(128, 128)) if self.was is not None and self.block[0] == 1 else self  # MXFP8's rows
+        return tuple(anew._sized(FORMATS[name]) for name, _ in self.fresh)
 
     @cached_property
     def formats(self) -> tuple[Format, ...]:
@@ -180,7 +180,8 @@ class Quantised:
             gone |= left_out(specs, carried, self.formats)
             return CodecPlan({n: s for n, s in specs.items() if n not in gone}, (), str(self))
         if self.was is not None:
-            carried = {n: p for n, p in carried.items() if dict(self.fresh).get(p.format.name) is not None}
+            carried, other = written(carried, self.fresh)
+            gone |= left_out({}, other, ())
         left = {n: s for n, s in specs.items() if n not in gone}
         chosen = dict(carried) | (self._chosen(left, carried) if self.quantization else {})
         targets: dict[str, TensorSpec] = {n: s for n, s in left.items() if n not in chosen}
@@ -208,12 +209,12 @@ class Quantised:
                 if f.fits(shape) and (p := as_named(n, f, shape)) is not None:
                     made[n] = p
                     break
-        written = [(f, pattern) for f, (_, pattern) in zip(self.own, self.fresh, strict=True) if pattern is not None]
-        if problems := [*left_plain(specs, made.keys() | carried.keys(), written)]:
+        fresh = [(f, pattern) for f, (_, pattern) in zip(self.own, self.fresh, strict=True) if pattern is not None]
+        if problems := [*left_plain(specs, made.keys() | carried.keys(), fresh)]:
             raise AdapterError(problems)
         if self.was is not None and not made and not carried:
-            told = ", ".join(f.name for f, _ in written)
-            raise AdapterError(f"no tensor of this checkpoint can be written in {told}: expected experts that fit it")
+            text = "no tensor of this checkpoint can be written in {}: expected experts that fit it"
+            raise AdapterError(text.format(", ".join(f.name for f, _ in fresh)))
         return made
 
     def _kept(self, specs: Specs, found: Mapping[str, Parts]) -> CodecPlan:
@@ -246,5 +247,4 @@ class Quantised:
         names = ", ".join(name for name, _ in self.fresh)
         if self.keep:
             return f"keep codes and scales: {names}"
-        what = f"encode {names}" if self.flipped else f"decode {names} to {self.dtype}"
-        return f"{what}, where scales are"
+        return (f"encode {names}" if self.flipped else f"decode {names} to {self.dtype}") + ", where scales are"

@@ -18,9 +18,19 @@ OFF = {"fp8": 0.05, "mxfp8": 0.05, "mxfp4": 0.2, "int4": 0.2, "nvfp4": 0.2}
 
 
 def written(case, folder):
+    """A checkpoint whose config says what it is in."""
     _, tensors = made(case)
-    save(config(case[0], 128, 256) | {"torch_dtype": "bfloat16"}, tensors, folder)
+    told = config(case[0], 128, 256) | {"torch_dtype": "bfloat16"}
+    save(told, tensors, folder.with_name("bare"))
+    fmoe.save(fmoe.load(folder.with_name("bare")), folder, fmoe.adapter(folder.with_name("bare")), fsync=False)
+    assert quantization_of(json.loads((folder / "config.json").read_text()))
     return tensors, fmoe.load(folder)
+
+
+def said(folder):
+    """What a config says of codes, and the kinds of the tensors beside it."""
+    told = quantization_of(json.loads((folder / "config.json").read_text()))
+    return told, sorted({(n.rpartition(".")[2], t.dtype) for n, t in held(folder).items()}, key=str)
 
 
 def held(folder):
@@ -45,12 +55,16 @@ def test_codes_become_other_codes_and_the_same_ones_stay_as_they_are(case, quant
         assert {len(tensors[n].shape) for n in error.keys} <= {3, 4}
         return
     fmoe.verify(tmp_path / "codes")
-    assert quantization_of(json.loads((tmp_path / "codes" / "config.json").read_text()))
+    assert not [note for note in fmoe.inspect(tmp_path / "codes")["notes"] if "quantization_config" in note]
     assert off(native, tmp_path / "codes") <= OFF[quantize]
     if case[1].startswith(quantize):
         found = held(tmp_path / "codes")
         assert found.keys() == tensors.keys()
         assert all(torch.equal(bits(found[n]), bits(t)) for n, t in tensors.items())
+    else:  # as of plain weights, whatever codes there were before
+        fmoe.convert(tmp_path / "hf", tmp_path / "plain", "hf", dtype="bfloat16", fsync=False)
+        fmoe.convert(tmp_path / "plain", tmp_path / "fresh", "hf", quantize=quantize, fsync=False)
+        assert said(tmp_path / "codes") == said(tmp_path / "fresh")
     fmoe.convert(tmp_path / "codes", tmp_path / "again", "hf", quantize=quantize, fsync=False)
     first, second = held(tmp_path / "codes"), held(tmp_path / "again")
     assert first.keys() == second.keys() and all(torch.equal(bits(first[n]), bits(t)) for n, t in second.items())
@@ -68,3 +82,19 @@ def test_codes_become_numbers_in_another_layout_in_one_command(case, tmp_path):
         assert off(native, tmp_path / layout) == 0
         assert not any("scale" in n for n in held(tmp_path / layout))
         assert quantization_of(json.loads((tmp_path / layout / "config.json").read_text())) is None
+
+
+def test_what_deepseek_v4_says_of_its_experts_at_its_top_goes_with_them(tmp_path):
+    """As published: Transformers moves `expert_dtype` into quantization_config, whatever that says."""
+    _, tensors = made(("deepseek_v4", "mxfp4 .scale"))
+    quant = {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    told = config("deepseek_v4", 128, 256) | {"expert_dtype": "fp4", "quantization_config": quant}
+    save(told, tensors, tmp_path / "hf")
+    read = lambda name: json.loads((tmp_path / name / "config.json").read_text())
+    fmoe.convert(tmp_path / "hf", tmp_path / "native", fsync=False)
+    fmoe.convert(tmp_path / "native", tmp_path / "back", "hf", fsync=False)
+    assert (read("back")["expert_dtype"], read("back")["quantization_config"]) == ("fp4", quant)
+    fmoe.convert(tmp_path / "hf", tmp_path / "fp8", "hf", quantize="fp8", fsync=False)
+    assert "expert_dtype" not in read("fp8") | read("fp8")["quantization_config"]
+    fmoe.convert(tmp_path / "fp8", tmp_path / "fp4", "hf", quantize="mxfp4", fsync=False)
+    assert read("fp4")["quantization_config"]["expert_dtype"] == "fp4"
