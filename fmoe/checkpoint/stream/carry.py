@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from os import cpu_count
 from typing import TypeVar
 
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -21,7 +21,9 @@ def default_threads() -> int:
 def pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
     """Threads. What an error or an interruption leaves over is not begun. Raises AdapterError for less than one."""
     if threads is not None and not 1 <= threads < 2**31:
-        raise AdapterError(f"threads is {threads}, expected a positive int, or None for as many as there are cores")
+        raise AdapterError(
+            f"threads is {brief(threads)}, expected a positive int, or None for as many as there are cores"
+        )
     executor = ThreadPoolExecutor(threads or default_threads())
     try:
         yield executor
