@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup() -> None:
     if time.time() > UNTIL:
         pytest.skip("not begun: the time that TESTS_UNTIL gives is over")
+
+
+def pytest_runtest_teardown() -> None:
+    """No figure stays open: of many, Matplotlib warns the test that opens one more."""
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 def pytest_sessionfinish() -> None:
