@@ -32,7 +32,7 @@ from fmoe.layout.notation import Rule
 from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
-from fmoe.lowrank.layers import deep, less
+from fmoe.lowrank.layers import deep, less, nowhere
 from fmoe.lowrank.matrices import attention, is_copy, tied
 from fmoe.lowrank.said import config_of, odd_ranks
 from fmoe.lowrank.scales import Scales
@@ -125,6 +125,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         partial(in_memory, model),
         partial(layers_with, model),
         str(model.get("model_type")) in spelt(),
+        partial(nowhere, adapter),
     )
     odd = [*odd_ranks(params, said, adapter, partial(deep, adapter)), *(tied(params) if known.ties(model) else ())]
     problems = [*odd, *missing(params, said, adapter, names, about)]

@@ -60,6 +60,8 @@ def adapter(
 
 
 def _made(model_type: str, config: Any, system: str, choices: dict[str, Any]) -> Adapter:
+    if isinstance(config, Mapping) and config.get("model_type") is None:  # what its class has is known by it
+        config = {**config, "model_type": model_type}
     if system == "native":
         return family(model_type).adapter(config, **choices)
     return of_system(system, model_type, config, **choices)

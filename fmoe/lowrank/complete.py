@@ -31,7 +31,8 @@ class Known(NamedTuple):
 
     everywhere: whether all layers have a module of this name, its number a star; None: not known. same: one name of all
     that a tensor has, in memory and in files. inside: the one in memory, if any. layers: those that have a tensor, its
-    number a star, as the names that are there tell. whole: whether other names than files have are all known.
+    number a star, as the names that are there tell. whole: whether other names than files have are all known. nowhere:
+    whether no layer that can be has a module of this kind.
     """
 
     everywhere: Callable[[str], bool | None] = lambda form: None
@@ -39,6 +40,7 @@ class Known(NamedTuple):
     inside: Callable[[str], str | None] = lambda name: name
     layers: Callable[[str, Iterable[str]], set[int]] = lambda tensor, names: set()
     whole: bool = False
+    nowhere: Callable[[Callable[[str], bool]], bool] = lambda hits: False
 
 
 def missing(
@@ -89,6 +91,8 @@ def missing(
             text = f"LoRA of {target.rpartition('.')[2]!r}, one of several parameters of a module that are wrapped"
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
         elif not fits and (lost or files is None and target != "all-linear"):
+            if not (lost or parametric) and known.nowhere(lambda key: _fits(target, key, config) and config.wraps(key)):
+                continue
             yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif files is None and not skipped and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, known.everywhere)

@@ -70,13 +70,18 @@ def _kinds(config: Mapping[str, Any], stack: str) -> Iterable[Kinds]:
 
 def _lacks(kinds: Kinds, said: Mapping[str, Any], l: int, held: set[str], wanted: Collection[str]) -> list[str]:
     """What a layer lacks: in each group what the kind with least lacks, where all that it can be of lack some."""
+    every = ([sorted((s & {*wanted}) - held) for s in can] for can in _can(kinds, said, l, held))
+    return [n for lacks in every if lacks and all(lacks) for n in min(lacks, key=lambda one: (len(one), one))]
+
+
+def _can(kinds: Kinds, said: Mapping[str, Any], l: int, held: set[str]) -> Iterator[list[set[str]]]:
+    """Group by group the sets of names, one of which a layer has, by what it holds and the config says."""
     sparse = sparse_layers(said, ANY) if kinds.text and layer_count(said) is not None else None
-    found: list[str] = []
     for sets in kinds.groups:
         every = {n for s in sets for n in s}
         told = settled(kinds.rules, said, l, every)
         is_sparse = [any(".experts." in n for n in s) for s in sets]
-        can = [
+        yield [
             {*s}
             for s, experts in zip(sets, is_sparse, strict=True)
             if held & every <= {*s}
@@ -84,10 +89,33 @@ def _lacks(kinds: Kinds, said: Mapping[str, Any], l: int, held: set[str], wanted
             and not any(there and n in every and n not in s for n, there in told.items())
             and (sparse is None or len({*is_sparse}) == 1 or experts == (l in sparse))
         ]
-        lacks = [sorted((s & {*wanted}) - held) for s in can]
-        if lacks and all(lacks):
-            found += sorted(lacks, key=lambda one: (len(one), one))[0]
-    return found
+
+
+def nowhere(adapter: Adapter, hits: Wraps) -> bool:
+    """Whether the text model has no module that hits, whatever kind its layers can be of. False: nobody knows.
+
+    >>> import fmoe
+    >>> linear = fmoe.adapter("qwen3_next", {"num_hidden_layers": 2, "layer_types": ["linear_attention"] * 2})
+    >>> [nowhere(linear, lambda key: key.endswith(end)) for end in ("1.self_attn.q_proj", "1.linear_attn.in_proj_ba")]
+    [True, False]
+    """
+    model, back = adapter.config or {}, opened(adapter).inverse
+    said = with_text(translated(model))
+    called = lambda name: alike(model, native(back, name) or name)[-1].removesuffix(".weight")
+    forms = known().get(str(model.get("model_type")), {"forms": ()})["forms"][-1:]
+    for form in forms:
+        if any(hits(called(n)) for n in form["root"] if n.endswith(".weight") and not BESIDE.search(n)):
+            return False
+        for stack, groups in form["stacks"].items():
+            if BESIDE.search(stack):
+                continue
+            kinds, every = Kinds(groups, rules_of(form, stack), True), {n for sets in groups for s in sets for n in s}
+            keys = {n: called(f"{stack}.0.{n}") for n in every if n.endswith(".weight") and ".experts." not in n}
+            for l in range(layer_count(said) or 1):
+                sure = {n for can in _can(kinds, said, l, set()) if can for n in set.intersection(*can)}
+                if any(hits(_at(keys[n], 0, l)) for n in sure & {*keys}):
+                    return False
+    return bool(forms)
 
 
 def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem]:

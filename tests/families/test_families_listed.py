@@ -69,3 +69,12 @@ def test_the_command_line_tells_them_all(monkeypatch, capsys):
     assert told["mixtral"]["layout"] == "{pre}layers.{l}.block_sparse_moe.experts.{e}.{g=w1|w3}.weight [i d]"
     assert told["mixtral"]["verified"] == VERIFIED["block"] and told["deepseek_v3"]["quantised"] == "fp8 blocks"
     assert [line.split()[0] for line in run("families")[1].splitlines()[1:]] == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_config_without_a_model_type_is_read_as_one_of_the_type_that_is_named(kind):
+    """What its class leaves out, and what layers have, is known by it."""
+    config = dict(num_hidden_layers=2)
+    without, whole = (fmoe.adapter(kind, c) for c in (config, {"model_type": None} | config | {"model_type": kind}))
+    assert without == whole and without.config == whole.config and str(without.moe) == str(whole.moe)
+    assert config == dict(num_hidden_layers=2)

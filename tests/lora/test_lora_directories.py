@@ -162,6 +162,23 @@ def test_layers_that_the_config_leaves_out_are_not_missed(how, name, tmp_path):
     assert files and fmoe.lora.load(tmp_path, adapter).params
 
 
+@HYBRID
+@pytest.mark.parametrize("layer", range(4))
+def test_a_target_is_missed_where_some_layer_has_it_and_only_there(layer, name, tmp_path):
+    """PEFT asks that one target finds a module, not that all do: others are of other kinds of layers, or models."""
+    elsewhere = ["gate_proj", "qkv_proj", "wqkv", "in_proj_nowhere"]
+    said = dict(target_modules=sorted({*linear(longer(name)), *elsewhere}), layers_to_transform=[layer])
+    adapter, files = trained(name, tmp_path, **said)
+    assert fmoe.lora.load(tmp_path, adapter).params
+    for target in sorted({m.rpartition(".")[2] for m in modules(files)}):
+        left = {n: t for n, t in files.items() if f".{target}.lora_" not in n}
+        save_file(left or {"base_model.model.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / FILE)
+        with pytest.raises(fmoe.AdapterError, match="no matrix is for it|no matrices|one wrapper") as error:
+            fmoe.lora.load(tmp_path, adapter)
+        named = [target] if target in said["target_modules"] else ["down_proj", "gate_up_proj"]
+        assert any(n in str(error.value) for n in named)
+
+
 @pytest.mark.parametrize("name", [*LAYERS, *SLOW])
 def test_nothing_is_missed_of_what_peft_wrote(name, tmp_path):
     """Of every family, whatever is told of its base: also nothing at all, where layers may be of any kind."""
