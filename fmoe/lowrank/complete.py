@@ -91,9 +91,9 @@ def missing(
             text = f"LoRA of {target.rpartition('.')[2]!r}, one of several parameters of a module that are wrapped"
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
         elif not fits and (lost or files is None and target != "all-linear"):
-            if not (lost or parametric) and known.nowhere(lambda key: _fits(target, key, config) and config.wraps(key)):
-                continue
-            yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
+            hits = lambda key, target=target: _fits(target, key, config) and config.wraps(key)
+            if lost or parametric or not known.nowhere(hits):
+                yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif files is None and not skipped and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, known.everywhere)
 
