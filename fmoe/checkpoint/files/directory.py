@@ -146,8 +146,10 @@ class Checkpoint:
             gone = [n for n in away if n[0] == "." or unfinished(n) or n == INDEX and self.index is None]
             return gone if self.path.listed else [*gone, "whatever else lies there: it cannot be listed"]
         there = sorted(os.listdir(self.path))
-        hidden = [n for n in there if n.startswith(".") and n not in self._folders]
         below = sorted(str(p.relative_to(self.path)) for p in self.path.rglob("*"))
+        hidden = [n for n in there if n.startswith(".") and n not in self._folders]
+        shards = {*self.stamps, *self._folders}
+        hidden += [n for n in below if n[0] == "." and "/" in n and n not in shards and str(Path(n).parent) in shards]
         stays = [n for n in below if unfinished(n) and not n.startswith(".")]
         stale = [INDEX] if INDEX in there and self.index is None else []
         empty = [f"{n}/" for n in below if n[0] != "." and is_empty(self.path / n)]

@@ -77,6 +77,20 @@ def test_what_transformers_reads_is_read_and_comes_back_file_by_file(way, flat, 
 
 
 @EVERY
+def test_what_lies_beside_shards_goes_along_or_is_named(way, flat, tmp_path):
+    source = below(flat, tmp_path / "hf", way)
+    shard = source / max(json.loads((source / INDEX).read_text())["weight_map"].values(), key=len)
+    for name in ("notes.txt", "more/of/them.txt"):
+        (shard.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (shard.parent / name).write_text("mine")
+    report = fmoe.convert(source, tmp_path / "native", fsync=False)
+    mine = [(shard.parent / n).resolve().relative_to(source).as_posix() for n in ("notes.txt", "more/of/them.txt")]
+    told = " ".join(n for n in report.notes if "not taken along" in n)
+    there = [(tmp_path / "native" / n).exists() for n in mine]
+    assert there == [way != "in a hidden folder"] * 2 if there[0] else f"'{mine[0]}'" in told and "more'" in told
+
+
+@EVERY
 def test_such_a_model_is_replaced_whole(way, flat, tmp_path):
     for name, write_ in {
         "converted": lambda path: fmoe.convert(flat, path, dtype="float32", force=True, fsync=False),
