@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,12 +18,16 @@ DECODED = "decoded_"
 QUANT = "hf_quant_config.json"
 """Where some writers say again what quantization_config says."""
 
+_KINDS = {"quant_method": str, "format": str, "bits": Real, "config_groups": Mapping}
+_WEIGHTS = {"type": str, "strategy": str, "num_bits": Real}
+_TEXT = {str: "a name", Real: "a number", Mapping: "an object"}
+
 
 def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The quantization_config of a config, at its top or in its text_config; None where it has none.
 
-    Of weights that were decoded it is the one that they had. Raises AdapterError where it is no JSON object, or its
-    method no name, or its groups no object.
+    Of weights that were decoded it is the one that they had. Raises AdapterError where it is no JSON object, or what it
+    says of its method, its width or its groups is of another kind.
     """
     config = config or {}
     for field in (*FIELDS, *(DECODED + f for f in FIELDS)):
@@ -30,12 +35,23 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
             found = found.to_dict() if hasattr(found, "to_dict") else found
             if not isinstance(found, Mapping):
                 raise AdapterError(f"{field} is {brief(found)}, expected an object with its quant_method")
-            for part, kind, text in (("quant_method", str, "a name"), ("config_groups", Mapping, "an object")):
-                if not isinstance(said := found.get(part), kind | None):
-                    raise AdapterError(f"{field}.{part} is {brief(said)}, expected {text}")
+            for part, kind in _KINDS.items():
+                _is(f"{field}.{part}", found.get(part), kind)
+            for name, group in (found.get("config_groups") or {}).items():
+                _is(f"{field}.config_groups.{name}", 0 if group is None else group, Mapping)
+                _is(f"{field}.config_groups.{name}.format", group.get("format"), str)
+                _is(f"{field}.config_groups.{name}.weights", weights := group.get("weights"), Mapping)
+                for part, kind in _WEIGHTS.items():
+                    _is(f"{field}.config_groups.{name}.weights.{part}", (weights or {}).get(part), kind)
             return dict(found)
     inner = config.get("text_config")
     return quantization_of(inner) if isinstance(inner, Mapping) else None
+
+
+def _is(at: str, said: Any, kind: type) -> None:
+    """Raises AdapterError for what is there and of another kind."""
+    if not isinstance(said, kind | None):
+        raise AdapterError(f"{at} is {brief(said)}, expected {_TEXT[kind]}")
 
 
 def with_quant(config: dict[str, Any], quant: Mapping[str, Any]) -> dict[str, Any]:
