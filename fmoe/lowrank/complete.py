@@ -32,7 +32,7 @@ class Known(NamedTuple):
     everywhere: whether all layers have a module of this name, its number a star; None: not known. same: one name of all
     that a tensor has, in memory and in files. inside: the one in memory, if any. layers: those that have a tensor, its
     number a star, as the names that are there tell. whole: whether other names than files have are all known. nowhere:
-    whether no layer that can be has a module of this kind.
+    whether no layer can have a module that hits.
     """
 
     everywhere: Callable[[str], bool | None] = lambda form: None

@@ -112,8 +112,8 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
             kinds, every = Kinds(groups, rules_of(form, stack), True), {n for sets in groups for s in sets for n in s}
             keys = {n: called(f"{stack}.0.{n}") for n in every if n.endswith(".weight") and ".experts." not in n}
             for l in range(layer_count(said) or 1):
-                sure = {n for can in _can(kinds, said, l, set()) if can for n in set.intersection(*can)}
-                if any(hits(_at(keys[n], 0, l)) for n in sure & {*keys}):
+                can = set[str]().union(*(s for sets in _can(kinds, said, l, set()) for s in sets))
+                if any(hits(_at(keys[n], 0, l)) for n in can & {*keys}):
                     return False
     return bool(forms)
 

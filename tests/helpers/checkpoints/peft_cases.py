@@ -1,5 +1,6 @@
 """Tiny models, wrapped by PEFT with random matrices, and trained."""
 
+import re
 from typing import Any
 
 import hf
@@ -39,6 +40,16 @@ def parameters(adapter: fmoe.Adapter) -> list[str]:
     wrappers = table_of(adapter).forms.wrappers
     text = ["".join(p if isinstance(p, str) else "*" for p in w.module) + f".{w.parameter}" for w in wrappers]
     return sorted({t.rpartition("*.")[2] for t in text})
+
+
+REFUSED = {"nemotron_h": "out_proj", "beam": "gate_proj"}
+"""The last words that PEFT refuses: of Mamba layers; of attention, where it takes it for half of an MLP's."""
+
+
+def wraps(model: Any) -> list[str]:
+    """The linear modules of layers that PEFT wraps: no subclasses of them, which it refuses."""
+    found = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and re.search(r"\.\d+\.", n)]
+    return [n for n in found if n.rpartition(".")[2] != REFUSED.get(model.config.model_type)]
 
 
 def config_of(targets: list[str], **more: Any) -> peft.LoraConfig:
