@@ -18,9 +18,9 @@ DECODED = "decoded_"
 QUANT = "hf_quant_config.json"
 """Where some writers say again what quantization_config says."""
 
-_KINDS = {"quant_method": str, "format": str, "bits": Real, "config_groups": Mapping}
-_WEIGHTS = {"type": str, "strategy": str, "num_bits": Real}
-_TEXT = {str: "a name", Real: "a number", Mapping: "an object"}
+_KINDS: dict[str, Any] = {"quant_method": str, "format": str, "bits": Real, "config_groups": Mapping}
+_WEIGHTS: dict[str, Any] = {"type": str, "strategy": str, "num_bits": Real}
+_TEXT: dict[Any, str] = {str: "a name", Real: "a number", Mapping: "an object"}
 
 
 def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -48,7 +48,7 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return quantization_of(inner) if isinstance(inner, Mapping) else None
 
 
-def _is(at: str, said: Any, kind: type) -> None:
+def _is(at: str, said: Any, kind: Any) -> None:
     """Raises AdapterError for what is there and of another kind."""
     if not isinstance(said, kind | None):
         raise AdapterError(f"{at} is {brief(said)}, expected {_TEXT[kind]}")

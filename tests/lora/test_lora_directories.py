@@ -119,6 +119,7 @@ def linear(name: str) -> list[str]:
 
 
 def trained(name: str, path: Any, **how: Any) -> tuple[fmoe.Adapter, dict[str, torch.Tensor]]:
+    model = longer(name)
     adapter = in_memory(model)
     said = dict(r=R, lora_alpha=ALPHA, target_modules=linear(name)) | how
     peft.get_peft_model(model, peft.LoraConfig(**said)).save_pretrained(path)
