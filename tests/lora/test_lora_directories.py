@@ -114,7 +114,7 @@ def linear(name: str) -> list[str]:
     """The ends of names of layers' modules that PEFT wraps, and that no others have."""
     model, end = longer(name), lambda n: n.rpartition(".")[2]
     found = {n for n in wraps(model) if "experts." not in n}
-    ends = {*map(end, found)} - {end(n) for n, m in model.named_modules() if type(m) is not nn.Linear}
+    ends = {*map(end, found)} - {end(n) for n, m in model.named_modules() if not isinstance(m, nn.Linear)}
     return sorted(ends - ({"gate_proj"} if "up_proj" not in ends else set()))  # an attention's, for PEFT half an MLP's
 
 

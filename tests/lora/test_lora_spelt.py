@@ -74,12 +74,18 @@ def test_a_module_lost_is_missed_whatever_it_is_called(name, tmp_path):
                 fmoe.lora.load(tmp_path / "a", tmp_path / "base")
 
 
+ELSE = "bailing_hybrid ernie4_5_vl_moe glm5_next glm5_next_text inkling2 inkling2_loop inkling2_loop_text inkling2_text"
+NO_MODULES = {*ELSE.split(), "kimi_linear"}
+"""What of these files fuse or cut is convolutions of one dimension, routers, stacks and heads."""
+
+
 @pytest.mark.parametrize("name", [n for n in DIFFER if [] in spelt()[n].values()])
 def test_what_files_fuse_or_cut_is_refused_with_fixes_that_work(name, tmp_path):
-    try:
-        made, memory, _ = wrapped(name, tmp_path, lambda n: cut(name, n))
-    except ValueError as error:
-        pytest.skip(f"PEFT: {str(error)[:60]}")
+    if name in NO_MODULES:
+        found = [n for n, m in build(name).named_modules() if isinstance(m, KINDS) and cut(name, n)]
+        assert {*found} <= {"lm_head"}
+        return
+    made, memory, _ = wrapped(name, tmp_path, lambda n: cut(name, n))
     tuned = fmoe.lora.load(tmp_path / "a", tmp_path / "base")
     if name != "minimax_m3_vl":  # a rule of its adapter knows how files have it
         fix = "expected it among params. Fix.*state_dict.*merge_and_unload"

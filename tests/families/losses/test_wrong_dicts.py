@@ -15,6 +15,7 @@ from fmoe.systems import SYSTEMS
 from fmoe.types import EXPERT_TENSORS
 
 ROWS = [(name, original) for name in (*hf.MODELS, *zoo.MODELS) for original in (True, False)]
+ROWS.remove(("longcat_flash", False))  # is refused as it is: `test_zero_experts_of_a_live_dict_are_told`
 WRONG = {
     "missing": lambda spec: None,
     "transposed": lambda spec: TensorSpec((*spec.shape[:-2], spec.shape[-1], spec.shape[-2]), spec.dtype),
@@ -34,8 +35,6 @@ def made(name, original):
 @pytest.mark.parametrize(("name", "original"), ROWS)
 def test_an_expert_tensor_that_is_wrong_is_named_with_what_was_expected(name, original):
     adapter, specs = made(name, original)
-    if (name, original) == ("longcat_flash", False):
-        pytest.skip("is refused as it is: the next test")
     units = [s for s, targets in adapter.plan(specs).units() if targets[0].rpartition(".")[2] in EXPERT_TENSORS[:2]]
     several = len(units[0]) > 1
     one = units[0][0]

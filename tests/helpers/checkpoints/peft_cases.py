@@ -47,8 +47,8 @@ REFUSED = {"nemotron_h": "out_proj", "beam": "gate_proj"}
 
 
 def wraps(model: Any) -> list[str]:
-    """The linear modules of layers that PEFT wraps: no subclasses of them, which it refuses."""
-    found = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and re.search(r"\.\d+\.", n)]
+    """The linear modules of layers that PEFT wraps."""
+    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search(r"\.\d+\.", n)]
     return [n for n in found if n.rpartition(".")[2] != REFUSED.get(model.config.model_type)]
 
 
