@@ -15,7 +15,7 @@ from fmoe.checkpoint.remote import kept
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.remote.targets import OPENERS, Target, here, target
 from fmoe.checkpoint.remote.trouble import Unreadable
-from fmoe.checkpoint.staging.beside import of_the_former
+from fmoe.checkpoint.staging.beside import of_the_former, shards_below
 from fmoe.checkpoint.staging.journal import ONCE, lines
 from fmoe.checkpoint.staging.room import replaced
 from fmoe.checkpoint.staging.staging import staging
@@ -141,12 +141,12 @@ class Outbox:
             raise AdapterError(
                 f"{self.target.shown} holds the beginnings of other work ({why}): force=True (--force) to start anew"
             )
-        ours = {*begun["files"], *begun["replaces"]} if begun and begun["work"] == work else set[str]()
-        others, old = sorted(there - ours), of_model(there)
+        same = begun.get("work") == work
+        former = {*begun["replaces"]} if same else shards_below(self.target.address)
+        others, old = sorted(there - {*former, *begun["files"]} if same else there), of_model(there, former)
         if others and not force:
-            raise AdapterError(
-                f"{self.target.shown} is not empty: name another address, or force=True (--force) to replace it"
-            )
+            fix = "name another address, or force=True (--force) to replace it"
+            raise AdapterError(f"{self.target.shown} is not empty: {fix}")
         if others and not checkpoints(old):
             raise AdapterError(f"{self.target.shown} holds no checkpoint, but {some(others)}: refusing to replace that")
         return old

@@ -23,9 +23,13 @@ JOURNAL = "fmoe.journal"
 
 
 class Target(Protocol):
-    """shown: its address, as messages may have it. resumes: whether what was sent stays there without a publication."""
+    """shown: its address, as messages may have it. resumes: whether what was sent stays there without a publication.
+
+    address: to read what is there.
+    """
 
     shown: str
+    address: Address
     resumes: bool
 
     def sizes(self) -> dict[str, int]:
@@ -54,7 +58,7 @@ class Folder:
 
     def __init__(self, url: str):
         self.store = Driven(url)
-        self.shown = self.store.shown
+        self.shown, self.address = self.store.shown, Address(self.store)
 
     def sizes(self) -> dict[str, int]:
         def look() -> dict[str, int]:
@@ -120,7 +124,7 @@ class Repository:
 
     def __init__(self, url: str):
         self.of = Hub(url)
-        self.shown, self.api = self.of.shown, self.of.hub.HfApi()
+        self.shown, self.address, self.api = self.of.shown, Address(self.of), self.of.hub.HfApi()
         if self.of.hub.constants.is_offline_mode():
             raise AdapterError(f"{self.shown}: nothing can be sent, HF_HUB_OFFLINE is set: unset it")
         self.added: list[Any] = []

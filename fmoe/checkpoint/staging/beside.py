@@ -11,7 +11,7 @@ from fmoe.checkpoint.files.disk import content
 from fmoe.checkpoint.files.origin import weight_map
 from fmoe.checkpoint.files.strict import MOST, read
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, LEASE, WEIGHTS, former
-from fmoe.checkpoint.remote.address import Where
+from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.types import AdapterError
 
 
@@ -94,13 +94,13 @@ def _ours(path: Path, name: str) -> bool:
     return os.path.lexists(path / name) and not any(folder.is_symlink() for folder in above)
 
 
-def shards_below(path: Path) -> set[str]:
-    """Files in folders of this directory that its index says hold the tensors."""
+def shards_below(path: Where) -> set[str]:
+    """Files in folders of this directory that its index says hold the tensors; at an address, if they are there."""
     try:
         named = {*weight_map(path / INDEX, read(path / INDEX)[0]).values()}
     except AdapterError:
         return set()
-    return {n for n in named if "/" in n and _ours(path, n)}
+    return {n for n in named if "/" in n and (isinstance(path, Address) or _ours(path, n))}
 
 
 def replaceable(path: Path) -> set[str]:

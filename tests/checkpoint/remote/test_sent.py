@@ -174,6 +174,30 @@ def test_what_is_there_is_replaced_when_that_is_asked_for_and_opens_no_more_mean
     assert not any("config.json" in now for now in seen)
 
 
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_shards_in_folders_that_the_index_names_go_too(cut, source, native, store, monkeypatch):
+    """Also where what was begun goes on, when the index is gone already."""
+    fs, old = Memory(), {"config.json": b"{}", "mine/a.safetensors": b"mine"}
+    old |= {
+        INDEX: b'{"weight_map": {"a": "sub/1.safetensors", "b": "no/such.safetensors"}}',
+        "sub/1.safetensors": b"old",
+    }
+    for name, data in old.items():
+        fs.pipe_file(f"/m/{name}", data)
+    if cut:
+        failing(store, monkeypatch, lambda name: name == "config.json", PermissionError("no"))
+        with pytest.raises(AdapterError):
+            fmoe.convert(source, "sent://m", max_shard_size=SMALL, force=True)
+        monkeypatch.setattr(store, "before", staticmethod(lambda name: None))
+        fs.pipe_file("/m/sub/1.safetensors", b"old")
+    report = fmoe.convert(source, "sent://m", max_shard_size=SMALL, force=True)
+    assert there() == native | {"mine/a.safetensors": b"mine"}
+    assert "'sub/1.safetensors'" in str(report.notes) or cut
+
+
 def test_no_more_is_here_at_once_than_the_notes_say(source, store, monkeypatch, tmp_path):
     monkeypatch.setattr("fmoe.checkpoint.stream.engine.AHEAD", 2)
     big = deeper(source, tmp_path / "big", layers=24)

@@ -66,6 +66,13 @@ def test_what_is_there_goes_in_the_same_commit_if_that_is_asked_for(it, source, 
     assert it.files == native | {".gitattributes": b"*", "photo.jpg": b"mine"}
 
 
+def test_shards_in_folders_that_the_index_names_go_too(it, source, native):
+    index = b'{"weight_map": {"a": "sub/1.safetensors", "b": "no/such.safetensors"}}'
+    it.files |= {"model.safetensors.index.json": index, "config.json": b"{}", "sub/1.safetensors": b"old"}
+    fmoe.convert(source, "hf://org/name", max_shard_size=SMALL, force=True)
+    assert it.files == native | {".gitattributes": b"*"}
+
+
 def test_a_folder_of_a_repository(it, source, native):
     it.files["config.json"] = b"another"
     fmoe.convert(source, "hf://org/name@main/native", max_shard_size=SMALL)

@@ -52,10 +52,20 @@ class _Handler(BaseHTTPRequestHandler):
         if it.chunks and "/xet-write-token/" in self.path:
             it.tokens += 1
             return self._told({"casUrl": f"local://{it.chunks}", "accessToken": "brief", "exp": 2**33})
+        if "/resolve/" in self.path:
+            return self._part(it.files[unquote(self.path).partition("/resolve/")[2].partition("/")[2]])
         sizes = {n: len(data) for n, data in it.files.items()} | {n: size for n, (_, size) in it.large.items()}
         files = [{"rfilename": n, "size": size, "blobId": "0" * 40} for n, size in sorted(sizes.items())]
         told = {"id": it.repo, "modelId": it.repo, "sha": "c" * 40, "siblings": files, "tags": [], "private": False}
         self._told(told)
+
+    def _part(self, data: bytes) -> None:
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(len(data := data[int(first) : int(last) + 1])))
+        self.end_headers()
+        self.wfile.write(data)
 
     def do_PUT(self) -> None:
         data, oid = self._body(), self.path.rpartition("/")[2]
