@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fmoe.codecs.config import coded, quantization_of, with_dtype, with_told, without
-from fmoe.codecs.foreign.lists import in_step
+from fmoe.codecs.foreign.lists import KIND, Lists, in_step, lists
 from fmoe.codecs.foreign.told import calibrated, weights
 from fmoe.codecs.foreign.undecoded import narrow
 from fmoe.codecs.format import Format
@@ -36,8 +36,8 @@ def agreeing(
     Its quantization_config is there where some are quantised, and says how; dtype: what floats have become.
     """
     made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
-    found = _coded(adapter, specs)
-    return made if found is None else stated(made, specs, found)
+    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
+    return made if codec is None else stated(made, specs, _coded(codec, specs), anew=codec.was is not None)
 
 
 def untold(config: Mapping[str, Any], specs: Specs, adapter: Adapter) -> list[str]:
@@ -48,7 +48,8 @@ def untold(config: Mapping[str, Any], specs: Specs, adapter: Adapter) -> list[st
     if told is not None:
         how = told.get("quant_method") or "by a method that it does not name"
         return [f"config.json has a quantization_config ({how}), and no tensor is in codes: what is written has none"]
-    found = _coded(adapter, specs) or {}
+    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
+    found = _coded(codec, specs) if codec else {}
     names = some([p.codes for p in found.values()])
     text = (
         "codes, and config.json has no quantization_config: fmoe reads them so, and Transformers takes them for numbers"
@@ -56,16 +57,19 @@ def untold(config: Mapping[str, Any], specs: Specs, adapter: Adapter) -> list[st
     return [f"{names}: {text}. Fix: add one, as fmoe.convert writes it with quantize="] * bool(found)
 
 
-def _coded(adapter: Adapter, specs: Specs) -> dict[str, Parts] | None:
-    """The quantised tensors of a file; None where nothing of its adapter knows any."""
-    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
-    return None if codec is None else in_file(specs, Names(specs), codec.readable, codec.known, codec.lists)[0]
+def _coded(codec: Quantised, specs: Specs) -> dict[str, Parts]:
+    """The quantised tensors of a file; of those that are written anew no integers are wider than 4 bits."""
+    said = codec.lists if codec.was is None else Lists(codec.lists.ignore, bits=4)
+    return in_file(specs, Names(specs), codec.readable, codec.known, said)[0]
 
 
-def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:
+def stated(
+    config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Mapping[str, Parts], *, anew: bool = False
+) -> dict[str, Any]:
     """The config of a directory of these tensors, of which `found` are quantised: its quantization_config says so.
 
-    What it said before stays, where it speaks of the same method; without quantised tensors it says nothing of any.
+    What it said before stays, where it speaks of the same method, or (anew: other codes may have been written) of every
+    one of them as it is; without quantised tensors it says nothing of any.
     """
     made = coded(config)
     before = quantization_of(config)
@@ -73,7 +77,7 @@ def stated(config: Mapping[str, Any], specs: Mapping[str, TensorSpec], found: Ma
         return without(made) if before is not None else made
     formats = {p.format.name: p.format for p in found.values()}
     agreed = before is not None and _expert_dtype(config) == ("fp4" if FP4 in formats else None)
-    if before is not None and agreed and _speaks_of(before, formats):
+    if before is not None and agreed and _speaks_of(before, formats) and not (anew and _other(before, found)):
         how = {n: weights(p.format.along) for n, p in found.items()}
         said = in_step(before, how, experts_left(specs, found), FIELD.get(before["quant_method"], NOT_CONVERTED))
         return made if said == before else with_told(made, said)
@@ -101,6 +105,26 @@ def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
         return alike(kind)
     named = {f.method.partition(" ")[2] for f in formats.values()}
     return told.get("quant_method") != "compressed-tensors" or told.get("format") in {None, "mixed-precision", *named}
+
+
+def _other(told: Mapping[str, Any], found: Mapping[str, Parts]) -> bool:
+    """Whether some are in other codes than a quantization_config says of them."""
+    if told.get("quant_method") not in {p.format.method.partition(" ")[0] for p in found.values()}:
+        return True
+    block, static = told.get("weight_block_size"), told.get("activation_scheme") == "static"
+    e4m3 = [p for p in found.values() if p.format.method == "fp8" and p.format.code == "e4m3"]
+    if any(bool(p.activation) != static or list(block or ()) != [n for n in p.format.block if n] for p in e4m3):
+        return True
+    said, groups = lists(told), [*(told.get("config_groups") or {}).values()]
+    at = {n: groups[said.groups.index(g)] if (g := said.group(n)) else {} for n in found if groups}
+    return any(not _says({"format": told.get("format")} | group, found[n].format) for n, group in at.items())
+
+
+def _says(group: Mapping[str, Any], f: Format) -> bool:
+    """Whether a group is of weights in this format."""
+    how, told = weights(f.along), group.get("weights") or {}
+    alike = all(told.get(k) == how[k] for k in (*KIND, "symmetric", "group_size") if k in how)
+    return alike and group["format"] == f.method.partition(" ")[2]
 
 
 def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:

@@ -87,9 +87,10 @@ def left_out(specs: Specs, carried: Mapping[str, Parts], formats: Iterable[Forma
 
 
 def written(carried: Mapping[str, Parts], fresh: Fresh) -> tuple[dict[str, Parts], dict[str, Parts]]:
-    """Those in a format that is written anew too, which stay as they are; and the others."""
-    ours = {name for name, pattern in fresh if pattern is not None}
-    mine = {n: p for n, p in carried.items() if p.format.name in ours}
+    """Those in a format that is written anew too, in groups of any size, which stay as they are; and the others."""
+    kind = lambda f: f.name if f.method == "fp8" else (f.method, f.code, f.zeros, f.weight)
+    ours = {kind(FORMATS[name]) for name, pattern in fresh if pattern is not None}
+    mine = {n: p for n, p in carried.items() if kind(p.format) in ours}
     return mine, {n: p for n, p in carried.items() if n not in mine}
 
 
