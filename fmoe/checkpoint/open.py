@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ from fmoe.checkpoint.files.origin import OWN, held_ranges
 from fmoe.checkpoint.remote.address import place
 from fmoe.checkpoint.which import open_ours
 from fmoe.checkpoint.whole import gaps_of, whole
+from fmoe.codecs.carried import written
+from fmoe.codecs.parts import in_file
+from fmoe.codecs.quantised import Quantised
 from fmoe.families import FAMILIES, KNOWN, family
 from fmoe.families.kind import Family
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter, table
+from fmoe.layout.names import Names
 from fmoe.layout.pipeline import Plan
 from fmoe.systems import adapter as of_system
-from fmoe.types import AdapterError, Problem
+from fmoe.types import AdapterError, Problem, TensorSpec
 
 
 def adapter(
@@ -122,6 +127,16 @@ def made_with(checkpoint: Checkpoint) -> dict[str, str]:
         fix = "Fix: adapter=, --adapter package.module:name"
         raise AdapterError(f"{checkpoint.path} was made with an adapter of your own. {fix}")
     return choices
+
+
+def bare(made: Adapter, back: Adapter, specs: Mapping[str, TensorSpec]) -> Adapter:
+    """made, without scales beside what it decodes where back writes numbers, or codes of which none keep theirs."""
+    codec, other = made.stages[0], back.stages[0]
+    if not isinstance(codec, Quantised) or not isinstance(other, Quantised):
+        return made
+    found = in_file(specs, Names(specs), codec.readable, codec.known, codec.lists)[0]
+    plain = other.quantization is False or other.was is not None and not written(found, other.fresh)[0]
+    return made if not plain else made >> Adapter((replace(codec, flipped=True, quantization=False),))
 
 
 def holds_codes(checkpoint: Checkpoint) -> bool:

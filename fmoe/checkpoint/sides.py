@@ -12,7 +12,7 @@ from fmoe import systems
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.directory import Checkpoint
 from fmoe.checkpoint.files.origin import OWN
-from fmoe.checkpoint.open import adapter_of, hf_names, holds_codes, layers_fit, made_with, plan_from
+from fmoe.checkpoint.open import adapter_of, bare, hf_names, holds_codes, layers_fit, made_with, plan_from
 from fmoe.checkpoint.which import side
 from fmoe.checkpoint.whole import gaps_of, spelling
 from fmoe.codecs.agree import untold
@@ -199,7 +199,7 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
         back = back if layout else back.resolve(hf_names(source))
         back = back.choose(quantization=False) if "dtype" in how and not quantize else back
         first = Adapter((CastExperts(as_dtype(how["dtype"])),)) if source.native and "dtype" in how else Adapter()
-        return made, (first if source.native else made) >> back.inverse
+        return made, (first if source.native else bare(made, back, source.specs)) >> back.inverse
     return made, _anew(source, made, quantize, cast)
 
 

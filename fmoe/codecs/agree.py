@@ -109,22 +109,28 @@ def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
 
 def _other(told: Mapping[str, Any], found: Mapping[str, Parts]) -> bool:
     """Whether some are in other codes than a quantization_config says of them."""
-    if told.get("quant_method") not in {p.format.method.partition(" ")[0] for p in found.values()}:
+    method, formats = told.get("quant_method"), {n: p.format for n, p in found.items()}
+    names = {f.method.partition(" ")[2] for f in formats.values()}
+    if {f.method.partition(" ")[0] for f in formats.values()} != {method}:
         return True
     block, static = told.get("weight_block_size"), told.get("activation_scheme") == "static"
     e4m3 = [p for p in found.values() if p.format.method == "fp8" and p.format.code == "e4m3"]
     if any(bool(p.activation) != static or list(block or ()) != [n for n in p.format.block if n] for p in e4m3):
         return True
     said, groups = lists(told), [*(told.get("config_groups") or {}).values()]
-    at = {n: groups[said.groups.index(g)] if (g := said.group(n)) else {} for n in found if groups}
-    return any(not _says({"format": told.get("format")} | group, found[n].format) for n, group in at.items())
+    if method == "modelopt" and names != {told.get("quant_algo")} or method == "compressed-tensors" and not groups:
+        return True
+    at = {n: groups[said.groups.index(g)] if (g := said.group(n)) else None for n in found if groups}
+    head = {"format": told.get("format")} if method == "compressed-tensors" else {}
+    return any(group is None or not _says(head | group, formats[n], bool(head)) for n, group in at.items())
 
 
-def _says(group: Mapping[str, Any], f: Format) -> bool:
-    """Whether a group is of weights in this format."""
-    how, told = weights(f.along), group.get("weights") or {}
+def _says(group: Mapping[str, Any], f: Format, strict: bool) -> bool:
+    """Whether a group is of weights in this format. strict: also where it does not say it."""
+    how, told, name = weights(f.along), group.get("weights") or {}, f.method.partition(" ")[2]
+    told = told if strict else how | told
     alike = all(told.get(k) == how[k] for k in (*KIND, "symmetric", "group_size") if k in how)
-    return alike and group["format"] == f.method.partition(" ")[2]
+    return alike and (group.get("format") == name or not strict)
 
 
 def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def beside(specs: Specs, names: Names, formats: Iterable[Format], *, kept: bool,
                 problems.append(Problem(f"{text} {x!r} {list(specs[x].shape)} {specs[x].dtype}", (name, x)))
     held = {p.activation[1] for p in found.values() if p.activation}
     for name in names.ending(tuple(ACTIVATION.values())) if any(f.activation for f in formats) else ():
-        if name not in held:
+        if name not in held and not left:
             problems.append(Problem(f"{name!r} is a scale of activations for a tensor that carries no scale", (name,)))
     return found, problems
 
@@ -82,13 +82,13 @@ def left_out(specs: Specs, carried: Mapping[str, Parts], formats: Iterable[Forma
     """All that stands beside tensors because they were quantised, and that no numbers need."""
     apart = (*(f"{{S}}.{part}" for part in APART), *(f"{{X}}.{part}" for part in OF_STACKS))
     gone = {n for p in carried.values() for part in apart if (n := spell(part, p.name))}
-    ends = {f.beside for f in formats}
+    ends = {f"{f.beside}{part}" for f in formats for part in ("", "_second", "_third")} | {*ACTIVATION.values()}
     return gone | {n for n in specs for end in ends if n.endswith(end) and n.removesuffix(end) in specs}
 
 
 def written(carried: Mapping[str, Parts], fresh: Fresh) -> tuple[dict[str, Parts], dict[str, Parts]]:
     """Those in a format that is written anew too, in groups of any size, which stay as they are; and the others."""
-    kind = lambda f: f.name if f.method == "fp8" else (f.method, f.code, f.zeros, f.weight)
+    kind = lambda f: f.name if f.method == "fp8" else (f.method, f.code, f.zeros, f.weight, f.stack)
     ours = {kind(FORMATS[name]) for name, pattern in fresh if pattern is not None}
     mine = {n: p for n, p in carried.items() if kind(p.format) in ours}
     return mine, {n: p for n, p in carried.items() if n not in mine}

@@ -1,10 +1,12 @@
 """What any tool quantised, as its config says it, becomes other codes with the config and numbers of plain weights."""
 
 import json
+import re
 from typing import Any
 
 import foreign_cases
 import pytest
+import stack_cases
 import torch
 from hf import save
 from safetensors.torch import load_file
@@ -85,3 +87,26 @@ def test_the_config_speaks_of_what_is_written_whatever_it_said(fmt, i, quantize,
     else:
         assert read("codes") == read("fresh")
         assert first.keys() == held(tmp_path / "fresh").keys()
+
+
+@pytest.mark.parametrize(("fmt", "family"), stack_cases.PAIRS)
+@pytest.mark.parametrize("how", [{"dtype": "bfloat16"}, *({"quantize": q} for q in EXPORTS)], ids=str)
+def test_stacks_of_codes_become_numbers_or_other_codes_in_every_layout(how, fmt, family, tmp_path):
+    config, tensors, _ = stack_cases.checkpoint(family, fmt)
+    save(config, tensors, tmp_path / "hf")
+    native = fmoe.load(tmp_path / "hf")
+    for layout in ("same", "fused", "per_expert"):
+        asked = how if layout == "same" else how | {"layout": layout}
+        try:
+            fmoe.convert(tmp_path / "hf", tmp_path / layout, "hf", fsync=False, **asked)
+        except fmoe.AdapterError as error:
+            assert re.search("no choice 'layout'|expected one of 'inter|have no form in", str(error)), error
+            assert not re.search("_(stack|activation)", str(error).partition(": fused")[0]), error
+            continue
+        fmoe.verify(tmp_path / layout)
+        now = fmoe.load(tmp_path / layout)
+        for n in (n for n in native if n.endswith("_projs")):
+            off = float((now[n].double() - native[n].double()).norm() / native[n].double().norm())
+            assert off <= (0.2 if how.get("quantize", "fp8")[-1] == "4" else 0.05 if "quantize" in how else 2**-8)
+        if "dtype" in how:
+            assert not any("scale" in n for n in held(tmp_path / layout))
