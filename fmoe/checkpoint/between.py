@@ -174,7 +174,7 @@ def _work(
         str(there),
         sorted(map(repr, ranges.items())),
     ]
-    digest = hashlib.sha256(json.dumps([*facts, source.config], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([*facts, source.config], default=str).encode())
     for item in (*sorted(layout.heads.items()), *engine.items):
         digest.update(repr(item).encode())
     return digest.hexdigest()

@@ -241,7 +241,7 @@ def _digest(
     source: Checkpoint, was: Any, to: str, adapter: Adapter, ranges: Any, layout: Layout, items: Sequence[Any]
 ) -> str:
     """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
-    config = json.dumps(source.config, sort_keys=True)
+    config = json.dumps(source.config)
     facts = [str(source.path.resolve()), was, config, to, str(adapter), sorted(map(repr, ranges.items()))]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for item in (*sorted(layout.heads.items()), *items):

@@ -214,7 +214,7 @@ def save(
     back.from_hf(whole(_singly(adapter), tensors, config))  # what is written can be read
     if problems := list(odd_ranks(params, config, back.resolve(tensors), partial(deep, adapter))):
         raise AdapterError(problems)
-    text = json.dumps(config.json(), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(config.json(), indent=2) + "\n"
     put = {WEIGHTS: lambda part: _saved(tensors, part), CONFIG: lambda part: part.write_text(text)}
     written(path, put, force, FORMER)
     return config

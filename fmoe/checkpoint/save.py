@@ -25,7 +25,7 @@ from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.whose import alike, one_model, unknown
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.written import write_at
-from fmoe.checkpoint.whole import as_they_are, narrowed, no_part, not_decoded, read_again, whole_saved
+from fmoe.checkpoint.whole import as_they_are, json_of, narrowed, no_part, not_decoded, read_again, whole_saved
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told
@@ -180,7 +180,7 @@ def prepare(
             notes += not_decoded(agreed, adapter.config or {}, hf.targets) if fresh else []
             notes += wider_than_said(hf.targets, agreed)
         if agreed != there:
-            small[CONFIG] = json.dumps(agreed, indent=2, sort_keys=True, default=str) + "\n"
+            small[CONFIG] = json_of(agreed).decode()
     return Job(adapter, plan, files, small, tuple(notes), alike(there, adapter.config))
 
 

@@ -166,7 +166,7 @@ def not_decoded(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs,
 
 
 def json_of(config: Mapping[str, Any]) -> bytes:
-    """A config.json of it."""
+    """A config.json of it, in its order: of patterns for names the first that fits counts."""
     return json.dumps(config, indent=2, default=str).encode() + b"\n"
 
 
