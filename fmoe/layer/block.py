@@ -49,7 +49,7 @@ def moe(
     mask: Tensor | None = None,
     recompute: bool = False,
     lora_alpha: float = 32.0,
-    routing: Routing | None = None,
+    routing: Routing | tuple[Tensor | None, ...] | None = None,
     indices: Tensor | None = None,
     return_routed: bool = False,
 ) -> Any:
@@ -123,7 +123,7 @@ def block(
     shared: Linear | None = None,
     shared_gate: Linear | None = None,
     latent: tuple[Linear, Linear] | None = None,
-    routing: Routing | None = None,
+    routing: Routing | tuple[Tensor | None, ...] | None = None,
     indices: Tensor | None = None,
     return_routed: bool = False,
 ) -> Any:
@@ -142,7 +142,7 @@ def block(
     # rows that no expert may see are zeroed here, lest a NaN in them reaches the gradient of the router
     seen = tokens if mask is None else tokens.masked_fill(~mask[:, None], 0)
     flat = None if indices is None else indices.flatten(0, -2)
-    found = route(seen, flat, mask) if routing is None or return_routed else routing
+    found = route(seen, flat, mask) if routing is None or return_routed else as_routing(routing)
     if routing is not None:
         found = _from_outside(routing, found, mask, config)
     fc1, fc2 = latent or (_same, _same)
@@ -159,7 +159,7 @@ def block(
 
 
 def _from_outside(
-    routing: Routing, found: Routing | Routed, mask: Tensor | None, config: MoEConfig
+    routing: tuple[Tensor | None, ...], found: Routing | Routed, mask: Tensor | None, config: MoEConfig
 ) -> Routing | Routed:
     """The routing instead of the gate's own, its tokens masked where either mask says so."""
     given = as_routing(routing)

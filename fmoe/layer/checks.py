@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ AXES = {
 PAIRS = {f"lora_{part}_{a}": f"lora_{part}_{b}" for part in ("gate_and_up", "down") for a, b in ("AB", "BA")}
 
 
-def as_routing(routing: Routing) -> Routing:
+def as_routing(routing: tuple[Any, ...]) -> Routing:
     """A Routing of such a tuple, ids in int64. Raises ValueError for anything else."""
     if not isinstance(routing, tuple) or len(routing) not in (2, 3):
         found = f"{type(routing).__name__} of {len(routing)}" if isinstance(routing, tuple) else type(routing).__name__
@@ -102,6 +103,16 @@ def check_experts(
     check_params("experts", params, axes, sizes, where=where, optional=(*biases, *PAIRS), coded=sized)
     if coded and not torch.compiler.is_compiling():  # a compiler's graph finds it out when it runs
         stacks(params, config, torch.float32)
+
+
+def check_made(y: Any, x: Tensor) -> Tensor:
+    """What a backend that is a function made of rows x. Raises ValueError for what is no rows like these."""
+    if not isinstance(y, Tensor):
+        raise ValueError(f"experts: backend= gave a {type(y).__name__}, expected a tensor {list(x.shape)}")
+    if y.shape != x.shape or not _computes(y) or y.device != x.device:
+        found, expected = f"{_say(y)} on {y.device}", f"floating {list(x.shape)} on {x.device}"
+        raise ValueError(f"experts: backend= gave {found}, expected {expected}, a row for each that it was given")
+    return y
 
 
 def _say(t: Tensor | None) -> str:

@@ -18,7 +18,7 @@ from fmoe.backends.held import in_codes
 from fmoe.dispatch import Dispatcher
 from fmoe.dispatch.local import local
 from fmoe.dispatch.watched import at_most_recorded, recorded, untraced
-from fmoe.layer.checks import PAIRS, as_routing, check_experts, check_tokens
+from fmoe.layer.checks import PAIRS, as_routing, check_experts, check_made, check_tokens
 from fmoe.layer.coded import by_expert
 from fmoe.layer.invariant import one_by_one
 from fmoe.layer.outside import weighed_outside, weighs_inside
@@ -28,13 +28,14 @@ from fmoe.shapes import check_config, check_level
 from fmoe.types import MoEConfig, Params, Routing
 
 HERE = (BACKENDS["loop"], BACKENDS["torch_mm"])  # on a CPU, one and the same
+OURS = {*BACKENDS.values()}
 NOTHING = nullcontext()
 
 
 def experts(
     params: Params,
     x: Tensor,
-    routing: Routing,
+    routing: Routing | tuple[Tensor | None, ...],
     config: MoEConfig,
     *,
     backend: str | Backend | None = None,
@@ -128,7 +129,8 @@ def experts(
                 if not right:
                     check_experts(params, config, x.device, n_experts=rows.counts.shape[0], coded=coded)
                 run = product if inside else weighed_outside(product)
-                return dispatcher.combine(run(_scaled(params, lora_alpha, h.dtype), rows, config), plan)
+                made = run(_scaled(params, lora_alpha, h.dtype), rows, config)
+                return dispatcher.combine(made if multiply in OURS else check_made(made, rows.x), plan)
 
         # h has the products' dtype, and so its plan: dispatchers over a group make sure that all ranks send that one
         told = config if dispatcher is local or config.dtype == h.dtype else replace(config, dtype=h.dtype)

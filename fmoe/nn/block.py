@@ -75,7 +75,7 @@ class MoE(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         *,
-        routing: Routing | None = None,
+        routing: Routing | tuple[Tensor | None, ...] | None = None,
         indices: Tensor | None = None,
         return_routed: bool = False,
         count: bool | None = None,
