@@ -16,7 +16,7 @@ from fmoe.entrance import held
 from fmoe.folding import meant
 from fmoe.routing.choose import score_of
 from fmoe.routing.usage import slots, summed
-from fmoe.shapes import check_config, computed_with, n_ranked, odd
+from fmoe.shapes import all_tensors, check_config, computed_with, n_ranked, odd
 from fmoe.types import MoEConfig, Routed
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def attach(y: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
     >>> x.grad
     tensor(43.)
     """
+    for name, t in ("y", y), ("loss", loss):
+        computed_with("attach", name, t)
     if loss.numel() != 1 or not loss.is_floating_point():
         raise ValueError(f"attach: loss is {loss.dtype} {list(loss.shape)}, expected one floating number")
     out: Tensor = _Attach.apply(y, loss, scale)
@@ -182,6 +184,7 @@ def _tokens(routed: Routed, mask: Tensor | None) -> Tensor:
         raise ValueError(f"losses: routed.routing has {len(ids)} tokens, expected T={T}, as logits have")
     own = routed.routing.mask
     given = {"scores": routed.scores, "routing": ids} | ({} if mask is None else {"mask": mask})
+    all_tensors("losses", given, "")
     if strange := odd(given, routed.logits.device):
         raise ValueError(f"losses: {strange[0].replace('where x is', 'where logits are')}")
     if mask is None:

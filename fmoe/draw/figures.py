@@ -105,7 +105,7 @@ def _table(stack: Any) -> Tensor:
     rows = [stack] if isinstance(stack, Tensor) else [torch.as_tensor(c) for c in stack]
     for t in rows:
         if t.is_meta or t.is_complex() or t.layout != torch.strided or t.ndim != 1 + at_once:
-            found = f"{t.dtype} {list(t.shape)} on {t.device}"
+            found = "a nested tensor" if t.is_nested else f"{t.dtype} {list(t.shape)} on {t.device}"
             raise AdapterError(f"draw.load: counts has {found}, expected real numbers with data, [E] for each layer")
     if not rows or not rows[0].numel() or len({t.shape for t in rows}) > 1:
         raise AdapterError("draw.load: counts is empty, or of several lengths, expected [E] for each layer")

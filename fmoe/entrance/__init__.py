@@ -168,6 +168,8 @@ def _is_ours(fault: Exception) -> bool:
 
 
 def _what(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return f"a nested {str(tensor.dtype).removeprefix('torch.')}"
     layout = "" if tensor.layout is torch.strided else f", {tensor.layout}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{layout}"
 
@@ -175,6 +177,7 @@ def _what(tensor: Tensor) -> str:
 _TORCHS = (RuntimeError, IndexError, TypeError, NotImplementedError)
 _SIZES = re.compile(
     r"shapes? |size of tensor|expanded size|out of bounds|out of range|without overflow|expected dtype|too many ind|"
+    r"NestedTensor|to be nested|"
     r"of 0-d|0-d tensor|not on the expected device|on meta tensors|out of meta|"  # what has no axes, or no data
     r"Could not run '|not implemented for '|(not|un)supported for|not support(ed| complex)|only support"  # of a dtype
 )

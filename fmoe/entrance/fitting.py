@@ -64,6 +64,8 @@ def is_word(hint: Any) -> bool:
 
 def _inside(value: Any, kind: type, args: tuple[Any, ...]) -> Misfit | None:
     """Of the elements of a list, tuple, set or dict; where all are of the class that is asked for, nothing more is."""
+    if isinstance(value, Tensor) and value.is_nested:  # which has none that one could look at
+        return "", value, kind
     if isinstance(value, dict) and issubclass(kind, Mapping):
         if odd := [] if _all_are(args[0], value) else [k for k in value if misfit(k, args[0])]:
             return ": a key", odd[0], args[0]

@@ -45,6 +45,7 @@ def update_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     [-0.5, 0.0, 0.5]
     """
     computed_with("update_bias", "bias", bias)
+    all_tensors("update_bias", {"counts": counts}, "")
     if bias.ndim != 1 or bias.shape != counts.shape or counts.is_complex():
         found = f"bias is {list(bias.shape)}, counts are {counts.dtype} {list(counts.shape)}"
         raise ValueError(f"update_bias: {found}, expected [E] both, counts real")

@@ -27,8 +27,10 @@ def size(name: str, values: object) -> Bound:
 
 
 def as_list(values: object) -> list[Any] | None:
-    """What can be iterated, as a list; None for anything else, as for a tensor without dimensions."""
-    return list(values) if isinstance(values, Iterable) and getattr(values, "shape", True) != () else None
+    """What can be iterated, as a list; None for anything else, as for a tensor without dimensions, or a nested one."""
+    if not isinstance(values, Iterable) or getattr(values, "is_nested", False):
+        return None
+    return list(values) if getattr(values, "shape", True) != () else None
 
 
 def _bound(values: range | list[int]) -> Bound:

@@ -1,5 +1,6 @@
 """What nobody means, and where some of it is meant after all: each with its reason."""
 
+import warnings
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,6 +14,12 @@ from fmoe.entrance.fitting import misfit
 
 class Some:
     """A class of somebody's."""
+
+
+def _nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a prototype
+        return torch.nested.nested_tensor([torch.ones(1, 7), torch.ones(2, 7)])
 
 
 JUNK: dict[str, Any] = {
@@ -56,12 +63,13 @@ JUNK: dict[str, Any] = {
     "sparse": torch.ones(2, 7).to_sparse(),
     "complex": torch.ones(2, 7, dtype=torch.complex64),
     "fp8": torch.ones(2, 7).to(torch.float8_e4m3fn),
+    "nested-tensor": _nested(),
 }
 WORDS, COUNTS = "x '' ( long", "3 2**63 10**30 10**5000 int64 0d 0d-array"
 NUMBERS = "3 -1 2**63 1.5 10**30 -10**30 int64 0d"
 ANY_INT = COUNTS + " -1 -10**30"
 COUNT = "3 int64 0d 0d-array"
-ANY_TENSOR = "tensor 0d 0d-nan 0d-meta 0d-bool meta sparse complex fp8"
+ANY_TENSOR = "tensor 0d 0d-nan 0d-meta 0d-bool meta sparse complex fp8 nested-tensor"
 TENSORS = [n for n, value in JUNK.items() if isinstance(value, torch.Tensor)]
 PARTS = {n: JUNK[n] for n in ("None", "3", "x", "array", *TENSORS)}
 """What is put in the place of one tensor of several that are given together."""
@@ -136,7 +144,7 @@ MEANT: dict[str, tuple[str, str]] = {
     "*.relu2(u)": (ANY_TENSOR, "of whole numbers too"),
     "*(*routing.mask)": ("None", "no token is masked"),
     "*.losses.*(routed.counts)": ("*", "losses count themselves"),
-    "*.attach(y)": (ANY_TENSOR, "any tensor"),
+    "*.attach(y)": ("0d-nan meta", "floats of any shape"),
     "*.attach(loss)": ("0d-nan", "a loss: that it is NaN is seen"),
     "*.attach(scale)": (NUMBERS, "a factor"),
     "*(rate)": (NUMBERS, "a factor"),
