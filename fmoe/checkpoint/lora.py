@@ -33,7 +33,7 @@ from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
 from fmoe.lowrank.layers import deep, less, nowhere
-from fmoe.lowrank.matrices import attention, is_copy, tied
+from fmoe.lowrank.matrices import attention, halved, is_copy, tied
 from fmoe.lowrank.said import config_of, odd_ranks
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
@@ -117,7 +117,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     if problems := [*attention(tensors)]:
         raise AdapterError(problems)
     adapter = base.resolve(tensors)
-    params = adapter.from_hf(whole(_singly(adapter), tensors, said))
+    params = _native(adapter, tensors, said)
     model = adapter.config or {}
     about = Known(
         partial(known.everywhere, model),
@@ -140,6 +140,14 @@ def _as(adapter: Adapter, said: LoraConfig) -> Adapter:
     """The adapter, open but for what a config says of its LoRA tensors."""
     rank = None if said.rank_pattern else said.r
     return told(adapter, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
+
+
+def _native(adapter: Adapter, tensors: Mapping[str, Tensor], said: LoraConfig) -> dict[str, Tensor]:
+    """The native matrices of a file's. Raises AdapterError for an A without its B, or a B without its A."""
+    params = adapter.from_hf(whole(_singly(adapter), tensors, said))
+    if problems := [*halved(params)]:
+        raise AdapterError(problems)
+    return params
 
 
 def _singly(adapter: Adapter) -> tuple[Rule, ...]:
@@ -211,7 +219,7 @@ def save(
     elif base is not None:
         config = replace(config, base=base)
     back, tensors = _as(adapter, config), pared(_singly(adapter), tensors, config)
-    back.from_hf(whole(_singly(adapter), tensors, config))  # what is written can be read
+    _native(back, tensors, config)  # what is written can be read
     if problems := list(odd_ranks(params, config, back.resolve(tensors), partial(deep, adapter))):
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2) + "\n"

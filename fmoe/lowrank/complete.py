@@ -65,13 +65,11 @@ def missing(
         memory = [n for n in map(known.inside, files) if n]
     natives = _natives(adapter, files or [])
     stacks = {_LAYER.sub("*", f"{m}.", count=1) for m in modules}
-    some_layers = config.other.get("layers_to_transform") is not None
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
         parametric = target in config.target_parameters
-        skipped = some_layers and parametric
-        wanted = None if files is None or skipped else _wanted(target, config, adapter, memory, natives, stacks)
+        wanted = None if files is None else _wanted(target, config, adapter, memory, natives, stacks)
         lost = sorted((n for n in wanted if same(n) not in there), key=_numbers) if wanted else []
         lost = [n for n in lost if not _stacked(adapter, n)]
         others = {same(key) for key in fits if parametric or key in modules} - {*map(same, wanted or ())}
@@ -94,7 +92,7 @@ def missing(
             hits = lambda key, target=target: _fits(target, key, config) and config.wraps(key)
             if lost or parametric or not known.nowhere(hits):
                 yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
-        elif files is None and not skipped and not _LAYER.search(f".{target}."):
+        elif files is None and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, known.everywhere)
 
 

@@ -120,7 +120,7 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
 
 def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
     """A problem for each target that a layer lacks, and others of its kind have: no names of the base tell it."""
-    whole, some_layers = opened(adapter), said.other.get("layers_to_transform") is not None
+    whole = opened(adapter)
     keys = {t.a: t for t in targets_of(adapter, params)}
     at = {p.a: native(whole, p.weight.removeprefix(WRAPPED)) for p in matrices(params) if p.a in keys}
     held = {n: keys[a].keys[0].removeprefix(WRAPPED) for a, n in at.items() if n}
@@ -128,7 +128,7 @@ def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem
 
     def wraps(key: str) -> bool:
         ends = any(f".{key}".endswith(f".{t}") for t in said.target_parameters)
-        return ends and not some_layers if stars(key) in forms else said.wraps(key)
+        return ends if stars(key) in forms else said.wraps(key)  # of parameters PEFT wraps those of all layers
 
     stars = lambda key: re.sub(r"\.\d+\.", ".*.", key, count=1)
     forms = {*map(stars, parameters)}
@@ -136,7 +136,8 @@ def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem
         text = (
             f"{name!r}: no matrices, and other layers of its kind have some, which adapter_config.json targets in all"
         )
-        fix = "Fix: save the adapter again; of some layers alone, say which in layers_to_transform"
+        fix = "Fix: save the adapter again"
+        fix += "" if stars(name) in forms else "; of some layers alone, say which in layers_to_transform"
         yield Problem(f"{text}. {fix}", (f"{WRAPPED}{name}",))
 
 

@@ -1,7 +1,8 @@
 """LoRA matrices that belong together, found by their names and held to their shapes, and the scale of each pair."""
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from fmoe.types import AdapterError, Params, Problem
 _WEIGHTS = {stem: bare for bare, stem in NATIVE.items()}
 _LINEAR = ".lora_A.weight"
 _ROWS = ".lora_embedding_A"
+_HALF = re.compile(r"(?:^|\.)lora_(?:embedding_|gate_and_up_|down_)?([AB])(?:\.weight)?$")
 _WITHIN = ".base_layer."
 """What PEFT puts before the whole tensors of an embedding or a head that it writes beside its matrices."""
 _TWICE = ".base_layer.out_proj.lora_A.weight"
@@ -56,7 +58,7 @@ def matrices(lora: Params) -> Iterator[Matrices]:
     >>> list(matrices({"q.lora_A.weight": torch.ones(2, 6), "q.lora_B.weight": torch.ones(5, 2)}))
     [Matrices(weight='q.weight', a='q.lora_A.weight', b='q.lora_B.weight', experts=False, rows=False)]
     """
-    if problems := [*attention(lora)]:
+    if problems := [*attention(lora), *halved(lora)]:
         raise AdapterError(problems)
     seen: set[str] = set()
     for name in lora:
@@ -71,8 +73,6 @@ def matrices(lora: Params) -> Iterator[Matrices]:
             pair = Matrices(stem + ".weight", name, name[:-1] + "B", False, rows=True)
         else:
             continue
-        if pair.b not in lora:
-            raise AdapterError(f"lora: {name!r} stands alone, expected {pair.b!r} beside it")
         A, B = lora[pair.a].shape, lora[pair.b].shape
         if not _fit(A, B, pair.experts):
             kind = "[E, in, r] and [E, r, out]" if pair.experts else "[r, in] and [out, r]"
@@ -93,6 +93,20 @@ def attention(lora: Params) -> Iterator[Problem]:
             f"lora: {some(names)}: of a MultiheadAttention, of whose out_proj PEFT adds the update twice, in training"
         )
         yield Problem(f"{text} too. {_WHOLE}, which does so", (*names, *stems))
+
+
+def halved(lora: Iterable[str]) -> Iterator[Problem]:
+    """A problem for each matrix A without its B, and each B without its A, in a file or natively.
+
+    >>> [problem.text for problem in halved(["q.lora_A.weight", "k.lora_A.weight", "k.lora_B.weight"])]
+    ["lora: 'q.lora_A.weight' stands alone, expected 'q.lora_B.weight' beside it"]
+    """
+    there = dict.fromkeys(lora)
+    for name in there:
+        if hit := _HALF.search(name):
+            other = f"{name[: hit.start(1)]}{'B' if hit[1] == 'A' else 'A'}{name[hit.end(1) :]}"
+            if other not in there:
+                yield Problem(f"lora: {name!r} stands alone, expected {other!r} beside it", (name, other))
 
 
 def is_copy(name: str, lora: Params) -> bool:

@@ -1,4 +1,4 @@
-"""Tiny models, wrapped by PEFT with random matrices, and trained."""
+"""Tiny models, wrapped by PEFT with random matrices, and trained; of several layers of each kind, and saved."""
 
 import re
 from typing import Any
@@ -8,8 +8,9 @@ import hf_zoo as zoo
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import CHOICES
-from torch import Tensor
+from torch import Tensor, nn
 
 import fmoe
 from fmoe.lowrank.targets import table_of
@@ -48,7 +49,7 @@ REFUSED = {"nemotron_h": "out_proj", "beam": "gate_proj"}
 
 def wraps(model: Any) -> list[str]:
     """The linear modules of layers that PEFT wraps."""
-    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search(r"\.\d+\.", n)]
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", n)]
     return [n for n in found if n.rpartition(".")[2] != REFUSED.get(model.config.model_type)]
 
 
@@ -96,3 +97,45 @@ def merged_model(name: str, overrides: dict[str, Any], lora: dict[str, Tensor], 
     fresh = adapter.to_hf(fmoe.lora.merge(native, lora, scale, **how))
     model.load_state_dict({n: t.clone() for n, t in fresh.items()})
     return model
+
+
+FILE = "adapter_model.safetensors"
+LAYERS: dict[str, dict[str, Any]] = {  # several layers of each kind
+    "jamba": dict(num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=1),
+    "qwen3_next": dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2),
+    "kimi_linear": dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2,
+                        mlp_layer_types=["dense", "dense", "sparse", "sparse"]),
+    "lfm2_moe": dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2),
+    "granitemoehybrid": dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2),
+    "deepseek_v3": dict(num_hidden_layers=4, first_k_dense_replace=2),
+    "qwen3_moe": dict(num_hidden_layers=4, mlp_only_layers=[1, 2]),
+}  # fmt: skip
+
+
+def longer(name: str) -> nn.Module:
+    """A model of several layers of each kind."""
+    model = build(name)
+    if name not in LAYERS:
+        return model
+    said = {n: v for n, v in model.config.to_dict().items() if n not in ("layers_block_type", *LAYERS[name])}
+    return type(model)(type(model.config)(**said | LAYERS[name]))
+
+
+def linear(name: str) -> list[str]:
+    """The ends of names of layers' modules that PEFT wraps, and that no others have."""
+    model, end = longer(name), lambda n: n.rpartition(".")[2]
+    found = {n for n in wraps(model) if "experts." not in n}
+    ends = {*map(end, found)} - {end(n) for n, m in model.named_modules() if not isinstance(m, nn.Linear)}
+    return sorted(ends - ({"gate_proj"} if "up_proj" not in ends else set()))  # an attention's, for PEFT half an MLP's
+
+
+def trained(name: str, path: Any, **how: Any) -> tuple[fmoe.Adapter, dict[str, torch.Tensor]]:
+    model = longer(name)
+    adapter = adapter_of(model)
+    said = dict(r=R, lora_alpha=ALPHA, target_modules=linear(name)) | how
+    peft.get_peft_model(model, peft.LoraConfig(**said)).save_pretrained(path)
+    return adapter, load_file(path / FILE)
+
+
+def modules(files: dict[str, torch.Tensor]) -> list[str]:
+    return sorted({re.sub(r"\.lora_[AB]\.weight$", "", n) for n in files})

@@ -5,15 +5,12 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import peft
 import pytest
 import torch
 from lora_cases import PREFIX, adapter_of, forms, native
-from peft_cases import ALPHA, MODELS, WARNS, R, build, wraps
-from peft_cases import adapter_of as in_memory
-from safetensors.torch import load_file, save_file
+from peft_cases import FILE, LAYERS, MODELS, WARNS, build, linear, modules, trained
+from safetensors.torch import save_file
 from tiny import FAMILIES as KINDS
-from torch import nn
 
 import fmoe
 from fmoe.lowrank.derive import CURRENT
@@ -21,17 +18,6 @@ from fmoe.lowrank.stage import is_lora
 from fmoe.testing import same
 
 pytestmark = WARNS
-FILE = "adapter_model.safetensors"
-LAYERS: dict[str, dict[str, Any]] = {  # several layers of each kind
-    "jamba": dict(num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=1),
-    "qwen3_next": dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2),
-    "kimi_linear": dict(num_hidden_layers=4, layer_types=["linear_attention", "full_attention"] * 2,
-                        mlp_layer_types=["dense", "dense", "sparse", "sparse"]),
-    "lfm2_moe": dict(num_hidden_layers=4, layer_types=["conv", "full_attention"] * 2),
-    "granitemoehybrid": dict(num_hidden_layers=4, layer_types=["mamba", "attention"] * 2),
-    "deepseek_v3": dict(num_hidden_layers=4, first_k_dense_replace=2),
-    "qwen3_moe": dict(num_hidden_layers=4, mlp_only_layers=[1, 2]),
-}  # fmt: skip
 HYBRID = pytest.mark.parametrize("name", LAYERS)
 SLOW = [
     pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n not in (*LAYERS, "longcat_flash")
@@ -99,35 +85,6 @@ def test_is_lora():
     )
     with pytest.raises(fmoe.AdapterError, match="carries no LoRA matrices"):
         fmoe.lora.save({"a.lora_A.weight": torch.ones(1, 1)}, "nowhere", fmoe.keep("{rest}"))
-
-
-def longer(name: str) -> nn.Module:
-    """A model of several layers of each kind."""
-    model = build(name)
-    if name not in LAYERS:
-        return model
-    said = {n: v for n, v in model.config.to_dict().items() if n not in ("layers_block_type", *LAYERS[name])}
-    return type(model)(type(model.config)(**said | LAYERS[name]))
-
-
-def linear(name: str) -> list[str]:
-    """The ends of names of layers' modules that PEFT wraps, and that no others have."""
-    model, end = longer(name), lambda n: n.rpartition(".")[2]
-    found = {n for n in wraps(model) if "experts." not in n}
-    ends = {*map(end, found)} - {end(n) for n, m in model.named_modules() if not isinstance(m, nn.Linear)}
-    return sorted(ends - ({"gate_proj"} if "up_proj" not in ends else set()))  # an attention's, for PEFT half an MLP's
-
-
-def trained(name: str, path: Any, **how: Any) -> tuple[fmoe.Adapter, dict[str, torch.Tensor]]:
-    model = longer(name)
-    adapter = in_memory(model)
-    said = dict(r=R, lora_alpha=ALPHA, target_modules=linear(name)) | how
-    peft.get_peft_model(model, peft.LoraConfig(**said)).save_pretrained(path)
-    return adapter, load_file(path / FILE)
-
-
-def modules(files: dict[str, torch.Tensor]) -> list[str]:
-    return sorted({re.sub(r"\.lora_[AB]\.weight$", "", n) for n in files})
 
 
 @HYBRID
