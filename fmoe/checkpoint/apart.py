@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.sending import Outbox
+from fmoe.checkpoint.staging.failed import failures
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.again import again
@@ -39,7 +40,7 @@ def in_ranks_apart(
     A file that was in the making goes on if the same rank makes the same files, as the same number of ranks do that
     were stopped before any file was sent; else it is made anew.
     """
-    with together(group) as ranks, ExitStack() as stack:
+    with together(group) as ranks, failures(), ExitStack() as stack:
         agreed(ranks, how.work)
         place.whole = ranks.tell(place.ready(how.work, place.claim(how.work, how.force)) if ranks.first else None)
         there = sum(i.nbytes for i, into in zip(engine.items, place.into, strict=True) if into <= place.whole)

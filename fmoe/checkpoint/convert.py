@@ -94,8 +94,8 @@ def convert(
     process_group: all its ranks call this and share the work; dst is the same directory for all, or a bucket; and
     whatever number of ranks may go on where others stopped. bandwidth: at most so much is read in a second, as "200MB".
 
-    Raises AdapterError before anything is written when the source does not convert or dst has no room for it; OSError
-    where a file cannot be read or written.
+    Raises AdapterError before anything is written when the source does not convert or dst has no room for it; later,
+    where a file cannot be read or written, or is taken away meanwhile.
 
     >>> import fmoe, tempfile, torch
     >>> block, made = "model.layers.0.mlp.experts", fmoe.adapter("per_expert", {"model_type": "per_expert"})

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fmoe.checkpoint.files.disk import naming
 from fmoe.checkpoint.remote.ranks import Ranks, share, together
 from fmoe.checkpoint.remote.trouble import Unreadable
+from fmoe.checkpoint.staging.failed import failures
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.journal import forgotten
 from fmoe.checkpoint.staging.shares import Share
@@ -59,7 +60,7 @@ def in_ranks(
     heard: whom changes tell; `finish` gets what those of all ranks told, and those of an earlier run.
     Raises AdapterError on all ranks where one of them fails or ends; the same call goes on, with any number of ranks.
     """
-    with together(group) as ranks, ExitStack() as stack:
+    with together(group) as ranks, failures(), ExitStack() as stack:
         agreed(ranks, how.work)
         stage = stack.enter_context(opening()) if ranks.first else None
         if stage is not None:

@@ -84,8 +84,10 @@ def surfacing() -> Iterator[None]:
                 raise failure from error
         problems: list[Problem] = []
         for rank, failure in failures.items():
-            told = f"rank {rank}: {type(failure).__name__}: {failure}" if dist.is_initialized() else str(failure)
-            problems += failure.found if isinstance(failure, AdapterError) else [Problem(told)]
+            system = isinstance(failure, OSError)  # which is of that rank, whatever it has become on the way
+            kind = "OSError" if system else type(failure).__name__
+            told = f"rank {rank}: {kind}: {failure}" if dist.is_initialized() else str(failure)
+            problems += failure.found if isinstance(failure, AdapterError) and not system else [Problem(told)]
         raise AdapterError(problems) from error
 
 

@@ -49,7 +49,7 @@ def each_call_of_each_rank_fails(folder: Path) -> int:
                 save(dst)
             assert time.monotonic() - began < SOON
             assert f"rank {victim}: OSError" in str(error.value) and str(folder) in str(error.value), (
-                call,
+                calls[at],
                 error.value,
             )
             dist.barrier()  # until the first rank has cleared away

@@ -1,10 +1,12 @@
 """Files of a directory that are none of its checkpoint's, and go where that goes."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmoe.checkpoint.files.disk import inside, regular
+from fmoe.checkpoint.files.disk import inside, linked, regular
+from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.types import AdapterError
 
 
@@ -38,6 +40,19 @@ def _copied(root: Path, path: Path) -> None:
         regular(root / path, os.stat(root / path).st_mode)
     except OSError as error:
         raise AdapterError(f"{root / path} cannot be read: {error.strerror}") from None
+
+
+def copied(path: Where, to: Path) -> None:
+    """to = a file of this machine or another; of this one, who may run it still may, as far as the umask lets them."""
+    if isinstance(path, Address):
+        with open(to, "wb") as out:
+            for block in path.blocks():
+                out.write(block)
+        return
+    with linked(path) as file:
+        shutil.copyfile(path, to)
+        mode = to.stat().st_mode & 0o777
+        to.chmod(mode | os.fstat(file).st_mode & (mode & 0o444) >> 2)
 
 
 def is_empty(path: Path) -> bool:

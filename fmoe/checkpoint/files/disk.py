@@ -6,7 +6,6 @@ each reading the one that it was when its header was read. Everything else is an
 
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from fmoe.types import AdapterError
 
 Opened = int | Address
 AGAIN = "download or copy it again"
+GONE = "is not there any more: nothing else may write to it; run again"
 
 
 class Stamp(NamedTuple):
@@ -86,20 +86,27 @@ def digest(path: Where, stamp: Stamp | None = None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copied(path: Where, to: Path) -> None:
-    """to = a file of this machine or another; of this one, who may run it still may, as far as the umask lets them."""
-    if not isinstance(path, Address):
-        shutil.copyfile(path, to)
-        mode = to.stat().st_mode & 0o777
-        to.chmod(mode | path.stat().st_mode & (mode & 0o444) >> 2)
-        return
-    with open(to, "wb") as out:
-        for block in path.blocks():
-            out.write(block)
-
-
 def bytes_of(path: Where) -> int:
-    return path.size if isinstance(path, Address) else path.stat().st_size
+    if isinstance(path, Address):
+        return path.size
+    with linked(path) as file:
+        return os.fstat(file).st_size
+
+
+def sized(path: Path) -> int:
+    """Bytes of a file of this machine; -1 where there is none, but a link, a folder or nothing."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+@contextmanager
+def linked(path: Path) -> Iterator[int]:
+    """A descriptor of the file there, whichever links lead to it: they were looked at when it was found."""
+    with reading(Path(os.path.realpath(path)), missing=GONE) as file:
+        yield cast(int, file)
 
 
 @contextmanager
@@ -145,7 +152,7 @@ def unchanged(path: Where, descriptor: Opened, was: Stamp | None) -> None:
     now = Stamp.of(descriptor)
     if was is not None and now != was:
         if not path.exists():
-            raise AdapterError(f"{path} is not there any more: nothing else may write to it; run again")
+            raise AdapterError(f"{path} {GONE}")
         what = f"{was.size:,} bytes, now {now.size:,}" if now.size != was.size else "the same size, written later"
         raise AdapterError(f"{path} has changed since it was opened ({what}): nothing else may write to it; run again")
 

@@ -15,7 +15,7 @@ def written(
 ) -> None:
     """Each file, by the function that writes it to a path. force: replace those that are there, and remove `former`.
 
-    Raises AdapterError where one is there, and where other work in that directory is unfinished; OSError with the file.
+    Raises AdapterError where one is there, and where other work in that directory is unfinished.
     """
 
     def claim() -> set[str]:

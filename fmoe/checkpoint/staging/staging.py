@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fmoe.checkpoint.files.disk import Unreadable
 from fmoe.checkpoint.files.weights import JOURNAL
+from fmoe.checkpoint.staging.failed import failures
 from fmoe.checkpoint.staging.journal import opened
 from fmoe.checkpoint.staging.locks import locked
 from fmoe.checkpoint.staging.unfinished import Staging
@@ -20,10 +21,16 @@ def staging(
     """The directory, made if need be and locked, to be filled. Interrupted, it keeps what is needed to go on.
 
     claim: what may be replaced in it, asked once nobody else writes to it (see `room.replaced`). Raises AdapterError
-    where another process is at it. Bad input, which is an AdapterError inside, leaves nothing behind (but a source that
-    cannot be read just now is not bad), and nor does any end but a good one of what is not resumable, unless files have
-    their names already.
+    where another process is at it, and `Failed` where the system does. Bad input, which is an AdapterError inside,
+    leaves nothing behind (but a source that cannot be read just now is not bad), and nor does any end but a good one of
+    what is not resumable, unless files have their names already.
     """
+    with failures(), _filled(path, work, claim, fsync, resumable) as stage:
+        yield stage
+
+
+@contextmanager
+def _filled(path: Path, work: str, claim: Callable[[], set[str]], fsync: bool, resumable: bool) -> Iterator[Staging]:
     fresh = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fmoe.checkpoint.files.disk import copied, naming
+from fmoe.checkpoint.files.along import copied
+from fmoe.checkpoint.files.disk import naming, sized
 from fmoe.checkpoint.files.weights import INDEX, JOURNAL, METADATA, OPENS, TREE, holds
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.heard import heard_of, line_of
@@ -95,7 +96,7 @@ class Staging:
     def _resume(self, found: list[dict[str, Any]]) -> bool:
         done, stale = told(found)
         held = {n: self._part(n) for n in self.sizes} if stale is None else {n: self.where(n) for n in self.names}
-        sizes = {n: path.stat().st_size if path.is_file() and not path.is_symlink() else -1 for n, path in held.items()}
+        sizes = {n: sized(path) for n, path in held.items()}
         if (done is None and stale is None) or any(s < 0 or s != self.sizes.get(n, s) for n, s in sizes.items()):
             return False
         self._note(boot=boot())
@@ -147,6 +148,7 @@ class Staging:
         above = (p for n in self.names for p in (self.path / n).parents)
         folders = {self.path, *(p for p in above if p.is_relative_to(self.path))}
         if self.stale is None:
+            self._whole()
             self._parts_settled(self.names)
             self._settled(folders)
             self.stale = sorted(self.old)
@@ -173,6 +175,12 @@ class Staging:
             except OSError:
                 error.strerror = f"{error.strerror}, when all files had their names: they are whole"
             raise
+
+    def _whole(self) -> None:
+        """Raises AdapterError where a file that was made is gone, or another."""
+        for part, size in ((self._part(n), self.sizes.get(n)) for n in self.names):
+            if sized(part) < 0 or size not in (None, sized(part)):
+                raise AdapterError(f"{part} is gone, or not as it was made: nothing else may write to it; run again")
 
     def _emptied(self, folder: Path) -> None:
         """Folders of the former model go with their last file."""
