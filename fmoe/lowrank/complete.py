@@ -23,6 +23,7 @@ PERIODS = (
 )
 MIXED = ("hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_layer_types", "mlp_only_layers")
 _BESIDE = re.compile(r"vision|visual|audio")
+_SINGLE = re.compile(r"\.experts?\.\w*?\d+\.")
 _SKIPPED = re.compile(r"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|\.experts\.")
 
 
@@ -64,14 +65,16 @@ def missing(
     if files is not None and all(same(key) == key for key in keys):  # spelt as in memory
         memory = [n for n in map(known.inside, files) if n]
     natives = _natives(adapter, files or [])
-    stacks = {_LAYER.sub("*", f"{m}.", count=1) for m in modules}
+    by_one = any(map(_SINGLE.search, keys))  # as the model that was trained has its experts
+    memory = [*memory, *(n for n in files or () if by_one and _SINGLE.search(n) and n not in memory)]
+    stacks = {_starred(m) for m in modules} | {_starred(_holder(m)) for m in modules if _SINGLE.search(m)}
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
         parametric = target in config.target_parameters
-        wanted = None if files is None else _wanted(target, config, adapter, memory, natives, stacks)
+        wanted = None if files is None else _wanted(target, config, adapter, memory, natives, stacks, by_one)
         lost = sorted((n for n in wanted if same(n) not in there), key=_numbers) if wanted else []
-        lost = [n for n in lost if not _stacked(adapter, n)]
+        lost = [n for n in lost if by_one and _SINGLE.search(n) or not _stacked(adapter, n)]
         others = {same(key) for key in fits if parametric or key in modules} - {*map(same, wanted or ())}
         if known.whole and wanted is not None:
             like = others | ({target} if _LAYER.search(target) and not _regex(config) else set())
@@ -88,12 +91,20 @@ def missing(
         elif not fits and (holders := _holders(target, config, keys)):
             text = f"LoRA of {target.rpartition('.')[2]!r}, one of several parameters of a module that are wrapped"
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
-        elif not fits and (lost or files is None and target != "all-linear"):
+        elif not fits and (lost or files is None and target != "all-linear" or _SINGLE.search(f".{target}.")):
             hits = lambda key, target=target: _fits(target, key, config) and config.wraps(key)
-            if lost or parametric or not known.nowhere(hits):
+            if lost or parametric or _expert_like(target) or not known.nowhere(hits):
                 yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif files is None and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, known.everywhere)
+
+
+def _starred(name: str) -> str:
+    return _LAYER.sub("*", f"{name}.", count=1)
+
+
+def _holder(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _place(name: str) -> list[str]:
@@ -156,11 +167,18 @@ def _fits(target: str, key: str, config: LoraConfig) -> bool:
 
 
 def _wanted(
-    target: str, config: LoraConfig, adapter: Adapter, names: list[str], natives: list[str], stacks: set[str]
+    target: str,
+    config: LoraConfig,
+    adapter: Adapter,
+    names: list[str],
+    natives: list[str],
+    stacks: set[str],
+    by_one: bool,
 ) -> set[str]:
     """What of the base a target names: parameters where it is one, else the modules that have a weight.
 
-    Of a tower, those of its layers that have matrices of their own, or others' have. stacks: modules that have some.
+    Of a tower, those of its layers that have matrices of their own, or others' have. stacks: modules that have some;
+    by_one: experts are modules, too.
     """
     if target in config.target_parameters:
         found = {k for k in _parameters(adapter, natives) if _fits(target, k, config)}
@@ -169,8 +187,9 @@ def _wanted(
         return set()
     layers = _layers(adapter)
     all_of = {n.removesuffix(".weight") for n in names if n.endswith(".weight")}
-    beside = {m for m in all_of if _BESIDE.search(m) and _LAYER.sub("*", f"{m}.", count=1) in stacks}
-    found = {m for m in all_of if m in beside or not _SKIPPED.search(m)}
+    beside = {m for m in all_of if _BESIDE.search(m) and not stacks.isdisjoint((_starred(m), _starred(_holder(m))))}
+    skipped = lambda m: _SKIPPED.search(_SINGLE.sub(".", m, count=1) if by_one else m)
+    found = {m for m in all_of if m in beside or not skipped(m)}
     found = {m for m in found if _fits(target, m, config) and config.wraps(m)}
     return {
         m for m in found if m in beside or layers is None or not (n := _LAYER.findall(f"{m}.")) or int(n[0]) < layers
