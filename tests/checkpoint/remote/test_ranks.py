@@ -94,9 +94,10 @@ def test_without_locks_and_from_a_server(source, new, tmp_path):
     assert files(tmp_path / "out") == new
 
 
-def one_kill(source, new, dst, notes, rng, world: int, again: int) -> int:
+def one_kill(source, new, dst, notes, rng, world: int, again: int, *how: str, between=lambda dst: None) -> int:
+    """Kills one of world ranks, and goes on with again others. between: what happens meanwhile."""
     shutil.rmtree(dst, ignore_errors=True)
-    processes = ranks(call(source, dst), notes, world, slow=0.02)
+    processes = ranks([*call(source, dst), *how], notes, world, slow=0.02)
     until = time.monotonic() + LONG
     while not list(dst.glob("fmoe.journal.*")) and time.monotonic() < until:
         time.sleep(0.01)
@@ -110,7 +111,8 @@ def one_kill(source, new, dst, notes, rng, world: int, again: int) -> int:
         assert files(dst) == new  # it had ended before
         return 0
     assert all(codes)
-    codes = ended(ranks(call(source, dst), notes, again), LONG)
+    between(dst)
+    codes = ended(ranks([*call(source, dst), *how], notes, again), LONG)
     assert codes == [0] * again, [(notes / f"err.{r}").read_text() for r in range(again)]
     assert files(dst) == new
     return int(json.loads((notes / "out.0").read_text())["resumed"])
@@ -121,6 +123,19 @@ def test_a_rank_that_is_killed_ends_the_others_and_any_number_goes_on(source, ne
     pairs = [(2, 3)]
     resumed = [one_kill(source, new, tmp_path / "out", tmp_path / "notes", rng, *pair) for pair in pairs]
     assert len(resumed) == 1
+
+
+@pytest.mark.parametrize(("world", "again"), [(2, 2), pytest.param(4, 3, marks=pytest.mark.slow)])
+def test_with_checksums_any_number_of_ranks_makes_anew_what_was_changed_since(world, again, source, tmp_path):
+    def change(dst: Path) -> None:
+        parts = list(dst.rglob("*.part"))
+        assert parts
+        for part in parts:
+            part.write_bytes(bytes(byte ^ 1 for byte in part.read_bytes()))
+
+    fmoe.convert(source, tmp_path / "new", max_shard_size="100KB", checksums=True)
+    told = tmp_path / "out", tmp_path / "notes", random.Random(11), world, again, "--checksums"
+    one_kill(source, files(tmp_path / "new"), *told, between=change)
 
 
 @pytest.mark.slow
