@@ -88,6 +88,7 @@ def convert(
     """
     if number is not None and ranks.world() == 1:
         raise typer.Exit(ranks.started(number, sys.argv[1:]))
+    ranks.end_with_parent()
     quiet = quiet or not ranks.first()
     how: dict[str, Any] = dict(force=force, dry_run=dry_run, checksums=checksums, fsync=fsync, threads=threads)
     given = (

@@ -1,9 +1,11 @@
 """`fmoe convert` as one of several processes: those that torchrun has started, or those that --ranks starts."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 WAIT = 60.0  # seconds that ranks wait for each other to appear, and that they have to end once one has
+PARENT = "FMOE_PARENT"  # the end of a pipe whose other end is held by the process that --ranks is an option of
 
 
 def world() -> int:
@@ -38,19 +41,40 @@ def first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def end_with_parent() -> None:
+    """A rank that --ranks has started ends as soon as the process that did, in whatever way that has ended."""
+    if pipe := os.environ.pop(PARENT, ""):
+        threading.Thread(target=_until, args=(int(pipe),), daemon=True).start()
+
+
+def _until(pipe: int) -> None:
+    os.read(pipe, 1)  # nobody writes: it ends when the other end is closed
+    os._exit(1)
+
+
+def _terminated(*_: object) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def started(ranks: int, arguments: list[str]) -> int:
-    """`fmoe ARGUMENTS` in so many processes of this machine. The exit code: 0 where all have ended well."""
+    """`fmoe ARGUMENTS` in so many processes of this machine. The exit code: 0 where all have ended well.
+
+    None outlives this one: it ends them where it is told to end, and where it is killed they see that (PARENT).
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     where["LOCAL_WORLD_SIZE"] = str(ranks)
     call = [sys.executable, "-m", "fmoe", *arguments]
-    running = [
-        subprocess.Popen(call, env=os.environ | where | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(ranks)
-    ]
-    failed = 0.0
+    running: list[subprocess.Popen[bytes]] = []
+    failed, before = 0.0, signal.signal(signal.SIGTERM, _terminated)
+    theirs, ours = os.pipe()
+    where[PARENT] = str(theirs)
     try:
+        for r in range(ranks):
+            env = os.environ | where | {"RANK": str(r), "LOCAL_RANK": str(r)}
+            running.append(subprocess.Popen(call, env=env, pass_fds=(theirs,)))
         while any(process.poll() is None for process in running):
             if any(process.returncode for process in running):
                 failed = failed or time.monotonic()
@@ -59,7 +83,10 @@ def started(ranks: int, arguments: list[str]) -> int:
             time.sleep(0.05)
     finally:
         for process in running:
-            if process.poll() is None:
-                process.kill()
+            process.kill()  # nothing, where it has ended
+        for process in running:
             process.wait()
+        for end in (theirs, ours):
+            os.close(end)
+        signal.signal(signal.SIGTERM, before)
     return next((abs(process.returncode) for process in running if process.returncode), 0)
