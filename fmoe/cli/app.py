@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from itertools import pairwise
 from operator import attrgetter
 from typing import Annotated, Any
 
@@ -57,6 +58,10 @@ def run() -> int:
     """The exit code of the command in `sys.argv`. Raises UsageError, and what the command raises."""
     from fmoe.cli import change, compare, look  # noqa: F401  (they add their commands to `app`)
 
+    for before, text in pairwise(sys.argv):
+        if not text or text.startswith("--") and text.endswith("="):
+            name = text.rstrip("=") or (before if before.startswith("-") else "an argument")
+            raise typer.BadParameter(f"{name} is empty, expected a value. Fix: leave it out; is a variable unset?")
     try:
         return app(prog_name="fmoe", standalone_mode=False) or 0
     except typer.Abort:

@@ -48,6 +48,26 @@ def test_some_places_are_never_written_to(name, force, source, tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("nothing", ["", "s3://", "hf://", "file://", "gs:///", "https:// "])
+def test_an_address_of_nothing_is_no_directory_of_that_name(nothing, source, tmp_path, monkeypatch):
+    """As of a variable that is not set: s3://$BUCKET."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    adapter, native = fmoe.adapter(source), fmoe.load(source)
+    for call in (
+        lambda: fmoe.convert(source, nothing),
+        lambda: fmoe.convert(nothing, "out"),
+        lambda: fmoe.save(native, nothing, adapter),
+        lambda: fmoe.load(nothing),
+        lambda: fmoe.adapter(nothing),
+        lambda: fmoe.lora.load(nothing, adapter),
+        lambda: fmoe.lora.save(fmoe.lora.init(native, r=2), nothing, adapter),
+    ):
+        with pytest.raises(AdapterError, match="nothing is named, expected the path"):
+            call()
+    assert not files(tmp_path / "here")
+
+
 def test_a_directory_is_replaced_by_force_alone_and_only_if_it_holds_a_checkpoint(source, tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -90,11 +90,11 @@ USAGE = (
         "no such layout": (["convert", "hf", "x", "--to", "ggfu"], "ggfu"),
     }
     | {
-        f"experts {text!r}": (["plan", "hf", f"--experts={text}"], "START:STOP")
+        f"experts {text!r}": (["plan", "hf", f"--experts={text}"], "START:STOP" if text else "is empty")
         for text in ("4", "a:b", ":4", "4:", "4:4", "5:4", "-1:4", "0:4:2", "", "²:4")
     }
     | {
-        f"size {text!r}": (["convert", "hf", "x", f"--max-shard-size={text}"], "whole number")
+        f"size {text!r}": (["convert", "hf", "x", f"--max-shard-size={text}"], "whole number" if text else "is empty")
         for text in ("5", "GB", "0MB", "-1GB", "1.5GB", "5 XB", "", "²GB")
     }
 )

@@ -14,6 +14,7 @@ from fmoe.checkpoint.remote.trouble import Trouble, retried
 from fmoe.checkpoint.remote.web import Facts
 from fmoe.types import AdapterError, brief
 
+_NOTHING = re.compile(r"[a-z][a-z0-9+.-]*://[/\s]*", re.IGNORECASE)
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.+", re.IGNORECASE)
 PIECE = 16 * 2**20  # bytes that are asked for at once
 LONGEST = "model-00001-of-00001.safetensors.part"  # of the names of files that are written
@@ -133,6 +134,8 @@ def place(path: object) -> None:
     """
     if not isinstance(path, str | Path | Address):
         raise AdapterError(f"{brief(path)}: expected the path of a directory, or an address")
+    if isinstance(path, str) and (not path or _NOTHING.fullmatch(path)):
+        raise AdapterError(f"{path!r}: nothing is named, expected the path of a directory, or an address")
     if isinstance(path, Address) or (found := _URL.fullmatch(str(path))) and found[1].lower() != "file":
         return
     try:
