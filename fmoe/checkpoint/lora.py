@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -137,8 +138,10 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
 
 
 def _as(adapter: Adapter, said: LoraConfig) -> Adapter:
-    """The adapter, open but for what a config says of its LoRA tensors."""
-    rank = None if said.rank_pattern else said.r
+    """The adapter, open but for what a config says of its LoRA tensors: r too, where no pattern can be of experts."""
+    experts = {*re.findall(r"\w+", " ".join(map(str, (*said.target_parameters, *_singly(adapter)))))}
+    beside = lambda pattern: bool(re.fullmatch(r"[\w.]+", pattern)) and pattern.rpartition(".")[2] not in experts
+    rank = said.r if all(map(beside, said.rank_pattern)) else None
     return told(adapter, said.peft_version, said.target_parameters, rank, grouped=said.grouped)
 
 

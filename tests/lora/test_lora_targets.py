@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_cases import ALONE, ALPHA, MODELS, WARNS, R, adapter_of, build, close, wraps
+from peft_cases import ALONE, ALPHA, MODELS, WARNS, R, adapter_of, build, close, parameters, wraps
 from safetensors.torch import load_file, save_file
 
 import fmoe
@@ -165,3 +165,12 @@ def test_a_parameter_without_its_module_is_refused_with_a_fix_that_works(tmp_pat
     ours = fmoe.lora.merge(before, tuned.params, tuned.scales)
     for n, t in adapter.from_hf(made.merge_and_unload().state_dict()).items():
         close(ours[n], t, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["dots3_note", *MIXED])
+def test_a_rank_of_other_modules_says_nothing_of_experts(name, tmp_path):
+    """Also where nothing but r tells how many experts a stack's matrices are of, as in a tower."""
+    targets = [t for t in parameters(adapter_of(build(name))) if "gate_up" in t]
+    how = dict(target_modules=["k_proj"], rank_pattern={"k_proj": 5})
+    made, before, adapter = wrapped(name, target_parameters=targets, **how)
+    has_pefts_meaning(tmp_path, made, before, adapter)
