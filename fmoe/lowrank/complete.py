@@ -67,12 +67,12 @@ def missing(
     natives = _natives(adapter, files or [])
     by_one = any(map(_SINGLE.search, keys))  # as the model that was trained has its experts
     memory = [*memory, *(n for n in files or () if by_one and _SINGLE.search(n) and n not in memory)]
-    stacks = {_starred(m) for m in modules} | {_starred(_holder(m)) for m in modules if _SINGLE.search(m)}
+    towers = {_tower(m) for m in modules} - {""}
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
         fits = [key for key in keys if _fits(target, key, config)]
         parametric = target in config.target_parameters
-        wanted = None if files is None else _wanted(target, config, adapter, memory, natives, stacks, by_one)
+        wanted = None if files is None else _wanted(target, config, adapter, memory, natives, towers, by_one)
         lost = sorted((n for n in wanted if same(n) not in there), key=_numbers) if wanted else []
         lost = [n for n in lost if by_one and _SINGLE.search(n) or not _stacked(adapter, n)]
         others = {same(key) for key in fits if parametric or key in modules} - {*map(same, wanted or ())}
@@ -99,12 +99,8 @@ def missing(
             yield from _gaps(target, fits, adapter, config, known.everywhere)
 
 
-def _starred(name: str) -> str:
-    return _LAYER.sub("*", f"{name}.", count=1)
-
-
-def _holder(name: str) -> str:
-    return name.rpartition(".")[0]
+def _tower(name: str) -> str:
+    return next((part for part in name.split(".") if _BESIDE.search(part)), "")
 
 
 def _place(name: str) -> list[str]:
@@ -172,13 +168,12 @@ def _wanted(
     adapter: Adapter,
     names: list[str],
     natives: list[str],
-    stacks: set[str],
+    towers: set[str],
     by_one: bool,
 ) -> set[str]:
     """What of the base a target names: parameters where it is one, else the modules that have a weight.
 
-    Of a tower, those of its layers that have matrices of their own, or others' have. stacks: modules that have some;
-    by_one: experts are modules, too.
+    Of a tower, all where any has matrices. towers: those that have some; by_one: experts are modules, too.
     """
     if target in config.target_parameters:
         found = {k for k in _parameters(adapter, natives) if _fits(target, k, config)}
@@ -187,7 +182,7 @@ def _wanted(
         return set()
     layers = _layers(adapter)
     all_of = {n.removesuffix(".weight") for n in names if n.endswith(".weight")}
-    beside = {m for m in all_of if _BESIDE.search(m) and not stacks.isdisjoint((_starred(m), _starred(_holder(m))))}
+    beside = {m for m in all_of if _tower(m) in towers}
     skipped = lambda m: _SKIPPED.search(_SINGLE.sub(".", m, count=1) if by_one else m)
     found = {m for m in all_of if m in beside or not skipped(m)}
     found = {m for m in found if _fits(target, m, config) and config.wraps(m)}

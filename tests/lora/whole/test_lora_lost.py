@@ -64,3 +64,21 @@ def test_peft_wraps_parameters_of_all_layers_and_a_lost_one_is_missed(layers, na
             error = missed(tmp_path, base, files, [n for n in files if n.startswith(f"{module}.")])
             assert any(module in key for key in error.keys), module
         save_file(files, tmp_path / FILE)
+
+
+TOWERS = ["qwen3_vl_moe", "qwen3_5_moe", "ernie4_5_vl_moe", "qwen3_omni_moe_thinker", "dots3_note"]
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_what_is_lost_of_a_tower_is_missed_in_its_layers_and_beside_them(name, tmp_path):
+    """Of each module; of a tower that has no matrices at all nobody knows that it should."""
+    model = longer(name)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)  # PEFT adapts these
+    found = [n for n, m in model.named_modules() if isinstance(m, kinds) and re.search("vision|visual|audio", n)]
+    _, files = trained(name, tmp_path, target_modules=found)
+    model.save_pretrained(tmp_path / "base")
+    fmoe.lora.load(tmp_path, tmp_path / "base")
+    assert len(modules(files)) == len(found) > 3
+    for module in modules(files):
+        error = missed(tmp_path, (tmp_path / "base",), files, [n for n in files if n.startswith(f"{module}.lora_")])
+        assert any(module in key for key in error.keys) or module.partition(".model.")[2] in str(error), module
