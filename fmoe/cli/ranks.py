@@ -52,10 +52,6 @@ def _until(pipe: int) -> None:
     os._exit(1)
 
 
-def _terminated(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def started(ranks: int, arguments: list[str]) -> int:
     """`fmoe ARGUMENTS` in so many processes of this machine. The exit code: 0 where all have ended well.
 
@@ -68,14 +64,16 @@ def started(ranks: int, arguments: list[str]) -> int:
     where["LOCAL_WORLD_SIZE"] = str(ranks)
     call = [sys.executable, "-m", "fmoe", *arguments]
     running: list[subprocess.Popen[bytes]] = []
-    failed, before = 0.0, signal.signal(signal.SIGTERM, _terminated)
+    failed, told = 0.0, list[int]()  # no signal ends it between a rank's start and the note of it
+    heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda number, _: told.append(number)) for s in heard}
     theirs, ours = os.pipe()
     where[PARENT] = str(theirs)
     try:
         for r in range(ranks):
             env = os.environ | where | {"RANK": str(r), "LOCAL_RANK": str(r)}
             running.append(subprocess.Popen(call, env=env, pass_fds=(theirs,)))
-        while any(process.poll() is None for process in running):
+        while any(process.poll() is None for process in running) and not told:
             if any(process.returncode for process in running):
                 failed = failed or time.monotonic()
                 if time.monotonic() - failed > WAIT:
@@ -88,5 +86,8 @@ def started(ranks: int, arguments: list[str]) -> int:
             process.wait()
         for end in (theirs, ours):
             os.close(end)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if told:
+        raise KeyboardInterrupt if told[0] == signal.SIGINT else SystemExit(128 + told[0])
     return next((abs(process.returncode) for process in running if process.returncode), 0)
