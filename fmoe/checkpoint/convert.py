@@ -35,7 +35,7 @@ from fmoe.checkpoint.which import of_systems, open_ours
 from fmoe.checkpoint.whole import json_of, narrowed, no_part, not_decoded, read_again
 from fmoe.codecs.agree import agreeing
 from fmoe.codecs.cast import not_cast, wider_than_said
-from fmoe.codecs.config import QUANT, quantization_of
+from fmoe.codecs.config import QUANTS, quantization_of
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families import FAMILIES
 from fmoe.layout.adapter import Adapter
@@ -147,9 +147,9 @@ def convert(
         notes += not_decoded(agreed, config, plan.targets, None if source.native else source.specs)
         notes += wider_than_said(plan.targets, agreed) if source.native else []
         others |= {"config.json": json_of(agreed)} if crossing or agreed != config else {}
-        if QUANT in others and (quantization_of(agreed) or 0) != quantization_of(config):
-            del others[QUANT]
-            notes.append(f"not taken along: {QUANT!r}, of the quantised source")
+        stale = {*QUANTS} & others.keys() if (quantization_of(agreed) or 0) != quantization_of(config) else set()
+        notes += [f"not taken along: {n!r}, of the quantised source" for n in sorted(stale)]
+        others = {n: made for n, made in others.items() if n not in stale}
     parts = {n: (place.home / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
     engine = Engine(source, plan, parts, sums=checksums)
     place.order(engine, layout.heads, [*layout.heads, *others, *small])

@@ -16,7 +16,7 @@ from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.whole import json_of
 from fmoe.codecs.agree import agreeing
-from fmoe.codecs.config import FIELDS, QUANT, coded, decoded
+from fmoe.codecs.config import FIELDS, QUANTS, coded, decoded
 from fmoe.codecs.quantised import Quantised
 from fmoe.families import family
 from fmoe.layout.adapter import Adapter
@@ -74,7 +74,7 @@ def beside(
 ) -> dict[str, bytes]:
     """config.json, with which the directory can go back, and the other small files of the source, but no adapter's."""
     made = {"config.json": json_of(config)}
-    out = {*KEPT_OUT, ADAPTER} if any(field in config for field in FIELDS) else {*KEPT_OUT, ADAPTER, QUANT}
+    out = {*KEPT_OUT, ADAPTER} if any(field in config for field in FIELDS) else {*KEPT_OUT, ADAPTER, *QUANTS}
     for path in source.others():
         name = str(path)
         if name not in {*small, *layout.heads, *made, *out} and path.suffix in ALONG:

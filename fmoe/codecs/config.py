@@ -17,6 +17,8 @@ DECODED = "decoded_"
 
 QUANT = "hf_quant_config.json"
 """Where some writers say again what quantization_config says."""
+QUANTS = (QUANT, "quantize_config.json", "quant_config.json")
+"""The same, with those of GPTQ and AWQ, which nothing is read from: no file for weights in other numbers."""
 
 _KINDS: dict[str, Any] = {"quant_method": str, "format": str, "bits": Real, "config_groups": Mapping}
 _WEIGHTS: dict[str, Any] = {"type": str, "strategy": str, "num_bits": Real}

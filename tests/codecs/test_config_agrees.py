@@ -10,7 +10,7 @@ from hf import save
 from safetensors.torch import load_file
 
 import fmoe
-from fmoe.codecs.config import EXPORTS, quantization_of, weight_block
+from fmoe.codecs.config import EXPORTS, QUANTS, quantization_of, weight_block
 from fmoe.codecs.formats import FORMATS
 from fmoe.families import FAMILIES
 
@@ -32,7 +32,8 @@ def test_a_quantised_checkpoint_becomes_a_plain_one_in_one_call(case, dtype, tmp
     adapter, tensors = made(case)
     told = config(case[0], 128, 256) | {"torch_dtype": "bfloat16", "quantization_config": SAYS}
     save(told, tensors, tmp_path / "hf")
-    (tmp_path / "hf" / "hf_quant_config.json").write_text("{}")
+    for name in QUANTS:
+        (tmp_path / "hf" / name).write_text("{}")
     fmoe.convert(tmp_path / "hf", tmp_path / "plain", "hf", dtype=dtype, fsync=False)
     kind = fmoe.types.as_dtype(dtype)
     found, native = held(tmp_path / "plain"), adapter.from_hf(tensors)
@@ -41,7 +42,7 @@ def test_a_quantised_checkpoint_becomes_a_plain_one_in_one_call(case, dtype, tmp
     assert found.keys() == wanted.keys() and not any("scale" in n for n in found if "activation" not in n)
     assert all(torch.equal(found[n], t) for n, t in wanted.items())
     assert {t.dtype for n, t in found.items() if ".experts." in n and "bias" not in n} == {kind}
-    assert says(tmp_path / "plain") is None and not (tmp_path / "plain" / "hf_quant_config.json").exists()
+    assert says(tmp_path / "plain") is None and not {*QUANTS} & {p.name for p in (tmp_path / "plain").iterdir()}
     assert json.loads((tmp_path / "plain" / "config.json").read_text())["torch_dtype"] == str(kind).removeprefix(
         "torch."
     )

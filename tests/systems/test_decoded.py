@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from systems_zoo import model
 
 import fmoe
-from fmoe.codecs.config import FIELDS, coded, decoded
+from fmoe.codecs.config import FIELDS, QUANTS, coded, decoded
 from fmoe.types import bits
 
 TOLD = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -46,14 +46,15 @@ def test_config_and_tensors_agree_in_automodel_and_the_way_back_is_exact(case, t
     tensors = {f"language_model.{n}" if case[0] == "mistral4" else n: t for n, t in tensors.items()}
     told = config(case[0], 128, 256) | {"quantization_config": TOLD}
     save(told, tensors, tmp_path / "hf")
-    (tmp_path / "hf" / "hf_quant_config.json").write_text("{}")
+    for name in QUANTS:
+        (tmp_path / "hf" / name).write_text("{}")
     first = case == next(iter(CASES))  # what follows is the same for all
     if first:
         fmoe.convert(tmp_path / "hf", tmp_path / "native", fsync=False)
     for source in ("hf", "native")[: 1 + first]:
         there, back = tmp_path / f"{source} there", tmp_path / f"{source} back"
         fmoe.convert(tmp_path / source, there, to="automodel", fsync=False)
-        assert not says(there) and not codes(there) and not (there / "hf_quant_config.json").exists()
+        assert not says(there) and not codes(there) and not {*QUANTS} & {p.name for p in there.iterdir()}
         fmoe.convert(there, back, to="hf", fsync=False)  # found by its names
         assert says(back) and same(back, tmp_path / "hf")
     if not first:

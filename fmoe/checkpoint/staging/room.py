@@ -11,7 +11,7 @@ from fmoe.checkpoint.files.weights import JOURNAL, LEASE, checkpoints
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable, shards_below
 from fmoe.checkpoint.staging.journal import ONCE, lines
-from fmoe.codecs.config import QUANT
+from fmoe.codecs.config import QUANTS
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 
@@ -56,10 +56,10 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
     for name in there:
-        if (checkpoints([name]) or name in (CONFIG, QUANT)) and _folder(dst / name):
+        if (checkpoints([name]) or name in (CONFIG, *QUANTS)) and _folder(dst / name):
             raise AdapterError(f"{dst / name} is a folder, expected no more than a file of that name: move it away")
     held = checkpoints(there) | (shards_below(dst) if INDEX in there else set())
-    old = held | {QUANT} & set(there) if bystanders else held and replaceable(dst)
+    old = held | {*QUANTS} & set(there) if bystanders else held and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
