@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmoe.codecs import Changed, CodecPlan, Vanished
+from fmoe.codecs.config import quantization_of
 from fmoe.codecs.quantised import Quantised
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
@@ -137,7 +138,7 @@ def not_cast(
 
 
 def wider_than_said(specs: Specs, config: Mapping[str, Any]) -> list[str]:
-    """A note where most bytes are of a dtype wider than config.json says: a reader rounds them.
+    """A note where most bytes are of a dtype wider than config.json says: a reader rounds them, but scales of codes.
 
     >>> wider_than_said({"w": TensorSpec((2,), torch.float32)}, {"dtype": "bfloat16"})
     ["config.json says bfloat16, and 'w' is float32: Transformers rounds it as it loads. Fix: dtype in config.json"]
@@ -145,6 +146,8 @@ def wider_than_said(specs: Specs, config: Mapping[str, Any]) -> list[str]:
     if (said := _said(config)) is None:
         return []
     floats = {n: spec for n, spec in specs.items() if spec.dtype.is_floating_point and spec.dtype.itemsize > 1}
+    if quantization_of(config):
+        floats = {n: spec for n, spec in floats.items() if "scale" not in n.rpartition(".")[2]}
     wide = [n for n, spec in floats.items() if spec.dtype.itemsize > said.itemsize]
     if 2 * sum(specs[n].nbytes for n in wide) <= sum(spec.nbytes for spec in floats.values()):
         return []

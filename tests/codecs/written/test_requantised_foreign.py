@@ -70,10 +70,11 @@ def test_the_config_speaks_of_what_is_written_whatever_it_said(fmt, i, quantize,
     config, tensors, _ = foreign_cases.checkpoint("qwen3_moe", fmt, of)
     save(config | ({"quantization_config": said} if said else {}), tensors, tmp_path / "hf")
     dtype = "float32" if "zeros" in fmt or "int8" in fmt else "bfloat16"
-    for source, path in (("hf", "codes"), ("plain", "fresh"), ("codes", "again")):
-        if source == "plain":
-            fmoe.convert(tmp_path / "hf", tmp_path / "plain", "hf", dtype=dtype, fsync=False)
-        fmoe.convert(tmp_path / source, tmp_path / path, "hf", quantize=quantize, fsync=False)
+    notes = {}
+    fmoe.convert(tmp_path / "hf", tmp_path / "plain", "hf", dtype=dtype, fsync=False)
+    fmoe.convert(tmp_path / "hf", tmp_path / "native", quantized="keep", fsync=False)
+    for source, path in (("hf", "codes"), ("plain", "fresh"), ("codes", "again"), ("native", "via")):
+        notes[path] = fmoe.convert(tmp_path / source, tmp_path / path, "hf", quantize=quantize, fsync=False).notes
     fmoe.verify(tmp_path / "codes")
     first, again, read = (
         held(tmp_path / "codes"),
@@ -81,6 +82,7 @@ def test_the_config_speaks_of_what_is_written_whatever_it_said(fmt, i, quantize,
         lambda name: json.loads((tmp_path / name / "config.json").read_text())["quantization_config"],
     )
     assert first.keys() == again.keys() and all(torch.equal(bits(first[n]), bits(t)) for n, t in again.items())
+    assert read("via") == read("codes") and notes["via"] == notes["codes"]
     if fmt in STAY[quantize]:
         assert all(torch.equal(bits(first[n]), bits(t)) for n, t in tensors.items() if "input_scale" not in n)
         assert read("codes") == said or said is None or said.get("format") is None
