@@ -68,8 +68,9 @@ def test_the_config_speaks_of_what_is_written_whatever_it_said(fmt, i, quantize,
     of = said["config_groups"]["group_0"]["weights"]["group_size"] if said and "config_groups" in said else 32
     monkeypatch.setattr(foreign_cases, "D", 2 * of)
     config, tensors, _ = foreign_cases.checkpoint("qwen3_moe", fmt, of)
-    save(config | ({"quantization_config": said} if said else {}), tensors, tmp_path / "hf")
     dtype = "float32" if "zeros" in fmt or "int8" in fmt else "bfloat16"
+    config |= {"torch_dtype": dtype} | ({"quantization_config": said} if said else {})
+    save(config, tensors, tmp_path / "hf")
     notes = {}
     fmoe.convert(tmp_path / "hf", tmp_path / "plain", "hf", dtype=dtype, fsync=False)
     fmoe.convert(tmp_path / "hf", tmp_path / "native", quantized="keep", fsync=False)
