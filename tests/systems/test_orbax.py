@@ -119,11 +119,11 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     config, tensors = model("qwen3_moe alike")
-    path = tmp_path_factory.mktemp("orbax")
+    path, there = tmp_path_factory.mktemp("orbax"), tmp_path_factory.mktemp("written") / "there"
     save_file({n: t.contiguous() for n, t in tensors.items()}, path / "model.safetensors", {"format": "pt"})
     (path / "config.json").write_text(json.dumps(config, default=str))
-    fmoe.convert(path, path.with_name("there"), to="maxtext", scan=True, fsync=False)
-    return path.with_name("there")
+    fmoe.convert(path, there, to="maxtext", scan=True, fsync=False)
+    return there
 
 
 @pytest.mark.parametrize("what", HOSTILE)
