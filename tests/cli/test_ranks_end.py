@@ -27,8 +27,10 @@ def children(pid: int) -> list[int]:
 
 
 def runs(pid: int) -> bool:
+    """Whether any thread of it does: files are open, and locks held, until the last has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except OSError:
         return False
 
@@ -56,7 +58,11 @@ def test_no_rank_outlives_the_command_that_started_it(by, begun, hf, tmp_path):
         assert parent.wait(LONG) == {signal.SIGTERM: 143, signal.SIGINT: 130}.get(by, -by)
         gone = parent.returncode > 0  # then it has seen to that itself
         assert not (gone and any(map(runs, ranks))), "it did not wait for its ranks"
-        wait_for(lambda: not any(map(runs, ranks)), "a rank outlives its parent")
+        try:
+            wait_for(lambda: not any(map(runs, ranks)), "a rank outlives its parent")
+        finally:
+            for rank in filter(runs, ranks):
+                os.kill(rank, signal.SIGKILL)
     if begun:
         assert JOURNAL in files(dst)
         fmoe.convert(hf, dst, fsync=False)
