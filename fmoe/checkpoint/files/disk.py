@@ -82,7 +82,7 @@ def digest(path: Where, stamp: Stamp | None = None) -> str:
         for block in path.blocks():
             found.update(block)
         return found.hexdigest()
-    with reading(path, stamp) as descriptor, open(cast(int, descriptor), "rb", buffering=0, closefd=False) as file:
+    with linked(path, stamp) as descriptor, open(descriptor, "rb", buffering=0, closefd=False) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -103,9 +103,9 @@ def sized(path: Path) -> int:
 
 
 @contextmanager
-def linked(path: Path) -> Iterator[int]:
+def linked(path: Path, was: Stamp | None = None) -> Iterator[int]:
     """A descriptor of the file there, whichever links lead to it: they were looked at when it was found."""
-    with reading(Path(os.path.realpath(path)), missing=GONE) as file:
+    with reading(Path(os.path.realpath(path)), was, missing=GONE) as file:
         yield cast(int, file)
 
 

@@ -78,6 +78,22 @@ def test_links_from_folder_to_folder_within_a_directory_are_taken_along(source):
     assert {Path("a/x"), Path("b/x")} <= set(open_checkpoint(source).others())
 
 
+@pytest.mark.parametrize("checksums", [False, True])
+def test_links_between_folders_go_there_and_back_as_files(checksums, hub, source, tmp_path):
+    (source / "a").mkdir()
+    (source / "a" / "x").write_text("x")
+    for link in (source / "a" / "of the top", source / "a" / "of a link", source / "top"):
+        link.symlink_to({"of the top": f"../{CONFIG}", "of a link": "../top", "top": "a/x"}[link.name])
+    for src in (source, hub / "snapshots" / "0a1b"):
+        native, back = tmp_path / f"{src.name} native", tmp_path / f"{src.name} back"
+        fmoe.convert(src, native, checksums=checksums, fsync=False)
+        fmoe.convert(native, back, "hf", checksums=checksums, fsync=False)
+        fmoe.verify(native)
+        there = [p.relative_to(src) for p in src.rglob("*") if p.is_file()]
+        assert all((back / p).read_bytes() == (src / p).read_bytes() for p in there)
+        assert not any(p.is_symlink() for p in back.rglob("*"))
+
+
 OTHERS: dict[str, tuple[Change, str]] = {
     "a link out": (lambda p: (p / "notes.txt").symlink_to("/etc/passwd"), f"notes.txt {OUTSIDE}"),
     "a link out, below": (lambda p: ((p / "d").mkdir(), (p / "d" / "x").symlink_to("/etc/passwd")), f"d/x {OUTSIDE}"),
