@@ -36,7 +36,7 @@ def agreeing(
     Its quantization_config is there where some are quantised, and says how; dtype: what floats have become.
     """
     made = dict(config) if dtype is None else with_dtype(config, as_dtype(dtype))
-    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
+    codec = _codec(adapter)
     return made if codec is None else stated(made, specs, _coded(codec, specs), anew=codec.was is not None)
 
 
@@ -48,13 +48,18 @@ def untold(config: Mapping[str, Any], specs: Specs, adapter: Adapter) -> list[st
     if told is not None:
         how = told.get("quant_method") or "by a method that it does not name"
         return [f"config.json has a quantization_config ({how}), and no tensor is in codes: what is written has none"]
-    codec = next((s for s in (*reversed(adapter.stages),) if isinstance(s, Quantised)), None)
+    codec = _codec(adapter)
     found = _coded(codec, specs) if codec else {}
     names = some([p.codes for p in found.values()])
     text = (
         "codes, and config.json has no quantization_config: fmoe reads them so, and Transformers takes them for numbers"
     )
     return [f"{names}: {text}. Fix: add one, as fmoe.convert writes it with quantize="] * bool(found)
+
+
+def _codec(adapter: Adapter) -> Quantised | None:
+    """What reads and writes its codes: the last such stage, which is nearest to the files."""
+    return next((s for s in reversed([*adapter.stages]) if isinstance(s, Quantised)), None)
 
 
 def _coded(codec: Quantised, specs: Specs) -> dict[str, Parts]:
@@ -110,7 +115,6 @@ def _speaks_of(told: Mapping[str, Any], formats: Mapping[str, Format]) -> bool:
 def _other(told: Mapping[str, Any], found: Mapping[str, Parts]) -> bool:
     """Whether some are in other codes than a quantization_config says of them."""
     method, formats = told.get("quant_method"), {n: p.format for n, p in found.items()}
-    names = {f.method.partition(" ")[2] for f in formats.values()}
     if {f.method.partition(" ")[0] for f in formats.values()} != {method}:
         return True
     block, static = told.get("weight_block_size"), told.get("activation_scheme") == "static"
@@ -118,7 +122,10 @@ def _other(told: Mapping[str, Any], found: Mapping[str, Parts]) -> bool:
     if any(bool(p.activation) != static or list(block or ()) != [n for n in p.format.block if n] for p in e4m3):
         return True
     said, groups = lists(told), [*(told.get("config_groups") or {}).values()]
-    if method == "modelopt" and names != {told.get("quant_algo")} or method == "compressed-tensors" and not groups:
+    algorithms = {f.method.partition(" ")[2] for f in formats.values()}
+    if method == "modelopt" and algorithms != {told.get("quant_algo")}:
+        return True
+    if method == "compressed-tensors" and not groups:
         return True
     at = {n: groups[said.groups.index(g)] if (g := said.group(n)) else None for n in found if groups}
     head = {"format": told.get("format")} if method == "compressed-tensors" else {}

@@ -40,19 +40,20 @@ def quantization_of(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
             for part, kind in _KINDS.items():
                 _is(f"{field}.{part}", found.get(part), kind)
             for name, group in (found.get("config_groups") or {}).items():
-                _is(f"{field}.config_groups.{name}", 0 if group is None else group, Mapping)
-                _is(f"{field}.config_groups.{name}.format", group.get("format"), str)
-                _is(f"{field}.config_groups.{name}.weights", weights := group.get("weights"), Mapping)
+                at = f"{field}.config_groups.{name}"
+                _is(at, group, Mapping, absent=False)
+                _is(f"{at}.format", group.get("format"), str)
+                _is(f"{at}.weights", weights := group.get("weights"), Mapping)
                 for part, kind in _WEIGHTS.items():
-                    _is(f"{field}.config_groups.{name}.weights.{part}", (weights or {}).get(part), kind)
+                    _is(f"{at}.weights.{part}", (weights or {}).get(part), kind)
             return dict(found)
     inner = config.get("text_config")
     return quantization_of(inner) if isinstance(inner, Mapping) else None
 
 
-def _is(at: str, said: Any, kind: Any) -> None:
-    """Raises AdapterError for what is there and of another kind."""
-    if not isinstance(said, kind | None):
+def _is(at: str, said: Any, kind: Any, *, absent: bool = True) -> None:
+    """Raises AdapterError for what is of another kind. absent: None is none."""
+    if not isinstance(said, kind) and not (absent and said is None):
         raise AdapterError(f"{at} is {brief(said)}, expected {_TEXT[kind]}")
 
 

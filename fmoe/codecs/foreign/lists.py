@@ -113,7 +113,7 @@ def in_step(
     >>> in_step(told, {"a.experts.up_proj": {}}, ["b.experts.up_proj"], "ignore")["ignore"]
     ['a.experts.0.up_proj', 'lm_head', 'b.experts.up_proj']
     """
-    lists(told)
+    lists(told)  # which raises for fields that are no lists of names: below they are taken for such
     modules = [n.removesuffix(".weight") for n in coded]
     left = lambda names: Modules(tuple(names)).idle(modules)
     made = {n: left(v) if n in IGNORED and v else v for n, v in told.items()}
