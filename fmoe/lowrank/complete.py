@@ -23,8 +23,9 @@ PERIODS = (
 )
 MIXED = ("hybrid_override_pattern", "layers_block_type", "layer_types", "mlp_layer_types", "mlp_only_layers")
 _BESIDE = re.compile(r"vision|visual|audio")
-_SINGLE = re.compile(r"\.experts?\.\w*?\d+\.")
-_SKIPPED = re.compile(r"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|\.experts\.")
+SINGLE = re.compile(r"\.experts?\.\w*?\d+\.")
+STACKED = re.compile(r"\.experts\.(?!router\.)")  # JetMoE's router of attention's experts is a module
+_SKIPPED = re.compile(rf"(^|\.)(mtp\.|visual\.|vision)|\.experts?\.\d+\.|{STACKED.pattern}")
 
 
 class Known(NamedTuple):
@@ -65,8 +66,8 @@ def missing(
     if files is not None and all(same(key) == key for key in keys):  # spelt as in memory
         memory = [n for n in map(known.inside, files) if n]
     natives = _natives(adapter, files or [])
-    by_one = any(map(_SINGLE.search, keys))  # as the model that was trained has its experts
-    memory = [*memory, *(n for n in files or () if by_one and _SINGLE.search(n) and n not in memory)]
+    by_one = any(map(SINGLE.search, keys))  # as the model that was trained has its experts
+    memory = [*memory, *(n for n in files or () if by_one and SINGLE.search(n) and n not in memory)]
     towers = {_tower(m) for m in modules} - {""}
     targets = [*config.target_parameters, *([config.target_modules] if _regex(config) else config.target_modules)]
     for target in targets:
@@ -74,7 +75,7 @@ def missing(
         parametric = target in config.target_parameters
         wanted = None if files is None else _wanted(target, config, adapter, memory, natives, towers, by_one)
         lost = sorted((n for n in wanted if same(n) not in there), key=_numbers) if wanted else []
-        lost = [n for n in lost if by_one and _SINGLE.search(n) or not _stacked(adapter, n)]
+        lost = [n for n in lost if by_one and SINGLE.search(n) or not _stacked(adapter, n)]
         others = {same(key) for key in fits if parametric or key in modules} - {*map(same, wanted or ())}
         if known.whole and wanted is not None:
             like = others | ({target} if _LAYER.search(target) and not _regex(config) else set())
@@ -91,7 +92,7 @@ def missing(
         elif not fits and (holders := _holders(target, config, keys)):
             text = f"LoRA of {target.rpartition('.')[2]!r}, one of several parameters of a module that are wrapped"
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
-        elif not fits and (lost or files is None and target != "all-linear" or _SINGLE.search(f".{target}.")):
+        elif not fits and (lost or files is None and target != "all-linear" or SINGLE.search(f".{target}.")):
             hits = lambda key, target=target: _fits(target, key, config) and config.wraps(key)
             if lost or parametric or _expert_like(target) or not known.nowhere(hits):
                 yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
@@ -183,7 +184,7 @@ def _wanted(
     layers = _layers(adapter)
     all_of = {n.removesuffix(".weight") for n in names if n.endswith(".weight")}
     beside = {m for m in all_of if _tower(m) in towers}
-    skipped = lambda m: _SKIPPED.search(_SINGLE.sub(".", m, count=1) if by_one else m)
+    skipped = lambda m: _SKIPPED.search(SINGLE.sub(".", m, count=1) if by_one else m)
     found = {m for m in all_of if m in beside or not skipped(m)}
     found = {m for m in found if _fits(target, m, config) and config.wraps(m)}
     return {
@@ -226,14 +227,14 @@ def _gaps(
         if numbers := _LAYER.findall(f"{key}."):
             forms.setdefault(_LAYER.sub("*", f"{key}.", count=1), set()).add(int(numbers[0]))
     for form, found in forms.items():
-        module = form.rstrip(".")
-        alike = _expert_like(form) or everywhere(module.removesuffix(".weight" * (target in said.target_parameters)))
+        module, experts = form.rstrip("."), _expert_like(form) and "shared_expert" not in form
+        alike = experts or everywhere(module.removesuffix(".weight" * (target in said.target_parameters)))
         if not alike if alike is not None else mixed:
             continue
-        if mixed and _expert_like(form):
+        if mixed and experts:
             continue
-        every = 1 if not _expert_like(form) else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
-        first = min(found) if _expert_like(form) else 0
+        every = 1 if not experts else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
+        first = min(found) if experts else 0
         count = None if _BESIDE.search(form) else _layers(adapter)
         name = lambda n, form=form: form.replace("*", str(n), 1).rstrip(".")
         lost = [n for n in range(first, count or max(found), max(1, every)) if n not in found]

@@ -12,6 +12,7 @@ from fmoe.families.spelling import alike
 from fmoe.families.surplus import known_ranks
 from fmoe.families.where import settled, translated
 from fmoe.layout.adapter import Adapter
+from fmoe.lowrank.complete import SINGLE, STACKED
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.matrices import matrices
 from fmoe.lowrank.sorting import WRAPPED
@@ -19,6 +20,7 @@ from fmoe.lowrank.targets import native, targets_of
 from fmoe.types import Params, Problem
 
 Wraps = Callable[[str], bool]
+Called = Callable[[str], str]
 
 
 class Kinds(NamedTuple):
@@ -29,15 +31,16 @@ class Kinds(NamedTuple):
     text: bool
 
 
-def lost(config: Mapping[str, Any], keys: Mapping[str, str], wraps: Wraps) -> Iterator[str]:
+def lost(config: Mapping[str, Any], keys: Mapping[str, str], wraps: Wraps, called: Called) -> Iterator[str]:
     """Modules and parameters that have no matrices where every kind that their layer can be of has some.
 
-    keys: native name of a weight -> what LoRA calls it, for each that has matrices. wraps: whether it is a target. What
-    no layer has matrices of is no loss; nor is what only kinds have that a layer need not be of.
+    keys: native name of a weight -> what LoRA calls it, for each that has matrices. wraps: whether it is a target.
+    called: what LoRA calls a module of its native weight. What only kinds have that a layer need not be of is no loss.
 
     >>> keys = {f"model.layers.{l}.self_attn.{n}_proj.weight": f"model.layers.{l}.self_attn.{n}_proj"
     ...         for l, n in ((0, "q"), (0, "o"), (2, "q"))}
-    >>> [*lost({"model_type": "jamba"}, keys, lambda key: True)]
+    >>> wraps, called = lambda key: key.endswith(("q_proj", "o_proj")), lambda name: name.removesuffix(".weight")
+    >>> [*lost({"model_type": "jamba"}, keys, wraps, called)]
     ['model.layers.2.self_attn.o_proj']
     """
     said = with_text(translated(config))
@@ -46,13 +49,20 @@ def lost(config: Mapping[str, Any], keys: Mapping[str, str], wraps: Wraps) -> It
         if hit := NUMBERED.match(name):
             stacks.setdefault(hit[1], {}).setdefault(int(hit[2]), {})[hit[3]] = key
     for stack, layers in stacks.items():
-        forms = {rest: (l, key) for l, held in layers.items() for rest, key in held.items()}
         for kinds in _kinds(config, stack):
+            forms = {rest: (0, key) for rest, key in _modules(stack, kinds, called).items()}
+            forms |= {rest: (l, key) for l, held in layers.items() for rest, key in held.items()}
             count = layer_count(said) if kinds.text else None
             for l in range(max(layers) + 1 if count is None else count):
                 named = {rest: _at(key, at, l) for rest, (at, key) in forms.items()}
                 wanted = {rest for rest, key in named.items() if wraps(key)}
                 yield from (named[rest] for rest in _lacks(kinds, said, l, {*layers.get(l, ())}, wanted))
+
+
+def _modules(stack: str, kinds: Kinds, called: Called) -> dict[str, str]:
+    """What LoRA calls those of layer 0, by all that its kinds have below it, but for experts."""
+    every = {n for sets in kinds.groups for s in sets for n in s}
+    return {n: called(f"{stack}.0.{n}") for n in every if n.endswith(".weight") and not STACKED.search(n)}
 
 
 def _at(key: str, layer: int, other: int) -> str:
@@ -99,9 +109,8 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
     >>> [nowhere(linear, lambda key: key.endswith(end)) for end in ("1.self_attn.q_proj", "1.linear_attn.in_proj_ba")]
     [True, False]
     """
-    model, back = adapter.config or {}, opened(adapter).inverse
+    model, called = adapter.config or {}, _called(adapter)
     said = with_text(translated(model))
-    called = lambda name: alike(model, native(back, name) or name)[-1].removesuffix(".weight")
     forms = known().get(str(model.get("model_type")), {"forms": ()})["forms"][-1:]
     for form in forms:
         if any(hits(called(n)) for n in form["root"] if n.endswith(".weight") and not BESIDE.search(n)):
@@ -109,8 +118,8 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
         for stack, groups in form["stacks"].items():
             if BESIDE.search(stack):
                 continue
-            kinds, every = Kinds(groups, rules_of(form, stack), True), {n for sets in groups for s in sets for n in s}
-            keys = {n: called(f"{stack}.0.{n}") for n in every if n.endswith(".weight") and ".experts." not in n}
+            kinds = Kinds(groups, rules_of(form, stack), True)
+            keys = _modules(stack, kinds, called)
             for l in range(layer_count(said) or 1):
                 can = set[str]().union(*(s for sets in _can(kinds, said, l, set()) for s in sets))
                 if any(hits(_at(keys[n], 0, l)) for n in can & {*keys}):
@@ -118,8 +127,14 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
     return bool(forms)
 
 
+def _called(adapter: Adapter) -> Called:
+    """What LoRA calls a module of its native weight: by the name that it has in memory."""
+    model, back = adapter.config or {}, opened(adapter).inverse
+    return lambda name: alike(model, native(back, name) or name)[-1].removesuffix(".weight")
+
+
 def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
-    """A problem for each target that a layer lacks, and others of its kind have: no names of the base tell it."""
+    """A problem for each target that a layer lacks, by what is known of its class: no names of the base tell it."""
     whole = opened(adapter)
     keys = {t.a: t for t in targets_of(adapter, params)}
     at = {p.a: native(whole, p.weight.removeprefix(WRAPPED)) for p in matrices(params) if p.a in keys}
@@ -128,14 +143,17 @@ def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem
 
     def wraps(key: str) -> bool:
         ends = any(f".{key}".endswith(f".{t}") for t in said.target_parameters)
-        return ends if stars(key) in forms else said.wraps(key)  # of parameters PEFT wraps those of all layers
+        if stars(key) in forms:  # of parameters PEFT wraps those of all layers
+            return ends
+        told = said.target_modules != "all-linear" and last(key) not in alone
+        return said.wraps(key) and (told or stars(key) in linear)
 
     stars = lambda key: re.sub(r"\.\d+\.", ".*.", key, count=1)
-    forms = {*map(stars, parameters)}
-    for name in lost(adapter.config or {}, held, wraps):
-        text = (
-            f"{name!r}: no matrices, and other layers of its kind have some, which adapter_config.json targets in all"
-        )
+    last = lambda key: key.rpartition(".")[2]
+    forms, linear = {*map(stars, parameters)}, {*map(stars, held.values())}
+    alone = {last(key) for t in keys.values() for key in t.keys if SINGLE.search(key)}  # words of experts one by one
+    for name in lost(adapter.config or {}, held, wraps, _called(adapter)):
+        text = f"{name!r}: no matrices, and adapter_config.json targets it in all layers that have one"
         fix = "Fix: save the adapter again"
         fix += "" if stars(name) in forms else "; of some layers alone, say which in layers_to_transform"
         yield Problem(f"{text}. {fix}", (f"{WRAPPED}{name}",))

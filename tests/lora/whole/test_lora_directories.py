@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tiny import FAMILIES as KINDS
 
 import fmoe
+from fmoe.lowrank.complete import STACKED
 from fmoe.lowrank.derive import CURRENT
 from fmoe.lowrank.stage import is_lora
 from fmoe.testing import same
@@ -144,7 +145,7 @@ def test_nothing_is_missed_of_what_peft_wrote(name, tmp_path):
     adapter, files = trained(name, tmp_path)
     fmoe.lora.load(tmp_path, adapter)
     bare = fmoe.adapter(build(name).config.model_type, {})
-    plain = {n: t for n, t in files.items() if "experts" not in n}  # how many those are is said nowhere
+    plain = {n: t for n, t in files.items() if not STACKED.search(n)}  # how many those are is said nowhere
     save_file(plain, tmp_path / FILE)
     said = json.loads((tmp_path / "adapter_config.json").read_text()) | {"target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(said))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft_cases import FILE, LAYERS, WARNS, longer, modules, parameters, trained
-from safetensors.torch import save_file
+from peft_cases import FILE, LAYERS, WARNS, linear, longer, modules, parameters, trained
+from safetensors.torch import load_file, save_file
 
 import fmoe
 
 pytestmark = WARNS
 HYBRID = pytest.mark.parametrize("name", LAYERS)
+STACKS = re.compile(r"\.experts(\.base_layer)*$")
 BASES = ("directory", "adapter", "type")
 
 
@@ -64,6 +65,46 @@ def test_peft_wraps_parameters_of_all_layers_and_a_lost_one_is_missed(layers, na
             error = missed(tmp_path, base, files, [n for n in files if n.startswith(f"{module}.")])
             assert any(module in key for key in error.keys), module
         save_file(files, tmp_path / FILE)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "jetmoe", "mixtral", "gpt_oss", "minimax_m2", "glm4_moe", "qwen2_moe"])
+@pytest.mark.parametrize("how", ["names", "an expression"])
+def test_a_module_lost_in_all_layers_is_missed_beside_others_that_the_same_words_target(how, name, tmp_path):
+    """As one of attention's is beside the others, or the shared experts' beside those of dense layers."""
+    ends, bare = linear(name), lambda file: re.sub(r"\.lora_[AB]\.weight$", "", file)
+    said = ends if how == "names" else rf".*\.({'|'.join(ends)})"
+    adapter, files = trained(name, tmp_path, target_modules=said)
+    every = lambda module: re.sub(r"\.\d+\.", ".*.", module, count=1)
+    for base in bases(name, adapter, tmp_path / "base").values():
+        save_file(files, tmp_path / FILE)
+        fmoe.lora.load(tmp_path, *base)
+        for form in sorted({every(m) for m in modules(files) if not STACKS.search(m)}):
+            error = missed(tmp_path, base, files, [n for n in files if every(bare(n)) == form])
+            assert form.rpartition(".")[2] in str(error), form
+
+
+SINGLES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": dict(num_experts=2, decoder_sparse_step=1),
+    "mixtral": dict(num_local_experts=2),
+    "deepseek_v3": dict(n_routed_experts=2, first_k_dense_replace=0),
+}
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("kind", SINGLES)
+def test_any_layer_of_experts_one_by_one_is_missed_also_the_first(kind, layer, tmp_path):
+    """Targets are their last words, as PEFT takes them; modules of other words than experts' are not asked for."""
+    sizes = dict(num_hidden_layers=3, hidden_size=6, moe_intermediate_size=5, intermediate_size=5)
+    adapter = fmoe.adapter(kind, sizes | SINGLES[kind], lora="per-expert")
+    names = [f"model.layers.{l}.mlp.experts.down_projs" for l in range(3)]
+    lora = fmoe.lora.init({n: torch.ones(2, 5, 6) for n in names}, r=2)
+    fmoe.lora.save(lora, tmp_path, adapter)
+    files, path = load_file(tmp_path / FILE), tmp_path / "adapter_config.json"
+    words = sorted({m.rpartition(".")[2] for m in modules(files)})
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": words}))
+    fmoe.lora.load(tmp_path, adapter)
+    error = missed(tmp_path, (adapter,), files, [n for n in files if f".layers.{layer}." in n])
+    assert any(f".layers.{layer}." in key for key in error.keys)
 
 
 TOWERS = ["qwen3_vl_moe", "qwen3_5_moe", "ernie4_5_vl_moe", "qwen3_omni_moe_thinker", "dots3_note"]
