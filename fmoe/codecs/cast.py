@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmoe.codecs import Changed, CodecPlan, Vanished
 from fmoe.codecs.config import quantization_of
+from fmoe.codecs.foreign.undecoded import narrow
 from fmoe.codecs.quantised import Quantised
 from fmoe.folding import meant
 from fmoe.layout.adapter import Adapter
@@ -82,14 +83,22 @@ def castable(specs: Specs, said: torch.dtype | None) -> frozenset[str]:
     ['a.weight']
     """
     wide = said is not None and said.itemsize < 4
-    scales = lambda n: "scale" in n.rpartition(".")[2] and any(n[:k] in specs for k in range(len(n)) if n[k] == "_")
+    scales = _scales(specs)
     return frozenset(
         name
         for name, spec in specs.items()
-        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1
-        if not scales(name) and not re.search(r"(input|activation)_scale$", name)
+        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1 and name not in scales
         if not any(part in KEPT for part in name.split(".")) and not (wide and spec.dtype == torch.float32)
     )
+
+
+def _scales(specs: Specs) -> set[str]:
+    """Those of codes: named so, beside the tensor that they are of, or codes of the same module."""
+    codes = {n.rpartition(".")[0] for n, spec in specs.items() if narrow(spec.dtype)}
+    named = {n for n in specs if "scale" in n.rpartition(".")[2]}
+    of = lambda n: any(n[:k] in specs for k in range(len(n)) if n[k] == "_")
+    beside = lambda n: n.rpartition(".")[0] in codes or re.search(r"(input|activation)_scale$", n)
+    return {n for n in named if of(n) or beside(n)}
 
 
 def all_of(cast: str, specs: Specs, config: Mapping[str, Any]) -> frozenset[str]:
@@ -123,9 +132,11 @@ def not_cast(
     left = [n for n in castable(specs, _said(config)) if specs[n].dtype != as_dtype(dtype)]
     if not left:
         return []
-    if not any(spec.dtype == as_dtype(dtype) for spec in specs.values()):
-        text = f"dtype={str(as_dtype(dtype)).removeprefix('torch.')!r} casts experts, and there are none"
-        raise AdapterError(f"{text}. Fix: cast='all' (--cast all)")
+    if not any(specs[n].dtype == as_dtype(dtype) for n in castable(specs, None)):
+        coded = any(narrow(spec.dtype) for spec in specs.values())
+        none, fix = ("they are in codes", "without dtype, or, from 'hf' to 'hf', ") if coded else ("there are none", "")
+        text = f"dtype={str(as_dtype(dtype)).removeprefix('torch.')!r} casts experts, and {none}"
+        raise AdapterError(f"{text}. Fix: {fix}cast='all' (--cast all)")
     kind, verb = (
         str(as_dtype(dtype)).removeprefix("torch."),
         "stays as it was" if len(left) == 1 else "stay as they were",

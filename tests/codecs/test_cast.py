@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fmoe
+from fmoe.codecs.config import EXPORTS
 from fmoe.types import EXPERT_TENSORS
 
 FAMILIES = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen3_next"]
@@ -117,6 +118,28 @@ def test_a_dtype_for_experts_is_refused_where_there_are_none(tmp_path):
         fmoe.convert(tmp_path / "hf", tmp_path / "out", "hf", dtype="bfloat16", fsync=False)
     fmoe.convert(tmp_path / "hf", tmp_path / "all", "hf", dtype="bfloat16", cast="all", fsync=False)
     assert {t.dtype for t in fmoe.load(tmp_path / "all").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("quantize", EXPORTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, half, torch.float32])
+def test_a_dtype_beside_codes_is_that_of_the_rest_and_for_experts_alone_refused(dtype, quantize, tmp_path):
+    """Scales are no experts: float32 beside float32 scales was said by config.json, and nothing was cast."""
+    path, how = tmp_path / "hf", dict(quantize=quantize, dtype=dtype, fsync=False)
+    hf.build("qwen3_moe", hidden_size=64, moe_intermediate_size=64).bfloat16().save_pretrained(path)
+    fmoe.convert(path, tmp_path / "native", fsync=False)
+    told = f"{str(dtype).removeprefix('torch.')!r} casts experts, and they are in codes. Fix: without dtype, or, from"
+    for n, source in enumerate((path, tmp_path / "native")):
+        if dtype == torch.bfloat16:
+            assert not fmoe.convert(source, tmp_path / str(n), "hf", **how).notes
+            continue
+        with pytest.raises(fmoe.AdapterError, match=told):
+            fmoe.convert(source, tmp_path / str(n), "hf", **how)
+    made = fmoe.convert(path, tmp_path / "all", "hf", cast="all", **how)
+    assert not any("cast" in note for note in made.notes)
+    files = {n: t for f in (tmp_path / "all").glob("*.safetensors") for n, t in load_file(f).items()}
+    plain = [t for n, t in files.items() if n.endswith(("norm.weight", "embed_tokens.weight", "gate.weight"))]
+    assert plain and {t.dtype for t in plain} == {dtype}
+    assert json.loads((tmp_path / "all" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
 CALLS = {
