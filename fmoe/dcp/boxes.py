@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
+from fmoe.checkpoint.staging.failed import Failed
 from fmoe.layout.sharded.placements import indices_of
 from fmoe.sharding import is_dtensor
 from fmoe.types import AdapterError, Problem
@@ -78,9 +79,11 @@ def surfacing() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        failures = {rank: failure for rank, (failure, _) in sorted(error.failures.items())}
+        failures = {rank: _told(failure) for rank, (failure, _) in sorted(error.failures.items())}
         for failure in failures.values():
             if not isinstance(failure, Exception):  # an interruption stays one
+                raise failure from error
+            if isinstance(failure, Failed) and not dist.is_initialized():
                 raise failure from error
         problems: list[Problem] = []
         for rank, failure in failures.items():
@@ -89,6 +92,13 @@ def surfacing() -> Iterator[None]:
             told = f"rank {rank}: {kind}: {failure}" if dist.is_initialized() else str(failure)
             problems += failure.found if isinstance(failure, AdapterError) and not system else [Problem(told)]
         raise AdapterError(problems) from error
+
+
+def _told(failure: BaseException) -> BaseException:
+    """What the system says of a file, with what to do."""
+    if isinstance(failure, OSError) and failure.filename is not None and not isinstance(failure, Failed):
+        return Failed.of(failure)
+    return failure
 
 
 @contextmanager

@@ -106,3 +106,18 @@ def test_a_rank_is_said_to_be_gone_for_what_its_group_says_alone(error, ranks, t
         raise error
     assert (raised.value is error) != told
     assert not told or ("rank 1 has ended" if ranks == 2 else "one of the ranks [1, 2] has ended") in str(raised.value)
+
+
+def test_what_the_system_says_of_a_file_is_told_with_what_to_do(tmp_path):
+    """In one process as `fmoe.save` tells it: an OSError too, with its number and its file."""
+    save = lambda path: fmoe.dcp.save(PARAMS, path, RULES, max_shard_size=60)
+    with failing(tmp_path, None) as calls:
+        save(tmp_path / "new")
+    tried = [i for i in chosen(calls) if not calls[i].startswith("mkdir")]
+    for at in tried:
+        with pytest.raises(AdapterError) as error, failing(tmp_path, at, errno.ENOSPC):
+            save(tmp_path / str(at))
+        told = error.value
+        assert isinstance(told, OSError) and told.errno == errno.ENOSPC and str(tmp_path) in str(told), calls[at]
+        assert str(told).endswith("Fix: make room, then run it again"), calls[at]
+    assert len(tried) > 20
