@@ -36,6 +36,7 @@ PARTS = ("gate_and_up_projs", "down_projs")
 NONE = {"shared_intermediate_size": "shared_mlp.", "n_shared_experts": "shared_expert", "num_shared_experts": "shared_"}
 """Config fields that are 0 where the class's parameters of such a name are not there."""
 NONE_UNSAID = {"shared_intermediate_size": 0}  # of which a config that says nothing says 0
+ZERO, HALVES = re.compile(r"(.*\bzero_experts)\.\d+\."), ("gate", "up")
 COUNTED = re.compile(r"layer|interval|period|step|first|skip|offset|freq|shared")
 
 
@@ -103,6 +104,7 @@ def _gaps(kind: Family, config: Mapping[str, Any], names: Collection[str], spell
             rows = ((l, n, n.removeprefix(f"{stack}.{l}.")) for l, n in alike)
             mine = [n for l, n, rest in rows if rest not in told_by(stack, l) and not counted(config, stack, rest)]
             missing |= dict.fromkeys(mine)
+    missing |= dict.fromkeys(_zeros(kind.values(said).get("n_zero_experts") or 0, ours, main))
     none = bool(routed) and not any(n.endswith("down_projs") for n in names)
     none = none and not known_class  # of which it is known which layers have another MLP
     experts = _experts(kind, main, ours, sparse, none, spell) + (_uncounted(main, ours, spell) if routed == 0 else [])
@@ -157,6 +159,13 @@ def _uncounted(main: str, layers: Layers, spell: Spell) -> list[Problem]:
     found = [f"{main}.{l}.{n}" for l, held in layers.items() for n in sorted(held) if n.endswith(PARTS)]
     text = f"{some(spelt(found, spell))}: experts, and config.json counts 0: expected none"
     return [Problem(text, keys(found, spell))] if found else []
+
+
+def _zeros(count: int, layers: Layers, main: str) -> list[str]:
+    """What a layer lacks of zero experts' weights: no model reads them, but Transformers takes all or none."""
+    stacks = {(l, m[1]) for l, held in layers.items() for n in held if (m := ZERO.match(n))}
+    names = ((l, f"{at}.{e}.{half}_proj.weight") for l, at in sorted(stacks) for e in range(count) for half in HALVES)
+    return [f"{main}.{l}.{n}" for l, n in names if n not in layers[l]]
 
 
 def _block(kind: Family) -> str:

@@ -88,3 +88,18 @@ def test_blocks_of_muse_sparks_sound_are_as_many_as_it_says():
             f"model.{problem.text.removeprefix('model.')}"
             == f"{blocks}: 1 layers, none is 1, and config.json has {said}: expected 2"
         )
+
+
+@pytest.mark.parametrize("half", ["gate", "up"])
+def test_zero_experts_have_all_of_their_weights_or_none(half):
+    """Transformers writes such, and takes no file with some of them; published checkpoints have none."""
+    cls, config = known_names.base("longcat_flash")
+    own = config.to_dict() | {"architectures": [cls.__name__]}
+    published = known_names.natives(cls, config, "longcat_flash", True)
+    parts = [f"{z}.{h}_proj.weight" for z in range(config.zero_expert_num) for h in ("gate", "up")]
+    zeros = {f"model.layers.{l}.mlp.zero_experts.{part}" for l in range(config.num_layers) for part in parts}
+    lost = lambda gone: gaps(family("longcat_flash"), own, (published | zeros) - gone).problems
+    assert len(zeros) > 4 and not lost(set()) and not lost(zeros)
+    one = lambda names: {n for n in names if n.endswith(f".{half}_proj.weight")}
+    for gone in (*({n} for n in zeros), one(zeros), {n for n in zeros if ".zero_experts.0." in n}):
+        assert {key for p in lost(gone) for key in p.keys} == gone
