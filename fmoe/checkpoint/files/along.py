@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmoe.checkpoint.files.disk import inside, linked, regular
+from fmoe.checkpoint.files.disk import Stamp, inside, linked, regular
 from fmoe.checkpoint.remote.address import Address, Where
 from fmoe.types import AdapterError
 
@@ -43,14 +43,20 @@ def _copied(root: Path, path: Path) -> None:
 
 
 def copied(path: Where, to: Path) -> None:
-    """to = a file of this machine or another; of this one, who may run it still may, as far as the umask lets them."""
+    """to = a file of this machine or another; of this one, who may run it still may, as far as the umask lets them.
+
+    Raises AdapterError where it changes meanwhile: what was read is neither what it was nor what it has become.
+    """
     if isinstance(path, Address):
         with open(to, "wb") as out:
             for block in path.blocks():
                 out.write(block)
         return
     with linked(path) as file:
+        was = Stamp.of(file)
         shutil.copyfile(path, to)
+        with linked(path, was):  # still the same
+            pass
         mode = to.stat().st_mode & 0o777
         to.chmod(mode | os.fstat(file).st_mode & (mode & 0o444) >> 2)
 

@@ -104,3 +104,26 @@ def test_what_vanishes_while_it_is_needed_is_named_and_nothing_half_written_open
         expected = files(dst)
         assert written.keys() == expected.keys(), victim
         assert all(written[n] == expected[n] for n in written if n != "fmoe.json"), victim
+
+
+@pytest.mark.parametrize("change", ["written to", "replaced"])
+@pytest.mark.parametrize("writer", ["native", "codes"])
+def test_a_companion_that_changes_while_it_is_copied_is_told_and_run_again_it_is_whole(
+    writer, change, source, tmp_path, monkeypatch
+):
+    """What was read of it is neither what it was nor what it has become."""
+    asset, copy = source / "assets/a.txt", shutil.copyfile
+
+    def changing(path, to, **how):
+        made = copy(path, to, **how)
+        if Path(path) == asset and asset.read_text() == "a":
+            instead(asset, lambda p: p.write_text("b")) if change == "replaced" else asset.write_text("ab")
+        return made
+
+    monkeypatch.setattr(shutil, "copyfile", changing)
+    work, quiet = WRITERS[writer], lambda done, of: None
+    with pytest.raises(AdapterError, match=r"assets/a.txt has changed since it was opened"):
+        work(source, tmp_path / "out", quiet)
+    assert not (tmp_path / "out/assets/a.txt").exists()
+    work(source, tmp_path / "out", quiet)
+    assert (tmp_path / "out/assets/a.txt").read_text() == asset.read_text() != "a"
