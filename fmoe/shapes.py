@@ -187,7 +187,8 @@ def _odd(name: str, tensor: Tensor, where: torch.device) -> str:
         return f"{name!r} is {tensor.layout}, expected a strided tensor. Fix: .to_dense()"
     if tensor.device != where:
         empty = ", where tensors have no data" if tensor.device.type == "meta" else ""
-        fix = "load its data first" if empty else "move it there"
+        other = "make that one real: on meta there is no data" if where.type == "meta" else "move it there"
+        fix = "load its data first" if empty else other
         return f"{name!r} is on {tensor.device}{empty}, expected {where}, where x is. Fix: {fix}"
     return ""
 

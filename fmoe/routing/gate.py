@@ -79,8 +79,8 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if not x.ndim or x.shape[-1] != D or (bias is not None and bias.shape != (E,)):
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in given.items())
         raise ValueError(f"gate_logits: found {shapes}, expected x [T, D], weight [E, D] and bias [E] or None")
-    if strange := [f"{n} is on {t.device}" for n, t in given.items() if t.device != x.device]:
-        raise ValueError(f"gate_logits: {strange[0]}, expected {x.device}, where x is. Fix: move it there")
+    if strange := odd(given, x.device):
+        raise ValueError(f"gate_logits: {strange[0]}")
 
 
 def check_tokens(owner: str, x: Tensor, config: MoEConfig, mask: Tensor | None) -> None:

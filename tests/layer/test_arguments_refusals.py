@@ -50,6 +50,14 @@ def test_an_argument_of_moe_on_another_device_is_refused_by_name(away: str) -> N
     assert "is on meta" in str(error.value) and "expected cpu" in str(error.value)
 
 
+@pytest.mark.parametrize("call", ["moe", "route", "gate_logits"])
+def test_an_x_without_data_beside_parameters_with_is_told_so(call: str) -> None:
+    """Not that these be moved to where they would lose theirs."""
+    params, x = block_params(), X.to("meta")
+    with pytest.raises(ValueError, match="expected meta, where x is. Fix: make that one real: on meta there is no"):
+        fmoe.gate_logits(x, params["gate.weight"]) if call == "gate_logits" else getattr(fmoe, call)(params, x, BLOCK)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("kept", [kept for n in range(4) for kept in combinations([*AXES][:4], n)])
 def test_a_parameter_that_is_missing_is_named_whatever_else_there_is(kept: tuple[str, ...], biased: bool) -> None:
