@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 import fmoe
 from fmoe import Routing
 from fmoe.layer.checks import AXES
+from fmoe.routing.gate import gate_logits
 
 BLOCK = replace(CONFIG, n_shared_experts=1, router_bias=True, moe_latent_size=6, shared_expert_gate=True)
 
@@ -54,8 +56,10 @@ def test_an_argument_of_moe_on_another_device_is_refused_by_name(away: str) -> N
 def test_an_x_without_data_beside_parameters_with_is_told_so(call: str) -> None:
     """Not that these be moved to where they would lose theirs."""
     params, x = block_params(), X.to("meta")
+    gate = partial(gate_logits, weight=params["gate.weight"], bias=None, config=BLOCK)
+    made = {"moe": partial(fmoe.moe, params, config=BLOCK), "route": partial(fmoe.route, params, config=BLOCK)}
     with pytest.raises(ValueError, match="expected meta, where x is. Fix: make that one real: on meta there is no"):
-        fmoe.gate_logits(x, params["gate.weight"]) if call == "gate_logits" else getattr(fmoe, call)(params, x, BLOCK)
+        (made | {"gate_logits": gate})[call](x=x)
 
 
 @pytest.mark.parametrize("biased", [False, True])
