@@ -1,5 +1,7 @@
 """A tensor of one layer alone is cut, or has lost a dimension, or has one of 1 too many: that is told, and by name."""
 
+import re
+
 import hf
 import hf_zoo as zoo
 import known_names
@@ -12,6 +14,7 @@ from fmoe.families.known import text_stack
 from fmoe.families.numbered import NUMBERED, by_stack
 from fmoe.families.sizes import known_sizes
 from fmoe.families.surplus import known_ranks, template
+from fmoe.types import EXPERT_TENSORS
 
 ALONE = {"mimo_v2_flash": (".q_proj.weight", ".o_proj.weight"), "deepseek_v4": (".mlp.gate.weight",)}
 """Of which this tiny model has one layer of a kind: with no second one beside it nobody knows that it is a kind."""
@@ -47,6 +50,26 @@ def test_a_tensor_of_one_layer_that_is_cut_is_told(name):
                 assert any(native in p.keys for p in problems), (native, cut)
                 seen += 1
     assert seen
+
+
+CONSTANT = r"hc_\w*scale|score\.(weight|bias)|attn_queries\.0|mamba\.in_proj\.weight"
+BESIDE = r"visual|vision|vit|audio|sam_model|qwen2_model|resampler"
+"""What no number of a config alone says the size of; and where such are that stand beside the text model."""
+
+
+@pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])
+def test_of_every_tensor_but_these_the_config_says_each_size(name):
+    """Also of what is called experts and is none of the MLP's: JetMoE's attention has some."""
+    cls, config = known_names.base(name)
+    whole = known_names.sized(cls, config, name, True)
+    said, main = {*judged(config.model_type)}, text_stack(config.to_dict(), by_stack(whole))
+    said |= {("", n, k) for dims in known_sizes()[config.model_type].values() for n, k in dims if "#" not in n}
+    for native, spec in whole.items():
+        if native.endswith(EXPERT_TENSORS) or re.search(rf"({CONSTANT})$|{BESIDE}", native):
+            continue
+        hit = NUMBERED.match(native)
+        at = ("" if hit[1] == main else hit[1], hit[3]) if hit else ("", native)
+        assert all((*at, k) in said for k, n in enumerate(spec.shape) if n > 1), native
 
 
 @pytest.mark.parametrize("name", [*hf.MODELS, *zoo.MODELS])

@@ -1,5 +1,6 @@
 """The sizes of what a model of a config saves: of its tensors, its stacks of layers, its lists."""
 
+import re
 from collections import defaultdict
 from functools import cache
 from typing import Any
@@ -10,9 +11,10 @@ from known_numbers import KINDS
 
 from fmoe.families.numbered import NUMBERED, by_stack, decoder
 from fmoe.families.sizes import LAYERS, LIST
-from fmoe.types import TensorSpec
+from fmoe.types import EXPERT_TENSORS, TensorSpec
 
 Dims = dict[tuple[str, int], int]
+RANGED = re.compile(rf"\.experts\.(\d+\.|({'|'.join(EXPERT_TENSORS)})$)")
 
 
 def dims(name: str, cls: Any, config: Any) -> Dims | None:
@@ -53,7 +55,7 @@ def _dims(config: Any, specs: dict[str, TensorSpec]) -> Dims:
     counts: Dims = {}
     for native, spec in specs.items():
         hit = NUMBERED.match(native)
-        if ".experts." in native and not (hit and known_names.TOWER.search(hit[1])):  # ranges of experts are read too
+        if RANGED.search(native) and not (hit and known_names.TOWER.search(hit[1])):  # ranges of experts are read too
             continue
         bare, _, number = native.rpartition(".")
         if not hit and number.isdigit():
