@@ -8,6 +8,7 @@ import hf
 import hf_zoo as zoo
 import known_names
 import known_refused
+import known_sizes as known_made
 import pytest
 import torch
 from directories import load
@@ -188,3 +189,10 @@ def test_a_directory_whose_config_says_another_size_is_read_by_nothing(field, na
     native["model.embed_tokens.weight"] = torch.ones(70, 32)  # grown, and the config is not
     with pytest.raises(fmoe.AdapterError, match="70 in dimension 0, and config.json has vocab_size 64"):
         fmoe.save(native, tmp_path / "new", fmoe.adapter(source), fsync=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm4v_moe", "jetmoe", "muse_spark_text", "mellum"])
+def test_the_sizes_that_are_kept_are_those_that_the_script_reads_off_the_class(name):
+    """Of a few: also a head's width that no field says, and that a config may."""
+    assert known_made.formulas(name) == known_sizes()[known_names.family_type(name)]

@@ -94,8 +94,9 @@ def changed(config: Any, values: Step, read: bool = False) -> Any:
 
 
 def _holder(config: Any, field: str) -> Any:
-    """What says a field that stands under no path: the text model, or the whole."""
-    return text if field in (text := known_names.text_of(config)).to_dict() else config
+    """What says a field that stands under no path: the whole where that alone has one, else the text model."""
+    text = known_names.text_of(config)
+    return config if field in config.to_dict().keys() - text.to_dict().keys() else text
 
 
 def alike(config: Any) -> Any:
