@@ -94,7 +94,8 @@ def missing(
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
         elif not fits and (lost or files is None and target != "all-linear" or SINGLE.search(f".{target}.")):
             hits = lambda key, target=target: _fits(target, key, config) and config.wraps(key)
-            if lost or parametric or _expert_like(target) or not known.nowhere(hits):
+            excluded = not parametric and not _regex(config) and not config.wraps(target)  # a whole name, as PEFT lists
+            if lost or not excluded and (parametric or _expert_like(target) or not known.nowhere(hits)):
                 yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif files is None and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, known.everywhere)

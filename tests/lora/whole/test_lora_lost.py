@@ -83,6 +83,17 @@ def test_a_module_lost_in_all_layers_is_missed_beside_others_that_the_same_words
             assert form.rpartition(".")[2] in str(error), form
 
 
+@pytest.mark.parametrize("name", ["phimoe", "mistral4", "llama4_text"])
+def test_what_is_targeted_by_its_whole_name_and_excluded_is_not_missed(name, tmp_path):
+    """PEFT lists "all-linear" with what is excluded, routers and shared experts too."""
+    said = dict(target_modules="all-linear", exclude_modules=r".*layers\.0\..*")
+    adapter, files = trained(name, tmp_path, **said)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert any(".layers.0." in f".{target}" for target in targets)
+    for base in bases(name, adapter, tmp_path / "base").values():
+        assert len(fmoe.lora.load(tmp_path, *base).params) == len(files)
+
+
 SINGLES: dict[str, dict[str, Any]] = {
     "qwen3_moe": dict(num_experts=2, decoder_sparse_step=1),
     "mixtral": dict(num_local_experts=2),
