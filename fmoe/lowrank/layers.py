@@ -8,7 +8,7 @@ from fmoe.families import opened
 from fmoe.families.known import known, rules_of, with_text
 from fmoe.families.numbered import BESIDE, NUMBERED
 from fmoe.families.sparse import ANY, layer_count, sparse_layers
-from fmoe.families.spelling import alike
+from fmoe.families.spelling import alike, spelt
 from fmoe.families.surplus import known_ranks
 from fmoe.families.where import settled, translated
 from fmoe.layout.adapter import Adapter
@@ -20,7 +20,7 @@ from fmoe.lowrank.targets import native, targets_of
 from fmoe.types import Params, Problem
 
 Wraps = Callable[[str], bool]
-Called = Callable[[str], str]
+Called = Callable[[str], str | None]
 
 
 class Kinds(NamedTuple):
@@ -62,7 +62,8 @@ def lost(config: Mapping[str, Any], keys: Mapping[str, str], wraps: Wraps, calle
 def _modules(stack: str, kinds: Kinds, called: Called) -> dict[str, str]:
     """What LoRA calls those of layer 0, by all that its kinds have below it, but for experts."""
     every = {n for sets in kinds.groups for s in sets for n in s}
-    return {n: called(f"{stack}.0.{n}") for n in every if n.endswith(".weight") and not STACKED.search(n)}
+    found = {n: called(f"{stack}.0.{n}") for n in every if n.endswith(".weight") and not STACKED.search(n)}
+    return {n: key for n, key in found.items() if key is not None}
 
 
 def _at(key: str, layer: int, other: int) -> str:
@@ -113,7 +114,7 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
     said = with_text(translated(model))
     forms = known().get(str(model.get("model_type")), {"forms": ()})["forms"][-1:]
     for form in forms:
-        if any(hits(called(n)) for n in form["root"] if n.endswith(".weight") and not BESIDE.search(n)):
+        if any(hits(called(n) or "") for n in form["root"] if n.endswith(".weight") and not BESIDE.search(n)):
             return False
         for stack, groups in form["stacks"].items():
             if BESIDE.search(stack):
@@ -128,9 +129,20 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
 
 
 def _called(adapter: Adapter) -> Called:
-    """What LoRA calls a module of its native weight: by the name that it has in memory."""
+    """What LoRA calls a module of its native weight: by its name in memory; None: it is none there, but a part of one.
+
+    As of a stack of gates and ups, of which files have both.
+    """
     model, back = adapter.config or {}, opened(adapter).inverse
-    return lambda name: alike(model, native(back, name) or name)[-1].removesuffix(".weight")
+    ends = lambda module: module.split(".")[-2:]
+    parts = [ends(n) for n in spelt().get(str(model.get("model_type")), {}).get("", ())]
+
+    def called(name: str) -> str | None:
+        file = native(back, name)
+        module = alike(model, file)[-1].removesuffix(".weight") if file else ""
+        return module if module and ends(module) not in parts else None
+
+    return called
 
 
 def less(params: Params, said: LoraConfig, adapter: Adapter) -> Iterator[Problem]:
