@@ -33,7 +33,7 @@ from fmoe.layout.notation import Rule
 from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
-from fmoe.lowrank.layers import deep, less, nowhere
+from fmoe.lowrank.layers import deep, less, nowhere, sparse
 from fmoe.lowrank.matrices import attention, halved, is_copy, tied
 from fmoe.lowrank.said import config_of, odd_ranks
 from fmoe.lowrank.scales import Scales
@@ -130,6 +130,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         partial(layers_with, model),
         str(model.get("model_type")) in spelt(),
         partial(nowhere, adapter),
+        sparse(model),
     )
     odd = [*odd_ranks(params, said, adapter, partial(deep, adapter)), *(tied(params) if known.ties(model) else ())]
     problems = [*odd, *missing(params, said, adapter, names, about)]

@@ -34,7 +34,7 @@ class Known(NamedTuple):
     everywhere: whether all layers have a module of this name, its number a star; None: not known. same: one name of all
     that a tensor has, in memory and in files. inside: the one in memory, if any. layers: those that have a tensor, its
     number a star, as the names that are there tell. whole: whether other names than files have are all known. nowhere:
-    whether no layer can have a module that hits.
+    whether no layer can have a module that hits. sparse: the layers with experts, where the config says it.
     """
 
     everywhere: Callable[[str], bool | None] = lambda form: None
@@ -43,6 +43,7 @@ class Known(NamedTuple):
     layers: Callable[[str, Iterable[str]], set[int]] = lambda tensor, names: set()
     whole: bool = False
     nowhere: Callable[[Callable[[str], bool]], bool] = lambda hits: False
+    sparse: set[int] | None = None
 
 
 def missing(
@@ -98,7 +99,7 @@ def missing(
             if lost or not excluded and (parametric or _expert_like(target) or not known.nowhere(hits)):
                 yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif files is None and not _LAYER.search(f".{target}."):
-            yield from _gaps(target, fits, adapter, config, known.everywhere)
+            yield from _gaps(target, fits, adapter, config, known)
 
 
 def _tower(name: str) -> str:
@@ -215,9 +216,7 @@ def _layers(adapter: Adapter) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _gaps(
-    target: str, keys: list[str], adapter: Adapter, said: LoraConfig, everywhere: Callable[[str], bool | None]
-) -> Iterator[Problem]:
+def _gaps(target: str, keys: list[str], adapter: Adapter, said: LoraConfig, known: Known) -> Iterator[Problem]:
     """Layers between others, or behind them, that lack what these have, where layers are all of one kind."""
     config: Any = adapter.config or {}
     if not config:  # nothing says that layers are alike: those between may be of another kind
@@ -229,7 +228,7 @@ def _gaps(
             forms.setdefault(_LAYER.sub("*", f"{key}.", count=1), set()).add(int(numbers[0]))
     for form, found in forms.items():
         module, experts = form.rstrip("."), _expert_like(form) and "shared_expert" not in form
-        alike = experts or everywhere(module.removesuffix(".weight" * (target in said.target_parameters)))
+        alike = experts or known.everywhere(module.removesuffix(".weight" * (target in said.target_parameters)))
         if not alike if alike is not None else mixed:
             continue
         if mixed and experts:
@@ -238,7 +237,9 @@ def _gaps(
         first = min(found) if experts else 0
         count = None if _BESIDE.search(form) else _layers(adapter)
         name = lambda n, form=form: form.replace("*", str(n), 1).rstrip(".")
-        lost = [n for n in range(first, count or max(found), max(1, every)) if n not in found]
+        sparse = known.sparse if experts else None
+        wanted = range(first, count or max(found), max(1, every)) if sparse is None else sorted(sparse)
+        lost = [n for n in wanted if n not in found]
         lost = [n for n in lost if target in said.target_parameters or said.wraps(name(n))]
         if lost:
             text = f"{name(lost[0])!r}: no matrices, and adapter_config.json targets {target!r}"

@@ -128,6 +128,11 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
     return bool(forms)
 
 
+def sparse(config: Mapping[str, Any]) -> set[int] | None:
+    """The layers with experts, where the config says it."""
+    return sparse_layers(with_text(translated(config)), ANY)
+
+
 def _called(adapter: Adapter) -> Called:
     """What LoRA calls a module of its native weight: by its name in memory; None: it is none there, but a part of one.
 
