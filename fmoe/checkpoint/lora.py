@@ -80,9 +80,9 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     Automodel leaves beside it, what a lone wrapper wraps its `target_parameters`, how B is packed its `lora_B_layout`.
     Raises AdapterError with every problem: matrices that the config targets and the file lacks, foreign ones, ranks
     other than the config's, settings that two matrices cannot express.
-    What should be there is told by the names of the base's files, without them by its class: with neither, by what is
-    there of other layers. A tower, or experts one by one under a target as "up_proj", of which none is left, are not
-    missed: such a target is met by other modules.
+    What should be there is known by the names of the base's files; without them by its class; without that by other
+    layers. A tower that is lost as a whole is not missed, nor are all experts one by one under a target as "up_proj":
+    other modules meet it.
 
     >>> import fmoe, tempfile, torch
     >>> made = fmoe.lora.init({"layers.0.mlp.experts.down_projs": torch.ones(2, 3, 4)}, r=2)

@@ -93,7 +93,7 @@ def castable(specs: Specs, said: torch.dtype | None) -> frozenset[str]:
 
 
 def _scales(specs: Specs) -> set[str]:
-    """Those of codes: named so, beside the tensor that they are of, or codes of the same module."""
+    """The scales of codes: named so, and beside the tensor that they are of, or codes of the same module."""
     codes = {n.rpartition(".")[0] for n, spec in specs.items() if narrow(spec.dtype)}
     named = {n for n in specs if "scale" in n.rpartition(".")[2]}
     of = lambda n: any(n[:k] in specs for k in range(len(n)) if n[k] == "_")

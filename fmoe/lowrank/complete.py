@@ -233,12 +233,13 @@ def _gaps(target: str, keys: list[str], adapter: Adapter, said: LoraConfig, know
             continue
         if mixed and experts:
             continue
-        every = 1 if not experts else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
-        first = min(found) if experts else 0
         count = None if _BESIDE.search(form) else _layers(adapter)
         name = lambda n, form=form: form.replace("*", str(n), 1).rstrip(".")
-        sparse = known.sparse if experts else None
-        wanted = range(first, count or max(found), max(1, every)) if sparse is None else sorted(sparse)
+        if experts and count is not None and known.sparse is not None:
+            wanted = sorted(known.sparse)
+        else:
+            every = 1 if not experts else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
+            wanted = [*range(min(found) if experts else 0, count or max(found), max(1, every))]
         lost = [n for n in wanted if n not in found]
         lost = [n for n in lost if target in said.target_parameters or said.wraps(name(n))]
         if lost:

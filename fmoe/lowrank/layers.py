@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fmoe.families import opened
+from fmoe.families import FAMILIES, opened
+from fmoe.families.defaults import layers_with_experts
 from fmoe.families.known import known, rules_of, with_text
 from fmoe.families.numbered import BESIDE, NUMBERED
 from fmoe.families.sparse import ANY, layer_count, sparse_layers
@@ -114,7 +115,8 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
     said = with_text(translated(model))
     forms = known().get(str(model.get("model_type")), {"forms": ()})["forms"][-1:]
     for form in forms:
-        if any(hits(called(n) or "") for n in form["root"] if n.endswith(".weight") and not BESIDE.search(n)):
+        root = (called(n) for n in form["root"] if n.endswith(".weight") and not BESIDE.search(n))
+        if any(key and hits(key) for key in root):
             return False
         for stack, groups in form["stacks"].items():
             if BESIDE.search(stack):
@@ -129,14 +131,20 @@ def nowhere(adapter: Adapter, hits: Wraps) -> bool:
 
 
 def sparse(config: Mapping[str, Any]) -> set[int] | None:
-    """The layers with experts, where the config says it."""
-    return sparse_layers(with_text(translated(config)), ANY)
+    """The layers with experts, as the family's configs say it. None: they do not, or it is of two stacks.
+
+    >>> said = {"num_hidden_layers": 4, "moe_layer_start_index": 1, "moe_layer_interval": 2}
+    >>> sparse({"model_type": "ernie4_5_moe"} | said)
+    {1, 3}
+    """
+    kind = FAMILIES.get(str(config.get("model_type")))
+    return layers_with_experts(config, with_text(translated(config)), kind.sparse) if kind else None
 
 
 def _called(adapter: Adapter) -> Called:
     """What LoRA calls a module of its native weight: by its name in memory; None: it is none there, but a part of one.
 
-    As of a stack of gates and ups, of which files have both.
+    As gate_proj is, in a file, of what is one gate_up_proj in memory.
     """
     model, back = adapter.config or {}, opened(adapter).inverse
     ends = lambda module: module.split(".")[-2:]

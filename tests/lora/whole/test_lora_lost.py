@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft_cases import FILE, LAYERS, WARNS, linear, longer, modules, parameters, trained
+from peft_cases import FILE, LAYERS, WARNS, adapter_of, build, config_of, linear, longer, modules, parameters, trained
 from safetensors.torch import load_file, save_file
 
 import fmoe
@@ -101,6 +102,38 @@ def test_what_is_one_module_in_memory_and_two_in_files_is_no_loss(name, tmp_path
     adapter, files = trained(name, tmp_path, **said)
     for base in bases(name, adapter, tmp_path / "base").values():
         assert len(fmoe.lora.load(tmp_path, *base).params) == len(files)
+
+
+PERIODS: dict[str, tuple[str, dict[str, int]]] = {
+    "an interval": ("ernie4_5_moe", dict(num_hidden_layers=4, moe_layer_interval=2)),
+    "an end": ("ernie4_5_moe", dict(num_hidden_layers=5, moe_layer_end_index=2)),
+    "a step": ("qwen3_moe", dict(num_hidden_layers=4, decoder_sparse_step=2)),
+    "a step of the text model": ("qwen3_vl_moe", dict(num_hidden_layers=4, decoder_sparse_step=2)),
+    "dense ones first": ("glm4v_moe", dict(num_hidden_layers=4, first_k_dense_replace=2)),
+}
+LISTED = ("layer_types", "mlp_layer_types", "mlp_only_layers")
+
+
+@pytest.mark.parametrize("how", PERIODS)
+def test_layers_with_experts_are_those_that_the_config_says_whatever_tells_of_the_base(how, tmp_path):
+    """The others are not missed, and each of these is: the first and the last, too."""
+    name, said = PERIODS[how]
+    short = build(name)
+    config = {n: v for n, v in short.config.to_dict().items() if n not in LISTED}
+    text = {n: v for n, v in config.get("text_config", {}).items() if n not in LISTED} | said
+    model = type(short)(type(short.config)(**config | (dict(text_config=text) if "text_config" in config else said)))
+    model.save_pretrained(tmp_path / "base")
+    targets = parameters(adapter_of(model))
+    peft.get_peft_model(model, config_of(targets)).save_pretrained(tmp_path)
+    written, files = json.loads((tmp_path / "base/config.json").read_text()), load_file(tmp_path / FILE)
+    layers = {hit[0] for n in files if (hit := re.search(r"\.layers\.\d+\.", n))}
+    assert 1 <= len(layers) < said["num_hidden_layers"]
+    for base in ((tmp_path / "base",), (written["model_type"], written)):
+        save_file(files, tmp_path / FILE)
+        fmoe.lora.load(tmp_path, *base)
+        for layer in sorted(layers) if len(layers) > 1 else ():
+            error = missed(tmp_path, base, files, [n for n in files if layer in n])
+            assert any(layer in key for key in error.keys), layer
 
 
 SINGLES: dict[str, dict[str, Any]] = {
