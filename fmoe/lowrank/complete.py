@@ -94,9 +94,11 @@ def missing(
             text = f"LoRA of {target.rpartition('.')[2]!r}, one of several parameters of a module that are wrapped"
             yield Problem(f"{some(holders)}: {text}. Fix: merge it with PEFT (merge_and_unload)", (*holders,))
         elif not fits and (lost or files is None and target != "all-linear" or SINGLE.search(f".{target}.")):
-            hits = lambda key, target=target: _fits(target, key, config) and config.wraps(key)
+            end = ".weight" * (parametric and target.endswith(".weight"))  # of a module, as a router's is
+            hits = lambda key, t=target, end=end: _fits(t, key + end, config) and (bool(end) or config.wraps(key))
             excluded = not parametric and not _regex(config) and not config.wraps(target)  # a whole name, as PEFT lists
-            if lost or not excluded and (parametric or _expert_like(target) or not known.nowhere(hits)):
+            sure = parametric and not end or _expert_like(target)
+            if lost or not excluded and (sure or not known.nowhere(hits)):
                 yield Problem(f"adapter_config.json targets {target!r}, and no matrix is for it", (target,))
         elif files is None and not _LAYER.search(f".{target}."):
             yield from _gaps(target, fits, adapter, config, known)

@@ -95,6 +95,19 @@ def test_what_is_targeted_by_its_whole_name_and_excluded_is_not_missed(name, tmp
         assert len(fmoe.lora.load(tmp_path, *base).params) == len(files)
 
 
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "qwen3_moe", "mixtral"])
+def test_a_router_that_peft_lists_for_all_linear_is_missed_where_the_class_has_it(name, tmp_path):
+    """It lists gate.weight for all of them, and HunYuan's is gate.wg."""
+    adapter, files = trained(name, tmp_path, target_modules="all-linear")
+    assert "gate.weight" in json.loads((tmp_path / "adapter_config.json").read_text())["target_parameters"]
+    routers = [n for n in files if ".gate.lora_" in n]
+    assert (not routers) == (name == "hunyuan_v1_moe")
+    for base in bases(name, adapter, tmp_path / "base").values():
+        save_file(files, tmp_path / FILE)
+        fmoe.lora.load(tmp_path, *base)
+        assert not routers or "gate" in str(missed(tmp_path, base, files, routers))
+
+
 @pytest.mark.parametrize("name", ["minimax_m3_vl_text", "minimax_m3_vl"])
 def test_what_is_one_module_in_memory_and_two_in_files_is_no_loss(name, tmp_path):
     """Words of others that are targeted beside them, as everybody's list has them, hit no half of a fused module."""
