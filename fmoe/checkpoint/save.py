@@ -22,7 +22,7 @@ from fmoe.checkpoint.staging.beside import of_the_former, removed
 from fmoe.checkpoint.staging.journal import ONCE
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
-from fmoe.checkpoint.staging.whose import alike, one_model, unknown
+from fmoe.checkpoint.staging.whose import alike, one_model, otherwise, unknown
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.written import write_at
 from fmoe.checkpoint.whole import as_they_are, json_of, narrowed, no_part, not_decoded, read_again, whole_saved
@@ -172,6 +172,7 @@ def prepare(
     else:
         one_model(path / CONFIG, config, adapter.config or {})
         notes += unknown(path / CONFIG, config, adapter.config or {})
+        notes += otherwise(path / CONFIG, there, adapter.config)
         agreed = agreeing(config, adapter.inverse, hf.targets)
         notes += whole_saved(path, config, adapter, hf.targets, ranges)
         if layout == "hf":

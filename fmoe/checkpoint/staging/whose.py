@@ -1,14 +1,20 @@
 """Whose a directory is that parameters are saved into: what the config that is there says, against their own."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fmoe.families import FAMILIES
 from fmoe.families.kind import as_dict
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
-OF_A_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+OF_A_FILE = re.compile(
+    r"_.*|architectures|auto_map|.*dtype|.*version|.*_token_id|use_cache|(output|return)_.*|.*2(id|label)"
+    r"|text_config|ffn_config|(decoded_)?(quantization|compression)_config"
+)
+"""Fields that say nothing of how a model computes, or are compared elsewhere or part by part."""
+INFINITE = ("Infinity", "-Infinity", "NaN")
 SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 
 
@@ -36,9 +42,41 @@ def unknown(path: Path, there: Mapping[str, Any], ours: Mapping[str, Any]) -> li
     return [f"{path} stays, and has model_type {found!r}, expected {mine!r}, as these parameters are. {fix}"]
 
 
+def otherwise(path: Path, there: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> list[str]:
+    """A note where the config that stays says otherwise than the parameters' own, as a sibling's of the same sizes.
+
+    >>> otherwise(Path("config.json"), {"rope_theta": 5, "dtype": "float16"}, {"rope_theta": 7, "dtype": "bfloat16"})
+    ["config.json stays, and is not as the adapter's: rope_theta 5, expected 7. Fix: ..."]
+    """
+    odd = _unlike(there, ours)
+    if there is not None and unknown(path, there, ours or {}):
+        odd.pop("model_type", None)
+    fix = "Fix: remove it before, and the adapter's is written"
+    return [f"{path} stays, and is not as the adapter's: {'; '.join(odd.values())}. {fix}"] if odd else []
+
+
 def alike(there: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> bool:
     """Whether a config that is there may be that of these parameters: what both say of a model is the same."""
-    if there is None or ours is None:
-        return False
-    one, two = as_dict(there), as_dict(ours)
-    return all(one.get(field) == two.get(field) for field in OF_A_MODEL if field in one and field in two)
+    return there is not None and ours is not None and not _unlike(there, ours)
+
+
+def _unlike(there: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> dict[str, str]:
+    """Fields of both configs, in parts of them too, of which they say other things: what each says."""
+    return dict(_pairs(_plain(as_dict(there)), _plain(as_dict(ours))))
+
+
+def _pairs(one: Mapping[str, Any], two: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, str]]:
+    for field in (f for f in one if f in two and not OF_A_FILE.fullmatch(f)):
+        a, b, name = one[field], two[field], at + field
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _pairs(a, b, f"{name}.")
+        elif a != b:
+            yield name, f"{name} {brief(a)}, expected {brief(b)}"
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, in which Transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        marked = value.get("__float__")
+        return float(marked) if marked in INFINITE else {str(k): _plain(v) for k, v in value.items()}
+    return [*map(_plain, value)] if isinstance(value, list | tuple) else value
