@@ -9,6 +9,7 @@ import pytest
 from directories import files, fill
 
 import fmoe
+import fmoe.dcp
 from fmoe import AdapterError
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.engine import Engine
@@ -48,22 +49,24 @@ def test_some_places_are_never_written_to(name, force, source, tmp_path):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("nothing", ["", "s3://", "hf://", "file://", "gs:///", "https:// "])
+@pytest.mark.parametrize("nothing", ["", "s3://", "hf://", "file://", "gs:///", "https:// ", "a\0b", "\ud800"])
 def test_an_address_of_nothing_is_no_directory_of_that_name(nothing, source, tmp_path, monkeypatch):
-    """As of a variable that is not set: s3://$BUCKET."""
+    """As of a variable that is not set: s3://$BUCKET; nor is what no file can be called."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     adapter, native = fmoe.adapter(source), fmoe.load(source)
     for call in (
         lambda: fmoe.convert(source, nothing),
         lambda: fmoe.convert(nothing, "out"),
+        lambda: fmoe.convert(source, "out", config=nothing),
+        lambda: fmoe.dcp.save(native, nothing, adapter),
         lambda: fmoe.save(native, nothing, adapter),
         lambda: fmoe.load(nothing),
         lambda: fmoe.adapter(nothing),
         lambda: fmoe.lora.load(nothing, adapter),
         lambda: fmoe.lora.save(fmoe.lora.init(native, r=2), nothing, adapter),
     ):
-        with pytest.raises(AdapterError, match="nothing is named, expected the path"):
+        with pytest.raises(AdapterError, match="(nothing is named, expected the|can have this name, expected a) path"):
             call()
     assert not files(tmp_path / "here")
 

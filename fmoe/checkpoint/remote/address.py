@@ -140,8 +140,8 @@ def place(path: object) -> None:
         return
     try:
         os.lstat(Path(stores.local(str(path)) or path, LONGEST))
-    except ValueError:  # no path at all, so nothing is there
-        pass
+    except ValueError:  # as with a NUL
+        raise AdapterError(f"{brief(path)}: no file of this system can have this name, expected a path") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise AdapterError(
