@@ -118,7 +118,7 @@ def convert_between(
         return report
     of = source.nbytes * (3 if checksums else 1)
     carried = lambda done: progress(done * source.nbytes // max(1, plan.nbytes), of)
-    kept = {SUMS: b""} if checksums and to in SYSTEMS else {}
+    kept = {SUMS: b""} if checksums and to != "native" else {}
     sums: dict[str, str] = {}
     with staging(dst, work, claim, fsync=fsync) as stage:
         stage.begin(layout.heads, [*small, *kept])

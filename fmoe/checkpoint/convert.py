@@ -13,6 +13,7 @@ from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint
 from fmoe.checkpoint.files.disk import bytes_of, identities
 from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
+from fmoe.checkpoint.files.weights import SUMS
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
 from fmoe.checkpoint.open import complete, plan_from
 from fmoe.checkpoint.remote.address import Where
@@ -27,7 +28,7 @@ from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
-from fmoe.checkpoint.stream.digests import unchanged, untold
+from fmoe.checkpoint.stream.digests import sums_text, unchanged, untold
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
@@ -90,7 +91,7 @@ def convert(
 
     Until it is whole no file in dst bears its own name. Interrupted, by a signal or by an error of the system, the same
     call goes on where it stopped. force: replace the checkpoint that dst holds. dry_run: check everything, write
-    nothing. checksums: of all files of both sides, read once more. fsync=False: do not wait for the disk.
+    nothing. checksums: of all files of both sides, and kept for `verify`. fsync=False: do not wait for the disk.
     process_group: all its ranks call this and share the work; dst is the same directory for all, or a bucket; and
     whatever number of ranks may go on where others stopped. bandwidth: at most so much is read in a second, as "200MB".
 
@@ -137,6 +138,7 @@ def convert(
     said = {} if own or to != "native" else unnamed_choices(adapter, [*source.specs])
     layout, small = _layout(source, plan, to, size_of(max_shard_size), said | how | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
+    small |= {SUMS: b""} if checksums and to != "native" else {}
     others |= {} if config is None else {"config.json": json_of(source.config)}
     if "dtype" in how and crossing is None and source.config:
         notes += not_cast(plan.targets, how["dtype"], source.config, to)
@@ -179,17 +181,16 @@ def convert(
             carried(plan.nbytes)
         sums: dict[str, str] = {}
         if checksums:
-            theirs = [*sorted(source.stamps), *others, *(n for n in (INDEX, NATIVE) if (source.path / n).exists())]
-            paths: dict[str, Where] = {
-                str(source.path / n): source.path / n for n in dict.fromkeys(theirs) if (source.path / n).exists()
-            }
-            paths |= {str(place.home / n): stage.where(n) for n in stage.names if n != NATIVE}
+            theirs = dict.fromkeys([*sorted(source.stamps), *others, INDEX, NATIVE])
+            paths: dict[str, Where] = {str(p): p for n in theirs if (p := source.path / n).exists()}
+            mine = {n: str(place.home / n) for n in stage.names if n not in (NATIVE, SUMS)}
+            paths |= {shown: stage.where(n) for n, shown in mine.items()}
             sums = digests(paths, threads, lambda done, all_: progress(size + 2 * size * done // all_, of))
-            if NATIVE in small:
-                if stage.stale is None:
-                    made = {n: sums[str(place.home / n)] for n in stage.names if n != NATIVE}
-                    stage.fill(NATIVE, with_checksums(small[NATIVE], made))
-                sums |= digests({str(place.home / NATIVE): stage.where(NATIVE)}, threads, lambda done, all_: None)
+            made = {n: sums[shown] for n, shown in mine.items()}
+            kept, text = (NATIVE, with_checksums(small[NATIVE], made)) if NATIVE in small else (SUMS, sums_text(made))
+            if stage.stale is None:
+                stage.fill(kept, text)
+            sums |= digests({str(place.home / kept): stage.where(kept)}, threads, lambda done, all_: None)
         unchanged(source, was)
         notes.extend(told(survived))
         place.publish(stage)

@@ -46,7 +46,7 @@ def verify(
 
     A native directory whose `fmoe.json` has digests is compared with them, its config and tokenizer too; of one
     without, a note of the report says that its values are not vouched for, and of files that have none, which they
-    are. Another system's is compared with `fmoe.sha256`, where a conversion left one.
+    are. Any other is compared with `fmoe.sha256`, where a conversion left one.
     Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
     your own. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory, which is proved to come
     back from Hugging Face's layout, its codes as they are. Raises AdapterError naming each tensor that comes back
@@ -75,7 +75,7 @@ def verify(
     digests, by = (source.origin or {}).get("checksums", {}), NATIVE
     if isinstance(source, Foreign):
         source.agree()
-    if isinstance(source, Foreign) or here in SYSTEMS:
+    if not source.native:
         digests, by = kept_sums(source.path), SUMS
     wrong = other_bytes(source.path, digests, by=by)
     lost = [n for n in source.specs if n not in back.targets]

@@ -56,7 +56,9 @@ def convert(
     adapter: Own = None,
     force: Annotated[bool, typer.Option("--force", help="replace the checkpoint that DST holds")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, write nothing")] = False,
-    checksums: Annotated[bool, typer.Option("--checksums", help="sha256 of every file of both sides")] = False,
+    checksums: Annotated[
+        bool, typer.Option("--checksums", help="sha256 of every file of both sides, kept for verify")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help=SHARD)] = "5GB",
     fsync: Annotated[bool, typer.Option(help="wait until the disk has everything")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="as many as there are cores, at most 8")] = None,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fmoe.checkpoint.files.directory import CONFIG, INDEX
-from fmoe.checkpoint.files.weights import JOURNAL, LEASE, checkpoints
+from fmoe.checkpoint.files.weights import JOURNAL, LEASE, SUMS, checkpoints
 from fmoe.checkpoint.remote.address import Where
 from fmoe.checkpoint.staging.beside import replaceable, shards_below
 from fmoe.checkpoint.staging.journal import ONCE, lines
@@ -15,6 +15,8 @@ from fmoe.codecs.config import QUANTS
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, human
 
+OF_WEIGHTS = (*QUANTS, SUMS)
+"""Files that tell of the weights beside them: ModelOpt's of codes, digests."""
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -42,8 +44,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
 
     work: what is about to be done, which may go on where it was interrupted. bystanders: files that are no weights,
     such as a config and a tokenizer, may be there and stay, but no adapter, which Transformers would put onto the new
-    ones, and not ModelOpt's, which tells of the codes that were there; without, nothing of the model that was there
-    does.
+    ones, and not what tells of the weights that were there; without, nothing of the model that was there does.
     """
     if isinstance(source, Path):
         _apart(dst, source)
@@ -56,10 +57,10 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
     there = sorted(p.name for p in dst.iterdir() if not p.name.startswith((JOURNAL, LEASE))) if home == dst else []
     for name in there:
-        if (checkpoints([name]) or name in (CONFIG, *QUANTS)) and _folder(dst / name):
+        if (checkpoints([name]) or name in (CONFIG, *OF_WEIGHTS)) and _folder(dst / name):
             raise AdapterError(f"{dst / name} is a folder, expected no more than a file of that name: move it away")
     held = checkpoints(there) | (shards_below(dst) if INDEX in there else set())
-    old = held | {*QUANTS} & set(there) if bystanders else held and replaceable(dst)
+    old = held | {*OF_WEIGHTS} & set(there) if bystanders else held and replaceable(dst)
     if begun := lines(dst)[:1] if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"

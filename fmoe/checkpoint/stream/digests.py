@@ -12,7 +12,8 @@ from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.layout.claims import some
 from fmoe.types import AdapterError, Problem
 
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
+_LINE = re.compile(r"(\\?)([0-9a-f]{64})  ([^\0]+)")
+_ESCAPES = {ord("\\"): r"\\", ord("\n"): r"\n", ord("\r"): r"\r"}
 UNSWORN = "whether these are as they were written is not known: there is no digest of "
 
 
@@ -34,7 +35,9 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
     >>> sums_text({"a": "0" * 64})[-4:]
     b'  a\\n'
     """
-    return "".join(f"{digest}  {file}\n" for file, digest in sorted(digests.items())).encode()
+    names = {file: file.translate(_ESCAPES) for file in digests}
+    marks = {file: "\\" * (name != file) for file, name in names.items()}
+    return os.fsencode("".join(f"{marks[n]}{digests[n]}  {names[n]}\n" for n in sorted(digests)))
 
 
 def kept_sums(folder: Where) -> dict[str, str]:
@@ -45,12 +48,18 @@ def kept_sums(folder: Where) -> dict[str, str]:
     path = folder / SUMS
     if not (path.exists() if isinstance(path, Address) else os.path.lexists(path)):
         return {}
-    text = content(path).decode(errors="replace")
+    text = os.fsdecode(content(path))
     lines = text.removesuffix("\n").split("\n") if text else []
-    found = [_LINE.fullmatch(line) for line in lines]
-    if wrong := next((line for line, m in zip(lines, found, strict=True) if m is None or m[2] in (".", "..")), None):
-        raise AdapterError(f"{path} has the line {wrong[:100]!r}, expected a sha256 and a file's name")
-    return {m[2]: m[1] for m in found if m is not None}
+    found = {line: _LINE.fullmatch(line) for line in lines}
+    made = {line: (_plain(m[3]) if m[1] else m[3], m[2]) for line, m in found.items() if m}
+    if wrong := [line for line in lines if line not in made or {"", ".", ".."} & {*made[line][0].split("/")}]:
+        raise AdapterError(f"{path} has the line {wrong[0][:100]!r}, expected a sha256 and a file's name")
+    return dict(made.values())
+
+
+def _plain(name: str) -> str:
+    escaped = {made: chr(was) for was, made in _ESCAPES.items()}
+    return re.sub(r"\\.", lambda m: escaped.get(m[0], m[0]), name)
 
 
 def unchanged(source: Checkpoint, was: Mapping[str, object]) -> None:
@@ -83,7 +92,8 @@ def other_bytes(
     folder: Where, wanted: Mapping[str, str], threads: int | None = None, by: str = NATIVE
 ) -> list[Problem]:
     """Which files of a folder have another digest than was written down, or are not there."""
-    there = {file: folder / file for file in wanted if (folder / file).exists()}
+    exists = lambda path: path.exists() if isinstance(path, Address) else os.path.exists(path)
+    there = {file: folder / file for file in wanted if exists(folder / file)}
     found = checksums(there, threads, lambda done, of: None)
     what = {file: f"sha256 {found[file][:16]}..." if file in found else "no such file" for file in wanted}
     return [
