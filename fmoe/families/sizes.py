@@ -17,11 +17,12 @@ import torch
 
 from fmoe.families.defaults import with_taken
 from fmoe.families.formula import fields, value, words
+from fmoe.families.kind import COUNTS
 from fmoe.families.known import entries, text_stack, with_text
 from fmoe.families.numbered import NUMBERED, Layers, by_stack
 from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
-from fmoe.types import Problem
+from fmoe.types import EXPERT_TENSORS, Problem
 
 Spell = Callable[[str], Sequence[str]]
 """What a native name is called in the files: one name, or some of what is stacked."""
@@ -94,11 +95,13 @@ def odd_sizes(
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
-    stem = stem_of(native)
+    stem, of_main = stem_of(native), stacks.get(main, {})
+    counts = {(main, l): _experts(native, f"{main}.{l}", names) for l, names in of_main.items()}
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
         exact = bool(BY_LAYER.search(formula)) or not apart.isdisjoint(fields(formula))
-        odd, doubtful, agreed = list[Odd](), list[tuple[Odd, tuple[str, int], bool]](), dict[tuple[str, int], int]()
+        odd, doubtful = list[Odd](), list[tuple[Odd, tuple[str, int], bool]]()
+        agreed = {**counts} if {*COUNTS} & {*fields(formula)} else {}
         for template, k in dims:
             template = template.removeprefix(stem)
             at, numbered, rest = template.partition("#")
@@ -132,7 +135,7 @@ def odd_sizes(
                 alike_ones = [beside[n] for n in right]
                 doubtful += [(o, (stack, held[o.name]), beside[o.name] in alike_ones) for o in wrong]
             agreed |= {(stack, held[n]): wanted[n].size for n in right} if numbered else {}
-        # of some layers: where one that is alike has it right, or another tensor of the same layer has that size
+        # of some layers: where one that is alike has it right, or another tensor, or the experts, of the same layer
         odd += [o for o, layer, by_one in doubtful if by_one or agreed.get(layer) == o.expected.size]
         grouped = dict[tuple[int, int | None, Expected], list[str]]()
         for o in odd:
@@ -142,6 +145,12 @@ def odd_sizes(
             found = f"{n} in {dim}" if n is not None else f"no {dim}"
             text = f"{some(spelt(names, spell))}: {found}, and config.json has {told}: expected {expected}"
             yield Problem(text, keys(names, spell))
+
+
+def _experts(native: Mapping[str, Any], layer: str, names: Iterable[str]) -> int:
+    """How many experts a layer has; 0 for none, or where its tensors are not of one mind."""
+    found = {tuple(native[f"{layer}.{n}"].shape[:1]) for n in names if n.rpartition(".")[2] in EXPERT_TENSORS}
+    return int(*found.pop()) if len(found) == 1 else 0
 
 
 def _expected(

@@ -16,7 +16,7 @@ from fmoe.families.sizes import known_sizes
 from fmoe.families.surplus import known_ranks, template
 from fmoe.types import EXPERT_TENSORS
 
-ALONE = {"mimo_v2_flash": (".q_proj.weight", ".o_proj.weight"), "deepseek_v4": (".mlp.gate.weight",)}
+ALONE = {"mimo_v2_flash": (".q_proj.weight", ".o_proj.weight")}
 """Of which this tiny model has one layer of a kind: with no second one beside it nobody knows that it is a kind."""
 
 
