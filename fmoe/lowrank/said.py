@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from fmoe.layout.adapter import Adapter
-from fmoe.lowrank.config import LoraConfig
+from fmoe.lowrank.config import LAYOUTS, LoraConfig
 from fmoe.lowrank.targets import table_of, targets_of, wrapped
 from fmoe.types import AdapterError, Params, Problem
 
@@ -32,6 +32,7 @@ def config_of(params: Params, adapter: Adapter, lora_alpha: float, base: str | N
     targets = targets_of(adapter, params)
     if not targets:
         raise AdapterError("no matrix A among these parameters: expected native LoRA matrices")
+    table = table_of(adapter)
     r = Counter(t.rank for t in targets).most_common(1)[0][0]
     return LoraConfig(
         r=r,
@@ -39,6 +40,7 @@ def config_of(params: Params, adapter: Adapter, lora_alpha: float, base: str | N
         rank_pattern={re.escape(k): t.rank for t in targets if t.rank != r for k in t.keys},
         target_parameters=tuple(sorted(k for t in targets if t.parameter for k in t.keys)),
         target_modules=tuple(sorted(k for t in targets if not t.parameter for k in t.keys)),
-        peft_version=table_of(adapter).version,
+        peft_version=table.version,
         base=base,
+        other={"lora_B_layout": LAYOUTS[1]} if table.forms.grouped else {},
     )

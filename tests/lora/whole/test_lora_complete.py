@@ -46,6 +46,10 @@ def test_b_is_read_as_its_layout_says_and_written_so(kind, tmp_path):
         assert all(torch.equal(again.params[P + n], t) for n, t in lora.items())
         said = json.loads((tmp_path / layout / "adapter_config.json").read_text())
         assert said["lora_B_layout"] == layout
+        fmoe.lora.save(again.params, tmp_path / "alone" / layout, again.adapter)
+        alone = fmoe.lora.load(tmp_path / "alone" / layout, adapter)
+        assert alone.config.grouped == again.config.grouped
+        assert all(torch.equal(alone.params[n], t) for n, t in again.params.items())
         files[layout] = (tmp_path / layout / "adapter_model.safetensors").read_bytes()
     assert files["rank_major"] != files["grouped_by_expert"]
     with pytest.raises(fmoe.AdapterError, match="lora_B_layout 'by_column', expected one of rank_major"):
