@@ -1,7 +1,7 @@
 """Whose a directory is that parameters are saved into: what the config that is there says, against their own."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ OF_A_FILE = re.compile(
     r"|text_config|ffn_config|(decoded_)?(quantization|compression)_config"
 )
 """Fields that say nothing of how a model computes, or are compared elsewhere or part by part."""
+WHOLE = ("architectures", "transformers_version")
+"""Fields of which any says that a config is a model's, and not some sizes."""
+ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
 INFINITE = ("Infinity", "-Infinity", "NaN")
 SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 
@@ -56,22 +59,49 @@ def otherwise(path: Path, there: Mapping[str, Any] | None, ours: Mapping[str, An
 
 
 def alike(there: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> bool:
-    """Whether a config that is there may be that of these parameters: what both say of a model is the same."""
+    """Whether a config that is there may be that of these parameters: it says the same of a model."""
     return there is not None and ours is not None and not _unlike(there, ours)
 
 
 def _unlike(there: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> dict[str, str]:
-    """Fields of both configs, in parts of them too, of which they say other things: what each says."""
-    return dict(_pairs(_plain(as_dict(there)), _plain(as_dict(ours))))
+    """Fields, in parts of both configs too, of which they say other things, or one of them nothing: what each says."""
+    one, two = _roped(_plain(as_dict(there)), _plain(as_dict(ours)))
+    kinds = [FAMILIES.get(str(c.get("model_type"))) for c in (one, two)]
+    read = {n for kind in kinds if kind for names in kind.fields.values() for n in names.split()}
+    return dict(_pairs(one, two, read if all(any(f in c for f in WHOLE) for c in (one, two)) else None))
 
 
-def _pairs(one: Mapping[str, Any], two: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, str]]:
-    for field in (f for f in one if f in two and not OF_A_FILE.fullmatch(f)):
-        a, b, name = one[field], two[field], at + field
+def _pairs(
+    one: Mapping[str, Any], two: Mapping[str, Any], read: Collection[str] | None, at: str = ""
+) -> Iterator[tuple[str, str]]:
+    """read: fields of which 0 and false say something, too, where one config has them alone. None: no such is told."""
+    for field in dict.fromkeys(f for f in (*one, *two) if not OF_A_FILE.fullmatch(f)):
+        a, b, name = one.get(field), two.get(field), at + field
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _pairs(a, b, f"{name}.")
-        elif a != b:
-            yield name, f"{name} {brief(a)}, expected {brief(b)}"
+            yield from _pairs(a, b, read, f"{name}.")
+        elif field in one and field in two:
+            yield from [(name, f"{name} {brief(a)}, expected {brief(b)}")] * (a != b)
+        elif read is not None and (a or b or field in read and (a is not None or b is not None)):
+            yield name, f"{name} {brief(a)}, expected none" if field in one else f"no {name}, expected {brief(b)}"
+
+
+def _roped(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Both configs with what they say of positions in one form, where they are of two releases of Transformers."""
+    if ("rope_parameters" in one) == ("rope_parameters" in two):
+        return one, two
+    made = [_of_positions(c) for c in (one, two)]
+    kept = [{f: v for f, v in c.items() if f not in ROPE} for c in (one, two)]
+    if any(isinstance(v, dict) for c in made for v in c.values()):  # by kinds of layers, as one of them alone can say
+        return kept[0], kept[1]
+    return kept[0] | {"rope_parameters": made[0]}, kept[1] | {"rope_parameters": made[1]}
+
+
+def _of_positions(config: Mapping[str, Any]) -> dict[str, Any]:
+    given = config.get("rope_parameters") or config.get("rope_scaling")
+    held = given if isinstance(given, dict) else {"rope_scaling": given}
+    beside = {f: config[f] for f in ROPE[2:] if config.get(f) is not None}
+    held = {"rope_type": held.get("type", "default"), **held}
+    return {f: v for f, v in (beside | held).items() if f != "type" and v is not None}
 
 
 def _plain(value: Any) -> Any:

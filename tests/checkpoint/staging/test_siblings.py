@@ -70,6 +70,44 @@ def test_a_siblings_config_that_stays_is_named_with_each_field_that_differs(save
     assert any("left as it was" in note and "tokenizer.json" in note for note in notes)
 
 
+ALONE = {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    "sliding_window": 8,
+    "hidden_act": "gelu",
+    "norm_topk_prob": False,
+    "rope_theta": 5e6,
+}
+
+
+@ALL
+@pytest.mark.parametrize("ours", [False, True], ids=["there", "ours"])
+@pytest.mark.parametrize("field", ALONE)
+def test_a_field_that_one_of_them_has_alone_is_named(save, field, ours, source, tmp_path):
+    """The other has what its class takes then."""
+    said = json.loads((source / "config.json").read_text())
+    bare = {f: v for f, v in said.items() if f not in (field, "rope_parameters")}
+    with_it, without = json.dumps(bare | {field: ALONE[field]}), json.dumps(bare)
+    (source / "config.json").write_text(with_it if ours else without)
+    shutil.copytree(source, tmp_path / "sibling")
+    (tmp_path / "sibling" / "config.json").write_text(without if ours else with_it)
+    notes = SAVES[save](fmoe.load(source, mmap=False), tmp_path / "sibling", fmoe.adapter(source))
+    (told,) = [note for note in notes if "is not as the adapter's" in note]
+    assert f"adapter's: {f'no {field}, expected ' if ours else f'{field} '}" in told
+
+
+def test_positions_are_compared_across_releases_of_transformers():
+    said = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32}
+    old = said | {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **yarn}, "partial_rotary_factor": 0.5}
+    new = said | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "partial_rotary_factor": 0.5, **yarn}}
+    assert alike(old, new) and alike(new, old)
+    for field, other in {"rope_theta": 5, "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}.items():
+        told = otherwise(Path("config.json"), old, said | {"rope_parameters": new["rope_parameters"] | {field: other}})
+        assert f"rope_parameters.{field} " in told[0], field
+    plain = {"rope_theta": 1e6, "rope_scaling": None}
+    assert alike(said | plain, said | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+
+
 @ALL
 def test_its_own_is_not_named_nor_what_says_nothing_of_a_model(save, source, tmp_path):
     for n, said in enumerate(({}, SAME)):
