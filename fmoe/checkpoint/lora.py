@@ -34,7 +34,7 @@ from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
 from fmoe.lowrank.layers import deep, less, nowhere, sparse
-from fmoe.lowrank.matrices import attention, halved, is_copy, tied
+from fmoe.lowrank.matrices import attention, is_copy, matrices, mended, tied
 from fmoe.lowrank.said import config_of, odd_ranks
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
@@ -120,8 +120,9 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         raise AdapterError([Problem(text, alone)])
     if problems := [*attention(tensors)]:
         raise AdapterError(problems)
-    adapter = base.resolve(tensors)
-    params = _native(adapter, tensors, said)
+    with mended():
+        adapter = base.resolve(tensors)
+        params = _native(adapter, tensors, said)
     model = adapter.config or {}
     about = Known(
         partial(known.everywhere, model),
@@ -150,10 +151,9 @@ def _as(adapter: Adapter, said: LoraConfig) -> Adapter:
 
 
 def _native(adapter: Adapter, tensors: Mapping[str, Tensor], said: LoraConfig) -> dict[str, Tensor]:
-    """The native matrices of a file's. Raises AdapterError for an A without its B, or a B without its A."""
+    """The native matrices of a file's. Raises AdapterError for what is no A and B of a pair."""
     params = adapter.from_hf(whole(_singly(adapter), tensors, said))
-    if problems := [*halved(params)]:
-        raise AdapterError(problems)
+    list(matrices(params))
     return params
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import NamedTuple
 
@@ -22,6 +23,22 @@ _WITHIN = ".base_layer."
 _TWICE = ".base_layer.out_proj.lora_A.weight"
 """Of torch's MultiheadAttention PEFT adapts both weights, with these for the second, which it adds twice (0.21)."""
 _WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
+
+
+_SOME = "Fix: save the adapter again; one of some experts alone, merge with PEFT (merge_and_unload)"
+
+
+@contextmanager
+def mended() -> Iterator[None]:
+    """What fits no rule is told with what to do about matrices, of which no part can be asked for."""
+    try:
+        yield
+    except AdapterError as error:
+        bare = {p: p.text.partition(". Fix: give it all")[0] for p in error.found}
+        part = lambda text: text.startswith("missing ") or "stands alone" in text
+        fix = {p: _SOME if part(text) else _WHOLE for p, text in bare.items()}
+        told = [Problem(p.text if "Fix: " in bare[p] else f"{bare[p]}. {fix[p]}", p.keys) for p in error.found]
+        raise AdapterError(told) from None
 
 
 class Matrices(NamedTuple):

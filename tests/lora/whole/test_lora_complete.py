@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,6 +81,36 @@ def test_other_forms_are_refused_by_name_in_load_and_merge(what, kind, tmp_path)
     with pytest.raises(fmoe.AdapterError, match="Fix|expected") as error:
         fmoe.lora.merge({"model.layers.1.mlp.experts.down_projs": torch.ones(E, I, D)}, tensors, 1.0)
     assert any(key.removesuffix(".lora_A.weight").removeprefix(P) in k for k in error.value.keys)
+
+
+Q, X = f"{P}model.layers.0.self_attn.q_proj.lora_", f"{P}model.layers.2.mlp.experts"
+BESIDE = {
+    "a magnitude": {f"{Q}magnitude_vector": (8,)},
+    "a bias": {f"{Q}B.bias": (8,)},
+    "half": {f"{Q}A.weight": (r, 32)},
+    "one A for all, wrapped": {f"{X}.lora_A.weight": (r, 24), f"{X}.lora_B.weight": (32, 8 * r)},
+    "one expert": {f"{X}.1.down_proj.lora_A.weight": (r, 24), f"{X}.1.down_proj.lora_B.weight": (32, r)},
+}
+
+
+@pytest.mark.parametrize("base", ["directory", "adapter", "type"])
+@pytest.mark.parametrize("what", BESIDE)
+def test_beside_good_matrices_what_is_none_is_refused_with_what_to_do_about_lora(what, base, tmp_path):
+    """And not with what helps with weights: nobody can ask `lora.load` for some experts."""
+    hf.write("qwen3_moe", tmp_path / "base")
+    adapter, modules = fmoe.adapter(tmp_path / "base"), [f"layers.{l}.self_attn.q_proj" for l in (1, 2)]
+    good = {
+        f"{P}model.{m}.lora_{n}.weight": torch.ones(s) for m in modules for n, s in {"A": (r, 32), "B": (48, r)}.items()
+    }
+    said = {"peft_type": "LORA", "r": r, "target_modules": modules, "target_parameters": []}
+    given = {"directory": (tmp_path / "base",), "adapter": (adapter,), "type": ("qwen3_moe", adapter.config)}[base]
+    assert fmoe.lora.load(written(tmp_path / "good", good, said), *given).params.keys() == good.keys()
+    path = written(tmp_path / "odd", good | {n: torch.ones(s) for n, s in BESIDE[what].items()}, said)
+    with pytest.raises(fmoe.AdapterError, match="Fix: (merge it with PEFT|save the adapter again)") as error:
+        fmoe.lora.load(path, *given)
+    named = lambda key: key in BESIDE[what] or f"{X}.0.down_proj.lora_A.weight" == key  # of some experts, what lacks
+    assert any(map(named, error.value.keys))
+    assert "e=range" not in str(error.value) and "give it all" not in str(error.value)
 
 
 SAYS: dict[str, Any] = dict.fromkeys(REFUSED, True) | {
