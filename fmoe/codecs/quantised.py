@@ -21,7 +21,7 @@ from fmoe.codecs.formats import FORMATS, elsewhere
 from fmoe.codecs.parts import ACTIVATION, Fresh, Parts, as_named, in_file, own, spell
 from fmoe.codecs.scales import Seam
 from fmoe.codecs.survival import Survival
-from fmoe.codecs.unscaled import cut_across, left_plain, unscaled
+from fmoe.codecs.unscaled import cut_across, left_plain, unscaled, with_rules
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.layout.notation import Rule
@@ -200,7 +200,7 @@ class Quantised:
         if all(pattern is None for _, pattern in self.fresh):
             raise AdapterError("quantization=True: the family has no quantised form; pass quantization=None")
         made: dict[str, Parts] = {}
-        specs = {n: s for n, s in specs.items() if not self.lists.alone(n)}
+        specs = {n: specs[n] for n in with_rules(specs, self.experts) if not self.lists.alone(n)}
         for n in sorted(n for n, s in specs.items() if n not in carried and s.dtype.is_floating_point):
             for f, (_, pattern) in zip(self.own, self.fresh, strict=True):
                 shape, stacks = specs[n].shape, f.each or f.grouped or self.was is not None

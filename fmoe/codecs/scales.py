@@ -19,7 +19,7 @@ from fmoe.layout.table import Table
 from fmoe.types import Problem, TensorSpec
 
 _INPUT = {"gate_and_up_projs": "d", "down_projs": "i"}  # the letter that products sum over
-_BLOCKS = {"gate_and_up_projs": {"i": "j", "d": "c"}, "down_projs": {"i": "s", "d": "t"}}
+BLOCKS = {"gate_and_up_projs": {"i": "j", "d": "c"}, "down_projs": {"i": "s", "d": "t"}}
 Dims = tuple[tuple[str, ...], ...]
 
 
@@ -115,7 +115,7 @@ def _scales(rule: Rule, suffixes: tuple[str, ...], kind: str, transposed: bool) 
         ones = (("1",), ("1",)) if kind == "each" else ()
         return interned(replace(source, axes=(*alone, *ones)), replace(target, axes=(*alone, *ones)))
     here = _turned(here) if transposed else here
-    letters = dict(_BLOCKS[matrix(rule) or ""])
+    letters = dict(BLOCKS[matrix(rule) or ""])
     both = [d for d in here if len(d) > 1 and d in there]  # joined alike on both sides: of blocks, one dimension
     source = replace(source, axes=_lettered(here, letters, both))
     bounds = tuple(b for b in rule.bounds if b[0] not in letters)

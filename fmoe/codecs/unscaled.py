@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from fmoe.codecs.format import Format
 from fmoe.codecs.parts import Parts
+from fmoe.codecs.scales import matrix
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names, hits
@@ -34,6 +35,14 @@ def unscaled(
     named |= dict.fromkeys(n for n in odd if n.endswith((".weight", ".bias")))
     text = "{!r} is {}, and no scale beside it says what its numbers mean: expected a floating dtype, or its scales"
     return [Problem(text.format(n, str(specs[n].dtype).removeprefix("torch.")), (n,)) for n in named]
+
+
+def with_rules(specs: Specs, rules: tuple[Rule, ...]) -> list[str]:
+    """The names, but for those of experts whose scales no rule would claim: of another tower, or beyond the bound."""
+    mine, experts = [r for r in rules if matrix(r)], Names([n for n in specs if "experts" in n.split(".")])
+    within = {n for r in mine for _, _, rows in hits(r, experts, within=experts.rows) for n in rows.names}
+    left = {*experts.names} - within if mine else set()
+    return [n for n in specs if n not in left]
 
 
 def cut_across(found: Collection[str], window: Window) -> list[Problem]:

@@ -12,6 +12,7 @@ from math import prod
 from operator import itemgetter
 from typing import cast
 
+from fmoe.folding import short
 from fmoe.layout.axes import Group
 from fmoe.layout.claims import Shared, some
 from fmoe.layout.names import patterns
@@ -99,7 +100,7 @@ class Claimed:
             strays.append(max(self.found.items(), key=lambda item: int(item[0][i]))[1])
             expected += f", since {strays[-1]!r} is there"
         fix = ". Fix: give it all" + self._there(lost) if absent else ""
-        raise Wrong(f"{'; '.join(text)}: expected {expected} (rule {self.rule}){fix}", (*absent, *strays))
+        raise Wrong(f"{'; '.join(text)}: expected {expected} (rule {short(str(self.rule))}){fix}", (*absent, *strays))
 
     def _there(self, lost: list[tuple[int, ...]]) -> str:
         """The range of experts that are there whole, if they are one: it can be asked for."""
@@ -158,7 +159,7 @@ class Claimed:
         numbers = all(d.is_floating_point and d.itemsize > 1 for d in dtypes)  # and no codes
         cast = f". Fix: cast to {dtype if len(odd) < len(specs) else 'one dtype'}" * (numbers and len(dtypes) > 1)
         fix = next(filter(None, (_turned(specs[n].shape, shape or ()) for n in odd)), cast)
-        raise Wrong(f"{text} (rule {self.rule}){fix}", tuple(odd))
+        raise Wrong(f"{text} (rule {short(str(self.rule))}){fix}", tuple(odd))
 
     def _expected(self) -> tuple[int, ...] | None:
         """The shape that bounds and choices say, where they say all of it."""
@@ -202,7 +203,8 @@ class Claimed:
 
         dims = [show(dim) for dim in self.rule.source.axes or ()]
         same = [n for n in self.found.values() if self.specs[n].shape == self.specs[name].shape]
-        text = f"{some(same)}: shape {list(self.specs[name].shape)}, expected [{', '.join(dims)}] (rule {self.rule})"
+        rule = short(str(self.rule))
+        text = f"{some(same)}: shape {list(self.specs[name].shape)}, expected [{', '.join(dims)}] (rule {rule})"
         return Wrong(text + _turned(self.specs[name].shape, dims), tuple(same))
 
     def _check_window(self, full: Mapping[str, int]) -> None:

@@ -128,7 +128,8 @@ class TablePlan:
         try:
             return (convert_sharded if sharded else convert)(group, params, views=views)
         except NotAView:
-            text = f"{some(group.targets)}: only a copy can make it from {some(group.sources, 3)} (rule {group.rule})"
+            rule = short(str(group.rule))
+            text = f"{some(group.targets)}: only a copy can make it from {some(group.sources, 3)} (rule {rule})"
             raise AdapterError([Problem(text, tuple(group.targets))]) from None
 
 

@@ -40,7 +40,7 @@ def _nllb(stack: str, i: str) -> Adapter:
 
 nllb_moe = Family(
     model_types=("nllb-moe",),
-    rules=_nllb("encoder", "i") | _nllb("decoder", "j") | KEPT,
+    rules=_nllb("encoder", "i") | _nllb("decoder", "v") | KEPT,
     fields=dict(
         n_routed_experts="num_experts",
         n_activated_experts="num_selected_experts",
@@ -48,7 +48,7 @@ nllb_moe = Family(
         moe_inter_dim="encoder_ffn_dim",
     ),
     fixed=dict(n_activated_experts=2, expert_bias=True),
-    sizes=dict(j="decoder_ffn_dim"),
+    sizes=dict(v="decoder_ffn_dim"),
     activations=RELU_IS_NONE_OF_OURS,
     activation_field="activation_function",
     sparse="",

@@ -41,14 +41,14 @@ ernie4_5_vl_moe = replace(
     rules=either(
         "layout",
         per_expert=block("text_moe", "{e}", "i", "weight")
-        | block("vision_moe", "{k=e+E}", "j", "weight_1")
+        | block("vision_moe", "{k=e+E}", "v", "weight_1")
         | rule(MLP + BIAS + " [m e]", MLP + "{m=text_moe|vision_moe}.gate.e_score_correction_bias [e]"),
-        fused=in_memory("text_moe", "i") | in_memory("vision_moe", "j"),
+        fused=in_memory("text_moe", "i") | in_memory("vision_moe", "v"),
     )
     | rule(MLP + "shared_experts.{rest}", MLP + "shared_experts.{rest}")
     | rule(MLP + DENSE, MLP + DENSE)
     | KEPT,
     fields=ernie4_5_moe.fields | dict(moe_inter_dim="moe_intermediate_size.0"),
-    sizes=dict(j="moe_intermediate_size.1"),
+    sizes=dict(v="moe_intermediate_size.1"),
     source="baidu/ERNIE-4.5-VL-28B-A3B-PT",
 )

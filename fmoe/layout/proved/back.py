@@ -6,6 +6,7 @@ names that come out are claimed again, by the inverse entries, and compared one 
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from fmoe.folding import short
 from fmoe.layout.axes import Group
 from fmoe.layout.claims import Claims, claim, some
 from fmoe.layout.entries import Drop, Entry, rules_of
@@ -77,7 +78,7 @@ def _explained(
         elif rule is None:
             text = f"{target!r} would be kept, but not on the way back: {why.get(target, 'it is another tensor there')}"
         else:
-            does = f"{rivals[0]} would claim too (rule {rule})" if rivals else f"{rule} does not claim"
+            does = f"{rivals[0]} would claim too (rule {short(str(rule))})" if rivals else f"{rule} does not claim"
             if not rivals and rule in takers.get(target, []):
                 does = f"{rule} would read as another name"
             text = f"{some(sources, 1)} would become {target!r}, which on the way back {does}"
@@ -89,7 +90,7 @@ def _unsplit(groups: Sequence[Group]) -> Iterator[Problem]:
     for rule in dict.fromkeys(g.rule for g in groups):
         if letters := unsplit(rule):
             keys = tuple(name for g in groups if g.rule == rule for name in g.found.values())
-            yield Problem(f"{some(keys)}: {_bind(letters)} (rule {rule})", keys)
+            yield Problem(f"{some(keys)}: {_bind(letters)} (rule {short(str(rule))})", keys)
 
 
 def loose_parts(rule: Rule) -> str | None:
@@ -132,4 +133,6 @@ def _vanished(groups: Sequence[Group]) -> Iterator[Problem]:
         if not group.targets and not group.window:
             empty = ", ".join(n for n in group.rule.unstacked if not group.sizes[n])
             names = tuple(group.found.values())
-            yield Problem(f"{some(names)}: nothing would come out, since {empty} is 0 (rule {group.rule})", names)
+            yield Problem(
+                f"{some(names)}: nothing would come out, since {empty} is 0 (rule {short(str(group.rule))})", names
+            )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fmoe.folding import short
 from fmoe.layout.axes import Group
 from fmoe.layout.claims import some
 from fmoe.layout.eager.converting import convert
@@ -30,12 +31,16 @@ def convert_sharded(group: Group, params: Mapping[str, Tensor], *, views: bool =
     odd = [n for n in group.sources if not is_dtensor(params[n]) or _place(params[n]) != _place(first)]
     if odd or not is_dtensor(first):
         there = ", ".join(f"{n!r} {_where(params[n])}" for n in dict.fromkeys([group.sources[0], *odd[:3]]))
-        raise AdapterError([Problem(f"one stack, several placements: {there} (rule {group.rule})", tuple(odd))])
+        raise AdapterError(
+            [Problem(f"one stack, several placements: {there} (rule {short(str(group.rule))})", tuple(odd))]
+        )
     whole = fused(group)
     try:
         local, made = follow(whole, first)
     except (ValueError, TypeError) as error:
-        text = f"{some(group.sources, 3)} {_where(first)}: {error} (rule {group.rule}); redistribute it first"
+        text = (
+            f"{some(group.sources, 3)} {_where(first)}: {error} (rule {short(str(group.rule))}); redistribute it first"
+        )
         raise AdapterError([Problem(text, tuple(group.sources))]) from None
     parts = {n: t.to_local() for n, t in zip(group.sources, tensors, strict=True) if is_dtensor(t)}
     expected = local.shape("source", {})
