@@ -16,7 +16,7 @@ import torch
 import triton
 from fmoe_kernels.host import configs
 from fmoe_kernels.ops import custom, products
-from fmoe_kernels.programs import activations, fp8
+from fmoe_kernels.programs import activations, fp8, route
 from torch._library.custom_ops import CustomOpDef
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -68,7 +68,7 @@ def driven(arch: str) -> Iterator[None]:
 @contextmanager
 def on_meta(arch: str, run: Any) -> Iterator[None]:
     """Kernels and operators take tensors without data, as if on a device of arch; `run` is what a launch does."""
-    changed = [(module, "check_runs", lambda *_: None) for module in (custom, products, activations, fp8)]
+    changed = [(module, "check_runs", lambda **_: None) for module in (custom, products, activations, fp8, route)]
     changed += [(triton.JITFunction, "run", run), (configs, "architecture", lambda device: arch)]
     changed += [(CustomOpDef, "__call__", lambda op, *args, **more: op._init_fn(*args, **more))]
     changed += [(torch, "autocast", lambda *_, **__: nullcontext())]  # it knows no meta

@@ -19,6 +19,9 @@ ENDS = (torch.int32, torch.int64)
 MOST_ROWS = 2**30 - 1
 """Rows and slots are int32, and a tile of rows ends at 2^30: see `host.launch.rows_descriptor`."""
 
+GATED = {name: True for name in "swiglu swiglu_clamped swiglu_oai quick_geglu geglu situ".split()} | {"relu2": False}
+"""Activations by name: does it take gate and up columns, U = 2I?"""
+PLAIN = (Tensor, torch.nn.Parameter)
 Dtypes = tuple[torch.dtype, ...]
 
 
@@ -52,12 +55,31 @@ def check(who: str, given: Mapping[str, tuple[Any, str, Dtypes]], **sizes: int) 
 
 
 def check_kind(who: str, name: str, tensor: Any, axes: str, dtypes: Dtypes) -> None:
-    """Raises ValueError for what is no dense tensor, or of another dtype."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        found = str(tensor.layout) if isinstance(tensor, Tensor) else f"of type {type(tensor).__name__}"
+    """Raises ValueError for what is no dense tensor with numbers of its own, or of another dtype."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_nested:
+        found = f"of type {type(tensor).__name__}"
+        if isinstance(tensor, Tensor):
+            found = "nested" if tensor.is_nested else str(tensor.layout)
         raise ValueError(f"{who}: {name} is {found}, expected a dense tensor [{axes}]")
+    if type(tensor) not in PLAIN and answers(type(tensor)):
+        fix = "DTensor, expected this rank's part of it. Fix: .to_local()"
+        if type(tensor).__name__ != "DTensor":
+            fix = f"{type(tensor).__module__}.{type(tensor).__qualname__}, expected a plain tensor, of these numbers"
+        raise ValueError(f"{who}: {name} is a {fix}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{who}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {say(dtypes)} [{axes}]")
+
+
+def answers(kind: type, torchs: bool = False) -> bool:
+    """Is it a class of tensors that answers operators itself, so that its numbers are not those of its storage?
+
+    Those of PyTorch alone, such as a fake tensor, only where asked for; DTensor always, which no operator here answers.
+
+    >>> answers(torch.nn.Parameter), answers(torch.distributed.tensor.DTensor)
+    (False, True)
+    """
+    own = [c for c in kind.__mro__ if not issubclass(Tensor, c) and "__torch_dispatch__" in vars(c)]
+    return any(torchs or c.__name__ == "DTensor" or not c.__module__.startswith("torch.") for c in own)
 
 
 def check_device(who: str, name: str, tensor: Tensor, first: str, like: Tensor) -> None:
@@ -77,6 +99,19 @@ def check_numbers(who: str, **numbers: Any) -> None:
             raise ValueError(f"{who}: {name} is {n!r}, expected a number")
 
 
+def check_flags(who: str, **flags: Any) -> None:
+    """Raises ValueError for what is neither True nor False.
+
+    >>> check_flags("experts", wide="no")
+    Traceback (most recent call last):
+        ...
+    ValueError: experts: wide is 'no', expected True or False
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{who}: {name} is {flag!r}, expected True or False")
+
+
 def check_index(who: str, name: str, n: Any, least: int, what: str) -> None:
     """Raises ValueError for what is no integer from least on that kernels can count to.
 
@@ -87,6 +122,12 @@ def check_index(who: str, name: str, n: Any, least: int, what: str) -> None:
     """
     if isinstance(n, bool) or not isinstance(n, int) or not least <= n < 2**62:
         raise ValueError(f"{who}: {name} is {n!r}, expected {least} or more: {what}")
+
+
+def check_activation(who: str, activation: Any) -> None:
+    """Raises ValueError for what is no activation's name."""
+    if not isinstance(activation, str) or activation not in GATED:
+        raise ValueError(f"{who}: activation is {activation!r}, expected one of {', '.join(GATED)}")
 
 
 def say(dtypes: Dtypes) -> str:

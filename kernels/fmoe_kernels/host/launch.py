@@ -1,5 +1,7 @@
 """From tensors to launches: how tiles are chosen, descriptors made and grids sized, for every kernel here."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -7,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fmoe_kernels.host import configs
+from fmoe_kernels.host.check import PLAIN, answers
 from fmoe_kernels.host.configs import Config
 
 Tile: TypeAlias = Tensor | TensorDescriptor
@@ -97,20 +101,36 @@ def run(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **constan
         kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
-def check_runs(x: Tensor, *others: Tensor) -> None:
-    """Raises ValueError where one of these has no data of its own, or x is on a CPU and kernels are compiled here."""
-    for at, t in enumerate((x, *others)):
-        name = f"tensor {at + 1}" if at else "x"
+def check_runs(**tensors: Tensor | None) -> None:
+    """Raises ValueError where one of these has no data of its own, or is on a CPU and kernels are compiled here."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
         if t.is_meta or is_fake(t):
             raise ValueError(f"fmoe_kernels: {name} is on meta or fake, which has no data, expected a tensor on a GPU")
+        if type(t) not in PLAIN and answers(type(t), torchs=True):
+            told = f"{name} is of type {type(t).__name__}, whose data is elsewhere, expected a plain tensor"
+            raise ValueError(f"fmoe_kernels: {told}")
         if torch._C._functorch.is_functorch_wrapped_tensor(t):
             told = "is inside a transform of torch.func, which raw products have no rules for"
             raise ValueError(f"fmoe_kernels: {name} {told}; use fmoe_kernels.experts, or fmoe_kernels.reference")
-    if x.device.type == "cpu" and isinstance(_probe, triton.JITFunction):
-        raise ValueError(
-            "fmoe_kernels: x is on the CPU, expected a GPU; use fmoe_kernels.reference,"
-            " or set TRITON_INTERPRET=1 before fmoe_kernels is imported, to run the kernels in Triton's interpreter"
-        )
+        if t.device.type == "cpu" and isinstance(_probe, triton.JITFunction):
+            raise ValueError(
+                f"fmoe_kernels: {name} is on the CPU, expected a GPU; use fmoe_kernels.reference,"
+                " or set TRITON_INTERPRET=1 before fmoe_kernels is imported, to run the kernels in Triton's interpreter"
+            )
+
+
+@contextmanager
+def tiles_of(table: str) -> Iterator[None]:
+    """What the compiler refuses of tiles that a user's table has is a ValueError that names it."""
+    try:
+        yield
+    except TritonError as error:
+        if not table:
+            raise
+        told = f"fmoe_kernels: table {table!r} has tiles that do not launch here: {error}"
+        raise ValueError(f"{told}. Fix: let fmoe_kernels.tune write one on this device") from error
 
 
 @triton.jit

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fmoe_kernels.host import configs
 from fmoe_kernels.host.check import few_enough
-from fmoe_kernels.host.launch import Act, Tiling, check_runs, dense, flat
+from fmoe_kernels.host.launch import Act, Tiling, check_runs, dense, flat, tiles_of
 from fmoe_kernels.programs.dact import dact
 from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.gmm import gmm
@@ -32,8 +33,9 @@ def experts_forward(
 
     weights [T, K] fp32. Rows of z past offsets[E] are unspecified.
     """
-    check_runs(x)
+    check_runs(x=x)
     few_enough("experts", "the routing", indices.numel())
+    configs.load(table)
     r = make_route(indices, mask, len(w_up), start)
     dtype = torch.float32 if wide else x.dtype
     if indices.numel() == 0:
@@ -41,9 +43,10 @@ def experts_forward(
         return x.new_zeros(x.shape, dtype=dtype), none, r.slots, r.tokens, r.inverse, r.offsets
     act, tiling, w = Act(activation, alpha, limit), Tiling(table, batch_invariant), flat(weights)
     inside = None if weight_after_down else w
-    a, z = up(dense(x), w_up, b_up, inside, r, act, tiling, save_z)
-    rows = gmm(a, w_down, b_down, inside, r, tiling)
-    y = combine(rows, w if weight_after_down else None, r, len(x), dtype)
+    with tiles_of(table):
+        a, z = up(dense(x), w_up, b_up, inside, r, act, tiling, save_z)
+        rows = gmm(a, w_down, b_down, inside, r, tiling)
+        y = combine(rows, w if weight_after_down else None, r, len(x), dtype)
     return y, x.new_empty(0, 0) if z is None else z, r.slots, r.tokens, r.inverse, r.offsets
 
 
@@ -74,23 +77,24 @@ def experts_backward(
     r = Route(slots, tokens, inverse, offsets, weights.shape[1])
     x, dy, w = dense(x), dense(dy.to(x.dtype)), flat(weights)
     need_x, need_weights, need_up, need_down, need_b_up, need_b_down = needs
-    if z.numel() == 0:
-        _, again = up(x, w_up, b_up, None, r, act, tiling, True)
-        assert again is not None
-        z = again
-    dz, a, partial = dact(dy, w_down, z, w, r, act, tiling)
-    if need_x:
-        grads[0] = combine(gmm(dz, w_up.mT, None, None, r, tiling), None, r, len(x), x.dtype)
-    if need_weights:
-        grads[1] = dweight(partial, dy, b_down, r).view_as(weights)
-    if need_up:
-        dw(dz, x, r, grads[2].mT, tiling)
-    if need_down:
-        dw(a, dy, r, grads[3], tiling)
-    if need_b_up:
-        grads[4] = bias_gradient(dz, None, r, x.dtype)
-    if need_b_down:
-        grads[5] = bias_gradient(dy, w, r, x.dtype)
+    with tiles_of(table):
+        if z.numel() == 0:
+            _, again = up(x, w_up, b_up, None, r, act, tiling, True)
+            assert again is not None
+            z = again
+        dz, a, partial = dact(dy, w_down, z, w, r, act, tiling)
+        if need_x:
+            grads[0] = combine(gmm(dz, w_up.mT, None, None, r, tiling), None, r, len(x), x.dtype)
+        if need_weights:
+            grads[1] = dweight(partial, dy, b_down, r).view_as(weights)
+        if need_up:
+            dw(dz, x, r, grads[2].mT, tiling)
+        if need_down:
+            dw(a, dy, r, grads[3], tiling)
+        if need_b_up:
+            grads[4] = bias_gradient(dz, None, r, x.dtype)
+        if need_b_down:
+            grads[5] = bias_gradient(dy, w, r, x.dtype)
     return _six(grads)
 
 

@@ -11,11 +11,22 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
-from fmoe_kernels.host.check import BOOL, INTEGERS, WIDE, check, check_index, check_numbers
+from fmoe_kernels.host.check import (
+    BOOL,
+    GATED,
+    INTEGERS,
+    WIDE,
+    check,
+    check_activation,
+    check_flags,
+    check_index,
+    check_numbers,
+)
+from fmoe_kernels.host.configs import load
 from fmoe_kernels.host.function import Function
 from fmoe_kernels.ops import flops  # noqa: F401  its formulas, for whoever counts
 from fmoe_kernels.ops.custom import experts_backward, experts_forward
-from fmoe_kernels.programs.scalars import GATED, SCALARS, bound
+from fmoe_kernels.programs.scalars import bound
 
 Maybe = Tensor | None
 
@@ -53,12 +64,17 @@ def experts(
     and the derivative of a derivative raises. table: a file that `fmoe_kernels.tune` wrote; batch_invariant: the same
     tiles whatever the number of rows, so that a token's result does not depend on its neighbours.
 
-    Raises ValueError for tensors that do not fit, an unknown activation, and tensors on a CPU outside the interpreter.
+    Raises ValueError for tensors that do not fit, an unknown activation, a file that is no table or whose tiles do not
+    launch here, and tensors on a CPU outside the interpreter.
     """
     _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, start)
     check_numbers("experts", alpha=alpha, limit=limit)
+    flags = dict(weight_after_down=weight_after_down, recompute=recompute, wide=wide, batch_invariant=batch_invariant)
+    check_flags("experts", **flags)
     if not isinstance(table, str):
         raise ValueError(f"experts: table is {table!r}, expected the path of a file that fmoe_kernels.tune wrote")
+    if table and not torch.compiler.is_compiling():  # a compiler's graph reads it when it runs
+        load(table)
     device, out_dtype = x.device.type, torch.float32 if wide else x.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -144,8 +160,7 @@ def _check(
     x: Tensor, indices: Tensor, weights: Tensor, mask: Maybe, w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
     activation: str, start: int,
 ) -> None:  # fmt: skip
-    if not isinstance(activation, str) or activation not in SCALARS:
-        raise ValueError(f"experts: activation is {activation!r}, expected one of {', '.join(SCALARS)}")
+    check_activation("experts", activation)
     check_index("experts", "start", start, 0, "the id of the first expert here")
     given: dict[str, tuple[Maybe, str, tuple[torch.dtype, ...]]]
     given = {"x": (x, "T D", WIDE), "indices": (indices, "T K", INTEGERS), "weights": (weights, "T K", WIDE)}

@@ -6,7 +6,7 @@ Each is the other's derivative, so that any layer, and any order of derivatives,
 import torch
 from torch import Tensor
 
-from fmoe_kernels.host.check import ENDS, FLOATS, check, few_enough
+from fmoe_kernels.host.check import ENDS, FLOATS, check, check_flags, few_enough
 from fmoe_kernels.host.launch import Tiling, check_runs, dense, flat
 from fmoe_kernels.programs import codes
 from fmoe_kernels.programs import gmm as gmm_file
@@ -29,7 +29,7 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     given = {"x": (x, "N K", FLOATS), "w": (w, "E K M", FLOATS), "offsets": (offsets, "E", ENDS)}
     sizes = check("products.gmm", given)
     same("products.gmm", "w", w, x)
-    check_runs(x, w, offsets)
+    check_runs(x=x, w=w, offsets=offsets)
     few_enough("products.gmm", "x", len(x))
     if 0 in sizes.values():
         return x.new_zeros(len(x), w.shape[2])
@@ -57,7 +57,7 @@ def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     if second is not None:
         beside["second"] = (second, "E a b", (torch.uint8,)) if points else (second, "E one M", (torch.float32,))
     check("products.gmm_codes", beside, **{n: sizes[n] for n in "EKM"}, **grid, one=1)
-    check_runs(x, words, scale, offsets, *([] if second is None else [second]))
+    check_runs(x=x, words=words, scale=scale, second=second, offsets=offsets)
     few_enough("products.gmm_codes", "x", len(x))
     w = w._replace(words=words.resolve_neg(), scale=scale.resolve_neg())
     w = w if second is None else w._replace(second=second.resolve_neg())
@@ -76,9 +76,7 @@ def _check_coded(w: codes.Coded) -> None:
     sides = w.block if isinstance(w.block, tuple) and len(w.block) == 2 else (None,)
     if not all(type(side) is int and side >= 0 and not side & (side - 1) for side in sides):
         raise ValueError(f"{who}: block is {w.block!r}, expected powers of two, or 0")
-    for name in ("divides", "late", "turned"):
-        if not isinstance(getattr(w, name), bool):
-            raise ValueError(f"{who}: {name} is {getattr(w, name)!r}, expected True or False")
+    check_flags(who, divides=w.divides, late=w.late, turned=w.turned)
     if w.second is not None and w.block[1] != 1 and w.code not in POINTED:
         raise ValueError(f"{who}: second stands beside blocks {w.block!r}, expected blocks of one column")
 
@@ -91,7 +89,7 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     given = {"x": (x, "N K", FLOATS), "y": (y, "N M", FLOATS), "offsets": (offsets, "E", ENDS)}
     sizes = check("products.tgmm", given)
     same("products.tgmm", "y", y, x)
-    check_runs(x, y, offsets)
+    check_runs(x=x, y=y, offsets=offsets)
     few_enough("products.tgmm", "x", len(x))
     out = x.new_empty(len(offsets), x.shape[1], y.shape[1])
     if 0 in sizes.values():

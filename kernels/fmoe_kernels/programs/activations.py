@@ -59,6 +59,7 @@ def relu2(u: Tensor, p: Maybe = None) -> Tensor:
 
 def _activate(u: Tensor, p: Maybe, name: str, alpha: float = 1.0, limit: float = 0.0) -> Tensor:
     check_kind(name, "u", u, ".. U", WIDE)
+    check_numbers(name, alpha=alpha, limit=limit)
     if u.ndim == 0 or (GATED[name] and u.shape[-1] % 2):
         columns = u.shape[-1] if u.ndim else "no"
         raise ValueError(f"{name}: u has {columns} columns, expected an even number: gate and up")
@@ -73,7 +74,6 @@ def _activate(u: Tensor, p: Maybe, name: str, alpha: float = 1.0, limit: float =
         y = reference.activate(u, name, alpha, limit)
         return y if p is None else (y * p).to(u.dtype)
     weights = None if p is None else p.reshape(-1).float()
-    check_numbers(name, alpha=alpha, limit=limit)
     y = _call(u.reshape(shape.numel(), u.shape[-1]), weights, name, float(alpha), bound(name, limit))
     return y.reshape(*shape, y.shape[1])
 
@@ -139,7 +139,7 @@ def backward_kernel(
 @torch.library.custom_op("fmoe_kernels::act_forward", mutates_args=())
 def act_forward(u: Tensor, p: Maybe, name: str, alpha: float, limit: float) -> Tensor:
     """u [N, U], p [N] fp32 or None -> [N, I]."""
-    check_runs(u)
+    check_runs(u=u, p=p)
     y = u.new_empty(len(u), u.shape[1] // (1 + GATED[name]))
     kinds, block = _kinds(name, p, y)
     if y.numel():

@@ -104,7 +104,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     no scale. Raises ValueError for x of another dtype or shape.
     """
     check("fp8.quantize_rows", {"x": (x, "N K", FLOATS)})
-    check_runs(x)
+    check_runs(x=x)
     N, K = x.shape
     q, s = torch.empty(N, K, dtype=E4M3, device=x.device), x.new_empty(N, -(-K // BLOCK), dtype=torch.float32)
     if N and K:
@@ -128,7 +128,7 @@ def gmm(x: Tensor, w: Tensor, w_scale: Tensor, offsets: Tensor) -> Tensor:
     sizes |= {"k": -(-sizes["K"] // BLOCK), "m": -(-sizes["M"] // BLOCK)}
     check("fp8.gmm", {"x": given["x"], "w_scale": (w_scale, "E k m", (torch.float32,))}, **sizes)
     few_enough("fp8.gmm", "x", len(x))
-    check_runs(x, w, w_scale, offsets)
+    check_runs(x=x, w=w, w_scale=w_scale, offsets=offsets)
     if not served(arch := configs.architecture(x.device)):
         raise ValueError(f"fmoe_kernels.fp8: no tiles of e4m3 matrix units for {arch}, expected sm_90 or later")
     if 0 in sizes.values():

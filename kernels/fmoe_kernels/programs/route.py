@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmoe_kernels.host.check import BOOL, INTEGERS, check, check_index
-from fmoe_kernels.host.launch import run
+from fmoe_kernels.host.launch import check_runs, run
 
 
 @triton.jit
@@ -139,6 +139,7 @@ def make_route(indices: Tensor, mask: Tensor | None, n_experts: int, start: int 
     check("make_route", given if mask is None else given | {"mask": (mask, "T", BOOL)})
     check_index("make_route", "n_experts", n_experts, 1, "how many experts are here")
     check_index("make_route", "start", start, 0, "the id of the first of them")
+    check_runs(indices=indices, mask=mask)
     indices = indices.contiguous()
     n_slots, top_k = indices.numel(), max(indices.shape[1], 1)
     n_blocks = triton.cdiv(n_slots, BLOCK)

@@ -9,6 +9,8 @@ import math
 import triton
 import triton.language as tl
 
+from fmoe_kernels.host.check import GATED
+
 
 @triton.jit
 def sigmoid(z):
@@ -127,10 +129,7 @@ BACKWARD = {name: _backward(act) for name, act in SCALARS.items()}
 For `tl.map_elementwise`: one function of an element is computed once, in one layout, whatever its results are for.
 """
 
-GATED = {name: name != "relu2" for name in SCALARS}
-"""Does it take gate and up columns, U = 2I?"""
-
-INTERLEAVED = {name: name == "quick_geglu" for name in SCALARS}
+INTERLEAVED = {name: name == "quick_geglu" for name in GATED}
 """Are they [g0, v0, g1, v1, ..] rather than [g, v]?"""
 
 

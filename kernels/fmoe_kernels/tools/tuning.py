@@ -14,13 +14,13 @@ import torch
 from triton.errors import TritonError
 
 from fmoe_kernels.host import configs
-from fmoe_kernels.host.configs import Config
-from fmoe_kernels.host.launch import Act, Tiling
+from fmoe_kernels.host.check import FLOATS, GATED, check_activation, check_index, check_numbers, say
+from fmoe_kernels.host.configs import Config, field_problem
+from fmoe_kernels.host.launch import Act, Tiling, check_runs
 from fmoe_kernels.programs.dact import dact
 from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.gmm import gmm
 from fmoe_kernels.programs.route import make_route
-from fmoe_kernels.programs.scalars import GATED
 from fmoe_kernels.programs.up import up
 
 SHARED = 232448  # bytes of shared memory that a program may have, on the largest devices
@@ -65,15 +65,19 @@ def tune(
     Returns {kernel: {str(config): seconds}}; what cannot be launched is left out. A file that is already at path is
     taken further, so that several shapes go into one table; it is written after each kernel. among: the tiles to try.
     They are compiled side by side, the table's own first, and timed by events on the device; a kernel takes a quarter
-    of `limit` seconds, after which no more are compiled or timed, but one. Raises RuntimeError where no tiles of a
-    kernel launch.
+    of `limit` seconds, after which no more are compiled or timed, but one. Raises ValueError for arguments that do not
+    fit, and RuntimeError where no tiles of a kernel launch.
     """
-    where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    for name, n in dict(n_tokens=n_tokens, dim=dim, width=width, n_experts=n_experts, top_k=top_k).items():
+        check_index("tune", name, n, 1, "a size of the layer")
+    given = None if among is None else _tiles(among)
+    _check(path, n_experts, top_k, activation, dtype, limit)
+    where = _where(device)
     arch = configs.architecture(where)
     table = configs.load(str(path)) if Path(path).exists() else configs.load()
     table = {a: {k: dict(buckets) for k, buckets in kernels.items()} for a, kernels in table.items()}
     table.setdefault(arch, {k: dict(b) for k, b in table[configs.nearest(arch, table)].items()})
-    tma, given = table[arch]["up"]["large"].tma, None if among is None else list(among)
+    tma = table[arch]["up"]["large"].tma
     rows, timings, began = n_tokens * top_k, {}, time.monotonic()
     depths = {"up": dim, "gmm": width, "dact": dim, "dw": rows // n_experts}
     with torch.accelerator.device_index(where.index):  # events and sleeps go to the current device
@@ -90,6 +94,50 @@ def tune(
             timings[kernel] = {str(c): s for c, s in seconds.items()}
             _write(table, Path(path))
     return timings
+
+
+def _check(path: object, n_experts: int, top_k: int, activation: str, dtype: object, limit: float) -> None:
+    """Raises ValueError, before anything is measured, for what could not be, or could not be written."""
+    if top_k > n_experts:
+        raise ValueError(f"tune: top_k is {top_k}, expected at most n_experts={n_experts}")
+    check_activation("tune", activation)
+    if dtype not in FLOATS:
+        raise ValueError(f"tune: dtype is {dtype!r}, expected {say(FLOATS)}")
+    check_numbers("tune", limit=limit)
+    if not limit >= 0:
+        raise ValueError(f"tune: limit is {limit!r}, expected seconds, 0 or more")
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise ValueError(f"tune: path is {path!r}, expected the path of a file, to be written")
+    if Path(path).is_dir() or not os.access(Path(path) if Path(path).exists() else Path(path).parent, os.W_OK):
+        raise ValueError(
+            f"tune: path is {str(path)!r}, which cannot be written, expected a file in a folder that exists"
+        )
+
+
+def _tiles(among: object) -> list[Config]:
+    """among as a list. Of sizes that no kernel can have, none launches: those are left out when they are tried."""
+    tiles = list(among) if isinstance(among, Iterable) else []
+    for c in tiles or [among]:
+        told = "expected some fmoe_kernels.host.configs.Config"
+        if not isinstance(c, Config):
+            raise ValueError(f"tune: among has {c!r:.60}, {told}")
+        for name, n in c._asdict().items():
+            if (problem := field_problem(name, n)) and problem != "a power of two":
+                raise ValueError(f"tune: among has a Config of {name} = {n!r:.60}, expected {problem}")
+    return tiles
+
+
+def _where(device: object) -> torch.device:
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda") or (found.index or 0) >= max(torch.accelerator.device_count(), 1):
+        raise ValueError(f"tune: device is {device!r}, expected a GPU that is here, such as 'cuda'")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"tune: device is {device!r}, and there is no GPU")
+    check_runs(device=torch.empty(0, device=found))
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
 
 
 def _write(table: configs.Table, path: Path) -> None:
