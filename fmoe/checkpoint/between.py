@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from fmoe.checkpoint.files.containers.foreign import Foreign
+from fmoe.checkpoint.files.containers.gguf_files import read_files
 from fmoe.checkpoint.files.containers.gguf_written import Like
 from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax
 from fmoe.checkpoint.files.containers.orbax_written import chunked
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
-from fmoe.checkpoint.files.disk import identities
+from fmoe.checkpoint.files.disk import identities, marks
 from fmoe.checkpoint.files.origin import origin_text, with_checksums
 from fmoe.checkpoint.files.weights import METADATA, SUMS
 from fmoe.checkpoint.files.writer import Layout, shard
@@ -28,6 +29,7 @@ from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.staging.whose import given_instead, metadata_unlike
 from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
@@ -73,10 +75,10 @@ def convert_between(
             plain = {n: v for n, v in choices.items() if n not in ranges and n != "dtype"}
             what = "codes move as they are" if packed(source, here) else "what is not quantised keeps its dtype"
             _told(plan, adapters(source, here, to, lossy, **plain)[1].plan(source.specs), choices["dtype"], to, what)
-    cast: list[str] = []
+    cast = [] if config is None else given_instead(source.path, source.config)
     if "dtype" in choices:
         what = "experts are" if to == "native" or to in SYSTEMS and SYSTEMS[to].native else "what was quantised is"
-        cast = not_cast(plan.targets, choices["dtype"], source.config, to, what)
+        cast += not_cast(plan.targets, choices["dtype"], source.config, to, what)
     wider: Collection[str] = ()
     if model is not None and (wider := model.wider(plan.targets)):
         there = there >> Adapter((CastExperts(torch.float32, wider),))
@@ -104,7 +106,7 @@ def convert_between(
     starts = {n: (dst / f"{file}.part", layout.starts[n]) for n, file in layout.files.items()}
     engine = Engine(laid, plan, starts, sums=checksums)
     was = identities(source.path, source.stamps)
-    work = _work(source, was, here, to, there, ranges, layout, engine)
+    work = _work(source, [was, marks(along)], here, to, there, ranges, layout, engine)
     home = source.given or source.path if isinstance(source, Foreign) else source.path
     claim = lambda: replaced(dst, home, force, work=work)
     former = of_the_former(dst, claim(), {*layout.heads, *small})
@@ -112,7 +114,8 @@ def convert_between(
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(made), adapter, len(layout.heads),
         lost=(*_lost(plan), *(p.text for p in missing.problems)),
-        notes=(*missing.notes, *cast, *_notes(source, to, made, model, wider), *_stay(source, along), *former),
+        notes=(*missing.notes, *cast, *_metadata(source, model), *_notes(source, to, made, model, wider),
+               *_stay(source, along), *former),
         sides=_sides(source, here, to, layout, made))  # fmt: skip
     if dry_run:
         return report
@@ -200,6 +203,15 @@ def _notes(source: Checkpoint, to: str, made: Specs, model: Like | None, wider: 
         if 0 < len(wide) < len(made):
             more = (f"in F32, as the file has them: {some(wide)}",)
     return ((f"not the model's, left out: {some(left)}",) if left else ()) + more
+
+
+def _metadata(source: Checkpoint, model: Like | None) -> list[str]:
+    """Notes on GGUF files that say otherwise than the config: the source, and what a new one is like."""
+    files = [model.files[0]] if model is not None else []
+    if isinstance(source, Foreign) and source.container == "gguf":
+        files.append(read_files(source.given or Path(str(source.path)))[0])
+    values = lambda file: {name: key.value for name, key in file.keys.items()}
+    return [note for file in files for note in metadata_unlike(file.path, values(file), source.config)]
 
 
 def _stay(source: Checkpoint, along: Collection[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fmoe.checkpoint.apart import in_ranks_apart
 from fmoe.checkpoint.between import convert_between
 from fmoe.checkpoint.files.directory import INDEX, NATIVE, Checkpoint
-from fmoe.checkpoint.files.disk import bytes_of, identities
+from fmoe.checkpoint.files.disk import bytes_of, identities, marks
 from fmoe.checkpoint.files.origin import head_of, origin_text, with_checksums
 from fmoe.checkpoint.files.weights import SUMS
 from fmoe.checkpoint.files.writer import Layout, other_headers, shard
@@ -25,6 +25,7 @@ from fmoe.checkpoint.staging.beside import taken_along
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.room import check_space, size_of
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.staging.whose import given_instead
 from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
@@ -139,6 +140,7 @@ def convert(
     layout, small = _layout(source, plan, to, size_of(max_shard_size), said | how | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
     small |= {SUMS: b""} if checksums and to != "native" else {}
+    notes += [] if config is None else given_instead(source.path, source.config)
     others |= {} if config is None else {"config.json": json_of(source.config)}
     if "dtype" in how and crossing is None and source.config:
         notes += not_cast(plan.targets, how["dtype"], source.config, to)
@@ -158,14 +160,13 @@ def convert(
     if bandwidth is not None:
         engine.rate = Rate(size_of(bandwidth, "bandwidth") // (process_group.size() if process_group else 1))
     was = identities(source.path, source.stamps, alone=process_group is None)
-    work = _digest(source, was, to, adapter, ranges, layout, place.items(engine))
+    work = _digest(source, [was, marks(others)], to, adapter, ranges, layout, place.items(engine))
     notes += untold(source) + place.notes(engine, place.claim(work, force), {*layout.heads, *small, *others})
     beside = sum(len(f) if isinstance(f, bytes) else bytes_of(f) for f in (*others.values(), *small.values()))
     check_space(place.home, place.room(engine) + beside)
     report = Report(
-        place.shown, source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads)
-    )
-    report = replace(report, lost=crossing.lost if crossing else (), notes=(*found, *notes))
+        place.shown, source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter, len(layout.heads),
+        lost=crossing.lost if crossing else (), notes=(*found, *notes))  # fmt: skip
     if dry_run:
         return report
     size, of = source.nbytes, source.nbytes * (3 if checksums else 1)
@@ -242,8 +243,7 @@ def _digest(
     source: Checkpoint, was: Any, to: str, adapter: Adapter, ranges: Any, layout: Layout, items: Sequence[Any]
 ) -> str:
     """What the work is, and how it is cut into jobs, so that the same call can go on with it."""
-    config = json.dumps(source.config)
-    facts = [str(source.path.resolve()), was, config, to, str(adapter), sorted(map(repr, ranges.items()))]
+    facts = [str(source.path.resolve()), was, source.config, to, str(adapter), sorted(map(repr, ranges.items()))]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for item in (*sorted(layout.heads.items()), *items):
         digest.update(repr(item).encode())

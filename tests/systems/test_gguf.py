@@ -123,3 +123,55 @@ def test_a_model_in_several_files_is_one(tmp_path):
     write(tmp_path / "d" / "z.gguf", theirs)
     with pytest.raises(AdapterError, match="several GGUF models: 'y.gguf' and 'z.gguf'"):
         open_foreign(tmp_path / "d", config)
+
+
+ARCH = {"qwen3_moe alike": "qwen3moe", "mixtral": "llama", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss"}
+OTHER = {
+    "block_count": 77, "embedding_length": 9, "head_count": 9, "layer_norm_rms_eps": 0.25, "rope_freq_base": 12345.0,
+    "expert_count": 99, "expert_used_count": 7, "expert_weights_scale": 9.0,
+}  # fmt: skip
+
+
+def described(path, arch, theirs, said):
+    """The tensors in a file, as the gguf package writes it, with what llama.cpp's converter says of a config."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(str(path), arch)
+    for name, value in said.items():
+        getattr(writer, f"add_{name}")(value)
+    for n, t in theirs.items():
+        kind = gguf.GGMLQuantizationType.BF16 if t.dtype == torch.bfloat16 else None
+        writer.add_tensor(n, (t.view(torch.uint8) if kind else t).numpy(), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("name", ARCH)
+def test_metadata_that_are_another_models_are_named(tmp_path, name):
+    """The rope base of a sibling of the same sizes, above all: llama.cpp would compute with it, and say nothing."""
+    config, hf, theirs = parts(name)
+    moe = fmoe.adapter(config["model_type"], config).moe_config
+    rope = (config.get("rope_parameters") or config).get("rope_theta", 5.0)
+    unsaid = {"layer_norm_rms_eps": "rms_norm_eps" not in config, "rope_freq_base": rope == 5.0}
+    right = {
+        "block_count": config["num_hidden_layers"], "embedding_length": config["hidden_size"],
+        "head_count": config["num_attention_heads"], "layer_norm_rms_eps": config.get("rms_norm_eps", 1e-5),
+        "rope_freq_base": rope, "expert_count": moe.n_routed_experts,
+        "expert_used_count": moe.n_activated_experts, "expert_weights_scale": moe.route_scale,
+        "expert_weights_norm": True if name != "deepseek_v3" else moe.norm_topk_prob,
+    }  # fmt: skip
+    src = saved(tmp_path / "hf", config, hf)
+    both = {
+        "to": lambda file, dst: fmoe.convert(src, dst, "gguf", like=file),
+        "from": lambda file, dst: fmoe.convert(file, dst, "hf", config=src),
+    }
+    for field in [None, *(f for f in OTHER if not unsaid.get(f))]:
+        file = described(
+            tmp_path / f"{field}.gguf", ARCH[name], theirs, right | ({field: OTHER[field]} if field else {})
+        )
+        for way, convert in both.items():
+            told = [n for n in convert(file, tmp_path / f"{field} {way}").notes if "is not as the config" in n]
+            assert len(told) == (field is not None), (field, way, told)
+            assert not field or f"{OTHER[field]}, expected {right[field]}"[:9] in told[0] and file.name in told[0]

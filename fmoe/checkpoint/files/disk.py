@@ -70,6 +70,12 @@ def identities(root: Where, stamps: Mapping[str, Stamp], alone: bool = True) -> 
     return {file: identity(root / file, stamp) for file, stamp in stamps.items()}
 
 
+def marks(files: Mapping[str, bytes | Where]) -> dict[str, object]:
+    """What tells each of these files, which are copied whole, from any other of its name, as `identity` does."""
+    of = lambda f: [*(f.facts() or ())] if isinstance(f, Address) else identity(f, Stamp.said(os.stat(f)))
+    return {n: hashlib.sha256(f).hexdigest() if isinstance(f, bytes) else of(f) for n, f in files.items()}
+
+
 def weak(stamp: Stamp) -> bool:
     """Whether nothing but its bytes tells a file of this machine from another of that size."""
     return not (stamp.inode and stamp.changed)

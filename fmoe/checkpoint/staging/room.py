@@ -61,7 +61,7 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
             raise AdapterError(f"{dst / name} is a folder, expected no more than a file of that name: move it away")
     held = checkpoints(there) | (shards_below(dst) if INDEX in there else set())
     old = held | {*OF_WEIGHTS} & set(there) if bystanders else held and replaceable(dst)
-    if begun := lines(dst)[:1] if home == dst else []:
+    if begun := lines(dst) if home == dst else []:
         if begun[0]["work"] not in (work, ONCE) and not force:
             why = "another source, layout or option, or the source has changed"
             raise AdapterError(f"{dst} holds the beginnings of other work ({why}): force=True (--force) to start anew")
@@ -69,7 +69,8 @@ def replaced(dst: Path, source: Where | None, force: bool, *, work: str = ONCE, 
             raise AdapterError(
                 f"{dst} has got {some(new)} since it was begun: move that, or force=True (--force) to replace it"
             )
-        return old
+        given = {*begun[0]["files"], *begun[0]["replaces"]} if any("publishing" in line for line in begun) else set()
+        return old | {n for n in given if os.path.lexists(dst / n)}  # which may have got their names
     if bystanders and not held:
         return old
     if there and not force:

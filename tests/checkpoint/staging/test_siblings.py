@@ -131,3 +131,17 @@ def test_a_config_in_memory_says_what_its_file_says(name, tmp_path):
     config.save_pretrained(tmp_path)
     there = json.loads((tmp_path / "config.json").read_text())
     assert otherwise(tmp_path, there, config.to_dict()) == [] and alike(there, config.to_dict())
+
+
+@pytest.mark.parametrize("to", ["native", "torchtitan", "megatron_dist", "mlx"])
+def test_a_config_that_is_given_beside_the_sources_own_is_compared(to, source, tmp_path):
+    """Hugging Face's, and another system's directory that has one."""
+    said = json.loads((source / "config.json").read_text())
+    back = source if to == "native" else tmp_path / "theirs"
+    if back != source:
+        fmoe.convert(source, back, to)
+    for n, other in enumerate(({}, {"norm_topk_prob": True}, {"sliding_window": 7})):
+        way = "hf" if back != source else to
+        notes = fmoe.convert(back, tmp_path / str(n), way, config=said | other).notes
+        told = [note for note in notes if "the config that is given is not as" in note]
+        assert len(told) == bool(other) and all(field in told[0] for field in other)
