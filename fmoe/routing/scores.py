@@ -42,8 +42,10 @@ def _softmax(logits: Tensor) -> Tensor:
 
 
 def _sqrtsoftplus(logits: Tensor) -> Tensor:
-    # at 0 the root's slope is infinite, and the slope of an expert that is not selected is multiplied by 0
-    return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+    scores = F.softplus(logits)
+    # the root of 0 is 0, and its slope, which is infinite, becomes 0: that of an expert not chosen is multiplied by 0
+    gone = scores == 0
+    return scores.masked_fill(gone, 1).sqrt().masked_fill(gone, 0)
 
 
 def _sparsemixer(scores: Tensor, ids: Tensor, gone: Tensor, config: MoEConfig) -> Tensor:
@@ -68,7 +70,8 @@ SCORES: dict[str, Score] = {
     "sigmoid": Score(torch.sigmoid),
     "sigmoid_with_bias": Score(torch.sigmoid, bias="needed"),
     "sqrtsoftplus": Score(_sqrtsoftplus),
-    "softmax_in_groups": Score(_softmax, group_of=2, bias="none"),  # Mistral 4: groups by their two best, unbiased
+    # Mistral 4: groups by their two best, unbiased; where a winner's score is 0 too, a loser may be chosen
+    "softmax_in_groups": Score(_softmax, group_of=2, bias="none", loser=0.0),
     "sigmoid_of_best_logits": Score(_same, weigh=torch.sigmoid),  # Kolibri: chosen by logit and bias
     "sigmoid_with_losers": Score(torch.sigmoid, loser=0.0),  # A.X-K2: experts of other groups score 0
     "sparsemixer": Score(_same, mix=_sparsemixer, bias="none"),  # Phi-3.5-MoE

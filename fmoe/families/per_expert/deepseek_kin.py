@@ -73,7 +73,7 @@ mistral_large4 = replace(
     )
     | KEPT,
     fields={f: n for f, n in deepseek_v3.fields.items() if f != "norm_topk_prob"},
-    fixed=dict(score_func="softmax_in_groups", norm_topk_prob=True),
+    fixed=dict(score_func="softmax_in_groups", norm_topk_prob=True, router_weights_fp32=True),
     fp8=None,
     source="mistralai/Mistral-Large-4-1T-A52B",
 )

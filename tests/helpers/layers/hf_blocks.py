@@ -80,6 +80,6 @@ def assert_parity(block: nn.Module, params: dict[str, Tensor], config: fmoe.MoEC
     assert_close(module(x, **how), found)
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found: Tensor, expected: Tensor, within: float = 1e-5) -> None:
     assert found.shape == expected.shape and expected.detach().norm() > 0
-    assert (found - expected).detach().norm() / expected.detach().norm() < 1e-5
+    assert (found - expected).detach().norm() / expected.detach().norm() < within
