@@ -13,6 +13,7 @@ from fmoe.folding import meant
 from fmoe.types import MoEConfig, Params, brief
 
 PLAIN, FLOATS = (Tensor, Parameter), (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DECODED = "expected it decoded: floating, of 16 bits or more. Fix: fmoe.load decodes, and so does `from_hf`"
 NORM = "post_expert_norm.weight"
 """The one parameter of `fmoe.experts` that is of all experts together."""
 
@@ -129,6 +130,16 @@ def odd(tensors: Mapping[str, Tensor], where: torch.device) -> list[str]:
     return [told for told in [_odd(name, tensor, where) for name, tensor in tensors.items()] if told]
 
 
+def check_held(owner: str, held: Mapping[str, Tensor | None], where: torch.device) -> None:
+    """Raises ValueError for what a module holds that is codes, or on another device than x, `where`.
+
+    Tensors of other classes are let through: what a module calls on its own tensor they may answer.
+    """
+    for name, t in held.items():
+        if t is not None and (told := f"{name!r} is {t.dtype}, {DECODED}" * is_code(t) or _elsewhere(name, t, where)):
+            raise ValueError(f"{owner}: parameter {told}")
+
+
 def computed_with(owner: str, name: str, tensor: Tensor) -> None:
     """Raises ValueError for what arithmetic does not take: no tensor, a nested one, complex numbers, stored FP8."""
     if type(tensor) in PLAIN and tensor.dtype in FLOATS and tensor.layout is torch.strided and not tensor.is_nested:
@@ -179,18 +190,21 @@ def no_nested(owner: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _odd(name: str, tensor: Tensor, where: torch.device) -> str:
-    kind = type(tensor)
-    if kind not in (Tensor, Parameter) and _is_wrapper(kind):
+    if type(tensor) not in PLAIN and _is_wrapper(kind := type(tensor)):
         fix = "dequantise it, or load the checkpoint with fmoe.load, which decodes"
         return f"{name!r} is a {kind.__module__}.{kind.__qualname__}, expected a plain tensor. Fix: {fix}"
     if tensor.layout != torch.strided:
         return f"{name!r} is {tensor.layout}, expected a strided tensor. Fix: .to_dense()"
-    if tensor.device != where:
-        empty = ", where tensors have no data" if tensor.device.type == "meta" else ""
-        other = "make that one real: on meta there is no data" if where.type == "meta" else "move it there"
-        fix = "load its data first" if empty else other
-        return f"{name!r} is on {tensor.device}{empty}, expected {where}, where x is. Fix: {fix}"
-    return ""
+    return _elsewhere(name, tensor, where)
+
+
+def _elsewhere(name: str, tensor: Tensor, where: torch.device) -> str:
+    if tensor.device == where:
+        return ""
+    empty = ", where tensors have no data" if tensor.device.type == "meta" else ""
+    other = "make that one real: on meta there is no data" if where.type == "meta" else "move it there"
+    fix = "load its data first" if empty else other
+    return f"{name!r} is on {tensor.device}{empty}, expected {where}, where x is. Fix: {fix}"
 
 
 def _is_wrapper(kind: type) -> bool:

@@ -8,19 +8,21 @@ from torch import Tensor, nn
 
 from fmoe.backends import Backend
 from fmoe.layer.block import block
-from fmoe.layer.latent import LATENT
 from fmoe.layer.recompute import recomputing
 from fmoe.losses import attach, load_balancing
 from fmoe.nn.experts import GroupedExperts
-from fmoe.nn.linear import Gate, LatentNorm, Linear, NormedGate, NormWeight, SharedExperts, trained_dtype
+from fmoe.nn.linear import Corrected, Gate, LatentNorm, Linear, NormedGate, NormWeight, SharedExperts, trained_dtype
+from fmoe.nn.loaded import as_moe_takes_it
 from fmoe.routing import routed_of, update_bias
 from fmoe.routing.gate import check_chosen, check_tokens
 from fmoe.routing.usage import summed
-from fmoe.shapes import check_config, n_ranked, said
+from fmoe.shapes import check_config, check_held, n_ranked, said
 from fmoe.types import MoEConfig, Routed, Routing
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+BIAS = "gate.e_score_correction_bias"
 
 
 class MoE(nn.Module):
@@ -58,16 +60,16 @@ class MoE(nn.Module):
         if c.n_shared_experts:
             self.shared_experts = SharedExperts(c)
             if c.shared_expert_gate:
-                self.shared_expert_gate = Linear(c.dim, 1, bias=False, dtype=c.dtype)
+                self.shared_expert_gate = Linear("shared_expert_gate", c.dim, 1, c)
         if L := c.moe_latent_size:
-            self.fc1_latent_proj = Linear(c.dim, L, bias=c.expert_bias, dtype=c.dtype)
-            self.fc2_latent_proj = Linear(L, c.dim, bias=c.expert_bias, dtype=c.dtype)
+            self.fc1_latent_proj = Linear("fc1_latent_proj", c.dim, L, c, c.expert_bias)
+            self.fc2_latent_proj = Linear("fc2_latent_proj", L, c.dim, c, c.expert_bias)
         if c.latent_norm:
             self.latent_norm = LatentNorm(c)
         if c.gate_bias_update_factor > 0:
             zeros = torch.zeros(n_ranked(c), dtype=torch.int64)
             self.register_buffer("expert_counts", zeros, persistent=False)
-        self.register_load_state_dict_pre_hook(_as_moe_takes_it)
+        self.register_load_state_dict_pre_hook(as_moe_takes_it)
         self.init_weights()
 
     def forward(
@@ -94,6 +96,8 @@ class MoE(nn.Module):
         trains = self.training and torch.is_grad_enabled()
         counts = (trains and not recomputing()) if count is None else count
         counts = counts and "expert_counts" in self._buffers
+        if counts:
+            _is_here("expert_counts", self.get_buffer("expert_counts"), x.device)
         asked = return_routed or counts or (trains and c.aux_loss_coeff > 0)
         out = block(
             x,
@@ -123,7 +127,7 @@ class MoE(nn.Module):
         check_chosen(next((t for n, t in self.gate.named_buffers() if n.endswith("tid2eid")), None), indices)
         found, bias = self.gate(x), self._correction()
         logits, scale = found if isinstance(found, tuple) else (found, None)
-        _is_here(bias, x.device)
+        _is_here(BIAS, bias, x.device)
         return routed_of(logits, x.dtype, self.config, bias, indices, mask, scale)
 
     @torch.no_grad()
@@ -136,7 +140,7 @@ class MoE(nn.Module):
         bias, counts = self._correction(), self._buffers.get("expert_counts")
         if bias is None or counts is None:
             return
-        _is_here(bias, counts.device)
+        _is_here(BIAS, bias, counts.device)
         seen = counts if group is None else summed(counts, group)
         bias.copy_(update_bias(bias, seen, self.config.gate_bias_update_factor))
         counts.zero_()
@@ -169,35 +173,18 @@ class MoE(nn.Module):
         for module in self.modules():
             if isinstance(module, NormWeight | NormedGate):
                 module.reset_parameters()
+            if isinstance(module, Corrected) and (bias := module._buffers["e_score_correction_bias"]) is not None:
+                bias.zero_()
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, init_std)
                 if module.bias is not None:
                     module.bias.zero_()
 
 
-def _as_moe_takes_it(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The dict that load_state_dict is about to read, under the module's names, and the module with what it lacks.
-
-    What `fmoe.moe` takes where it is present, and no config promises: biases, a table of experts by token id.
-    """
-    names = {theirs: ours for ours, theirs in LATENT.items()}
-    names |= {"gate": "gate.proj"} if module.config.router_norm else {"gate.proj": "gate"}
-    parts = dict(module.named_modules())
-    for name in [n for n in state if n.startswith(prefix)]:
-        path, dot, leaf = name.removeprefix(prefix).rpartition(".")
-        ours = names.get(path, path) if leaf in ("weight", "bias") else path
-        t = state[f"{prefix}{ours}{dot}{leaf}"] = state.pop(name)
-        part = parts.get(ours) if dot else None
-        if part is not None and part._parameters.get(leaf, t) is None:
-            like = next(part.parameters())
-            part._parameters[leaf] = nn.Parameter(like.new_empty(t.shape), like.requires_grad)
-        if part is not None and part._buffers.get(leaf, t) is None:
-            dtype = torch.float32 if t.is_floating_point() else t.dtype
-            part._buffers[leaf] = next(part.parameters()).new_empty(t.shape, dtype=dtype)
-
-
-def _is_here(bias: Tensor | None, where: torch.device) -> None:
-    """Raises ValueError where the correction bias is elsewhere: it is read once its gate has run."""
-    if bias is not None and bias.device != where:
-        told = f"MoE: gate.e_score_correction_bias is on {bias.device}, expected {where}"
+def _is_here(name: str, held: Tensor | None, where: torch.device) -> None:
+    """Raises ValueError where a buffer is elsewhere, or codes: it is read once its gate has run."""
+    if held is not None and held.device != where:
+        told = f"MoE: {name} is on {held.device}, expected {where}"
         raise ValueError(f"{told}. Fix: move it there; offload with accelerate's offload_buffers=False")
+    if held is not None and name == BIAS:
+        check_held("MoE", {name: held}, where)

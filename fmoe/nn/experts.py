@@ -12,6 +12,7 @@ from fmoe.folding import meant
 from fmoe.layer.checks import AXES
 from fmoe.layer.experts import experts
 from fmoe.nn.linear import NormWeight, check_std, trained_dtype
+from fmoe.nn.loaded import as_numbers
 from fmoe.parallel import local_params
 from fmoe.shapes import NORM, check_config
 from fmoe.sharding import is_dtensor
@@ -70,6 +71,7 @@ class GroupedExperts(nn.Module):
             self.register_parameter(name, made(shape) if config.expert_bias else None)
         if config.expert_norm_eps is not None:
             self.post_expert_norm = NormWeight(config)
+        self.register_load_state_dict_pre_hook(as_numbers)
         self.init_weights()
 
     def _weight(self, name: str, E: int, K: int, M: int, made: Any) -> dict[str, nn.Parameter]:

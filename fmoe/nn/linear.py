@@ -14,7 +14,7 @@ from fmoe.layer.block import shared
 from fmoe.layer.latent import latent_norm
 from fmoe.routing import gate_logits
 from fmoe.routing.gate import is_corrected, rms_norm
-from fmoe.shapes import n_ranked
+from fmoe.shapes import check_held, n_ranked
 from fmoe.types import MoEConfig, as_dtype, brief
 
 
@@ -37,9 +37,14 @@ def check_std(what: str, init_std: float) -> None:
 
 
 class Linear(nn.Linear):
-    """x @ weight^T + bias in x's dtype, whatever that of the parameters."""
+    """x @ weight^T + bias in x's dtype, whatever that of the parameters. name: what errors call it."""
+
+    def __init__(self, name: str, dim: int, out: int, config: MoEConfig, bias: bool = False) -> None:
+        super().__init__(dim, out, bias=bias, dtype=as_dtype(config.dtype))
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
+        check_held("MoE", {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}, x.device)
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -76,14 +81,15 @@ class Gate(Corrected, nn.Linear):
     `train_gate=False` freezes weight and bias.
     """
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, name: str = "gate") -> None:
         stored = as_dtype(config.gate_dtype or config.dtype)
         super().__init__(config.dim, n_ranked(config), bias=config.router_bias, dtype=stored)
-        self.config = config
+        self.config, self.name = config, name
         self.requires_grad_(config.train_gate)
         self.corrected_as(config)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_held("MoE", {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}, x.device)
         return gate_logits(x, self.weight, self.bias, self.config)
 
 
@@ -97,7 +103,7 @@ class NormedGate(Corrected):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         plain = replace(config, force_e_score_correction_bias=False, gate_bias_update_factor=0.0)
-        self.config, self.proj = config, Gate(replace(plain, score_func="sigmoid"))
+        self.config, self.proj = config, Gate(replace(plain, score_func="sigmoid"), "gate.proj")
         ones = lambda size: nn.Parameter(torch.ones(size, dtype=self.proj.weight.dtype))
         self.scale, self.per_expert_scale = ones(config.dim), ones(n_ranked(config))
         self.requires_grad_(config.train_gate)
@@ -109,6 +115,7 @@ class NormedGate(Corrected):
         self.per_expert_scale.fill_(1.0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_held("MoE", {"gate.scale": self.scale, "gate.per_expert_scale": self.per_expert_scale}, x.device)
         logits = self.proj(rms_norm(x, self.scale, self.config.norm_eps))
         return logits, self.per_expert_scale * 1  # memory that FSDP2 does not take back
 
@@ -131,6 +138,7 @@ class LatentNorm(NormWeight):
     """The RMS norm of x [T, L] times weight + config.norm_offset."""
 
     def forward(self, x: Tensor) -> Tensor:
+        check_held("MoE", {"latent_norm.weight": self.weight}, x.device)
         return latent_norm(self.weight, self.config, x)
 
 
@@ -141,8 +149,8 @@ class SharedExperts(nn.Module):
         super().__init__()
         S, self.config = config.n_shared_experts * (config.shared_expert_inter_dim or config.moe_inter_dim), config
         for part in ("gate_proj", "up_proj") if is_gated_activation(config.shared_expert_activation) else ("up_proj",):
-            self.add_module(part, Linear(config.dim, S, bias=False, dtype=config.dtype))
-        self.down_proj = Linear(S, config.dim, bias=False, dtype=config.dtype)
+            self.add_module(part, Linear(f"shared_experts.{part}", config.dim, S, config))
+        self.down_proj = Linear("shared_experts.down_proj", S, config.dim, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return shared(x, self.config, lambda name, x: self.get_submodule(name.rpartition(".")[2])(x))

@@ -77,6 +77,10 @@ LAYER = {
     "fmoe.experts(params, x[:, :7], routing, config)": "tokens of another width",
     "fmoe.experts(params, x, (x, x), config)": "a routing is indices, weights and a mask",
     "fmoe.experts(params, x, routing, config, backend='cuda')": "no such backend: none is chosen in its place",
+    "fmoe.nn.MoE(replace(config, n_shared_experts=1)).to('meta')(x)": "no module computes with weights without data",
+    "fmoe.nn.MoE(config).load_state_dict({'gate.weight': gate['gate.weight'].to(torch.int8)})": (
+        "a copy would cast codes to numbers"
+    ),
     "torch.jit.trace(fmoe.nn.MoE(config), x.bfloat16())": "one routing would become constants",
     "fmoe.route(gate, x, replace(config, score_func='relu'))": "no such score",
     "fmoe.route(gate, x, replace(config, score_func='sigmoid_with_bias'))": "the bias that it promises is not there",
