@@ -1,6 +1,6 @@
-"""The laws of an adapter, asserted on random tensors: inverse, abstract, tiling, views, restriction, purity."""
+"""The laws of an adapter, asserted on random tensors: inverse, order, abstract, tiling, views, restriction, purity."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
@@ -14,10 +14,12 @@ from fmoe.layout.beside import BesidePlan
 from fmoe.layout.grouping import Window
 from fmoe.layout.pipeline import Plan
 from fmoe.layout.plan import TablePlan
-from fmoe.testing.compared import assert_pure, clones, same, tensors
+from fmoe.testing.apart import Function
+from fmoe.testing.compared import assert_pure, clones, odd_values, same, tensors
+from fmoe.testing.methods import assert_alone, assert_methods, assert_singles, assert_yields
+from fmoe.testing.pairs import assert_follows, assert_pair
 from fmoe.types import AdapterError, TensorSpec
 
-Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 Pair = tuple[Function, Function]
 
 
@@ -25,8 +27,13 @@ def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: 
     """Inverse, order, completeness, abstract = concrete, views = copies, restriction = slice, purity: of any tensors.
 
     adapter: an Adapter, or two functions (from_hf, to_hf) over dicts of tensors. specs: what goes into from_hf.
-    Of two functions the laws are inverse, order and purity. A lossless adapter must keep all of them; one
-    with a codec is held to the inverse on what it wrote itself. Raises AssertionError that says which law is broken.
+    Of two functions the laws are inverse (of any bits, also -0.0 and NaN), order, purity, and that what is returned
+    follows from the argument alone (function). A lossless adapter must keep all of them; one with a codec is held to
+    the inverse on what it wrote itself. Raises AssertionError that says which law is broken.
+
+    Of a class of your own, and of functions, order and values must also be the same in processes of other hash seeds,
+    of which the first call starts two. Not held to that is what those cannot import: lambdas, functions inside of
+    others, and those of `__main__`.
 
     >>> import fmoe
     >>> specs = {f"w.{e}": TensorSpec((3,), torch.float32) for e in range(2)}
@@ -35,15 +42,17 @@ def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: 
     >>> assert_laws((transpose, transpose), {"w": TensorSpec((2, 3), torch.float32)})
     """
     if not isinstance(adapter, Adapter):
-        return _assert_pair(*adapter, tensors(specs, seed))
+        return assert_pair(*adapter, specs, seed)
     adapter = adapter.resolve(specs)
     if type(adapter) is Adapter:  # a class of yours may do otherwise
         adapter = _Once(adapter.stages, adapter.moe, adapter.config)
-    drawn = tensors(specs, seed)
-    drawn |= {name: drawn[of].clone() for name, of in _aliases(adapter.plan(specs))}
-    hf: Mapping[str, Tensor] = MappingProxyType(drawn)
+    aliases = [*_aliases(adapter.plan(specs))]
+    drawn, odd = tensors(specs, seed), odd_values(specs, seed) if adapter.lossless else tensors(specs, seed ^ 1)
+    for found in (drawn, odd):
+        found |= {name: found[of].clone() for name, of in aliases}
     if not adapter.lossless:
-        hf = MappingProxyType(adapter.to_hf(adapter.from_hf(hf), copy=True))
+        drawn, odd = (adapter.to_hf(adapter.from_hf(found), copy=True) for found in (drawn, odd))
+    hf = MappingProxyType(drawn)
     before = clones(hf)
     native = MappingProxyType(adapter.from_hf(hf))
     assert_inverse(adapter, hf, native)
@@ -52,7 +61,13 @@ def assert_laws(adapter: Adapter | Pair, specs: Mapping[str, TensorSpec], seed: 
     assert_abstract(adapter, hf, native)
     assert_tiles(adapter.plan(hf))
     assert_views(adapter, hf, native)
+    assert_singles("single", adapter, native)
+    if adapter.lossless:
+        assert_alone(adapter, hf, native)
     assert_restricts(adapter, hf, native)
+    assert_follows(adapter.from_hf, adapter.to_hf, hf, odd)
+    if not isinstance(adapter, _Once):
+        assert_methods(adapter, hf, native)
     assert_pure("a conversion", hf, before)
 
 
@@ -72,34 +87,6 @@ class _Once(Adapter):
         if (made := self.plans.get(asked)) is None:
             made = self.plans[asked] = super()._plan(values, window, local)
         return made
-
-
-def _assert_pair(from_hf: Function, to_hf: Function, drawn: dict[str, Tensor]) -> None:
-    """to_hf(from_hf(x)) == x, whatever the order of a dict; and nothing is written to an argument."""
-    there, back, before = _watched("from_hf", from_hf), _watched("to_hf", to_hf), clones(drawn)
-    native = there(drawn)
-    kept = clones(native)
-    same(back(native), before, "inverse: to_hf(from_hf(x))")
-    turned = there(dict(reversed(drawn.items())))
-    same(turned, kept, "order: from_hf of x in another order")
-    assert list(turned) == list(native), (
-        f"order: from_hf of x in another order returns its names in another order: found {[*turned][:4]}, "
-        f"expected {[*native][:4]} again. Fix: make them in an order of their own, as over sorted(names)"
-    )
-    same(there(back(native)), kept, "inverse: from_hf(to_hf(from_hf(x)))")
-    assert_pure("from_hf or to_hf", drawn, before)
-
-
-def _watched(name: str, function: Function) -> Function:
-    """The function, which must leave its argument as it is."""
-
-    def run(given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        own, before = dict(given), clones(given)
-        made = function(own)
-        assert_pure(name, own, before)
-        return made
-
-    return run
 
 
 def assert_order(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping[str, Tensor]) -> None:
@@ -223,6 +210,8 @@ def assert_restricts(adapter: Adapter, hf: Mapping[str, Tensor], native: Mapping
             same(adapter.from_hf({k: hf[k] for k in needed}, e=part), local, f"restriction: from_hf of e={part} alone")
             back = adapter.to_hf(local, e=part)
             assert set(back) == set(needed), f"restriction: to_hf of e={part} gives other names"
+            assert_yields(f"restriction: iter_hf of e={part}", adapter.iter_hf(local, e=part), back)
+            assert_singles("restriction", adapter, {n: t for n, t in local.items() if n in stacks}, e=part)
             same(
                 {k: t for k, t in back.items() if t.shape == hf[k].shape},
                 {k: hf[k] for k in back if back[k].shape == hf[k].shape},
