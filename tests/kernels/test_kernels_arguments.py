@@ -14,23 +14,10 @@ from fmoe_kernels import products
 from fmoe_kernels.host import check, launch
 from fmoe_kernels.programs import fp8
 from fmoe_kernels.programs.route import make_route
-from kernel_calls import CALLS, LAYER, E, N, ends, ids, new
+from kernel_calls import CALLS, DAMAGE, LAYER, E, N, ends, ids, new
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-DAMAGE: dict[str, Callable[[Tensor], Any]] = {
-    "no tensor": lambda t: t.tolist(),
-    "None": lambda t: None,
-    "a dimension more": lambda t: t[..., None],
-    "a dimension less": lambda t: t.flatten()[:0] if t.ndim > 1 else t.sum(),
-    "first size": lambda t: torch.cat([t.float(), t[:1].float()]).to(t.dtype),
-    "last size": lambda t: t[..., :-1] if t.shape[-1] > 1 else torch.cat([t, t], -1),
-    "complex": lambda t: t.to(torch.complex64),
-    "another kind": lambda t: t.int() if t.is_floating_point() or t.dtype == torch.bool else t.float(),
-    "bytes": lambda t: t.to(torch.bool) if t.dtype != torch.bool else t.to(torch.uint8),
-    "elsewhere": lambda t: t.to("meta"),
-    "sparse": lambda t: t.float().to_sparse(),
-}
 FITS = [  # what remains a valid call
     "mask None", "b_up None", "b_down None", "p None", "u a dimension more", "u a dimension less", "u last size",
     "u first size", "p a dimension less", "products.tgmm offsets first size", "products.tgmm offsets last size",

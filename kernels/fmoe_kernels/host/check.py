@@ -15,6 +15,7 @@ WIDE = (*FLOATS, torch.float64)
 _SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 INTEGERS = (*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 BOOL = (torch.bool,)
+LONG = (torch.int64,)
 ENDS = (torch.int32, torch.int64)
 MOST_ROWS = 2**30 - 1
 """Rows and slots are int32, and a tile of rows ends at 2^30: see `host.launch.rows_descriptor`."""
@@ -128,6 +129,32 @@ def check_activation(who: str, activation: Any) -> None:
     """Raises ValueError for what is no activation's name."""
     if not isinstance(activation, str) or activation not in GATED:
         raise ValueError(f"{who}: activation is {activation!r}, expected one of {', '.join(GATED)}")
+
+
+def check_same(who: str, like: str, x: Tensor, **tensors: Tensor) -> None:
+    """Raises ValueError where a tensor's dtype is not that of x."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{who}: {name} is {tensor.dtype}, expected {x.dtype}, as {like}")
+
+
+def check_layer(
+    who: str, x: Any, indices: Any, weights: Any, mask: Any, w_up: Any, w_down: Any, b_up: Any, b_down: Any,
+    activation: Any, start: Any,
+) -> None:  # fmt: skip
+    """Raises ValueError for what is no expert layer, its input and routing."""
+    check_activation(who, activation)
+    check_index(who, "start", start, 0, "the id of the first expert here")
+    given: dict[str, tuple[Any, str, Dtypes]]
+    given = {"x": (x, "T D", WIDE), "indices": (indices, "T K", INTEGERS), "weights": (weights, "T K", WIDE)}
+    given |= {"mask": (mask, "T", BOOL)} if mask is not None else {}
+    sizes = check(who, given | {"w_down": (w_down, "E I D", WIDE)})
+    sizes["U"] = 2 * sizes["I"] if GATED[activation] else sizes["I"]
+    biases = {"b_up": (b_up, "E U", WIDE), "b_down": (b_down, "E D", WIDE)}
+    params = {"w_up": (w_up, "E D U", WIDE)} | {name: b for name, b in biases.items() if b[0] is not None}
+    check(who, {"x": given["x"], **params}, **sizes)
+    if 0 in (sizes["E"], sizes["D"], sizes["I"]):
+        raise ValueError(f"{who}: w_down is {list(w_down.shape)}, expected [E I D] without a zero")
 
 
 def say(dtypes: Dtypes) -> str:

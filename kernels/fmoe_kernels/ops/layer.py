@@ -11,17 +11,7 @@ from torch import Tensor
 
 from fmoe_kernels import reference
 from fmoe_kernels.host.batch import one_by_one
-from fmoe_kernels.host.check import (
-    BOOL,
-    GATED,
-    INTEGERS,
-    WIDE,
-    check,
-    check_activation,
-    check_flags,
-    check_index,
-    check_numbers,
-)
+from fmoe_kernels.host.check import check_flags, check_layer, check_numbers
 from fmoe_kernels.host.configs import load
 from fmoe_kernels.host.function import Function
 from fmoe_kernels.ops import flops  # noqa: F401  its formulas, for whoever counts
@@ -67,7 +57,7 @@ def experts(
     Raises ValueError for tensors that do not fit, an unknown activation, a file that is no table or whose tiles do not
     launch here, and tensors on a CPU outside the interpreter.
     """
-    _check(x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, start)
+    check_layer("experts", x, indices, weights, mask, w_up, w_down, b_up, b_down, activation, start)
     check_numbers("experts", alpha=alpha, limit=limit)
     flags = dict(weight_after_down=weight_after_down, recompute=recompute, wide=wide, batch_invariant=batch_invariant)
     check_flags("experts", **flags)
@@ -154,21 +144,3 @@ class _Backward(Function):
 @torch._dynamo.allow_in_graph
 def _experts(*args: Any) -> Tensor:
     return _Forward.apply(*args)[0]
-
-
-def _check(
-    x: Tensor, indices: Tensor, weights: Tensor, mask: Maybe, w_up: Tensor, w_down: Tensor, b_up: Maybe, b_down: Maybe,
-    activation: str, start: int,
-) -> None:  # fmt: skip
-    check_activation("experts", activation)
-    check_index("experts", "start", start, 0, "the id of the first expert here")
-    given: dict[str, tuple[Maybe, str, tuple[torch.dtype, ...]]]
-    given = {"x": (x, "T D", WIDE), "indices": (indices, "T K", INTEGERS), "weights": (weights, "T K", WIDE)}
-    given |= {"mask": (mask, "T", BOOL)} if mask is not None else {}
-    sizes = check("experts", given | {"w_down": (w_down, "E I D", WIDE)})
-    sizes["U"] = 2 * sizes["I"] if GATED[activation] else sizes["I"]
-    biases = {"b_up": (b_up, "E U", WIDE), "b_down": (b_down, "E D", WIDE)}
-    params = {"w_up": (w_up, "E D U", WIDE)} | {name: b for name, b in biases.items() if b[0] is not None}
-    check("experts", {"x": given["x"], **params}, **sizes)
-    if 0 in (sizes["E"], sizes["D"], sizes["I"]):
-        raise ValueError(f"experts: w_down is {list(w_down.shape)}, expected [E I D] without a zero")

@@ -3,20 +3,16 @@
 Each is the other's derivative, so that any layer, and any order of derivatives, can be made of them.
 """
 
-import torch
 from torch import Tensor
 
-from fmoe_kernels.host.check import ENDS, FLOATS, check, check_flags, few_enough
+from fmoe_kernels.host.check import ENDS, FLOATS, check, check_same, few_enough
+from fmoe_kernels.host.codes import KINDS, check_code, check_scales
 from fmoe_kernels.host.launch import Tiling, check_runs, dense, flat
 from fmoe_kernels.programs import codes
 from fmoe_kernels.programs import gmm as gmm_file
 from fmoe_kernels.programs.dw import dw
 from fmoe_kernels.programs.route import sorted_route
 from fmoe_kernels.programs.sums import bias_gradient
-
-POINTED = {"int4": torch.int32, "int8": torch.int32, "signed": torch.uint8}
-KINDS = {"e4m3": torch.uint8, "e2m1": torch.uint8} | POINTED
-"""What words of each code are; those of integers may have zero points."""
 
 
 def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
@@ -28,7 +24,7 @@ def gmm(x: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """
     given = {"x": (x, "N K", FLOATS), "w": (w, "E K M", FLOATS), "offsets": (offsets, "E", ENDS)}
     sizes = check("products.gmm", given)
-    same("products.gmm", "w", w, x)
+    check_same("products.gmm", "x", x, w=w)
     check_runs(x=x, w=w, offsets=offsets)
     few_enough("products.gmm", "x", len(x))
     if 0 in sizes.values():
@@ -50,13 +46,7 @@ def gmm_codes(x: Tensor, w: codes.Coded, offsets: Tensor) -> Tensor:
     sizes["K"] = sizes["k"] * packed
     if not turned and x.shape[1] != sizes["K"]:
         raise ValueError(f"products.gmm_codes: x is {list(x.shape)}, expected [N, K={sizes['K']}], as words say")
-    grid = {a: -(-sizes[n] // (side or max(sizes[n], 1))) for a, n, side in zip("ab", "KM", block, strict=True)}
-    points = code in POINTED and second is not None
-    factors = FLOATS if points else (torch.uint8,) if second is not None else (torch.uint8, *FLOATS)
-    beside = {"x": given["x"], "scale": (scale, "E a b", factors)}
-    if second is not None:
-        beside["second"] = (second, "E a b", (torch.uint8,)) if points else (second, "E one M", (torch.float32,))
-    check("products.gmm_codes", beside, **{n: sizes[n] for n in "EKM"}, **grid, one=1)
+    check_scales("products.gmm_codes", {"x": given["x"]}, scale, second, code, block, sizes)
     check_runs(x=x, words=words, scale=scale, second=second, offsets=offsets)
     few_enough("products.gmm_codes", "x", len(x))
     w = w._replace(words=words.resolve_neg(), scale=scale.resolve_neg())
@@ -71,14 +61,7 @@ def _check_coded(w: codes.Coded) -> None:
     who = "products.gmm_codes"
     if not isinstance(w, codes.Coded):
         raise ValueError(f"{who}: w is of type {type(w).__name__}, expected fmoe_kernels.programs.codes.Coded")
-    if not isinstance(w.code, str) or w.code not in KINDS:
-        raise ValueError(f"{who}: code is {w.code!r}, expected one of {', '.join(KINDS)}")
-    sides = w.block if isinstance(w.block, tuple) and len(w.block) == 2 else (None,)
-    if not all(type(side) is int and side >= 0 and not side & (side - 1) for side in sides):
-        raise ValueError(f"{who}: block is {w.block!r}, expected powers of two, or 0")
-    check_flags(who, divides=w.divides, late=w.late, turned=w.turned)
-    if w.second is not None and w.block[1] != 1 and w.code not in POINTED:
-        raise ValueError(f"{who}: second stands beside blocks {w.block!r}, expected blocks of one column")
+    check_code(who, w.code, w.block, w.second, divides=w.divides, late=w.late, turned=w.turned)
 
 
 def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
@@ -88,7 +71,7 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """
     given = {"x": (x, "N K", FLOATS), "y": (y, "N M", FLOATS), "offsets": (offsets, "E", ENDS)}
     sizes = check("products.tgmm", given)
-    same("products.tgmm", "y", y, x)
+    check_same("products.tgmm", "x", x, y=y)
     check_runs(x=x, y=y, offsets=offsets)
     few_enough("products.tgmm", "x", len(x))
     out = x.new_empty(len(offsets), x.shape[1], y.shape[1])
@@ -98,9 +81,3 @@ def tgmm(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return bias_gradient(dense(y), flat(x), r, x.dtype)[:, None]
     return dw(dense(x), dense(y), r, out, Tiling())
-
-
-def same(who: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raises ValueError where a tensor's dtype is not that of x."""
-    if tensor.dtype != x.dtype:
-        raise ValueError(f"{who}: {name} is {tensor.dtype}, expected {x.dtype}, as x")

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fmoe_kernels.host.codes import PACKED
 from fmoe_kernels.host.configs import Config
 from fmoe_kernels.host.launch import Tiling, config, grid_of, row_descriptors, run
 from fmoe_kernels.programs.route import Route
@@ -46,7 +47,7 @@ class Coded(NamedTuple):
 
     @property
     def packed(self) -> int:
-        return {"e4m3": 1, "signed": 1, "e2m1": 2, "int8": 4, "int4": 8}[self.code]
+        return PACKED[self.code]
 
     @property
     def how(self) -> int:

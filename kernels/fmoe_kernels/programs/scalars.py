@@ -1,7 +1,7 @@
 """Scalar activations: (g, v, alpha, limit) -> (act, its derivative by g, its derivative by v), element by element.
 
 Each is one function, an argument of every kernel: what a kernel does not use, the compiler drops. Clamps pass NaN on,
-and give no gradient beyond their limit. The eager twins are in `reference.py`.
+and give no gradient beyond their limit. The eager twins are in `reference`.
 """
 
 import math

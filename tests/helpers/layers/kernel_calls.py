@@ -37,3 +37,18 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Tensor]]] = {
     "fp8.quantize_rows": (fp8.quantize_rows, dict(x=new(N, K))),
     "make_route": (lambda indices, mask: make_route(indices, mask, E), dict(indices=ids(N, 1), mask=new(N) > 0)),
 } | {name: (getattr(activations, name), dict(u=new(N, K), p=new(N, 1))) for name in SCALARS}
+
+DAMAGE: dict[str, Callable[[Tensor], Any]] = {
+    "no tensor": lambda t: t.tolist(),
+    "None": lambda t: None,
+    "a dimension more": lambda t: t[..., None],
+    "a dimension less": lambda t: t.flatten()[:0] if t.ndim > 1 else t.sum(),
+    "first size": lambda t: torch.cat([t.float(), t[:1].float()]).to(t.dtype),
+    "last size": lambda t: t[..., :-1] if t.shape[-1] > 1 else torch.cat([t, t], -1),
+    "complex": lambda t: t.to(torch.complex64),
+    "another kind": lambda t: t.int() if t.is_floating_point() or t.dtype == torch.bool else t.float(),
+    "bytes": lambda t: t.to(torch.bool) if t.dtype != torch.bool else t.to(torch.uint8),
+    "elsewhere": lambda t: t.to("meta"),
+    "sparse": lambda t: t.float().to_sparse(),
+}
+"""What a tensor may be instead."""
