@@ -16,6 +16,7 @@ from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead, no_model
 from fmoe.checkpoint.files.writer import Layout
+from fmoe.checkpoint.lacking import lacking
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
@@ -23,19 +24,17 @@ from fmoe.checkpoint.remote.targets import here
 from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.written import write_at
 from fmoe.checkpoint.which import open_ours
-from fmoe.families import known, opened
-from fmoe.families.spelling import alike, in_memory, layers_with, spelt
+from fmoe.families import opened
+from fmoe.families.spelling import alike
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
 from fmoe.layout.eager.kinds import unwritable
 from fmoe.layout.notation import Rule
-from fmoe.lowrank.complete import Known, missing
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
-from fmoe.lowrank.layers import deep, less, nowhere, sparse
-from fmoe.lowrank.matrices import attention, is_copy, matrices, mended, tied
-from fmoe.lowrank.said import config_of, odd_ranks
+from fmoe.lowrank.matrices import attention, is_copy, matrices, mended
+from fmoe.lowrank.said import config_of
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
 from fmoe.lowrank.stage import LoraTable, is_lora
@@ -123,21 +122,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
     with mended():
         adapter = base.resolve(tensors)
         params = _native(adapter, tensors, said)
-    model = adapter.config or {}
-    about = Known(
-        partial(known.everywhere, model),
-        lambda name: alike(model, name)[-1],
-        partial(in_memory, model),
-        partial(layers_with, model),
-        str(model.get("model_type")) in spelt(),
-        partial(nowhere, adapter),
-        sparse(model),
-    )
-    odd = [*odd_ranks(params, said, adapter, partial(deep, adapter)), *(tied(params) if known.ties(model) else ())]
-    problems = [*odd, *missing(params, said, adapter, names, about)]
-    told = {key for p in problems for key in p.keys}
-    problems += [] if names is not None else [p for p in less(params, said, adapter) if told.isdisjoint(p.keys)]
-    if problems:
+    if problems := lacking(params, said, adapter, names):
         raise AdapterError(problems)
     return Tuned(params, said, adapter)
 
@@ -227,7 +212,7 @@ def save(
         config = replace(config, base=base)
     back, tensors = _as(adapter, config), pared(_singly(adapter), tensors, config)
     _native(back, tensors, config)  # what is written can be read
-    if problems := list(odd_ranks(params, config, back.resolve(tensors), partial(deep, adapter))):
+    if problems := lacking(params, config, back.resolve(tensors)):
         raise AdapterError(problems)
     text = json.dumps(config.json(), indent=2) + "\n"
     put = {WEIGHTS: lambda part: _saved(tensors, part), CONFIG: lambda part: part.write_text(text)}

@@ -233,11 +233,12 @@ def _gaps(target: str, keys: list[str], adapter: Adapter, said: LoraConfig, know
         alike = experts or known.everywhere(module.removesuffix(".weight" * (target in said.target_parameters)))
         if not alike if alike is not None else mixed:
             continue
-        if mixed and experts:
+        beside = bool(_BESIDE.search(form))
+        if mixed and experts and (beside or known.sparse is None):
             continue
-        count = None if _BESIDE.search(form) else _layers(adapter)
+        count = None if beside else _layers(adapter)
         name = lambda n, form=form: form.replace("*", str(n), 1).rstrip(".")
-        if experts and count is not None and known.sparse is not None:
+        if experts and not beside and known.sparse is not None:
             wanted = sorted(known.sparse)
         else:
             every = 1 if not experts else next((n for f in PERIODS if isinstance(n := config.get(f), int)), 1)
