@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from fmoe.backends import Backend
 from fmoe.integrations.composed import layer
 from fmoe.integrations.gates import OWN, Gate, address, applied, gate_of, gate_of_act, glu
-from fmoe.integrations.kinds import held_by, kind_of
+from fmoe.integrations.kinds import held_by, kind_of, present
 from fmoe.integrations.stacks import stacked
-from fmoe.shapes import in_shape
+from fmoe.shapes import check_held, in_shape
 from fmoe.sharding import is_dtensor
 from fmoe.types import Routing
 
@@ -46,6 +46,8 @@ def fused(
 ) -> Tensor:
     """The experts of a module with stacked parameters: `gate_up_proj` or `up_proj`, `down_proj`, and their biases."""
     gate = gate_of_once(m)
+    if gate.own or how.get("after"):
+        present(m, x)
     params = views(m, n_experts) | lora(m, n_experts)
     how = {"apply": applied(m)} | how if gate.own or how.get("after") else how
     return in_shape(layer(params, x.reshape(-1, x.shape[-1]), routing, gate, backend=backend, **how), x.shape)
@@ -105,7 +107,7 @@ def lora(m: nn.Module, n_experts: int | None = None) -> dict[str, Tensor]:
 
 def llama4_moe(m: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """Llama4TextMoe: scores multiply what goes in, and only the K experts that a token chose are computed."""
-    x = hidden_states.reshape(-1, m.hidden_dim)
+    present(m, x := hidden_states.reshape(-1, m.hidden_dim))
     scores, logits = m.router(x)
     index = logits.topk(m.top_k, dim=1).indices
     rows = x[:, None] * scores.gather(1, index)[..., None]
@@ -136,7 +138,7 @@ def step3p7(m: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 def jetmoe(m: Any, layer_input: Tensor) -> Tensor:
     """JetMoeMoE: its router's logits, one softmax over the K that were chosen, a bias on the sum."""
     plain(m, ("input_linear", "output_linear"), "JetMoeParallelExperts")
-    x = layer_input.reshape(-1, m.input_size)
+    present(m, x := layer_input.reshape(-1, m.input_size))
     top = m.router(x)[-1].topk(m.router.top_k, dim=1)
     weights = torch.softmax(top.values, dim=1).type_as(x)
     params = {"gate_and_up_projs": m.input_linear.weight.mT, "down_projs": m.output_linear.weight.mT}
@@ -148,6 +150,7 @@ def jetmoe(m: Any, layer_input: Tensor) -> Tensor:
 def dbrx(m: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """DbrxExperts: gate and up are parameters of their own, so u is two products side by side."""
     plain(m, ("mlp",), "DbrxExpertGLU")
+    present(m, hidden_states)
     x, act = hidden_states.reshape(-1, m.hidden_size), m.mlp.activation_fn
     each = lambda w: w.view(m.num_experts, m.ffn_hidden_size, m.hidden_size)
     params = {"gate_projs": each(m.mlp.w1).mT, "up_projs": each(m.mlp.v1).mT, "down_projs": each(m.mlp.w2)}
@@ -175,7 +178,12 @@ def _listed(m: Any, x: Tensor, index: Tensor, weights: Tensor, kind: str, names:
     plain(m, tuple(f"expert_{e}" for e in range(m.num_experts)), kind)
     for expert in each:
         plain(expert, names, nn.Linear)
-    column = lambda name, what: stacked([getattr(getattr(expert, name), what) for expert in each])
+
+    def column(name: str, what: str) -> Tensor:
+        parts = [getattr(getattr(expert, name), what) for expert in each]
+        check_held(type(m).__name__, {f"expert_{e}.{name}.{what}": p for e, p in enumerate(parts)}, x.device)
+        return stacked(parts)
+
     params = {"gate_and_up_projs": column(names[0], "weight").mT, "down_projs": column(names[1], "weight").mT}
     if getattr(each[0], names[0]).bias is not None:
         params |= {"gate_up_proj_bias": column(names[0], "bias"), "down_proj_bias": column(names[1], "bias")}

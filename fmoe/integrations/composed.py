@@ -12,7 +12,8 @@ from fmoe.backends.raw import RAW
 from fmoe.dispatch import Rows, local
 from fmoe.dispatch.watched import untraced
 from fmoe.integrations.gates import Gate
-from fmoe.layer.experts import experts
+from fmoe.layer.checks import AXES, check_experts, check_tokens
+from fmoe.layer.experts import autocast_on, experts, without_autocast
 from fmoe.types import MoEConfig, Params, Routing
 
 Apply = Callable[[Tensor], Tensor]
@@ -44,12 +45,15 @@ def layer(
         return experts(params, x, routing, config, backend=backend, lora_alpha=float(r))
     if apply is None:
         raise ValueError("layer: a gate that is its module's own needs `apply`")
+    axes = AXES if len(ups) == 1 else dict.fromkeys(ups, "E D I") | {n: a for n, a in AXES.items() if "U" not in a}
+    check_tokens(x, routing, config)
+    U = sum(int(params[name].shape[-1]) for name in ups)  # what a function of its own makes I of
+    check_experts(params, config, x.device, n_experts=E, axes=axes, U=U)
     by = products(backend, x)
 
-    device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    h = x.to(torch.get_autocast_dtype(device)) if cast else x
-    with torch.autocast(device, enabled=False):
+    cast = autocast_on(x.device)
+    h = x if cast is None or x.dtype == torch.float64 else x.to(cast)
+    with without_autocast(x.device):
         plan = local.plan(routing, config)
         rows = local.dispatch(h, routing.weights, plan)
         return local.combine(_mlp(params, rows, ups, apply, after, by), plan).to(x.dtype)

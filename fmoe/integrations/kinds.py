@@ -1,11 +1,15 @@
 """What a module is beneath what has been made of its class, and what a patched one takes along in a pickle."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fmoe.backends import Backend
+from fmoe.shapes import odd
 
 
 def kind_of(module: nn.Module) -> type:
@@ -23,6 +27,27 @@ def kind_of(module: nn.Module) -> type:
 def held_by(module: nn.Module) -> type:
     """The class of a module whose parameters are read, not its forward called: parametrised ones are read as such."""
     return type(module).__mro__[1] if is_parametrized(module) else type(module)
+
+
+def present(module: nn.Module, x: Tensor) -> None:
+    """Raises ValueError for a tensor of a module that has no data, beside an x that has, and that no hook will bring.
+
+    What a function of the module's own reads is not among the parameters that `fmoe.experts` checks.
+    """
+    every = chain(module.parameters(), module.buffers())
+    if x.device.type == "meta" or torch.compiler.is_compiling() or not any(t.device.type == "meta" for t in every):
+        return
+    if told := odd({n: t for n, t in _unbrought(module, "") if t.device.type == "meta"}, x.device):
+        raise ValueError(f"{type(module).__name__}: parameter {told[0]}")
+
+
+def _unbrought(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, t in chain(module._parameters.items(), module._buffers.items()):
+        if t is not None:
+            yield prefix + name, t
+    for name, child in module.named_children():
+        if "forward" not in child.__dict__ and not child._forward_pre_hooks:  # as accelerate's hooks are set
+            yield from _unbrought(child, f"{prefix}{name}.")
 
 
 class Registered:

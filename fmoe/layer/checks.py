@@ -80,12 +80,16 @@ def check_experts(
     *,
     n_experts: int,
     coded: Mapping[str, str] = MappingProxyType({}),
+    axes: Mapping[str, str] = AXES,
+    U: int | None = None,
 ) -> None:
+    """Raises ValueError for parameters of experts that do not fit. U: the width of u, where config does not say it."""
     if named := [name for name, p in params.items() if is_dtensor(p)]:
         told = "expected this rank's experts: fmoe.parallel.local_params(params) gives them"
         raise ValueError(f"experts: {named[0]!r} is a DTensor, {told}")
     I = config.moe_inter_dim
-    sizes = dict(E=n_experts, D=config.expert_dim, I=I, U=2 * I if is_gated_activation(config.expert_activation) else I)
+    U = U or (2 * I if is_gated_activation(config.expert_activation) else I)
+    sizes = dict(E=n_experts, D=config.expert_dim, I=I, U=U)
     for name, other in PAIRS.items():
         if name in params and other not in params:
             raise ValueError(f"experts: parameter {name!r} stands alone, expected {other!r} beside it")
@@ -98,7 +102,7 @@ def check_experts(
         how = f", interleaved={is_interleaved(config.expert_activation)}" * (matrices[uneven[0]].ndim == 4)
         raise ValueError(f"experts: {uneven[0]!r} is {told}: fmoe.lora.even(lora, scale{how}) makes such of any others")
     biases = () if config.expert_bias else ("gate_up_proj_bias", "down_proj_bias")
-    axes = AXES if said(config, "expert_norm_eps") is None else AXES | {NORM: "D"}
+    axes = axes if said(config, "expert_norm_eps") is None else {**axes, NORM: "D"}
     sized = shapes(params, coded) if coded else {}
     check_params("experts", params, axes, sizes, where=where, optional=(*biases, *PAIRS), coded=sized)
     if coded and not torch.compiler.is_compiling():  # a compiler's graph finds it out when it runs

@@ -96,7 +96,7 @@ def experts(
         check_tokens(x, routing, config)
     right = right and dispatcher is local  # another one's ranks have fewer experts each
     multiply = find(backend, x.device)
-    autocast = _autocast(x.device)
+    autocast = autocast_on(x.device)
     h = x if autocast in (None, x.dtype) or x.dtype == torch.float64 else x.to(autocast)
     inside, power = weighs_inside(config), None
     if inside and h.dtype == torch.float16 and not config.apply_router_weight_after_down:
@@ -152,7 +152,7 @@ def _power(routing: Routing, config: MoEConfig) -> Tensor:
     return most.amax(-1, keepdim=True).log2().ceil().exp2()
 
 
-def _autocast(where: torch.device) -> torch.dtype | None:
+def autocast_on(where: torch.device) -> torch.dtype | None:
     """Autocast's dtype, where it is on; on `meta` there is none."""
     kind = where.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
@@ -160,7 +160,7 @@ def _autocast(where: torch.device) -> torch.dtype | None:
 
 def without_autocast(where: torch.device) -> AbstractContextManager[Any]:
     """A region without autocast."""
-    return NOTHING if _autocast(where) is None else torch.autocast(where.type, enabled=False)
+    return NOTHING if autocast_on(where) is None else torch.autocast(where.type, enabled=False)
 
 
 def _scaled(params: Params, alpha: float, dtype: torch.dtype) -> Params:
