@@ -18,6 +18,7 @@ from torch import Tensor
 from fmoe.testing.compared import assert_listed, same
 from fmoe.types import bits, brief
 
+INSIDE = "FMOE_TESTING_APART"
 Packed = list[tuple[str, torch.dtype, tuple[int, ...], bytes]]
 Function = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -44,13 +45,16 @@ def assert_apart(what: str, function: Function, given: Mapping[str, Tensor], mad
 
 @lru_cache(maxsize=1)
 def _processes() -> tuple["subprocess.Popen[bytes]", ...]:
-    """Two processes, started once; each ends with this one, whose pipe it reads."""
+    """Two processes, started once; each ends with this one, whose pipe it reads.
+
+    In one of them there are none: it may import a module that asserts laws as it is imported.
+    """
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
     seeds = [s for s in ("1", "2", "3") if s != os.environ.get("PYTHONHASHSEED")][:2]
     command = [sys.executable, "-c", "from fmoe.testing.apart import serve; serve()"]
     made = []
-    for seed in seeds if sys.executable else ():
-        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
+    for seed in seeds if sys.executable and INSIDE not in os.environ else ():
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path, INSIDE: "1"}
         made.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         atexit.register(_end, made[-1])
     return tuple(made)

@@ -48,7 +48,8 @@ NUMBERS = {
     "start is": (dict(start=n) for n in (-1, 1.5, True, "1", 2**63)),
     "table is": (dict(table=n) for n in (3, None)),
     "activation is": (dict(activation=n) for n in (["swiglu"], None, "swish")),
-    "alpha is": (dict(alpha=n) for n in (10**400, "1", None)),
+    "alpha is": (dict(alpha=n) for n in (10**400, "1", None, float("nan"))),
+    "limit is": (dict(activation="situ", limit=n) for n in (float("nan"), [1.0])),
 }
 
 

@@ -90,13 +90,13 @@ def check_device(who: str, name: str, tensor: Tensor, first: str, like: Tensor) 
 
 
 def check_numbers(who: str, **numbers: Any) -> None:
-    """Raises ValueError for what is no number.
+    """Raises ValueError for what is no number, NaN included.
 
     >>> check_numbers("swiglu", limit=7, alpha=1.0)
     """
     for name, n in numbers.items():
         large = isinstance(n, int) and abs(n) >= 2**1000
-        if isinstance(n, bool) or large or not isinstance(n, int | float | torch.SymFloat):
+        if isinstance(n, bool) or large or not isinstance(n, int | float | torch.SymFloat) or n != n:
             raise ValueError(f"{who}: {name} is {n!r}, expected a number")
 
 

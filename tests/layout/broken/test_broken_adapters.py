@@ -55,6 +55,10 @@ def remembers(memory: dict[str, Any]) -> dict[str, Any]:
     return dict(from_hf=from_hf, to_hf=to_hf)
 
 
+def times(n: int, made: dict[str, Any]) -> dict[str, Any]:
+    return {name: n * t if n > 1 else t for name, t in made.items()}
+
+
 BROKEN: dict[str, tuple[Callable[[], Adapter], str]] = {
     "single: other values": (
         lambda: of_class(convert_single_tensor_to_hf=lambda *a, **k: [(n, 3 * t) for n, t in SINGLE(*a, **k)]),
@@ -89,6 +93,13 @@ BROKEN: dict[str, tuple[Callable[[], Adapter], str]] = {
     "iter_hf: by the dict given": (
         lambda: of_class(iter_hf=lambda s, n, **k: sorted(ITER(s, n, **k), reverse=[*n][0] > [*n][-1])),
         "^order: iter_hf yields",
+    ),
+    "to_hf and single: of one tensor alone": (
+        lambda: of_class(
+            to_hf=lambda s, p, **k: times(1 + (len(p) == 1), Adapter.to_hf(s, p, **k)),
+            convert_single_tensor_to_hf=lambda *a, **k: [*times(2, dict(SINGLE(*a, **k))).items()],
+        ),
+        "^single: to_hf of '.*' alone gives '.*' with other values",
     ),
     "to_hf: by the hash seed": (lambda: InSets(GOOD.stages), "^(order|hash seed): "),
     "from_hf: by the hash seed": (lambda: ToSets(GOOD.stages), "^(hash seed: from_hf, |order: ).*'"),

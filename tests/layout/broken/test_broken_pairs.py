@@ -1,5 +1,6 @@
 """One pair of functions for each fault that `assert_laws` must tell: by the law, and by a name."""
 
+import pickle
 import random
 from collections.abc import Callable
 from functools import partial
@@ -140,3 +141,13 @@ def test_what_other_processes_cannot_import_is_not_sent_and_they_outlive_what_fa
     assert len(processes) == 2 and all(process.poll() is None for process in processes)
     assert apart._asked(processes[0], (b"no pickle", given)) == ("lost", None)
     apart.assert_apart("f", there, given, given)
+
+
+def test_such_a_process_starts_none_of_its_own() -> None:
+    for process in apart._processes():
+        said, found = apart._asked(process, (pickle.dumps(processes_there), []))
+        assert said == "made" and list(apart._unpacked(found)) == ["0 processes"]
+
+
+def processes_there(_: Params) -> Params:
+    return {f"{len(apart._processes())} processes": torch.ones(1)}
