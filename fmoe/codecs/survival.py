@@ -20,25 +20,29 @@ LEAST = 0.05
 """Below this share of the changed numbers that reach another code, an export is refused."""
 
 
+ANYWHERE = 0.24
+"""From this distance on, in steps, numbers lie anywhere between codes, and no more is known of how far they went."""
+
+
 class Survival(NamedTuple):
     """Of one tensor, the numbers that lie off the grid that they were decoded from.
 
-    changed: how many. far: how far from a code they lie, in steps, and fresh: how many a fresh scale brings to another;
-    error, size: squares of what is written less what should be, and of the latter. All are sums, so that those of a
-    tensor's parts add up.
+    changed: how many. reached: how many of them reach another code, at least, by how far from one they lie; fresh: how
+    many a fresh scale brings to another; error, size: squares of what is written less what should be, and of the
+    latter. All are sums, so that those of a tensor's parts add up.
     """
 
     name: str
     changed: int = 0
-    far: float = 0.0
+    reached: float = 0.0
     fresh: float = 0.0
     error: float = 0.0
     size: float = 0.0
 
     @property
     def moved(self) -> float:
-        """The share that reaches another code, estimated from how far from one they lie."""
-        return max(self.fresh / self.changed, _reaching(self.far / self.changed))
+        """The share that reaches another code, at least."""
+        return max(self.fresh, self.reached) / self.changed
 
 
 def telling(adapter: Adapter, survived: Callable[[Survival], None] | None) -> Adapter:
@@ -52,7 +56,7 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, made: Mapping[str, Tensor]
     """Of a weight that was decoded with a scale, and is written as these codes under `used`; None if it is as it was.
 
     Changes much smaller than a step leave numbers near their codes; larger ones leave them anywhere, a quarter of a
-    step away on average. So the mean distance says how many moved.
+    step away on average. So the mean distance of numbers with steps alike says how many moved, or at least how many.
     """
     if weight.is_meta:
         return None
@@ -62,16 +66,16 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, made: Mapping[str, Tensor]
         if not bool(off.any()):
             continue
         w, b, a, step = (t[off].double() for t in (w, before, a, step))
-        far = float(((w - b).abs() / step).nan_to_num(nan=0.5).clamp(max=0.5).sum())
+        reached = _reaching((w - b).abs(), step, b.abs())
         fresh = float((a - b).abs().gt(step / 16).sum())
         error, size = float((a - w).square().sum()), float(w.square().sum())
-        found = _sum(found, Survival(p.name, w.numel(), far, fresh, error, size))
+        found = _sum(found, Survival(p.name, w.numel(), reached, fresh, error, size))
     return found if found.changed else None
 
 
 def _sum(a: Survival, b: Survival) -> Survival:
     error, size = a.error + b.error, a.size + b.size
-    return Survival(a.name, a.changed + b.changed, a.far + b.far, a.fresh + b.fresh, error, size)
+    return Survival(a.name, a.changed + b.changed, a.reached + b.reached, a.fresh + b.fresh, error, size)
 
 
 Compared = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -94,12 +98,35 @@ def _under_zeros(p: Parts, weight: Tensor, made: Mapping[str, Tensor]) -> Compar
     yield weight, after, after.to(weight.dtype), scale.float().abs()[:, columns.to(scale.device)]
 
 
-def _reaching(far: float) -> float:
-    """The share of normal changes that reach another code, where they lie this far from one on average, in steps."""
-    if far >= 0.22:
-        return 1.0
-    deviation = far * (math.pi / 2) ** 0.5
-    return math.erfc(0.5 / (deviation * 2**0.5)) if deviation else 0.0
+def _reaching(off: Tensor, step: Tensor, size: Tensor) -> float:
+    """How many of numbers that were changed by a normal deviation reach another code, at least, by their distances.
+
+    Of numbers with steps and sizes alike there is one deviation; where their steps are so small that they lie anywhere,
+    it is that of those with the next larger ones.
+    """
+    halves = lambda t: (2 * t.log2().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)).round()
+    kind = halves(step) * 2**12 + halves(size)
+    found, deviation = 0.0, 0.0
+    for each in kind.unique().flip(0):
+        mine = kind == each
+        far = float((off[mine] / step[mine]).nan_to_num(nan=0.5).clamp(max=0.5).mean())
+        wide, steps = float(step[mine].mean()), _deviation(min(far, ANYWHERE))
+        deviation = steps * wide if far < ANYWHERE else max(deviation, steps * wide)
+        found += int(mine.sum()) * math.erfc(wide / (deviation * 8**0.5)) if deviation else 0.0
+    return found
+
+
+def _deviation(far: float) -> float:
+    """The deviation, in steps, that leaves numbers this far from the nearest code on average.
+
+    That distance is 1/4 - 2/pi^2 (exp(-2 pi^2 s^2) + exp(-18 pi^2 s^2) / 9 + ..), a folded normal's.
+    """
+    mean = lambda s: 0.25 - 2 / math.pi**2 * sum(math.exp(-2 * (math.pi * k * s) ** 2) / k**2 for k in range(1, 200, 2))
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        mid = (low + high) / 2
+        low, high = (mid, high) if mean(mid) < far else (low, mid)
+    return low
 
 
 def _matrices(p: Parts, weight: Tensor, after: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -133,4 +160,6 @@ def told(parts: list[Survival]) -> tuple[str, ...]:
     moved = sum(s.moved * s.changed for s in found) / changed
     error = (sum(s.error for s in found) / max(1e-300, sum(s.size for s in found))) ** 0.5
     text = f"{len(found)} tensors were changed since they were decoded, and are written in codes again"
-    return (f"{text}: about {moved:.1%} of their {changed:,} changed numbers reach another code, {error:.2%} off",)
+    return (
+        f"{text}: about {moved:.1%} or more of their {changed:,} changed numbers reach another code, {error:.2%} off",
+    )
