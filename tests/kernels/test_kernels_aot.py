@@ -221,5 +221,5 @@ for call in (experts, lambda: fmoe_kernels.activations.swiglu(x)):
 """
     said = python(code).splitlines()
     assert len(said) == 2
-    for text in said:
-        assert text.startswith("fmoe_kernels: x is on the CPU, expected a GPU; use fmoe_kernels.reference")
+    for text, name in zip(said, "xu", strict=True):
+        assert text.startswith(f"fmoe_kernels: {name} is on the CPU, expected a GPU; use fmoe_kernels.reference")
