@@ -191,10 +191,10 @@ def human(nbytes: float) -> str:
 KINDS: dict[str, tuple[Any, str]] = {
     "int": ((int,), "an int from 0 on"),
     "float": ((int, float), "a number"),
-    "bool": ((int,), "True or False"),
+    "bool": ((bool,), "True or False"),
     "str": ((str,), "a name"),
 }
-"""An annotation -> what a value may be, and how that is said: a bool is a number too, and 0 and 1 are bools."""
+"""An annotation -> what a value may be, and how that is said: a bool is a number too, but 0 and 1 are no bools."""
 
 
 def check_fields(config: Any) -> None:
@@ -218,7 +218,7 @@ def check_fields(config: Any) -> None:
         if kind not in KINDS or (value is None and none):
             continue
         taken, told = KINDS[kind]
-        wrong = not isinstance(value, taken) or kind == "bool" and value not in (0, 1)
+        wrong = not isinstance(value, taken)
         wrong = wrong or (kind == "int" and (isinstance(value, bool) or not 0 <= value < 2**63))
         if kind == "float" and not wrong and abs(value) >= 2**63:
             try:
@@ -230,6 +230,15 @@ def check_fields(config: Any) -> None:
         if wrong or endless:
             end = ", or None" if none else ""
             raise ValueError(f"{type(config).__name__}.{f.name} is {brief(value)}, expected {told}{end}")
+
+
+def as_flag(kind: Any, value: Any) -> Any:
+    """0 and 1 as False and True where a field's annotation is bool, as JSON of other hands writes them; else as it is.
+
+    >>> as_flag(bool, 1), as_flag(int, 1), as_flag(bool, 2)
+    (True, 1, 2)
+    """
+    return bool(value) if _named(kind) == "bool" and type(value) is int and value in (0, 1) else value
 
 
 def _named(annotation: Any) -> str:

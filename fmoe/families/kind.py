@@ -17,7 +17,7 @@ from fmoe.families.defaults import left_out
 from fmoe.families.refused import check_types
 from fmoe.families.router import spoken, unheard, unsaid
 from fmoe.families.sparse import ANY
-from fmoe.folding import meant
+from fmoe.folding import as_flag, meant
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.entries import walk
 from fmoe.layout.notation import Rule
@@ -170,8 +170,8 @@ class Family:
         for name, why in self.unsaid.items():
             if any(value if isinstance(value := config.get(name), list) else [value]):
                 return f"{name}={config[name]!r} {why}"
-        dtype = as_dtype(config.get("dtype") or config.get("torch_dtype"))
-        extra = {"dtype": dtype} | {f: v for f, v in values.items() if f in MoEConfig.__dataclass_fields__}
+        kinds, dtype = MoEConfig.__dataclass_fields__, as_dtype(config.get("dtype") or config.get("torch_dtype"))
+        extra = {"dtype": dtype} | {f: as_flag(kinds[f].type, v) for f, v in values.items() if f in kinds}
         if isinstance(told := spoken(config, self.words), str):
             return told
         extra |= told

@@ -204,7 +204,7 @@ def plain(m: Any, names: tuple[str, ...], kind: type | str) -> None:
             found = f"{address(child)} with hooks, as accelerate's, expected none"
         else:
             continue
-        raise RuntimeError(
+        raise ValueError(
             f"{type(m).__name__} runs in fmoe on parameters of {name!r}, a {found}: its forward would not be called;"
             " `undo()` the patch, or unwrap it"
         )

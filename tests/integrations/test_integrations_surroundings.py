@@ -140,7 +140,7 @@ def test_offloaded_experts_give_eagers_numbers_or_say_why_not(name: str, to: str
             with torch.no_grad():
                 assert close(zoo.output(again, inputs), expected)
             says.append("right")
-        except (ValueError, RuntimeError) as error:
+        except ValueError as error:
             says.append(str(error))
     hooked = ("with hooks, as accelerate's, expected none", "already, expected its class's own: fmoe.patch before")
     assert all(said == "right" or any(why in said for why in hooked) for said in says), says

@@ -131,6 +131,20 @@ def test_no_field_is_nan_and_only_a_limit_is_infinite(name: str) -> None:
             replace(BASE, **{name: value})
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(MoEConfig) if "bool" in str(f.type)])
+def test_a_bool_is_a_bool(name: str) -> None:
+    for value in (0, 1, 2, 1.0, "yes", None, torch.tensor(True), [True]):
+        with pytest.raises(ValueError, match=f"MoEConfig.{name} is"):
+            replace(BASE, **{name: value})
+    assert isinstance(getattr(replace(BASE, **{name: False}), name), bool)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_number_for_a_bool_in_a_models_config_is_the_bool_that_it_says(value: int) -> None:
+    sizes = dict(num_experts=4, num_experts_per_tok=2, hidden_size=6, moe_intermediate_size=4)
+    assert fmoe.adapter("qwen3_moe", sizes | {"norm_topk_prob": value}).moe_config.norm_topk_prob is bool(value)
+
+
 @pytest.mark.parametrize("name", SAID)
 def test_a_fact_of_the_model_is_what_its_config_says(name: str) -> None:
     sizes = dict(num_experts=4, num_experts_per_tok=2, hidden_size=6, moe_intermediate_size=4)
