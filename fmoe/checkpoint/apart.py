@@ -14,7 +14,7 @@ from fmoe.checkpoint.staging.failed import failures
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.again import again
-from fmoe.checkpoint.stream.carry import default_threads
+from fmoe.checkpoint.stream.carry import default_threads, threads_of
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.together import Done, Rank, agreed, ended
@@ -57,9 +57,10 @@ def in_ranks_apart(
             if ranks.first:
                 progress(resumed + most)
 
-        threads = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        each = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         with place.sending(stage) as sent:
-            mine = carry_out(stage, engine, how.threads or engine.source.readers or threads, had, shown, sent, heard)
+            threads = threads_of(how.threads, engine.source.readers, each)
+            mine = carry_out(stage, engine, threads, had, shown, sent, heard)
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
         told = [each for found in ranks.gather(mine) for each in found]
         sums = ended(ranks, finish(stage, told) if ranks.first else None)

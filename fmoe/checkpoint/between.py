@@ -131,7 +131,7 @@ def convert_between(
             framed(stage, layout)
             resumed = sum(engine.items[i].nbytes for i in {*range(stage.done), *stage.also})
             with source.unpacked(dst, laid, needed(engine, UNPACKED)) if isinstance(source, Orbax) else nullcontext():
-                carry_out(stage, engine, threads or source.readers, resumed, carried)
+                carry_out(stage, engine, threads, resumed, carried)
             for name, given in small.items():
                 stage.fill(name, given)
         if checksums:

@@ -208,7 +208,7 @@ def convert(
         if stage.stale is None:
             resumed = sum(engine.items[i].nbytes for i in {*range(stage.done), *stage.also})
             with place.sending(stage) as sent:
-                survived = carry_out(stage, engine, threads or source.readers, resumed, carried, sent, heard)
+                survived = carry_out(stage, engine, threads, resumed, carried, sent, heard)
         else:
             resumed, survived = plan.nbytes, stage.heard
         sums = finish(stage, survived)

@@ -12,7 +12,7 @@ from fmoe.checkpoint.files.mapped import Maps, fetch, mapped
 from fmoe.checkpoint.files.origin import held_ranges
 from fmoe.checkpoint.open import adapter_of, plan_from
 from fmoe.checkpoint.remote.address import Where
-from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.carry import in_order, pool, threads_of
 from fmoe.checkpoint.stream.overlaps import overlapping, without_twins
 from fmoe.checkpoint.stream.slices import narrowing, read
 from fmoe.checkpoint.which import open_ours
@@ -106,7 +106,7 @@ def load(
         return {n: finish(n, t) for n, t in _native(source, plan, maps).items()}
     made: dict[str, Any] = {}
     run = lambda unit: plan.run(inputs(source, plan, unit[0], maps), unit[1])
-    with pool(threads or source.readers) as executor:
+    with pool(threads_of(threads, source.readers)) as executor:
         for _, tensors in in_order(executor, run, plan.units(), ahead=2 * source.readers if source.readers else 4):
             made |= {n: finish(n, t) for n, t in tensors.items()}
     return {n: made[n] for n in plan.targets}

@@ -132,7 +132,12 @@ def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
     for axis, asked in window.items():
         sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
         if axis not in axes or not sound:
-            told = asked_as(axis, asked, axes) or f"expected a range of one of the axes {', '.join(sorted(axes))}"
+            odd = (
+                "in steps of 1, of numbers below 2**39"
+                if axis in axes
+                else f"of one of the axes {', '.join(sorted(axes))}"
+            )
+            told = asked_as(axis, asked, axes) or f"expected a range {odd}"
             raise AdapterError(f"{axis}={brief(asked)}: {told}")
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 import fmoe
+import fmoe.docs
 from fmoe.testing import same
 
 
@@ -178,3 +179,19 @@ def test_tensors_whose_bytes_are_not_their_values_are_refused_by_name(layout, so
     harmless = params[key].as_subclass(type("Harmless", (torch.Tensor,), {}))
     fmoe.save(params | {key: harmless}, tmp_path / "new", fmoe.adapter(path), layout, fsync=False)
     same(fmoe.load(tmp_path / "new"), params)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2**31])
+def test_no_number_of_threads_is_refused_by_every_call(threads, tmp_path):
+    path = fmoe.docs.example()
+    native = fmoe.load(path)
+    calls = {
+        "load": lambda: fmoe.load(path, threads=threads),
+        "save": lambda: fmoe.save(native, tmp_path / "save", fmoe.adapter(path), threads=threads),
+        "convert": lambda: fmoe.convert(path, tmp_path / "native", threads=threads),
+        "between": lambda: fmoe.convert(path, tmp_path / "there", to="torchtitan", threads=threads),
+    }
+    for name, call in calls.items():
+        with pytest.raises(fmoe.AdapterError, match=f"threads is {threads}, expected a positive int"):
+            call()
+        assert not [*tmp_path.iterdir()], name

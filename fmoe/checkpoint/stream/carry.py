@@ -17,14 +17,19 @@ def default_threads() -> int:
     return min(8, cpu_count() or 1)
 
 
+def threads_of(asked: int | None, *others: int | None) -> int | None:
+    """How many are asked for; where that is None, the first of the others that is none. Raises AdapterError."""
+    if asked is not None and not 1 <= asked < 2**31:
+        raise AdapterError(
+            f"threads is {brief(asked)}, expected a positive int, or None for as many as there are cores"
+        )
+    return next((n for n in (asked, *others) if n is not None), None)
+
+
 @contextmanager
 def pool(threads: int | None) -> Iterator[ThreadPoolExecutor]:
     """Threads. What an error or an interruption leaves over is not begun. Raises AdapterError for less than one."""
-    if threads is not None and not 1 <= threads < 2**31:
-        raise AdapterError(
-            f"threads is {brief(threads)}, expected a positive int, or None for as many as there are cores"
-        )
-    executor = ThreadPoolExecutor(threads or default_threads())
+    executor = ThreadPoolExecutor(threads_of(threads, default_threads()))
     try:
         yield executor
     finally:

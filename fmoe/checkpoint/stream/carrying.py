@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
-from fmoe.checkpoint.stream.carry import in_order, pool
+from fmoe.checkpoint.stream.carry import in_order, pool, threads_of
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.codecs.survival import Survival
 
@@ -29,7 +29,7 @@ def carry_out(
     synced, waiting, heard = done, None, heard or Heard()
     told = [*stage.heard]
     progress(done)
-    with pool(threads) as executor, pool(1) as aside:
+    with pool(threads_of(threads, engine.source.readers)) as executor, pool(1) as aside:
         left = [i for i in range(stage.done, len(engine.items)) if i not in stage.also]
         run = lambda i: heard.during(lambda: engine.run(engine.items[i]))
         for i, (found, sum_) in in_order(executor, run, left, engine.ahead):
