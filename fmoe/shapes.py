@@ -136,7 +136,7 @@ def check_held(owner: str, held: Mapping[str, Tensor | None], where: torch.devic
     Tensors of other classes are let through: what a module calls on its own tensor they may answer.
     """
     for name, t in held.items():
-        if t is not None and (told := f"{name!r} is {t.dtype}, {DECODED}" * is_code(t) or _elsewhere(name, t, where)):
+        if t is not None and (told := _elsewhere(name, t, where) or f"{name!r} is {t.dtype}, {DECODED}" * is_code(t)):
             raise ValueError(f"{owner}: parameter {told}")
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fmoe.backends import Backend
-from fmoe.shapes import odd
+from fmoe.codecs.stacks import is_code
+from fmoe.shapes import check_held
 
 
 def kind_of(module: nn.Module) -> type:
@@ -32,19 +33,22 @@ def held_by(module: nn.Module) -> type:
 def present(module: nn.Module, x: Tensor) -> None:
     """Raises ValueError for a tensor of a module that has no data, beside an x that has, and that no hook will bring.
 
-    What a function of the module's own reads is not among the parameters that `fmoe.experts` checks.
+    And for codes, but for those of linear layers, which are called and not read: what a function of the module's own,
+    or a norm, reads is not among the parameters that `fmoe.experts` checks.
     """
     every = chain(module.parameters(), module.buffers())
-    if x.device.type == "meta" or torch.compiler.is_compiling() or not any(t.device.type == "meta" for t in every):
+    if torch.compiler.is_compiling() or not any(t.device.type == "meta" or is_code(t) for t in every):
         return
-    if told := odd({n: t for n, t in _unbrought(module, "") if t.device.type == "meta"}, x.device):
-        raise ValueError(f"{type(module).__name__}: parameter {told[0]}")
+    for name, part, t in _unbrought(module, ""):
+        lost = t.device.type == "meta" and x.device.type != "meta"
+        if lost or (is_code(t) and isinstance(t, nn.Parameter) and not isinstance(part, nn.Linear)):
+            check_held(type(module).__name__, {name: t}, x.device)
 
 
-def _unbrought(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _unbrought(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
     for name, t in chain(module._parameters.items(), module._buffers.items()):
         if t is not None:
-            yield prefix + name, t
+            yield prefix + name, module, t
     for name, child in module.named_children():
         if "forward" not in child.__dict__ and not child._forward_pre_hooks:  # as accelerate's hooks are set
             yield from _unbrought(child, f"{prefix}{name}.")
