@@ -169,7 +169,7 @@ def _chosen(routed: Routed, here: Tensor, E: int) -> Tensor:
     """[T, E] int64: how many slots of a token go to an expert."""
     ids, gone = slots(routed.routing, E)
     gone = gone | ~here[:, None]
-    return ids.new_zeros(len(ids), E).scatter_add(1, ids.masked_fill(gone, 0), (~gone).long())
+    return ids.new_zeros(ids.shape[0], E).scatter_add(1, ids.masked_fill(gone, 0), (~gone).long())
 
 
 def _tokens(routed: Routed, mask: Tensor | None) -> Tensor:
@@ -180,8 +180,8 @@ def _tokens(routed: Routed, mask: Tensor | None) -> Tensor:
             raise ValueError(f"losses: routed.{name} are {list(t.shape)}, expected [T, E], both logits and scores")
     T = routed.logits.shape[0]
     ids, _ = slots(routed.routing, None)
-    if len(ids) != T:
-        raise ValueError(f"losses: routed.routing has {len(ids)} tokens, expected T={T}, as logits have")
+    if ids.shape[0] != T:  # len() of a traced tensor fixes its size
+        raise ValueError(f"losses: routed.routing has {ids.shape[0]} tokens, expected T={T}, as logits have")
     own = routed.routing.mask
     given = {"scores": routed.scores, "routing": ids} | ({} if mask is None else {"mask": mask})
     all_tensors("losses", given, "")

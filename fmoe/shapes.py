@@ -223,7 +223,7 @@ def in_shape(y: Tensor, shape: Sequence[int]) -> Tensor:
     >>> in_shape(torch.ones(2, 3, requires_grad=True) * 2, (3, 2))._is_view()
     False
     """
-    return y if y.shape == torch.Size(shape) else torch.ops.aten._unsafe_view(y.contiguous(), shape)
+    return y if [*y.shape] == [*shape] else torch.ops.aten._unsafe_view(y.contiguous(), shape)
 
 
 def _shape(letters: str, sizes: Mapping[str, int]) -> list[int]:

@@ -83,7 +83,7 @@ def _mlp(params: Params, rows: Rows, ups: Sequence[str], apply: Apply, after: Ap
     x, w, offsets = rows.x, rows.weights[:, None], rows.counts.cumsum(0).int()
     ones = x.new_ones(x.shape[0], 1)
     # rows that go nowhere, where the host cannot know how many do, come last, and what products make of them is left
-    unrouted = torch.arange(len(x), device=x.device)[:, None] >= offsets[-1]
+    unrouted = torch.arange(x.shape[0], device=x.device)[:, None] >= offsets[-1]
 
     def project(h: Tensor, weight: str, bias: str, lora: str) -> Tensor:
         product = lambda h, name: gmm(h, params[name], offsets, by)

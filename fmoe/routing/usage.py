@@ -76,10 +76,10 @@ def drop(routing: Routing, capacity: int, by: str = "weight") -> Routing:
     ranked = flat if order is None else flat[order]
     ids_in_turn, within = ranked.sort(stable=True)
     # a slot's place among those of its expert: how far it is from the first that has the same id
-    at = torch.arange(len(flat), device=flat.device)
+    at = torch.arange(flat.shape[0], device=flat.device)
     first = torch.searchsorted(ids_in_turn, ids_in_turn)
     place = torch.empty_like(at).scatter(0, within if order is None else order[within], at - first)
-    over = (place >= min(index(capacity), len(flat))).view_as(ids) & ~gone  # whatever the capacity, in int64
+    over = (place >= min(index(capacity), 2**63 - 1)).view_as(ids) & ~gone  # whatever the capacity, in int64
     return Routing(ids.masked_fill(over, -1), weights.masked_fill(over, 0), mask)
 
 

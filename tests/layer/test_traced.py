@@ -1,6 +1,7 @@
 """torch.jit.trace writes a routing down as constants: whatever reads one refuses it; torch.export works."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -84,3 +85,36 @@ def test_what_exports_a_block_whole_is_right_of_other_inputs() -> None:
         ]
         for run in exported:
             torch.testing.assert_close(run(other), model(other))
+
+
+AUXILIARY = replace(LAYER, aux_loss_coeff=0.1)
+OF_MANY: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "y": lambda moe, x: moe(x),
+    "y of one batch": lambda moe, x: moe(x[None]),
+    "the loss that training attaches": lambda moe, x: moe(x),
+    "switch": lambda moe, x: fmoe.losses.load_balancing(moe(x, return_routed=True)[1], AUXILIARY, kind="switch"),
+    "sequence": lambda moe, x: fmoe.losses.load_balancing(moe(x, return_routed=True)[1], AUXILIARY, kind="sequence"),
+    "drop": lambda moe, x: fmoe.routing.drop(moe(x, return_routed=True)[1].routing, 2).weights,
+    "drop by position": lambda moe, x: fmoe.routing.drop(moe(x, return_routed=True)[1].routing, 2, by="position")[1],
+}
+
+
+class OfMany(nn.Module):
+    """What is asked of the tokens that a mask takes: how many, no tracer knows."""
+
+    def __init__(self, asked: str) -> None:
+        super().__init__()
+        self.moe, self.asked = fmoe.nn.MoE(AUXILIARY).train("training" in asked), OF_MANY[asked]
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.asked(self.moe, x[mask])
+
+
+@pytest.mark.parametrize("asked", OF_MANY)
+def test_a_number_of_tokens_that_no_tracer_knows(asked: str) -> None:
+    model, x = OfMany(asked), torch.randn(9, 8)
+    args, other = (x, torch.arange(9) % 2 == 0), (x, torch.arange(9) % 4 != 0)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        runs = [torch.export.export(model, args, strict=strict).module() for strict in (False, True)]
+        for run in (*runs, torch.compile(model, fullgraph=True, backend="aot_eager")):
+            torch.testing.assert_close(run(*other), model(*other), rtol=1e-4, atol=1e-5)
