@@ -16,7 +16,6 @@ from fmoe.checkpoint.files.directory import Checkpoint, read_header
 from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.weights import ADAPTER, JOURNAL, instead, no_model
 from fmoe.checkpoint.files.writer import Layout
-from fmoe.checkpoint.lacking import lacking
 from fmoe.checkpoint.open import adapter as adapter_at
 from fmoe.checkpoint.open import hf_names
 from fmoe.checkpoint.remote.address import place
@@ -33,6 +32,7 @@ from fmoe.layout.eager.kinds import unwritable
 from fmoe.layout.notation import Rule
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
+from fmoe.lowrank.lacking import lacking
 from fmoe.lowrank.matrices import attention, is_copy, matrices, mended
 from fmoe.lowrank.said import config_of
 from fmoe.lowrank.scales import Scales

@@ -46,6 +46,7 @@ codecs
 lowrank
 families
 lowrank.layers
+lowrank.lacking
 systems
 checkpoint.report
 checkpoint.remote
