@@ -156,11 +156,15 @@ def with_told(config: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, A
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The config, whose dtype is this one wherever it says one."""
+    """The config, whose dtype is this one wherever it says one: of the text model, of towers.
+
+    >>> with_dtype({"dtype": "float32", "vision_config": {"depth": 2, "torch_dtype": "float32"}}, torch.float16)
+    {'dtype': 'float16', 'vision_config': {'depth': 2, 'torch_dtype': 'float16'}}
+    """
     name = str(dtype).removeprefix("torch.")
     made = {n: name if n in ("dtype", "torch_dtype") and v is not None else v for n, v in config.items()}
-    inner = made.get("text_config")
-    return made | {"text_config": with_dtype(inner, dtype)} if isinstance(inner, Mapping) else made
+    parts = {n: v for n, v in made.items() if n.endswith("_config") and n not in FIELDS and isinstance(v, Mapping)}
+    return made | {n: with_dtype(part, dtype) for n, part in parts.items()}
 
 
 def decoded(config: Mapping[str, Any]) -> dict[str, Any]:

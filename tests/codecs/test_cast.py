@@ -172,3 +172,25 @@ def test_a_tensor_of_which_nothing_is_left_is_refused_and_rounding_is_not(call, 
         assert e.value.keys
     else:
         CALLS[call](tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe", "qwen3_vl_moe", "llama4", "ernie4_5_vl_moe"])
+def test_every_part_of_a_config_says_the_dtype_that_all_were_cast_to(name, tmp_path):
+    """A tower's too: Transformers wrote what each part was in."""
+    path = zoo.saved(name)[1]
+    fmoe.convert(path, tmp_path / "half", "hf", dtype="float16", cast="all", fsync=False)
+    parts, said = [json.loads((tmp_path / "half" / "config.json").read_text())], set()
+    while parts:
+        part = parts.pop()
+        said |= {part[f] for f in ("dtype", "torch_dtype") if part.get(f)}
+        parts += [v for v in part.values() if isinstance(v, dict)]
+    assert said == {"float16"}
+
+
+def test_cast_all_of_decoded_natives_says_which_way_leads_there(tmp_path):
+    path = zoo.saved("qwen3_moe")[1]
+    fmoe.convert(path, tmp_path / "native", fsync=False)
+    with pytest.raises(fmoe.AdapterError, match="Fix: to='hf' first, and that with both"):
+        fmoe.convert(tmp_path / "native", tmp_path / "hf", "hf", dtype="float16", cast="all")
+    fmoe.convert(tmp_path / "native", tmp_path / "first", "hf", fsync=False)
+    fmoe.convert(tmp_path / "first", tmp_path / "hf", "hf", dtype="float16", cast="all", fsync=False)
