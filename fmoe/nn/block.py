@@ -66,9 +66,9 @@ class MoE(nn.Module):
             self.fc2_latent_proj = Linear("fc2_latent_proj", L, c.dim, c, c.expert_bias)
         if c.latent_norm:
             self.latent_norm = LatentNorm(c)
-        if c.gate_bias_update_factor > 0:
-            zeros = torch.zeros(n_ranked(c), dtype=torch.int64)
-            self.register_buffer("expert_counts", zeros, persistent=False)
+        # no buffer: DistributedDataParallel gives every rank the buffers of rank 0 at each forward
+        counted = c.gate_bias_update_factor > 0
+        self.expert_counts = torch.zeros(n_ranked(c), dtype=torch.int64) if counted else None
         self.register_load_state_dict_pre_hook(as_moe_takes_it)
         self.init_weights()
 
@@ -95,9 +95,7 @@ class MoE(nn.Module):
             x = x * torch.empty_like(x).uniform_(1 - c.input_jitter, 1 + c.input_jitter)
         trains = self.training and torch.is_grad_enabled()
         counts = (trains and not recomputing()) if count is None else count
-        counts = counts and "expert_counts" in self._buffers
-        if counts:
-            _is_here("expert_counts", self.get_buffer("expert_counts"), x.device)
+        counts = counts and self.expert_counts is not None and not x.is_meta
         asked = return_routed or counts or (trains and c.aux_loss_coeff > 0)
         out = block(
             x,
@@ -116,7 +114,7 @@ class MoE(nn.Module):
             return out
         y, routed = out
         if counts:
-            self.expert_counts += routed.counts
+            self._counted(x.device).add_(routed.counts)
         if trains and c.aux_loss_coeff > 0:
             y = attach(y, c.aux_loss_coeff * load_balancing(routed, c))
         return (y, routed) if return_routed else y
@@ -127,7 +125,7 @@ class MoE(nn.Module):
         check_chosen(next((t for n, t in self.gate.named_buffers() if n.endswith("tid2eid")), None), indices)
         found, bias = self.gate(x), self._correction()
         logits, scale = found if isinstance(found, tuple) else (found, None)
-        _is_here(BIAS, bias, x.device)
+        _is_here(bias, x.device)
         return routed_of(logits, x.dtype, self.config, bias, indices, mask, scale)
 
     @torch.no_grad()
@@ -137,21 +135,28 @@ class MoE(nn.Module):
         It looks at what forward has counted since the last time, on all ranks of `group`, each of which makes the call.
         Nothing happens where config.gate_bias_update_factor is 0.
         """
-        bias, counts = self._correction(), self._buffers.get("expert_counts")
-        if bias is None or counts is None:
+        bias = self._correction()
+        if bias is None or self.expert_counts is None:
             return
-        _is_here(BIAS, bias, counts.device)
+        check_held("MoE", {BIAS: bias}, bias.device)
+        counts = self._counted(bias.device)
         seen = counts if group is None else summed(counts, group)
         bias.copy_(update_bias(bias, seen, self.config.gate_bias_update_factor))
         counts.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self._buffers.get("expert_counts")
         super()._apply(fn, recurse)
-        after = self._buffers.get("expert_counts")
-        if before is not None and after is not None and not after.is_meta:  # `to_empty` leaves what is in no state dict
-            self._buffers["expert_counts"] = torch.zeros_like(after) if before.is_meta else before.to(after.device)
+        if self.expert_counts is not None:  # `to_empty` would leave what it finds
+            self._counted(fn(self.expert_counts).device)
         return self
+
+    def _counted(self, where: torch.device) -> Tensor:
+        """expert_counts on a device: they go where tokens are, and on `meta` nothing was counted."""
+        held = self.expert_counts
+        assert held is not None
+        if held.device != where:
+            self.expert_counts = held = torch.zeros_like(held, device=where) if held.is_meta else held.to(where)
+        return held
 
     def _latent(self, parts: dict[str, Any]) -> tuple[Any, Any]:
         fc1, fc2, norm = parts["fc1_latent_proj"], parts["fc2_latent_proj"], parts.get("latent_norm")
@@ -168,23 +173,23 @@ class MoE(nn.Module):
     def init_weights(self, buffer_device: torch.device | None = None, init_std: float = 0.02) -> None:
         """Weights ~ Normal(0, init_std), biases 0."""
         self.experts.init_weights(buffer_device, init_std)
-        if (counts := self._buffers.get("expert_counts")) is not None:
-            counts.zero_()
+        if self.expert_counts is not None:
+            self.expert_counts.zero_()
         for module in self.modules():
             if isinstance(module, NormWeight | NormedGate):
                 module.reset_parameters()
-            if isinstance(module, Corrected) and (bias := module._buffers["e_score_correction_bias"]) is not None:
-                bias.zero_()
+            if isinstance(module, Corrected):
+                module.reset_corrections()
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0.0, init_std)
                 if module.bias is not None:
                     module.bias.zero_()
 
 
-def _is_here(name: str, held: Tensor | None, where: torch.device) -> None:
-    """Raises ValueError where a buffer is elsewhere, or codes: it is read once its gate has run."""
+def _is_here(held: Tensor | None, where: torch.device) -> None:
+    """Raises ValueError where the correction bias is elsewhere, or codes: it is read once its gate has run."""
     if held is not None and held.device != where:
-        told = f"MoE: {name} is on {held.device}, expected {where}"
+        told = f"MoE: {BIAS} is on {held.device}, expected {where}"
         raise ValueError(f"{told}. Fix: move it there; offload with accelerate's offload_buffers=False")
-    if held is not None and name == BIAS:
-        check_held("MoE", {name: held}, where)
+    if held is not None:
+        check_held("MoE", {BIAS: held}, where)

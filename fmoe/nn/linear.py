@@ -56,9 +56,20 @@ class Corrected(nn.Module):
     """
 
     def corrected_as(self, config: MoEConfig) -> None:
+        self.config = config
         zeros = torch.zeros(n_ranked(config), dtype=torch.float32) if is_corrected(config) else None
         self.register_buffer("e_score_correction_bias", zeros)
         self.register_buffer("tid2eid", None)
+
+    @torch.no_grad()
+    def reset_corrections(self) -> None:
+        """A bias of 0; where there is a table, experts by token id in turn."""
+        bias, table = self._buffers["e_score_correction_bias"], self._buffers["tid2eid"]
+        if bias is not None:
+            bias.zero_()
+        if table is not None:
+            each = torch.arange(table.numel(), device=table.device) % self.config.n_routed_experts
+            table.copy_(each.view(table.shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -84,7 +95,7 @@ class Gate(Corrected, nn.Linear):
     def __init__(self, config: MoEConfig, name: str = "gate") -> None:
         stored = as_dtype(config.gate_dtype or config.dtype)
         super().__init__(config.dim, n_ranked(config), bias=config.router_bias, dtype=stored)
-        self.config, self.name = config, name
+        self.name = name
         self.requires_grad_(config.train_gate)
         self.corrected_as(config)
 
@@ -103,7 +114,7 @@ class NormedGate(Corrected):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         plain = replace(config, force_e_score_correction_bias=False, gate_bias_update_factor=0.0)
-        self.config, self.proj = config, Gate(replace(plain, score_func="sigmoid"), "gate.proj")
+        self.proj = Gate(replace(plain, score_func="sigmoid"), "gate.proj")
         ones = lambda size: nn.Parameter(torch.ones(size, dtype=self.proj.weight.dtype))
         self.scale, self.per_expert_scale = ones(config.dim), ones(n_ranked(config))
         self.requires_grad_(config.train_gate)

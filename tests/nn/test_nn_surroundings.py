@@ -194,7 +194,7 @@ def test_the_correction_bias_stays_fp32(cast: Any, asked: dict[str, Any]) -> Non
     layer = layer._apply(lambda t: torch.full_like(t, 7, device="cpu"))  # as `to_empty`, with what it may find there
     layer.load_state_dict({n: t.bfloat16() for n, t in layer.state_dict().items()}, assign=True)
     assert layer.gate.e_score_correction_bias.dtype == torch.float32
-    assert not any(layer.get_buffer("expert_counts")) if asked else "expert_counts" not in layer._buffers
+    assert not any(layer.expert_counts) if asked else layer.expert_counts is None
 
 
 def test_a_gate_that_is_not_trained_gets_no_gradient_and_passes_one_on() -> None:
