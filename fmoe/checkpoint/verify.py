@@ -28,7 +28,7 @@ from fmoe.layout.proved.idle import dropped
 from fmoe.systems import SYSTEMS
 from fmoe.types import AdapterError, Problem, bits
 
-UNKNOWN = "whether these are the values that were written is not known: fmoe.json has no digests (--checksums)"
+UNKNOWN = "whether these are the values that were written is not known"
 AS_THEY_ARE = "its codes and scales are compared as they are, with no value decoded"
 MOST = 16 * 2**20  # bytes of a stack of experts that go there and back at once
 
@@ -46,7 +46,7 @@ def verify(
 
     A native directory whose `fmoe.json` has digests is compared with them, its config and tokenizer too; of one
     without, a note of the report says that its values are not vouched for, and of files that have none, which they
-    are. Any other is compared with `fmoe.sha256`, where a conversion left one.
+    are. Any other is compared with `fmoe.sha256`, where a conversion left one; another system's without has that note.
     Nothing is written, and memory does not grow with the directory. choices: as in `fmoe.adapter`, or adapter=, one of
     your own. config, from_, trust_pickle: as in `fmoe.convert`, of another system's directory, which is proved to come
     back from Hugging Face's layout, its codes as they are. Raises AdapterError naming each tensor that comes back
@@ -94,7 +94,9 @@ def verify(
         raise AdapterError(dict.fromkeys(wrong))
     progress(size, size)
     report = Report(str(source.path), source.kind, len(source.specs), source.nbytes, len(plan.targets), adapter)
-    notes += (UNKNOWN,) if source.native and not digests else unsworn(source, digests) if digests else ()
+    if not digests and (source.native or isinstance(source, Foreign) or here in SYSTEMS):
+        notes += (f"{UNKNOWN}: {f'{by} has no digests' if source.native else f'there is no {by}'} (--checksums)",)
+    notes += unsworn(source, digests) if digests else ()
     notes += tuple(an_adapter(os.listdir(source.path))) if isinstance(source.path, Path) else ()
     return replace(report, checksums={str(source.path / n): d for n, d in digests.items()}, notes=notes)
 

@@ -79,3 +79,11 @@ def test_a_name_too_long_for_a_file_is_no_such_file(tmp_path):
     (tmp_path / "made" / SUMS).write_text(f"{'0' * 64}  {'x' * 400}\n")
     with pytest.raises(AdapterError, match="no such file"):
         fmoe.verify(tmp_path / "made")
+
+
+@pytest.mark.parametrize("to", ["native", "torchtitan", "mlx", "megatron_dist"])
+def test_without_digests_no_more_is_said_than_is_known(tmp_path, to):
+    hf.write("qwen3_moe", tmp_path / "hf")
+    fmoe.convert(tmp_path / "hf", tmp_path / "there", to)
+    (note,) = [n for n in fmoe.verify(tmp_path / "there").notes if "is not known" in n]
+    assert ("fmoe.json has no digests" if to == "native" else f"there is no {SUMS}") in note and "--checksums" in note
