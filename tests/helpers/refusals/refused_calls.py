@@ -96,11 +96,11 @@ KERNELS = {
     "fmoe_kernels.experts(x, ids, weights, None, w_up, w_down[:, :5])": "rows would be read out of bounds",
     "fmoe_kernels.experts(x, ids, weights, None, w_up.to('meta'), w_down)": "a pointer to nothing",
     "fmoe_kernels.experts(x, ids, weights, None, w_up[..., :0], w_down[:, :0])": "an expert of no width",
-    "products.gmm(x, w, offsets.int().float())": "offsets are whole numbers",
-    "products.gmm(x, w[:, :3], offsets)": "rows would be read out of bounds",
-    "products.gmm(x.double(), w, offsets)": "the products add up in fp32: digits would be lost",
-    "products.tgmm(x, y[:4], offsets)": "rows would be read out of bounds",
-    "activations.swiglu(u.tolist(), p)": "a kernel takes tensors",
+    "fmoe_kernels.products.gmm(x, w, offsets.int().float())": "offsets are whole numbers",
+    "fmoe_kernels.products.gmm(x, w[:, :3], offsets)": "rows would be read out of bounds",
+    "fmoe_kernels.products.gmm(x.double(), w, offsets)": "the products add up in fp32: digits would be lost",
+    "fmoe_kernels.products.tgmm(x, y[:4], offsets)": "rows would be read out of bounds",
+    "fmoe_kernels.activations.swiglu(u.tolist(), p)": "a kernel takes tensors",
 }
 
 
@@ -158,10 +158,9 @@ def layer() -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     import fmoe_kernels
-    from fmoe_kernels import activations, products
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     new = lambda *shape: torch.ones(shape, device=device)
     fit = dict(x=new(5, 4), weights=new(5, 1), mask=new(5) > 0, w_up=new(2, 4, 12), w_down=new(2, 6, 4), w=new(2, 4, 6))
     fit |= dict(y=new(5, 6), u=new(5, 4), p=new(5, 1), ids=new(5, 1).long() * 0, offsets=new(2).long() * 5)
-    return dict(fit, fmoe_kernels=fmoe_kernels, products=products, activations=activations, torch=torch)
+    return dict(fit, fmoe_kernels=fmoe_kernels, torch=torch)
