@@ -7,7 +7,7 @@ the two dtypes and rounded once. Plain torch operations, so all of it differenti
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,8 +109,38 @@ def halves(u: Tensor) -> tuple[Tensor, Tensor]:
     >>> halves(torch.arange(4))
     (tensor([0, 1]), tensor([2, 3]))
     """
-    gate, up = _even(u).chunk(2, -1)
+    heard = u.requires_grad or torch._C._are_functorch_transforms_active()  # in a vmap no tensor says so
+    if heard and not torch.compiler.is_compiling():
+        gate, up = _Halves.apply(_even(u))
+    else:
+        gate, up = _even(u).chunk(2, -1)
     return gate, up
+
+
+class _Halves(torch.autograd.Function):
+    """chunk, whose gradients are put side by side without autocast.
+
+    torch.cat takes no fp16 in an autocast to bf16, nor the other way round, and a backward may stand in any.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor) -> tuple[Tensor, ...]:
+        return u.chunk(2, -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        with torch.autocast("cpu" if grads[0].is_meta else grads[0].device.type, enabled=False):
+            return torch.cat(grads, -1)
+
+    @staticmethod
+    def jvp(ctx: Any, du: Tensor) -> tuple[Tensor, ...]:
+        return du.chunk(2, -1)
 
 
 def pairs(u: Tensor) -> tuple[Tensor, Tensor]:

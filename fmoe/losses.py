@@ -86,7 +86,9 @@ def load_balancing(
 def router_z(routed: Routed, *, mask: Tensor | None = None) -> Tensor:
     """The mean over tokens of logsumexp(logits)^2: keeps logits small. A scalar.
 
-    mask: as in `load_balancing`. Source: ST-MoE (arXiv:2202.08906), equation 5.
+    mask: as in `load_balancing`. Neither torch.export nor a whole compiled graph takes it of tokens whose number
+    depends on data, as of x[mask]: PyTorch's own logsumexp asks whether there are any.
+    Source: ST-MoE (arXiv:2202.08906), equation 5.
 
     >>> from fmoe.types import Routing
     >>> logits, nowhere = torch.zeros(1, 2), Routing(torch.tensor([[-1]]), torch.ones(1, 1))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fmoe.activations import activation
+from fmoe.activations import activation, halves
 from fmoe.folding import meant
 from fmoe.types import EXPERT_ACTIVATIONS, MoEConfig
 
@@ -168,7 +168,7 @@ def applied(module: Any) -> Callable[[Tensor], Tensor]:
 
 def glu(act: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     """act(g) * v with u = [g, v]."""
-    g, v = u.chunk(2, -1)
+    g, v = halves(u)
     return act(g) * v
 
 

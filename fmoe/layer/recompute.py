@@ -1,6 +1,7 @@
 """Recomputation: a function whose backward keeps its arguments and nothing of what it computed from them."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from fmoe.dispatch.watched import of_members
 
 def recompute(f: Callable[..., Tensor], *args: Any) -> Tensor:
     """f(*args), computed again in backward: only the tensors in args are kept. args: any pytrees.
+
+    Autocast is then what it is in this call, whatever it is around the backward.
 
     Unlike torch.utils.checkpoint it differentiates under torch.func as well, to any order (but not in forward mode:
     NotImplementedError). Under torch.compile it is torch.utils.checkpoint, since a compiler would find the two
@@ -43,6 +46,8 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.f, *leaves = inputs
+        kinds = {"cpu"} | {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} - {"meta"}
+        ctx.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
         ctx.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         ctx.others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
         ctx.save_for_backward(*(leaf for leaf in leaves if isinstance(leaf, Tensor)))
@@ -57,8 +62,11 @@ class _Recompute(torch.autograd.Function):
             given = dict(zip(needed, values, strict=True))
             return ctx.f(*(given.get(i, leaf) for i, leaf in enumerate(leaves)))
 
-        vjp = torch.func.vjp(of_needed, *(leaves[i] for i in needed))[1]
-        grads = dict(zip(needed, of_members(vjp, dy), strict=True))
+        with ExitStack() as around:
+            for kind, dtype, enabled in ctx.autocast:
+                around.enter_context(torch.autocast(kind, dtype, enabled))
+            vjp = torch.func.vjp(of_needed, *(leaves[i] for i in needed))[1]
+            grads = dict(zip(needed, of_members(vjp, dy), strict=True))
         return None, *(grads.get(i) for i in range(len(leaves)))
 
     @staticmethod
