@@ -5,7 +5,7 @@ half a step, the nearest code is the one that it had, and the change is gone.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,14 +27,14 @@ ANYWHERE = 0.24
 class Survival(NamedTuple):
     """Of one tensor, the numbers that lie off the grid that they were decoded from.
 
-    changed: how many. reached: how many of them reach another code, at least, by how far from one they lie; fresh: how
-    many a fresh scale brings to another; error, size: squares of what is written less what should be, and of the
-    latter. All are sums, so that those of a tensor's parts add up.
+    changed: how many. kinds: of those with steps of one octave its number, how many, and the sums of how far they lie
+    from a code, in steps, and of these; fresh: how many a fresh scale brings to another; error, size: squares of what
+    is written less what should be, and of the latter. All are sums, so that those of a tensor's parts add up.
     """
 
     name: str
     changed: int = 0
-    reached: float = 0.0
+    kinds: Sequence[Sequence[float]] = ()
     fresh: float = 0.0
     error: float = 0.0
     size: float = 0.0
@@ -42,7 +42,7 @@ class Survival(NamedTuple):
     @property
     def moved(self) -> float:
         """The share that reaches another code, at least."""
-        return max(self.fresh, self.reached) / self.changed
+        return max(self.fresh, _reaching(self.kinds)) / self.changed
 
 
 def telling(adapter: Adapter, survived: Callable[[Survival], None] | None) -> Adapter:
@@ -66,16 +66,20 @@ def survival(p: Parts, weight: Tensor, scale: Tensor, made: Mapping[str, Tensor]
         if not bool(off.any()):
             continue
         w, b, a, step = (t[off].double() for t in (w, before, a, step))
-        reached = _reaching((w - b).abs(), step, b.abs())
+        kinds = _kinds((w - b).abs(), step)
         fresh = float((a - b).abs().gt(step / 16).sum())
         error, size = float((a - w).square().sum()), float(w.square().sum())
-        found = _sum(found, Survival(p.name, w.numel(), reached, fresh, error, size))
+        found = _sum(found, Survival(p.name, w.numel(), kinds, fresh, error, size))
     return found if found.changed else None
 
 
 def _sum(a: Survival, b: Survival) -> Survival:
+    both: dict[float, list[float]] = {}
+    for octave, *sums in (*a.kinds, *b.kinds):
+        both[octave] = [one + other for one, other in zip(both.get(octave, (0, 0.0, 0.0)), sums, strict=True)]
+    kinds = tuple((octave, *sums) for octave, sums in sorted(both.items()))
     error, size = a.error + b.error, a.size + b.size
-    return Survival(a.name, a.changed + b.changed, a.reached + b.reached, a.fresh + b.fresh, error, size)
+    return Survival(a.name, a.changed + b.changed, kinds, a.fresh + b.fresh, error, size)
 
 
 Compared = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -98,21 +102,23 @@ def _under_zeros(p: Parts, weight: Tensor, made: Mapping[str, Tensor]) -> Compar
     yield weight, after, after.to(weight.dtype), scale.float().abs()[:, columns.to(scale.device)]
 
 
-def _reaching(off: Tensor, step: Tensor, size: Tensor) -> float:
+def _kinds(off: Tensor, step: Tensor) -> tuple[tuple[float, ...], ...]:
+    octaves = step.log2().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).round()
+    far = (off / step).nan_to_num(nan=0.5).clamp(max=0.5)
+    masks = ((float(each), octaves == each) for each in octaves.unique())
+    return tuple((each, int(mine.sum()), float(far[mine].sum()), float(step[mine].sum())) for each, mine in masks)
+
+
+def _reaching(kinds: Iterable[Sequence[float]]) -> float:
     """How many of numbers that were changed by a normal deviation reach another code, at least, by their distances.
 
-    Of numbers with steps and sizes alike there is one deviation; where their steps are so small that they lie anywhere,
-    it is that of those with the next larger ones.
+    Where steps are so small that numbers lie anywhere, the deviation is that of numbers with the next larger ones.
     """
-    halves = lambda t: (2 * t.log2().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)).round()
-    kind = halves(step) * 2**12 + halves(size)
     found, deviation = 0.0, 0.0
-    for each in kind.unique().flip(0):
-        mine = kind == each
-        far = float((off[mine] / step[mine]).nan_to_num(nan=0.5).clamp(max=0.5).mean())
-        wide, steps = float(step[mine].mean()), _deviation(min(far, ANYWHERE))
-        deviation = steps * wide if far < ANYWHERE else max(deviation, steps * wide)
-        found += int(mine.sum()) * math.erfc(wide / (deviation * 8**0.5)) if deviation else 0.0
+    for _, count, far, step in sorted(kinds, key=lambda kind: -kind[0]):
+        wide, steps = step / count, _deviation(min(far / count, ANYWHERE))
+        deviation = steps * wide if far / count < ANYWHERE else max(deviation, steps * wide)
+        found += count * math.erfc(wide / (deviation * 8**0.5)) if deviation else 0.0
     return found
 
 
@@ -144,7 +150,7 @@ def told(parts: list[Survival]) -> tuple[str, ...]:
     parts: of a tensor that was made in several, they are one.
     """
     whole: dict[str, Survival] = {}
-    for part in sorted(parts):
+    for part in sorted(parts, key=lambda s: (s.name, s.changed, s.error, s.size)):
         whole[part.name] = _sum(whole[part.name], part) if part.name in whole else part
     found = list(whole.values())
     lost = [s for s in found if s.moved < LEAST]

@@ -149,7 +149,8 @@ def odd_sizes(
 
 def _experts(native: Mapping[str, Any], layer: str, names: Iterable[str]) -> int:
     """How many experts a layer has; 0 for none, or where its tensors are not of one mind."""
-    found = {tuple(native[f"{layer}.{n}"].shape[:1]) for n in names if n.rpartition(".")[2] in EXPERT_TENSORS}
+    specs = (native[f"{layer}.{n}"] for n in names if n.rpartition(".")[2] in EXPERT_TENSORS)
+    found = {tuple(spec.shape[:1]) for spec in specs if spec is not None}
     return int(*found.pop()) if len(found) == 1 else 0
 
 

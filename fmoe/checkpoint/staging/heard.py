@@ -36,7 +36,7 @@ def line_of(found: Iterable[Survival], sum_: int | None = None) -> dict[str, Any
     """What a journal's line has of a job: what was said, if anything was, and the sum of what it wrote.
 
     >>> line_of([]), line_of([Survival("w", 3)])
-    ({}, {'heard': [('w', 3, 0.0, 0.0, 0.0, 0.0)]})
+    ({}, {'heard': [('w', 3, (), 0.0, 0.0, 0.0)]})
     """
     said = [tuple(each) for each in found]
     return ({"heard": said} if said else {}) | ({} if sum_ is None else {"sum": sum_})
