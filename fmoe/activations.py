@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fmoe.entrance import held
@@ -110,6 +111,7 @@ def halves(u: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([0, 1]), tensor([2, 3]))
     """
     heard = u.requires_grad or torch._C._are_functorch_transforms_active()  # in a vmap no tensor says so
+    heard = heard and forward_ad._current_level < 0  # a tangent that is batched is no view, as a view's must be
     if heard and not torch.compiler.is_compiling():
         gate, up = _Halves.apply(_even(u))
     else:
