@@ -13,6 +13,7 @@ import torch
 
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.containers.gguf_files import read_files
+from fmoe.checkpoint.files.containers.gguf_said import other_model
 from fmoe.checkpoint.files.containers.gguf_written import Like
 from fmoe.checkpoint.files.containers.orbax import UNPACKED, Orbax
 from fmoe.checkpoint.files.containers.orbax_written import chunked
@@ -29,7 +30,7 @@ from fmoe.checkpoint.staging.beside import not_along, of_the_former
 from fmoe.checkpoint.staging.room import check_space, replaced, size_of
 from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.unfinished import Staging
-from fmoe.checkpoint.staging.whose import given_instead, metadata_unlike
+from fmoe.checkpoint.staging.whose import given_instead
 from fmoe.checkpoint.stream.again import again
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.digests import checksums as digests
@@ -210,8 +211,7 @@ def _metadata(source: Checkpoint, model: Like | None) -> list[str]:
     files = [model.files[0]] if model is not None else []
     if isinstance(source, Foreign) and source.container == "gguf":
         files.append(read_files(source.given or Path(str(source.path)))[0])
-    values = lambda file: {name: key.value for name, key in file.keys.items()}
-    return [note for file in files for note in metadata_unlike(file.path, values(file), source.config)]
+    return [note for file in files for note in other_model(file, source.config)]
 
 
 def _stay(source: Checkpoint, along: Collection[str]) -> list[str]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import fmoe
 from fmoe import AdapterError
 from fmoe.checkpoint.files.containers.gguf import read_file
+from fmoe.checkpoint.files.containers.gguf_said import METADATA, other_model
 from fmoe.checkpoint.files.containers.source import open_foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -175,3 +176,13 @@ def test_metadata_that_are_another_models_are_named(tmp_path, name):
             told = [n for n in convert(file, tmp_path / f"{field} {way}").notes if "is not as the config" in n]
             assert len(told) == (field is not None), (field, way, told)
             assert not field or f"{OTHER[field]}, expected {right[field]}"[:9] in told[0] and file.name in told[0]
+
+
+@pytest.mark.parametrize("odd", [[1, 2], {"a": 1}, 10**400, "x", float("inf"), float("nan"), None, True, -1], ids=repr)
+def test_a_config_of_any_values_is_compared_with_metadata(odd, tmp_path):
+    config, _, theirs = parts("qwen3_moe alike")
+    said = {f"qwen3moe.{key}": value for key in METADATA for value in [3]}
+    file = read_file(write(tmp_path / "x.gguf", theirs, keys={"general.architecture": "qwen3moe"} | said))
+    for field in (*config, "num_nextn_predict_layers", "rope_theta", "rope_parameters", "kv_lora_rank"):
+        if field != "model_type":
+            assert len(other_model(file, config | {field: odd})) == 1

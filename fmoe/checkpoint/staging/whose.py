@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from math import isclose
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,6 @@ OF_A_FILE = re.compile(
 WHOLE = ("architectures", "transformers_version")
 """Fields of which any says that a config is a model's, and not some sizes."""
 ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-METADATA = {
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps norm_eps",
-    "rope.freq_base": "rope_theta",
-    "leading_dense_block_count": "first_k_dense_replace",
-    "expert_count": "n_routed_experts",
-    "expert_used_count": "n_activated_experts",
-    "expert_feed_forward_length": "moe_inter_dim",
-    "expert_shared_count": "n_shared_experts",
-    "expert_weights_scale": "route_scale",
-    "expert_weights_norm": "norm_topk_prob",
-}
-"""Keys of GGUF, after the architecture's name, and a config's or MoEConfig's fields that say the same."""
 INFINITE = ("Infinity", "-Infinity", "NaN")
 SIZES = ("n_routed_experts", "n_activated_experts", "dim", "moe_inter_dim")
 
@@ -84,39 +67,12 @@ def given_instead(path: Where, given: Mapping[str, Any]) -> list[str]:
     own = path / CONFIG
     if not (own.exists() if isinstance(own, Address) else isfile(own)):
         return []
-    odd = _unlike(given, read(own, infinite=True)[0])
+    try:
+        odd = _unlike(given, read(own, infinite=True)[0])
+    except AdapterError as error:
+        return [f"the config that is given is taken, for {error}"]
     text = f"the config that is given is not as {own}: {'; '.join(odd.values())}: it is taken"
     return [f"{text}. Fix: leave it out, unless that file is wrong"] if odd else []
-
-
-def metadata_unlike(path: Path, keys: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """A note where a GGUF file's metadata say otherwise than a config what a model computes.
-
-    keys: the metadata's, with their values.
-
-    >>> said = {"general.architecture": "qwen3moe", "qwen3moe.rope.freq_base": 5.0, "qwen3moe.context_length": 8}
-    >>> metadata_unlike(Path("x.gguf"), said, {"model_type": "qwen3_moe", "rope_theta": 7})
-    ['x.gguf is not as the config: rope.freq_base 5.0, expected 7. Fix: ...']
-    """
-    given, arch = as_dict(config), keys.get("general.architecture")
-    kind = FAMILIES.get(str(config.get("model_type")))
-    moe = {"route_scale": 1.0} | kind.values(given) if kind else {}
-    rope = given.get("rope_parameters")
-    whole = {**given, **(rope if isinstance(rope, dict) else {})}
-    said = lambda names: {whole.get(n, moe.get(n)) for n in names.split()} - {None}
-    odd = []
-    for key, names in METADATA.items():
-        found, expected = keys.get(f"{arch}.{key}"), [n for n in said(names) if isinstance(n, int | float)]
-        if key == "block_count":  # with the layers that look ahead, or without
-            expected += [n + int(given.get("num_nextn_predict_layers") or 0) for n in expected]
-        if key == "attention.head_count_kv" and given.get("kv_lora_rank"):  # as one head that all share
-            continue
-        if key == "expert_weights_scale" and found == 0:
-            found = 1.0
-        if isinstance(found, int | float) and expected and not any(isclose(found, n, rel_tol=1e-6) for n in expected):
-            odd.append(f"{key} {found}, expected {' or '.join(map(str, dict.fromkeys(expected)))}")
-    fix = "Fix: use the config and the file of one model"
-    return [f"{path} is not as the config: {'; '.join(odd)}. {fix}"] if odd else []
 
 
 def alike(there: Mapping[str, Any] | None, ours: Mapping[str, Any] | None) -> bool:

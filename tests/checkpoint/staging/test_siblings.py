@@ -145,3 +145,13 @@ def test_a_config_that_is_given_beside_the_sources_own_is_compared(to, source, t
         notes = fmoe.convert(back, tmp_path / str(n), way, config=said | other).notes
         told = [note for note in notes if "the config that is given is not as" in note]
         assert len(told) == bool(other) and all(field in told[0] for field in other)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", '{"rope_scaling": "x", "rope_parameters": [3]}'])
+@pytest.mark.parametrize("to", ["native", "torchtitan"])
+def test_a_config_is_given_where_the_sources_own_is_broken(to, text, source, tmp_path):
+    said = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(text)
+    notes = fmoe.convert(source, tmp_path / "made", to, config=said).notes
+    assert any("the config that is given" in note and "config.json" in note for note in notes)
+    assert json.loads((tmp_path / "made" / "config.json").read_text())["hidden_size"] == said["hidden_size"]
