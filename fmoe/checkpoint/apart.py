@@ -3,7 +3,6 @@
 Nothing that a process has on its disk is another's: they may be of machines that share no file system.
 """
 
-import os
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from fmoe.checkpoint.staging.failed import failures
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.again import again
-from fmoe.checkpoint.stream.carry import default_threads, threads_of
+from fmoe.checkpoint.stream.carry import of_a_rank, threads_of
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.together import Done, Rank, agreed, ended
@@ -57,9 +56,8 @@ def in_ranks_apart(
             if ranks.first:
                 progress(resumed + most)
 
-        each = max(1, default_threads() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         with place.sending(stage) as sent:
-            threads = threads_of(how.threads, engine.source.readers, each)
+            threads = threads_of(how.threads, engine.source.readers, of_a_rank())
             mine = carry_out(stage, engine, threads, had, shown, sent, heard)
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
         told = [each for found in ranks.gather(mine) for each in found]

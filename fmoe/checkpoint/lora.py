@@ -33,7 +33,7 @@ from fmoe.layout.notation import Rule
 from fmoe.lowrank.config import LoraConfig
 from fmoe.lowrank.halves import pared, whole
 from fmoe.lowrank.lacking import lacking
-from fmoe.lowrank.matrices import attention, is_copy, matrices, mended
+from fmoe.lowrank.matrices import attention, is_copy, matrices, with_fixes
 from fmoe.lowrank.said import config_of
 from fmoe.lowrank.scales import Scales
 from fmoe.lowrank.sorting import WRAPPED
@@ -119,7 +119,7 @@ def load(path: Path | str, base: "Adapter | str | Path | None" = None, config: A
         raise AdapterError([Problem(text, alone)])
     if problems := [*attention(tensors)]:
         raise AdapterError(problems)
-    with mended():
+    with with_fixes():
         adapter = base.resolve(tensors)
         params = _native(adapter, tensors, said)
     if problems := lacking(params, said, adapter, names):

@@ -173,8 +173,8 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     layout = {n: v for n, v in choices.items() if n not in how}
     quantize, cast = how.pop("quantize", None), how.pop("cast", "experts")
     if cast != "experts" and (source.native or to == "native" or layout or "dtype" not in how):
-        fix = "to='hf' first, and that with both" if source.native else "to='hf', dtype=, cast='all', and convert that"
-        raise AdapterError(f"cast={cast!r}: expected with dtype=, between Hugging Face's of one layout. Fix: {fix}")
+        fix = "to='hf' first, and that with both" if source.native else "to='hf' with both first, then the rest"
+        raise AdapterError(f"cast={cast!r}: expected dtype= too, and one layout of Hugging Face's. Fix: {fix}")
     if source.native and to == "native":
         raise AdapterError(f"{source.path} is native already")
     if to == "native":

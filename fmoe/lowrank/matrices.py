@@ -23,13 +23,11 @@ _WITHIN = ".base_layer."
 _TWICE = ".base_layer.out_proj.lora_A.weight"
 """Of torch's MultiheadAttention PEFT adapts both weights, with these for the second, which it adds twice (0.21)."""
 _WHOLE = "Fix: merge it with PEFT (merge_and_unload)"
-
-
 _SOME = "Fix: save the adapter again; one of some experts alone, merge with PEFT (merge_and_unload)"
 
 
 @contextmanager
-def mended() -> Iterator[None]:
+def with_fixes() -> Iterator[None]:
     """What fits no rule is told with what to do about matrices, of which no part can be asked for."""
     try:
         yield

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from os import cpu_count
+from os import cpu_count, environ
 from typing import TypeVar
 
 from fmoe.types import AdapterError, brief
@@ -17,8 +17,13 @@ def default_threads() -> int:
     return min(8, cpu_count() or 1)
 
 
+def of_a_rank() -> int:
+    """The threads of one of the ranks of this machine, as torchrun says how many they are."""
+    return max(1, default_threads() // int(environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def threads_of(asked: int | None, *others: int | None) -> int | None:
-    """How many are asked for; where that is None, the first of the others that is none. Raises AdapterError."""
+    """How many are asked for; where that is None, the first of the others that is not. Raises AdapterError."""
     if asked is not None and not 1 <= asked < 2**31:
         raise AdapterError(
             f"threads is {brief(asked)}, expected a positive int, or None for as many as there are cores"

@@ -41,7 +41,7 @@ def sums_text(digests: Mapping[str, str]) -> bytes:
 
 
 def kept_sums(folder: Where) -> dict[str, str]:
-    """The digests that a conversion kept beside the files of another system's directory; none where it kept none.
+    """The digests that a conversion kept beside the files of a directory that is not native; none where it kept none.
 
     Raises AdapterError where they are not as `sums_text` writes them.
     """
