@@ -79,15 +79,26 @@ class _Recompute(torch.autograd.Function):
 def recomputing() -> bool:
     """Is this a forward that is computed again for a backward, after it had been computed with gradients?
 
-    torch.utils.checkpoint without reentrance does that, in the hooks of saved tensors. (With it, the first computation
-    has no gradients, and the second is the one that counts.) Inside transforms of torch.func, where nothing outside may
-    be written to, the answer is yes. A compiler's recomputation repeats no side effect: there it is no.
+    torch.utils.checkpoint without reentrance does that, in hooks of saved tensors of its own. (With it, the first
+    computation has no gradients, and the second is the one that counts.) Inside transforms of torch.func, where nothing
+    outside may be written to, the answer is yes.
     """
-    if torch.compiler.is_compiling():
-        return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return (
-        torch._C._current_graph_task_id() != -1
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    )
+    return torch._C._current_graph_task_id() != -1 and any(map(_recomputes, _packs()))
+
+
+def _recomputes(pack: Callable[..., Any]) -> bool:
+    own = getattr(pack, "__module__", None) == checkpoint.__module__
+    return own and pack.__qualname__.startswith("_recomputation_hook.")
+
+
+def _packs() -> list[Callable[..., Any]]:
+    """What packs saved tensors here, whoever asked for it: hooks lie in a stack, of which only the top shows."""
+    hooks, taken = torch._C._autograd, list[tuple[Any, Any]]()
+    while (top := hooks._top_saved_tensors_default_hooks(True)) is not None:
+        hooks._pop_saved_tensors_default_hooks()
+        taken.append(top)
+    for pair in reversed(taken):
+        hooks._push_saved_tensors_default_hooks(*pair)
+    return [pack for pack, _ in taken]

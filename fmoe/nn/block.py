@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from fmoe.backends import Backend
 from fmoe.layer.block import block
-from fmoe.layer.recompute import recomputing
 from fmoe.losses import attach, load_balancing
+from fmoe.nn.counted import count_once
 from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import Corrected, Gate, LatentNorm, Linear, NormedGate, NormWeight, SharedExperts, trained_dtype
 from fmoe.nn.loaded import as_moe_takes_it
 from fmoe.routing import routed_of, update_bias
-from fmoe.routing.gate import check_chosen, check_tokens
+from fmoe.routing.gate import check_chosen, check_tokens, scaled
 from fmoe.routing.usage import summed
 from fmoe.shapes import check_config, check_held, n_ranked, said
 from fmoe.types import MoEConfig, Routed, Routing
@@ -94,7 +94,7 @@ class MoE(nn.Module):
         if self.training and said(c, "input_jitter"):
             x = x * torch.empty_like(x).uniform_(1 - c.input_jitter, 1 + c.input_jitter)
         trains = self.training and torch.is_grad_enabled()
-        counts = (trains and not recomputing()) if count is None else count
+        counts = trains if count is None else count
         counts = counts and self.expert_counts is not None and not x.is_meta
         asked = return_routed or counts or (trains and c.aux_loss_coeff > 0)
         out = block(
@@ -114,7 +114,8 @@ class MoE(nn.Module):
             return out
         y, routed = out
         if counts:
-            self._counted(x.device).add_(routed.counts)
+            held = self._counted(x.device)
+            count_once(held, routed.counts) if count is None else held.add_(routed.counts)
         if trains and c.aux_loss_coeff > 0:
             y = attach(y, c.aux_loss_coeff * load_balancing(routed, c))
         return (y, routed) if return_routed else y
@@ -126,7 +127,7 @@ class MoE(nn.Module):
         found, bias = self.gate(x), self._correction()
         logits, scale = found if isinstance(found, tuple) else (found, None)
         _is_here(bias, x.device)
-        return routed_of(logits, x.dtype, self.config, bias, indices, mask, scale)
+        return routed_of(scaled(logits, self.config), x.dtype, self.config, bias, indices, mask, scale)
 
     @torch.no_grad()
     def update_gate_bias(self, group: "ProcessGroup | None" = None) -> None:

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from fmoe.activations import is_gated_activation
 from fmoe.layer.block import shared
 from fmoe.layer.latent import latent_norm
-from fmoe.routing import gate_logits
-from fmoe.routing.gate import is_corrected, rms_norm
+from fmoe.routing.gate import is_corrected, linear, rms_norm
 from fmoe.shapes import check_held, n_ranked
 from fmoe.types import MoEConfig, as_dtype, brief
 
@@ -87,9 +86,10 @@ class Corrected(nn.Module):
 
 
 class Gate(Corrected, nn.Linear):
-    """The logits [T, E] of x [T, D], in the dtype that `fmoe.route` takes them in.
+    """x @ weight^T + bias [T, E] of x [T, D], in the dtype that `fmoe.route` takes logits in.
 
-    `train_gate=False` freezes weight and bias.
+    A scale and a cap of the logits, where config has them, follow in `MoE.route`: what is added to this output, as LoRA
+    does, goes through them as the weight's share does. `train_gate=False` freezes weight and bias.
     """
 
     def __init__(self, config: MoEConfig, name: str = "gate") -> None:
@@ -101,11 +101,11 @@ class Gate(Corrected, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         check_held("MoE", {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}, x.device)
-        return gate_logits(x, self.weight, self.bias, self.config)
+        return linear(x, self.weight, self.bias, self.config)
 
 
 class NormedGate(Corrected):
-    """`config.router_norm`: the logits of the RMS norm of x, and what the weights of each expert are multiplied by.
+    """`config.router_norm`: a `Gate` of the RMS norm of x, and what the weights of each expert are multiplied by.
 
     forward(x [T, D]) = (proj(norm(x) * scale), per_expert_scale [E]): the second is given out here, where FSDP2 has
     gathered it. proj is a linear map of its own, as LoRA wants it.

@@ -59,13 +59,22 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
     >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
     tensor([[2., 6.]])
     """
+    return scaled(linear(x, weight, bias, config), config)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
+    """x @ weight^T + bias in the dtype that `route` takes logits in."""
     _check_linear(x, weight, bias)
     dtype = torch.promote_types(x.dtype, weight.dtype)
     if config.score_func != "softmax":
         dtype = torch.promote_types(dtype, torch.float32)
     if not config.train_gate:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def scaled(logits: Tensor, config: MoEConfig) -> Tensor:
+    """Logits times config's scale, softly capped as it says."""
     scale = said(config, "logit_scale") * (config.dim**-0.5 if said(config, "scaled_logits") else 1)
     logits, cap = logits if scale == 1 else logits * scale, said(config, "logit_softcap")
     return torch.tanh(logits / cap) * cap if cap else logits

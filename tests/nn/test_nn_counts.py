@@ -1,8 +1,9 @@
 """What no state dict has: init_weights leaves no memory raw, and what was counted stays each rank's own."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import distributed
@@ -12,7 +13,9 @@ import torch.distributed as dist
 from module_cases import BLOCKS
 from test_nn_surroundings import NORMED, WHOLE
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fmoe import MoEConfig
 from fmoe.nn import GroupedExperts, GroupedExpertsMXFP4, MoE
@@ -129,6 +132,50 @@ def test_counts_go_where_tokens_are_and_with_copies() -> None:
     empty.load_state_dict(module.state_dict(), assign=True)  # nothing names the counts
     empty.train()(x)
     assert torch.equal(empty.expert_counts, want)
+
+
+def offloaded(f: Callable[..., Tensor], *args: Any) -> None:
+    with torch.autograd.graph.save_on_cpu():
+        f(*args).sum().backward()
+
+
+def policy() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+
+again = partial(checkpoint, use_reentrant=False)
+reentrant = partial(checkpoint, use_reentrant=True)
+compiled = partial(torch.compile, backend="aot_eager")
+CHECKPOINTS: dict[str, Callable[[MoE, Tensor], Any]] = {
+    "none": lambda m, x: m(x).sum().backward(),
+    "not reentrant": lambda m, x: again(m, x).sum().backward(),
+    "reentrant": lambda m, x: reentrant(m, x).sum().backward(),
+    "selective": lambda m, x: again(m, x, context_fn=policy).sum().backward(),
+    "offloaded": offloaded,
+    "not reentrant, offloaded": lambda m, x: offloaded(again, m, x),
+    "reentrant, offloaded": lambda m, x: offloaded(reentrant, m, x),
+    "offloaded inside": lambda m, x: again(lambda x: offload_wrapper(m)(x), x).sum().backward(),
+    "offloaded around": lambda m, x: offload_wrapper(checkpoint_wrapper(m))(x).sum().backward(),
+    "both not reentrant": lambda m, x: again(lambda x: again(m, x), x).sum().backward(),
+    "both reentrant": lambda m, x: reentrant(lambda x: reentrant(m, x), x).sum().backward(),
+    "reentrant inside": lambda m, x: again(lambda x: reentrant(m, x), x).sum().backward(),
+    "reentrant around": lambda m, x: reentrant(lambda x: again(m, x), x).sum().backward(),
+    "compiled": lambda m, x: compiled(m)(x).sum().backward(),
+    "compiled inside": lambda m, x: again(compiled(m), x).sum().backward(),
+    "compiled inside, reentrant": lambda m, x: reentrant(compiled(m), x).sum().backward(),
+    "compiled inside, offloaded": lambda m, x: offloaded(again, compiled(m), x),
+    "compiled around": lambda m, x: compiled(partial(again, m))(x).sum().backward(),
+}
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+def test_it_counts_once_under_every_checkpoint(how: str) -> None:
+    torch.compiler.reset()
+    module, x = MoE(COUNTED), torch.randn(9, 8, requires_grad=True)
+    want = module(x, return_routed=True, count=False)[1].counts
+    for step in (1, 2):
+        CHECKPOINTS[how](module, x)
+        assert torch.equal(module.expert_counts, step * want) and module.gate.weight.grad.any()
 
 
 def test_compiled_and_exported_it_counts_alike() -> None:

@@ -3,7 +3,6 @@
 import copy
 import io
 import itertools
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -148,24 +147,6 @@ def test_other_buffers_parameters_and_modules_may_be_added() -> None:
     model.experts.register_parameter("lora_dwn_A", nn.Parameter(torch.ones(1)))
     with pytest.raises(ValueError, match="unknown parameter 'lora_dwn_A'"):
         model(tokens())
-
-
-@pytest.mark.parametrize("name", (*MATRICES, "gate.proj.weight"))
-def test_lora_of_peft_on_every_matrix(name: str) -> None:
-    peft = pytest.importorskip("peft")
-    config = replace(NORMED if name == "gate.proj.weight" else WHOLE, dtype="float32")
-    part, _, tensor = f"1.{name}".rpartition(".")
-    where = dict(target_modules=[], target_parameters=[f"1.{name}"]) if "experts." in name[:8] else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        how = where or dict(target_modules=[part])
-        model = peft.get_peft_model(drawn(config), peft.LoraConfig(r=2, init_lora_weights=False, **how))
-    y = model(tokens(config=config))
-    y.square().sum().backward()
-    mine = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
-    assert len(mine) == 2 and all(g is not None and g.any() for g in mine.values())
-    merged = model.merge_and_unload()
-    assert torch.allclose(merged(tokens(config=config)), y, rtol=1e-4, atol=1e-5)
 
 
 CASTS = {
