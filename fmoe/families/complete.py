@@ -220,8 +220,9 @@ def _ahead(said: Mapping[str, Any], main: str, count: int, stacks: Mapping[str, 
     if not held and not bare:
         where = f"{main}.{count} or mtp"
         return [], [f"config.json has {field} {declared}, and no tensor is of such a layer ({where}): MTP is absent"]
-    missing = [f"{main}.{l}" for l in range(count, count + declared)] if len(held) < declared else []
-    missing = [n for n in missing if n not in held][: declared - len(held)]
+    first, at = (main, count) if held else ("mtp.layers", 0)  # beside what joins it, no layer at all
+    missing = [f"{first}.{l}" for l in range(at, at + max(declared, 1))] if len(held) < max(declared, 1) else []
+    missing = [n for n in missing if n not in held][: max(declared, 1) - len(held)]
     modules = groups(s for l, s in stacks.get(main, {}).items() if l < count)
     for name, layer in held.items():
         mine, joints = _modules([layer]), {n for names in JOINTS for n in names} | {"final_layernorm"}

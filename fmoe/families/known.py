@@ -216,7 +216,10 @@ def text_stack(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> str:
     'model.layers'
     """
     mains, parts = [_main(form) for form in forms_of(config)], [t for form in forms_of(config) for t in form["towers"]]
-    return next((m for m in mains if m in stacks), "") or decoder(stacks, parts) or next(iter(mains), "")
+    there = next((m for m in mains if m in stacks), "")
+    if not there and mains and with_text(config).get("is_encoder_decoder"):  # whose decoder is not in its place
+        return _main(nearest(config, stacks)[0])
+    return there or decoder(stacks, parts) or next(iter(mains), "")
 
 
 def recognised(config: Mapping[str, Any], stacks: Mapping[str, Layers]) -> int:

@@ -18,7 +18,7 @@ import torch
 from fmoe.families.defaults import with_taken
 from fmoe.families.formula import fields, value, words
 from fmoe.families.kind import COUNTS
-from fmoe.families.known import entries, text_stack, with_text
+from fmoe.families.known import entries, nearest, text_stack, with_text
 from fmoe.families.numbered import NUMBERED, Layers, by_stack
 from fmoe.families.sparse import layer_count
 from fmoe.layout.claims import some
@@ -89,13 +89,16 @@ def odd_sizes(
     >>> problem.text
     "'lm_head.weight': 8 in dimension 0, and config.json has vocab_size 9: expected 9"
     """
-    if entries(config) is None:
+    found = entries(config)
+    if found is None:
         return
+    known_whole = found[1]
     own, written = ({**with_text(c), **{p: c[p] for p in PARTS if p in c}} for c in (with_taken(config), config))
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
     stem, of_main = stem_of(native), stacks.get(main, {})
+    whole = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if known_whole else set[str]()
     counts = {(main, l): _experts(native, f"{main}.{l}", names) for l, names in of_main.items()}
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
@@ -114,7 +117,7 @@ def odd_sizes(
                 inner = rest.strip(".#")
                 for l, mine in stacks.get(stack, {}).items() if inner else ():
                     yield from _layers(f"{stack}.{l}.{inner}", says(l), by_stack(mine).get(inner, {}))
-                yield from () if inner else _layers(stack, says(-1), stacks.get(stack, {}))
+                yield from () if inner else _layers(stack, says(-1), stacks.get(stack, {}), stack in whole)
                 continue
             kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
@@ -187,9 +190,9 @@ def _of_layer(part: Any, layer: int) -> Any:
     return {**part, **_each(part).get(layer, {})} if isinstance(part, Mapping) else part
 
 
-def _layers(stack: str, says: Expected | None, layers: Layers) -> Iterator[Problem]:
-    """A stack that has not the layers that the config says."""
-    if not says or not layers or {*layers} == {*range(says.size)}:
+def _layers(stack: str, says: Expected | None, layers: Layers, whole: bool = False) -> Iterator[Problem]:
+    """A stack that has not the layers that the config says. whole: one that is not left out either."""
+    if not says or not (layers or whole) or {*layers} == {*range(says.size)}:
         return
     missing = next((l for l in range(says.size) if l not in layers), None)
     found = f"{len(layers)} layers" + f", none is {missing}" * (missing is not None)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from fmoe.types import AdapterError
+from fmoe.types import AdapterError, brief
 
 Config = Mapping[str, Any]
 COUNTS = ("num_hidden_layers", "n_layers", "num_layers")
@@ -30,8 +30,13 @@ def declared_ahead(config: Config) -> tuple[str, int]:
 
     >>> declared_ahead({"num_nextn_predict_layers": 1}), declared_ahead({})
     (('num_nextn_predict_layers', 1), ('', 0))
+
+    Raises AdapterError for more than any model has.
     """
-    return next(((f, n) for f in AHEAD if type(n := config.get(f)) is int and n > 0), ("", 0))
+    field, count = next(((f, n) for f in AHEAD if type(n := config.get(f)) is int and n > 0), ("", 0))
+    if count > MOST:
+        raise AdapterError(f"config.json has {field} {brief(count)}: expected 0 to {MOST} layers. Fix: mend {field}")
+    return field, count
 
 
 def sparse_layers(config: Config, ways: str) -> set[int] | None:

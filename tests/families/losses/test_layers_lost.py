@@ -7,6 +7,7 @@ import hf_zoo as zoo
 import known_names
 import known_numbers
 import pytest
+import systems_zoo
 from known_saved import originals
 
 import fmoe
@@ -44,6 +45,57 @@ def test_each_layer_that_is_lost_is_missed(name):
                 left = {n: spec for n, spec in specs.items() if not n.startswith(lost)}
                 told = [key for problem in gaps(kind, given, left).problems for key in problem.keys]
                 assert any(key == stack or key.startswith(lost) for key in told), (given["architectures"], lost)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_stack_that_is_lost_is_missed_and_of_a_tower_told(name):
+    for given, specs in forms(name, known_names.base(name)[1]):
+        for stack in filter(None, by_stack(specs)):
+            left = {n: spec for n, spec in specs.items() if not re.match(rf"{re.escape(stack)}\.\d+\.", n)}
+            found = gaps(family(given["model_type"]), given, left)
+            assert found.problems or any(part in note for note in found.notes for part in parts(stack)), stack
+
+
+def parts(stack):
+    """What a note may call a stack by: it, or what it is a part of."""
+    words = stack.split(".")
+    return {".".join(words[:n]) + "." for n in range(1, len(words) + 1)} - {"model.", "language_model."}
+
+
+AHEAD = [name for name in systems_zoo.MODELS if name.endswith(" mtp")]
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_joins_a_layer_ahead_does_not_stand_without_one(name):
+    config, tensors = systems_zoo.model(name)
+    kind = family(config["model_type"])
+    native = kind.adapter(config).from_hf(tensors)
+    ahead = re.compile(r"mtp\.|model\.layers\.3\.")
+    joins = {
+        "fc",
+        "norm",
+        "pre_fc_norm_embedding",
+        "pre_fc_norm_hidden",
+        "eh_proj",
+        "enorm",
+        "hnorm",
+        "final_layernorm",
+    }
+    joins |= {"shared_head", "norm", "embed_tokens"}
+    layer = {n for n in native if ahead.match(n) and joins.isdisjoint(n.split("."))}
+    left = {n: t for n, t in native.items() if n not in layer}
+    assert layer and any(map(ahead.match, left)), "a layer, and what joins it"
+    assert not gaps(kind, config, native).problems
+    told = [key for problem in gaps(kind, config, left).problems for key in problem.keys]
+    assert any(map(ahead.match, told))
+
+
+@pytest.mark.parametrize("count", [10**4 + 1, 10**9, 2**64])
+def test_more_layers_ahead_than_any_model_has_are_refused(count):
+    config, tensors = systems_zoo.model("deepseek_v3 mtp")
+    native = family("deepseek_v3").adapter(config).from_hf(tensors)
+    with pytest.raises(fmoe.AdapterError, match=f"num_nextn_predict_layers {count}: expected 0 to 10000 layers"):
+        gaps(family("deepseek_v3"), config | {"num_nextn_predict_layers": count}, native)
 
 
 LISTED = {
