@@ -115,9 +115,9 @@ def convert_between(
     report = Report(
         str(dst), source.model_type, len(source.specs), source.nbytes, len(made), adapter, len(layout.heads),
         lost=(*_lost(plan), *(p.text for p in missing.problems)),
-        notes=(*missing.notes, *cast, *_metadata(source, model), *_notes(source, to, made, model, wider),
+        notes=(*missing.notes, *plan.notes, *cast, *_metadata(source, model), *_notes(source, to, made, model, wider),
                *_stay(source, along), *former),
-        sides=_sides(source, here, to, layout, made))  # fmt: skip
+        sides=_sides(source, here, to, layout, plan))  # fmt: skip
     if dry_run:
         return report
     of = source.nbytes * (3 if checksums else 1)
@@ -225,10 +225,12 @@ def _stay(source: Checkpoint, along: Collection[str]) -> list[str]:
 CONTAINERS = {"dcp": "torch DCP", "gguf": "GGUF", "orbax": "Orbax", "mp_rank": "mp_rank"}
 
 
-def _sides(source: Checkpoint, here: str, to: str, layout: Layout, made: Specs) -> str:
+def _sides(source: Checkpoint, here: str, to: str, layout: Layout, plan: Plan) -> str:
     told = lambda name, container, tensors, files: f"{name} ({container}, {tensors:,} tensors in {files:,} files)"
 
     kind = CONTAINERS[source.container] if isinstance(source, Foreign) else "safetensors"
     other = CONTAINERS.get(SYSTEMS[to].container, "safetensors") if to in SYSTEMS else "safetensors"
     left = told(here, kind, len(source.specs), len(source.stamps))
-    return f"{left} -> {told(to, other, len(made), len(layout.heads))}; the plan is proved bijective"
+    whole = "the plan is proved bijective"
+    proved = f"{whole}, but for values that a note names" if plan.notes else whole
+    return f"{left} -> {told(to, other, len(plan.targets), len(layout.heads))}; {proved}"

@@ -66,7 +66,8 @@ def verify(
     plan = plan_from(source, there)
     here = "hf" if own else side(source, from_)
     if here in SYSTEMS:
-        notes = (*whole_between(source, here, adapter).notes, *[AS_THEY_ARE] * packed(source, here))
+        told = whole_between(source, here, adapter).notes
+        notes = (*told, *plan.notes, *[AS_THEY_ARE] * packed(source, here))
     else:
         native = source.specs if source.native else plan.targets
         how = choices | ({"adapter": adapter} if own else {})

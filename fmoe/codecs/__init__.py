@@ -51,6 +51,7 @@ class Changed(NamedTuple):
 class CodecPlan:
     """`changes`: the tensors that change; all others pass through, under the names that `renamed` gives them (target ->
     source), in the shape that `targets` says. ranges: the part of its first axis that is made of a target.
+    notes: what a report says of the values.
     """
 
     targets: dict[str, TensorSpec]
@@ -59,6 +60,7 @@ class CodecPlan:
     narrowed: frozenset[str] = frozenset()
     renamed: Mapping[str, str] = field(default_factory=dict)
     ranges: Mapping[str, range] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def maker(self) -> dict[str, int]:

@@ -89,16 +89,15 @@ def odd_sizes(
     >>> problem.text
     "'lm_head.weight': 8 in dimension 0, and config.json has vocab_size 9: expected 9"
     """
-    found = entries(config)
-    if found is None:
+    entry = entries(config)
+    if entry is None:
         return
-    known_whole = found[1]
     own, written = ({**with_text(c), **{p: c[p] for p in PARTS if p in c}} for c in (with_taken(config), config))
     stacks, count = by_stack(native), layer_count(said)
     main = text_stack(config, stacks)
     here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
     stem, of_main = stem_of(native), stacks.get(main, {})
-    whole = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if known_whole else set[str]()
+    whole = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if entry[1] else set[str]()
     counts = {(main, l): _experts(native, f"{main}.{l}", names) for l, names in of_main.items()}
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():

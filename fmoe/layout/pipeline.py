@@ -38,7 +38,7 @@ class Plan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """The rules, renames, keeps and drops of one's own that match no name, each in a sentence.
+        """What is told beside: rules of one's own that match no name, values that come back near and not equal.
 
         >>> import fmoe, torch
         >>> fmoe.rename("self_attn.", "attention.").plan({"a.self_attn.q": torch.ones(3)}).notes[0][:60]
@@ -49,6 +49,7 @@ class Plan:
             said = idle(getattr(stage, "entries", ()), names) if getattr(stage, "heard", False) else ()
             made |= dict.fromkeys(f"stage {k + 1} of {len(self.stages)}: {text}" if several else text for text in said)
             made |= dict.fromkeys(text for side in _sides(plan) for text in side.notes)
+            made |= dict.fromkeys(getattr(plan, "notes", ()))
             names = plan.targets
         return tuple(made)
 

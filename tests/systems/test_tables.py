@@ -40,6 +40,21 @@ def test_there_and_back(system, name, choice):
         assert other == system or adapter(other, name)[0].from_hf(hf).keys() == there.keys()
 
 
+@pytest.mark.parametrize("system,name,choice", CASES, ids=lambda x: str(x))
+def test_what_comes_back_near_and_not_equal_is_told_both_ways(system, name, choice):
+    made, hf = adapter(system, name, choice)
+    hf = {n: (t * 0.02).bfloat16() if t.is_floating_point() else t for n, t in hf.items()}
+    there, plan = made.from_hf(hf), made.plan(hf)
+    back = made.to_hf(there)
+    near = [n for n, t in hf.items() if not torch.equal(back[n], t)]
+    for notes in (plan.notes, made.inverse.plan(there).notes):
+        assert bool(notes) >= bool(near) and not (notes and made.lossless)
+        assert all("not bit for bit" in note for note in notes)
+    told = " ".join(plan.notes)
+    near = [sources for sources, _ in plan.units() if not {*near}.isdisjoint(sources)]  # as they lie there
+    assert len(near) <= len(re.findall(r"'[^']+'", told)) + sum(map(int, re.findall(r"(\d+) more", told)))
+
+
 def known_as(names, name, container):
     """The systems that a directory with these names may be of: those with the very same names, or its own alone."""
     fits = [s.name for s in SYSTEMS.values() if s.marks(names, name.split()[0])]

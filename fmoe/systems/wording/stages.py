@@ -8,12 +8,14 @@ Pad      rows of zeros behind a tensor's own: added one way; checked and cut the
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import frexp
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fmoe.codecs import Change, Changed, CodecPlan
+from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs, Window
 from fmoe.layout.names import Names
 from fmoe.types import AdapterError, Problem, TensorSpec
@@ -59,14 +61,25 @@ class Value(Stateless):
     def plan(self, specs: Specs, names: Names, window: Window, local: frozenset[str]) -> CodecPlan:
         change = self._change()
         mine = [n for n in specs if re.fullmatch(self.pattern, n)]
-        return CodecPlan(dict(specs), tuple(Changed([n], [n], change, {n: 1}) for n in mine), str(self))
+        changed = tuple(Changed([n], [n], change, {n: 1}) for n in mine)
+        return CodecPlan(dict(specs), changed, str(self), notes=self._told(mine))
+
+    def _told(self, names: list[str]) -> tuple[str, ...]:
+        function = FUNCTIONS[self.function]
+        if not names or function.exact(self.by):
+            return ()
+        how = f"{'read from' if self.flipped else 'stored as'} {function.formula.format(by=self.by)}"
+        again = "stored again" if self.flipped else "read again"
+        near = f"{again}, equal to within {function.bound}, not bit for bit"
+        return (f"values of {some(sorted(names))} are {how}: {near}",)
 
     def _change(self) -> Change:
         function, by = FUNCTIONS[self.function].ways[self.flipped], self.by
         return lambda params: {n: function(t, by) for n, t in params.items()}
 
     def __str__(self) -> str:
-        what = FUNCTIONS[self.function].what.format(by=self.by)
+        function = FUNCTIONS[self.function]
+        what = f"{function.formula.format(by=self.by)}; back to within {function.bound}"
         return f"{self.pattern}: {what}{' (backwards)' * self.flipped}"
 
 
@@ -91,21 +104,26 @@ def _log_minus(y: Tensor, by: float) -> Tensor:
 
 
 class Function(NamedTuple):
-    """ways: there and back. what: what is said of it."""
+    """ways: there and back. formula: what is stored of x. bound: how near x comes back; exact: equal, by a number."""
 
     ways: tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
-    what: str
+    formula: str
+    bound: str
+    exact: Callable[[float], bool] = lambda by: False
 
 
 FUNCTIONS = {
     "shift": Function(
         (lambda x, by: x + by, lambda y, by: y - by),
-        "x + {by:g}; back to within half a unit in the last place of x + {by:g}",
+        "x {by:+g}",
+        "half a unit in the last place of what is stored",
     ),
-    "-exp": Function((_minus_exp, _log_minus), "-exp(x); back to within two units in the last place"),
+    "-exp": Function((_minus_exp, _log_minus), "-exp(x)", "two units in the last place"),
     "times": Function(
         (lambda x, by: (x.double() * by).to(x.dtype), lambda y, by: (y.double() / by).to(y.dtype)),
-        "x * {by:.6g}; back to within one unit in the last place, exactly where that is a power of two",
+        "x * {by:.6g}",
+        "one unit in the last place",
+        lambda by: frexp(by)[0] == 0.5,  # a power of two
     ),
 }
 
