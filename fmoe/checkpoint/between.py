@@ -41,6 +41,7 @@ from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_o
 from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import narrowed, no_part, not_decoded
 from fmoe.codecs.cast import CastExperts, not_cast
+from fmoe.families import family
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs
@@ -98,7 +99,11 @@ def convert_between(
     along = beside(source, small, layout, told)
     small |= along
     if to == "native":
-        hf = plan_from(source, adapter.inverse, **ranges).targets
+        hf = plan_from(source, adapter.inverse).targets
+        if ranges:  # those alone that this part is made of
+            own = {n: v for n, v in choices.items() if n not in ranges}
+            read = family(source.model_type).adapter(source.config, **own).resolve(hf).plan(hf, **ranges)
+            hf = {n: hf[n] for n in read.sources}
         held = Layout.of(hf, shard(hf, size_of(max_shard_size)), {})
         index = None if ranges else held.index
         small[NATIVE] = origin_text(held.files, sum(s.nbytes for s in hf.values()), index, choices)

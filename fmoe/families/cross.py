@@ -139,7 +139,10 @@ def _config(
         if field == "norm_eps" and field not in source.fields:
             continue  # the whole model's, which a source without such norms says all the same
         if values.get(field) is not None:
-            made[next((n for n in names.split() if asked.reads(n)), names.split()[0])] = values[field]
+            made[min(names.split(), key=lambda n: (not asked.has(n), not asked.reads(n)))] = values[field]
+    sizes = [given.get(n) for n in ("hidden_size", "num_attention_heads")]
+    if made.get("head_dim", 0) is None and all(type(n) is int and n > 0 for n in sizes):
+        made["head_dim"] = sizes[0] // sizes[1]  # which a class that takes null derives, and another may not
     if source.activation_field in given:
         made[target.activation_field] = given[source.activation_field]
     return made | {"model_type": asked.model_type} | {n: given[n] for n in ("dtype", "torch_dtype") if n in given}
@@ -181,9 +184,13 @@ class Asked:
         self._base = set(transformers.PretrainedConfig().to_dict())
         self._source = inspect.getsource(sys.modules[self.model.__module__])
 
+    def has(self, field: str) -> bool:
+        """Whether its config class has a field, under this name or another."""
+        return field in self._fields or field in self.config.attribute_map
+
     def reads(self, field: str) -> bool:
         """Whether its config class has a field, or its model reads one that the class does not name, as `head_dim`."""
-        return field in self._fields or f"config.{field}" in self._source or f'"{field}"' in self._source
+        return self.has(field) or f"config.{field}" in self._source or f'"{field}"' in self._source
 
     def holds(self, kind: Family, config: dict[str, Any]) -> tuple[dict[str, TensorSpec], dict[str, Any]]:
         """What a checkpoint with this config holds, under native names; and the config with all that it leaves open.

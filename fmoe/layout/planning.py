@@ -132,12 +132,13 @@ def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
     for axis, asked in window.items():
         sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
         if axis not in axes or not sound:
-            odd = (
-                "in steps of 1, of numbers below 2**39"
-                if axis in axes
-                else f"of one of the axes {', '.join(sorted(axes))}"
+            one = (
+                f"a range of one of the axes {', '.join(sorted(axes))}"
+                if axes
+                else "no range: these rules move no axis"
             )
-            told = asked_as(axis, asked, axes) or f"expected a range {odd}"
+            expected = "a range in steps of 1, of numbers below 2**39" if axis in axes else one
+            told = asked_as(axis, asked, axes) or f"expected {expected}"
             raise AdapterError(f"{axis}={brief(asked)}: {told}")
 
 

@@ -44,6 +44,21 @@ def test_mixtral_as_qwen3_and_back_is_the_same_to_the_bit(tmp_path):
     assert torch.equal(output(reloaded(model, tmp_path / "back")), output(model))
 
 
+@pytest.mark.parametrize("to", ["qwen3_moe", "granitemoe", "minimax_m2", "llama4_text"])
+def test_a_head_dim_of_null_is_what_its_class_derives(to, tmp_path):
+    """As Transformers 5 saves every Mixtral; and of two names for a count the one that the target's class has."""
+    config = transformers.MixtralConfig(
+        **hf.MODELS["mixtral"][1] | dict(head_dim=None, num_attention_heads=4, hidden_size=32)
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    assert json.loads((tmp_path / "source/config.json").read_text())["head_dim"] is None
+    told = fmoe.convert(tmp_path / "source", tmp_path / "other", to=to, lossy=True, fsync=False).lost
+    made = json.loads((tmp_path / "other/config.json").read_text())
+    assert made["head_dim"] == 8 and not any("self_attn.q_proj" in t or "experts.down_projs" in t for t in told)
+    count = made.get("num_local_experts", made.get("num_experts"))
+    assert count == config.num_local_experts and not {"num_experts", "num_local_experts"} <= made.keys()
+
+
 @pytest.mark.parametrize(("name", "to"), [("granitemoe", "granitemoeshared"), ("granitemoeshared", "granitemoe")])
 def test_what_carries_over_whole_needs_no_consent_and_computes_the_same(name, to, tmp_path):
     model, source = zoo.saved("granitemoe")

@@ -1,10 +1,13 @@
 """Directories of other systems: there and back, to each other."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from system_directories import files, same, saved
+from systems_zoo import cases
 
 import fmoe
 from fmoe import AdapterError
@@ -40,6 +43,23 @@ def test_there_and_back(hf, tmp_path, name, system):
     same(files(tmp_path / "back"), tensors)
     assert fmoe.verify(tmp_path / "there").tensors == len(want)
     assert fmoe.inspect(tmp_path / "there")["format"] == system
+
+
+PARTS = [(m, s) for s, m, c in cases() if not c and m in ("qwen3_moe alike", "deepseek_v3", "gpt_oss") and s != "gguf"]
+
+
+@pytest.mark.parametrize("name,system", PARTS)
+def test_some_experts_of_a_system_are_those_of_hugging_faces(hf, tmp_path, name, system):
+    path, _, _ = hf(name)
+    fmoe.convert(path, tmp_path / "there", to=system, fsync=False)
+    made = {}
+    for src, how in ((path, {}), (tmp_path / "there", dict(config=path, from_=system))):
+        out = tmp_path / f"part of {src.name}"
+        fmoe.convert(src, out, "native", e=range(1, 3), fsync=False, **how)
+        made[src.name] = files(out), json.loads((out / "fmoe.json").read_text())
+    (want, said), (found, also) = made.values()
+    same(found, want)
+    assert (said["weight_map"].keys(), said["ranges"]) == (also["weight_map"].keys(), also["ranges"])
 
 
 @pytest.mark.parametrize(
