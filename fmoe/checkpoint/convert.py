@@ -143,7 +143,7 @@ def convert(
     notes += [] if config is None else given_instead(source.path, source.config)
     others |= {} if config is None else {"config.json": json_of(source.config)}
     if "dtype" in how and crossing is None and source.config:
-        notes += not_cast(plan.targets, how["dtype"], source.config, to)
+        notes += not_cast(plan.targets, how["dtype"], source.config, to, native=source.native)
     if to != "native" and source.config:
         config = crossing.config if crossing else source.config
         agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)

@@ -163,12 +163,13 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
     if "adapter" in choices:
         if source.native == (to == "native"):
             raise AdapterError(f"{source.path} is {'native' if source.native else 'a Hugging Face checkpoint'} already")
-        made = adapter_of(source, **choices)
-        return made, made.inverse if source.native else made
-    if to == "hf" and {"dtype", "quantize"} & choices.keys() and holds_codes(source):
+        return forth(source, **choices)
+    anew = {"dtype", "quantize"} & choices.keys()
+    if to == "hf" and anew and holds_codes(source):
         whole, hf = _as_made(source)
         return whole, whole.inverse >> adapter_between(hf, to, **choices)[1]
-    before = {n: v for n, v in made_with(source).items() if n != "dtype"}  # which is of the tensors as they lie there
+    gone = {"dtype", "quantized"} if anew else {"dtype"}  # which are of the tensors as they lie there
+    before = {n: v for n, v in made_with(source).items() if n not in gone}
     how = {n: v for n, v in (before | choices).items() if n in VALUES}
     layout = {n: v for n, v in choices.items() if n not in how}
     quantize, cast = how.pop("quantize", None), how.pop("cast", "experts")
@@ -184,8 +185,7 @@ def adapter_between(source: Checkpoint, to: str, **choices: Any) -> tuple[Adapte
         return made, made
     if source.native and not (quantize or "dtype" in how):
         if not layout:
-            made = adapter_of(source, **choices)
-            return made, made.inverse
+            return forth(source, **choices)
         made = family(source.model_type).adapter(source.config, **made_with(source) | choices)
         return made, made.inverse
     if not source.native and not (choices.keys() - {"quantized"}):

@@ -117,13 +117,16 @@ def _said(config: Mapping[str, Any]) -> torch.dtype | None:
     return as_dtype(said) if said else None
 
 
+FIRST = "to='hf' first, and that with dtype= and "
+
+
 def not_cast(
-    specs: Specs, dtype: Any, config: Mapping[str, Any], to: str = "hf", what: str = "experts are"
+    specs: Specs, dtype: Any, config: Mapping[str, Any], to: str = "hf", what: str = "experts are", native: bool = False
 ) -> list[str]:
     """A note on what is not in the dtype that experts were cast to, and that config.json says.
 
-    to: where else they went, which takes no cast=. what: what has that dtype there. Raises AdapterError where nothing
-    has it.
+    to: where else they went, which takes no cast=; native: they came from a native directory, which does not either.
+    what: what has that dtype there. Raises AdapterError where nothing has it.
 
     >>> w = TensorSpec((2,), torch.bfloat16)
     >>> not_cast({"norm.weight": TensorSpec((2,), torch.float32), "e.down_proj": w}, "bfloat16", {})
@@ -136,14 +139,14 @@ def not_cast(
         coded = any(narrow(spec.dtype) for spec in specs.values())
         none, fix = ("they are in codes", "without dtype, or, from 'hf' to 'hf', ") if coded else ("there are none", "")
         text = f"dtype={str(as_dtype(dtype)).removeprefix('torch.')!r} casts experts, and {none}"
-        raise AdapterError(f"{text}. Fix: {fix}cast='all' (--cast all)")
+        raise AdapterError(f"{text}. Fix: {fix or FIRST * native}cast='all' (--cast all)")
     kind, verb = (
         str(as_dtype(dtype)).removeprefix("torch."),
         "stays as it was" if len(left) == 1 else "stay as they were",
     )
     rest = f"{some(sorted(left))} {verb}"
     if to == "hf":
-        return [f"{what} {kind}, config.json says so, and {rest}. Fix: cast='all' (--cast all)"]
+        return [f"{what} {kind}, config.json says so, and {rest}. Fix: {FIRST * native}cast='all' (--cast all)"]
     fix = f"convert to 'hf' with dtype={kind!r}, cast='all' (--cast all), and that to {to!r}"
     return [f"{what} {kind}, and {rest}. Fix: {fix}"]
 

@@ -140,9 +140,9 @@ def _config(
             continue  # the whole model's, which a source without such norms says all the same
         if values.get(field) is not None:
             made[min(names.split(), key=lambda n: (not asked.has(n), not asked.reads(n)))] = values[field]
-    sizes = [given.get(n) for n in ("hidden_size", "num_attention_heads")]
-    if made.get("head_dim", 0) is None and all(type(n) is int and n > 0 for n in sizes):
-        made["head_dim"] = sizes[0] // sizes[1]  # which a class that takes null derives, and another may not
+    dim, heads = given.get("hidden_size"), given.get("num_attention_heads")
+    if made.get("head_dim", 0) is None and isinstance(dim, int) and isinstance(heads, int) and heads > 0:
+        made["head_dim"] = dim // heads  # which a class that takes null derives, and another may not
     if source.activation_field in given:
         made[target.activation_field] = given[source.activation_field]
     return made | {"model_type": asked.model_type} | {n: given[n] for n in ("dtype", "torch_dtype") if n in given}

@@ -132,12 +132,8 @@ def check_ranges(stages: tuple[Stage, ...], window: Window) -> None:
     for axis, asked in window.items():
         sound = isinstance(asked, range) and asked.step == 1 and abs(asked.start) + abs(asked.stop) < 1 << 40
         if axis not in axes or not sound:
-            one = (
-                f"a range of one of the axes {', '.join(sorted(axes))}"
-                if axes
-                else "no range: these rules move no axis"
-            )
-            expected = "a range in steps of 1, of numbers below 2**39" if axis in axes else one
+            moved = f"a range of one of the axes {', '.join(sorted(axes))}" if axes else "none: no axis moves here"
+            expected = "a range in steps of 1, of numbers below 2**39" if axis in axes else moved
             told = asked_as(axis, asked, axes) or f"expected {expected}"
             raise AdapterError(f"{axis}={brief(asked)}: {told}")
 

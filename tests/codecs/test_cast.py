@@ -105,8 +105,19 @@ def test_a_conversion_casts_all_if_asked_and_else_names_what_is_not_what_its_con
     fmoe.verify(tmp_path / "whole")
     with pytest.raises(fmoe.AdapterError, match="cast='all'"):
         fmoe.convert(path, tmp_path / "native", cast="all", dtype="bfloat16")
+    fmoe.convert(path, tmp_path / "kept", quantized="keep", fsync=False)  # of a source without codes
+    notes = fmoe.convert(tmp_path / "kept", tmp_path / "back", "hf", dtype="bfloat16", fsync=False).notes
+    assert any("Fix: to='hf' first, and that with dtype= and cast='all'" in n for n in notes)
+    same_bits(tmp_path / "back", tmp_path / "some")
     with pytest.raises(fmoe.AdapterError, match="expected 'experts' or 'all'"):
         fmoe.convert(path, tmp_path / "other", "hf", cast="al", dtype="bfloat16")
+
+
+def same_bits(a, b):
+    one, other = ({n: t for f in p.glob("*.safetensors") for n, t in load_file(f).items()} for p in (a, b))
+    assert one.keys() == other.keys() and all(
+        torch.equal(t, other[n]) and t.dtype == other[n].dtype for n, t in one.items()
+    )
 
 
 def test_a_dtype_for_experts_is_refused_where_there_are_none(tmp_path):
