@@ -1,6 +1,5 @@
 """Native parameters as a directory: shards and an index that Transformers and fmoe read."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from fmoe.checkpoint.files.directory import DTYPES, INDEX, NATIVE
-from fmoe.checkpoint.files.origin import FORMAT
+from fmoe.checkpoint.files.origin import origin_text
 from fmoe.checkpoint.files.strict import read
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.open import adapter as adapter_at
@@ -215,10 +214,8 @@ def _adapter(path: Path, adapter: Adapter | Family | None) -> Adapter:
     return adapter_at(str(config.get("model_type")), config)
 
 
-def _origin(hf: Plan, most: int, ranges: Mapping[str, range], choices: Mapping[str, str]) -> str:
+def _origin(hf: Plan, most: int, ranges: Mapping[str, range], choices: Mapping[str, Any]) -> str:
     """What the native directory would have been made from."""
     files = Layout.of(hf.targets, shard(hf.targets, most), {})
-    facts: dict[str, Any] = {"weight_map": files.files, "metadata": dict.fromkeys(files.heads, {"format": "pt"})}
-    facts |= {"ranges": {n: [r.start, r.stop] for n, r in ranges.items()}} if ranges else {}
-    facts |= {"choices": choices} if choices else {}
-    return json.dumps(FORMAT | facts | {"index": files.index, "bytes": hf.nbytes}) + "\n"
+    plain = dict.fromkeys(files.heads, {"format": "pt"})
+    return origin_text(files.files, hf.nbytes, files.index, {**choices, **ranges}, plain).decode()

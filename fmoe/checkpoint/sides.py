@@ -11,7 +11,6 @@ import torch
 from fmoe import systems
 from fmoe.checkpoint.files.containers.foreign import Foreign
 from fmoe.checkpoint.files.directory import Checkpoint
-from fmoe.checkpoint.files.origin import OWN
 from fmoe.checkpoint.open import adapter_of, bare, hf_names, holds_codes, layers_fit, made_with, plan_from
 from fmoe.checkpoint.which import side
 from fmoe.checkpoint.whole import gaps_of, spelling
@@ -137,11 +136,11 @@ def packed(source: Checkpoint, here: str) -> bool:
     return can and any(spec.dtype in CODES and WEIGHT.search(name) for name, spec in source.specs.items())
 
 
-def unnamed_choices(adapter: Adapter, names: list[str]) -> dict[str, str]:
+def unnamed_choices(adapter: Adapter, names: list[str]) -> dict[str, Any]:
     """The choices that an adapter was made with, as far as its HF names do not say them."""
     kind = FAMILIES.get(str((adapter.config or {}).get("model_type")))
     if kind is None:
-        return dict(OWN)
+        return {"adapter": adapter}
     tables = lambda made: [s for s in made.resolve(names).stages if isinstance(s, Table)]
     how = {"quantized": "keep"} if any(isinstance(s, Quantised) and s.keep for s in adapter.stages) else {}
     opened = kind.adapter(adapter.config, **how)

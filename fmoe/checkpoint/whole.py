@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
+from fmoe.checkpoint.files.origin import rules_of
 from fmoe.checkpoint.report import CheckpointWarning
 from fmoe.codecs.agree import untold
 from fmoe.codecs.config import quantization_of
@@ -32,6 +33,17 @@ from fmoe.layout.table import Table
 from fmoe.types import AdapterError, Params, Problem, TensorSpec
 
 
+def other_rules(source: Checkpoint, adapter: Any) -> list[str]:
+    """A note where rules of one's own are not, as they print, those that a native directory was made by."""
+    origin = source.origin or {"choices": {}}
+    if "rules" not in origin.get("choices", {}) or not isinstance(adapter, Adapter):
+        return []
+    if rules_of(adapter, origin["weight_map"]) in ({}, {"rules": origin["choices"]["rules"]}):
+        return []
+    text = f"adapter= prints other rules than {source.path / NATIVE} was made by"
+    return [f"{text}: names and shapes fit, and what lies where may not. Fix: the rules of then"]
+
+
 def gaps_of(
     source: Checkpoint, native: Iterable[str], back: Mapping[str, object] | None = None, **choices: Any
 ) -> Gaps:
@@ -50,6 +62,7 @@ def gaps_of(
         found = Gaps(found.problems, [*found.notes, *untold(source.config, source.specs, kind.adapter(source.config))])
     if source.origin is None or back is None:
         return found
+    found.notes.extend(other_rules(source, choices.get("adapter")))
     lost = [n for n in source.origin["weight_map"] if n not in back]
     gone = dropped(choices["adapter"].stages, lost) if isinstance(choices.get("adapter"), Adapter) else {}
     told = [

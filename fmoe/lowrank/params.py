@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fmoe.codecs.stacks import is_code, packed, suffix_of
 from fmoe.layout.eager.running import specs_of
+from fmoe.layout.units import natural
 from fmoe.lowrank.adding import added
 from fmoe.lowrank.derive import NATIVE
 from fmoe.lowrank.matrices import matrices, scale_of
@@ -22,8 +23,9 @@ def init(
     """A ~ N(0, 2 / (n + r)) with n = D or I ("xavier"), or U(-n^-1/2, n^-1/2) ("kaiming", PEFT's); B = 0.
 
     For every `gate_and_up_projs` [E, D, U] and `down_projs` [E, I, D] of params, with any prefix: A [E, n, r] and B
-    [E, r, out] under the native LoRA names, on their device, in dtype or theirs. The fans are those of one expert; the
-    seed system takes those of the stack, so that its first update depends on E. Weights may be codes with their scales
+    [E, r, out] under the native LoRA names, on their device, in dtype or theirs, in the order of the names (layer 2
+    before 10), so that a seed draws the same whatever the order of params. The fans are those of one expert; the seed
+    system takes those of the stack, so that its first update depends on E. Weights may be codes with their scales
     beside them (`fmoe.load(quantized="keep")`): dtype is bfloat16 then, if not said. Raises AdapterError where there is
     none, and for codes without scales.
 
@@ -37,7 +39,7 @@ def init(
         raise AdapterError(f"lora.init: r is {brief(r)}, expected a positive int")
     specs_of(params)
     made: dict[str, Tensor] = {}
-    for name, weight in params.items():
+    for name, weight in sorted(params.items(), key=lambda item: natural(item[0])):
         prefix, _, bare = name.rpartition(".")
         if bare not in NATIVE:
             continue

@@ -169,3 +169,35 @@ def test_inspect_and_diff_take_rules_of_ones_own(hf, run, tmp_path, monkeypatch)
     Path("ints.py").write_text("D = 4\n")
     code, _, err = run("verify", "hf", "--adapter", "ints:D")
     assert code == 1 and "adapter= is an int, expected an fmoe.Adapter" in err
+
+
+def of_order(order: str) -> fmoe.Adapter:
+    """gate and up in an order that neither names nor shapes show."""
+    stem = "layers.{l}.mlp.experts."
+    halves = fmoe.rule(stem + f"{{e}}.{{g={order}}}_proj.weight [i d]", stem + "gate_and_up_projs [e d (g i)]")
+    return halves | fmoe.rule(stem + "{e}.down_proj.weight [d i]", stem + "down_projs [e i d]") | fmoe.keep("{rest}")
+
+
+@pytest.mark.parametrize("way", ["convert", "save"])
+def test_other_rules_than_a_native_directory_was_made_by_are_told(way, tmp_path):
+    shapes = {"gate": (6, 4), "up": (6, 4), "down": (4, 6)}
+    names = {f"layers.0.mlp.experts.{e}.{p}_proj.weight": p for e in range(3) for p in shapes}
+    hf = {n: torch.randn(shapes[p]) for n, p in names.items()}
+    (tmp_path / "hf").mkdir()
+    save_file(hf, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "mine"}')
+    native, right, wrong = tmp_path / "native", of_order("gate|up"), of_order("up|gate")
+    if way == "convert":
+        fmoe.convert(tmp_path / "hf", native, adapter=right, checksums=True)
+    else:
+        fmoe.save(right.from_hf(hf), native, right, "native")
+    for adapter in (right, of_order("gate|up"), right.resolve(hf)):
+        calls = (
+            fmoe.verify(native, adapter=adapter),
+            fmoe.convert(native, tmp_path / "back", "hf", adapter=adapter, force=True),
+        )
+        assert not any("prints other rules" in note for found in calls for note in found.notes)
+        assert all(torch.equal(t, hf[n]) for n, t in load_file(tmp_path / "back" / "model.safetensors").items())
+    for found in (fmoe.verify(native, adapter=wrong), fmoe.convert(native, tmp_path / "other", "hf", adapter=wrong)):
+        (told,) = (note for note in found.notes if "prints other rules" in note)
+        assert "fmoe.json was made by" in told and "Fix: the rules of then" in told

@@ -95,6 +95,17 @@ def test_merge_refuses_what_it_cannot_add():
         fmoe.lora.init(params, 2, "normal")
 
 
+@pytest.mark.parametrize("kind", ["xavier", "kaiming"])
+def test_a_seed_draws_the_same_whatever_the_order_of_params(kind):
+    stacks = {"gate_and_up_projs": (3, 4, 6), "down_projs": (3, 3, 4)}
+    params = {f"layers.{l}.{n}": torch.ones(shape) for l in (0, 2, 10) for n, shape in stacks.items()}
+    drawn = lambda names: fmoe.lora.init({n: params[n] for n in names}, 2, kind, generator=torch.manual_seed(0))
+    want = drawn(params)
+    for names in (sorted(params), list(params)[::-1]):
+        made = drawn(names)
+        assert list(made) == list(want) and all(torch.equal(t, want[n]) for n, t in made.items())
+
+
 def test_merge_differentiates():
     params, lora = weights(torch.float32)
     f = lambda lora: sum(t.square().sum() for t in fmoe.lora.merge(params, lora, 0.5).values())

@@ -2,15 +2,20 @@
 which keeps that index, and all else that the files held beside tensors, for the way back.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmoe.checkpoint.files.header import PICKLE, described
 from fmoe.checkpoint.files.strict import parse, short, too_long
 from fmoe.checkpoint.remote.address import Where
 from fmoe.types import AdapterError, as_dtype
+
+if TYPE_CHECKING:
+    from fmoe.layout.adapter import Adapter
 
 # weight_map, metadata, index, bytes: of the source. headers: its files' headers that are not as fmoe writes them.
 # checksums: sha256 of the native directory's other files.
@@ -18,7 +23,10 @@ ORIGIN = {"weight_map": dict, "metadata": dict, "index": str | None, "bytes": in
 FORMAT = {"format": "fmoe native", "version": 1}
 
 OWN = {"adapter": "own"}
-"""Among the choices of a native directory: rules of somebody's own made it, which nothing here can name."""
+"""Among the choices of a native directory: rules of somebody's own made it, which nothing here can name.
+
+`rules` beside it: the sha256 of what they print, resolved by the names that they were given.
+"""
 
 
 def weight_map(path: Where, index: Mapping[str, Any]) -> dict[str, str]:
@@ -89,6 +97,17 @@ def held_ranges(origin: Mapping[str, Any] | None) -> dict[str, range]:
     return {n: range(*ends) for n, ends in (origin or {}).get("ranges", {}).items()}
 
 
+def rules_of(adapter: "Adapter", names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of what an adapter prints, resolved by names; {} where that says something else in each process.
+
+    >>> import fmoe
+    >>> {n: len(v) for n, v in rules_of(fmoe.rename("a", "b"), ["a"]).items()}
+    {'rules': 64}
+    """
+    text = str(adapter.resolve(names))
+    return {} if re.search(r" at 0x[0-9a-f]+", text) else {"rules": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def origin_text(
     files: Mapping[str, str],
     nbytes: int,
@@ -101,7 +120,7 @@ def origin_text(
     ranges = {n: [v.start, v.stop] for n, v in choices.items() if isinstance(v, range)}
     named = {n: v for n, v in choices.items() if isinstance(v, str)}
     named |= {"dtype": str(as_dtype(choices["dtype"])).removeprefix("torch.")} if choices.get("dtype") else {}
-    named |= OWN if "adapter" in choices else {}
+    named |= OWN | rules_of(choices["adapter"], files) if "adapter" in choices else {}
     facts: dict[str, Any] = {"weight_map": dict(files), "metadata": dict(metadata), "index": index, "bytes": nbytes}
     more = {"headers": dict(headers), "choices": named, "ranges": ranges}
     return json.dumps(FORMAT | facts | {n: v for n, v in more.items() if v}).encode() + b"\n"
