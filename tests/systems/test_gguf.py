@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 import fmoe
 from fmoe import AdapterError
 from fmoe.checkpoint.files.containers.gguf import read_file
-from fmoe.checkpoint.files.containers.gguf_said import METADATA, other_model
+from fmoe.checkpoint.files.containers.gguf_said import ARCHITECTURES, METADATA, other_model
 from fmoe.checkpoint.files.containers.source import open_foreign
+from fmoe.systems import SYSTEMS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ["qwen3_moe alike", "mixtral", "deepseek_v3", "gpt_oss", "gpt_oss mxfp4"]
@@ -27,7 +28,8 @@ def same(a, b):
 @pytest.mark.parametrize("name", NAMES)
 def test_hf_to_gguf_to_hf_bit_for_bit(tmp_path, name):
     config, hf, theirs = parts(name)
-    src, like = saved(tmp_path / "hf", config, hf), write(tmp_path / "like.gguf", theirs)
+    arch = {"general.architecture": ARCHITECTURES[config["model_type"]]}
+    src, like = saved(tmp_path / "hf", config, hf), write(tmp_path / "like.gguf", theirs, keys=arch)
     report = fmoe.convert(src, tmp_path / "there", to="gguf", like=like, **KEEP.get(name, {}))
     assert "-> gguf (GGUF" in report.sides and not report.notes
     assert (tmp_path / "there" / "model.gguf").read_bytes() == like.read_bytes()
@@ -176,6 +178,16 @@ def test_metadata_that_are_another_models_are_named(tmp_path, name):
             told = [n for n in convert(file, tmp_path / f"{field} {way}").notes if "is not as the config" in n]
             assert len(told) == (field is not None), (field, way, told)
             assert not field or f"{OTHER[field]}, expected {right[field]}"[:9] in told[0] and file.name in told[0]
+
+
+def test_every_table_knows_what_llama_cpp_computes_its_family_as(tmp_path):
+    assert ARCHITECTURES.keys() >= SYSTEMS["gguf"].tables.keys()
+    for name, arch in ARCH.items():
+        config, _, theirs = parts(name)
+        assert ARCHITECTURES[config["model_type"]] == arch
+        for other in {*ARCH.values()} - {arch}:
+            file = read_file(write(tmp_path / "x.gguf", theirs, keys={"general.architecture": other}))
+            assert f"general.architecture {other!r}, expected {arch!r}" in other_model(file, config)[0]
 
 
 @pytest.mark.parametrize("odd", [[1, 2], {"a": 1}, 10**400, "x", float("inf"), float("nan"), None, True, -1], ids=repr)

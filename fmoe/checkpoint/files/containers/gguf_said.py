@@ -25,6 +25,17 @@ METADATA = {
 }
 """Keys of GGUF, after the architecture's name, and a config's or MoEConfig's fields that say the same."""
 
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe": "qwen35moe",
+    "qwen3_5_moe_text": "qwen35moe",
+}
+"""Model types, and what llama.cpp computes them as."""
+
 
 def other_model(file: File, config: Mapping[str, Any]) -> list[str]:
     """A note where the file says otherwise than the config what a model computes.
@@ -45,8 +56,11 @@ def _unlike(keys: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[str]
     rope, moe = given.get("rope_parameters"), {"route_scale": 1.0} | kind.values(given) if kind else {}
     said = {**moe, **given, **(rope if isinstance(rope, dict) else {})}
     ahead = _numbers([given.get("num_nextn_predict_layers")])
+    arch, named = keys.get("general.architecture"), ARCHITECTURES.get(str(config.get("model_type")))
+    if arch is not None and named not in (None, arch):
+        yield f"general.architecture {arch!r}, expected {named!r}"
     for key, names in METADATA.items():
-        found, expected = keys.get(f"{keys.get('general.architecture')}.{key}"), _numbers(map(said.get, names.split()))
+        found, expected = keys.get(f"{arch}.{key}"), _numbers(map(said.get, names.split()))
         if key == "block_count":  # with the layers that look ahead, or without
             expected += [n + more for n in expected for more in ahead]
         if key == "attention.head_count_kv" and given.get("kv_lora_rank"):  # as one head that all share
