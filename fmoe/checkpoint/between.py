@@ -38,8 +38,9 @@ from fmoe.checkpoint.stream.digests import sums_text, unchanged
 from fmoe.checkpoint.stream.engine import LIMIT, Engine
 from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
+from fmoe.checkpoint.told.unread import unread
 from fmoe.checkpoint.which import open_source, side
-from fmoe.checkpoint.whole import narrowed, no_part, not_decoded
+from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.cast import CastExperts, not_cast
 from fmoe.families import family
 from fmoe.layout.adapter import Adapter
@@ -95,7 +96,7 @@ def convert_between(
         plan = plan_from(source, there, **ranges)
     layout, small = layout_of(plan, made, to, size_of(max_shard_size), model)
     told = config_of(source, to, there, plan)
-    cast += not_decoded(told, source.config, made) if to == "hf" else []
+    cast += unread(told, source.config, made) if to == "hf" else []
     along = beside(source, small, layout, told)
     small |= along
     if to == "native":

@@ -33,9 +33,10 @@ from fmoe.checkpoint.stream.digests import sums_text, unchanged, untold
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
+from fmoe.checkpoint.told.listed import listing
+from fmoe.checkpoint.told.unread import unread
 from fmoe.checkpoint.which import of_systems, open_ours
-from fmoe.checkpoint.whole import json_of, narrowed, no_part, not_decoded, read_again
-from fmoe.codecs.agree import agreeing
+from fmoe.checkpoint.whole import json_of, narrowed, no_part, read_again
 from fmoe.codecs.cast import not_cast, wider_than_said
 from fmoe.codecs.config import QUANTS, quantization_of
 from fmoe.codecs.survival import Survival, telling, told
@@ -146,9 +147,9 @@ def convert(
         notes += not_cast(plan.targets, how["dtype"], source.config, to, native=source.native)
     if to != "native" and source.config:
         config = crossing.config if crossing else source.config
-        agreed = agreeing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
+        agreed = listing(config, there, plan.targets, how.get("dtype") if crossing is None else None)
         read_again(agreed, config, plan.targets)
-        notes += not_decoded(agreed, config, plan.targets, None if source.native else source.specs)
+        notes += unread(agreed, config, plan.targets, None if source.native else source.specs)
         notes += wider_than_said(plan.targets, agreed) if source.native else []
         others |= {"config.json": json_of(agreed)} if crossing or agreed != config else {}
         stale = {*QUANTS} & others.keys() if (quantization_of(agreed) or 0) != quantization_of(config) else set()

@@ -24,8 +24,9 @@ from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.whose import alike, one_model, otherwise, unknown
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.written import write_at
-from fmoe.checkpoint.whole import as_they_are, json_of, narrowed, no_part, not_decoded, read_again, whole_saved
-from fmoe.codecs.agree import agreeing
+from fmoe.checkpoint.told.listed import listing
+from fmoe.checkpoint.told.unread import unread
+from fmoe.checkpoint.whole import as_they_are, json_of, narrowed, no_part, read_again, whole_saved
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told
 from fmoe.families.kind import Family
@@ -172,12 +173,12 @@ def prepare(
         one_model(path / CONFIG, config, adapter.config or {})
         notes += unknown(path / CONFIG, config, adapter.config or {})
         notes += otherwise(path / CONFIG, there, adapter.config)
-        agreed = agreeing(config, adapter.inverse, hf.targets)
+        agreed = listing(config, adapter.inverse, hf.targets)
         notes += whole_saved(path, config, adapter, hf.targets, ranges)
         if layout == "hf":
             read_again(agreed, adapter.config or {}, hf.targets)
             fresh = back.targets.keys() - params.keys()  # scales that no parameter carries
-            notes += not_decoded(agreed, adapter.config or {}, hf.targets) if fresh else []
+            notes += unread(agreed, adapter.config or {}, hf.targets) if fresh else []
             notes += wider_than_said(hf.targets, agreed)
         if agreed != there:
             small[CONFIG] = json_of(agreed).decode()

@@ -14,8 +14,8 @@ from fmoe.checkpoint.files.disk import content, write_at
 from fmoe.checkpoint.files.weights import ADAPTER, OUT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.unfinished import Staging
+from fmoe.checkpoint.told.listed import listing
 from fmoe.checkpoint.whole import json_of
-from fmoe.codecs.agree import agreeing
 from fmoe.codecs.config import FIELDS, QUANTS, coded, decoded
 from fmoe.codecs.quantised import Quantised
 from fmoe.families import family
@@ -66,7 +66,7 @@ def config_of(source: Checkpoint, to: str, there: Adapter, plan: Plan) -> dict[s
         return source.config if last is None or last.keep else decoded(source.config)
     stages = family(source.model_type).adapter(source.config).stages if to == "hf" else ()
     codec = next((s for s in stages if isinstance(s, Quantised)), None)
-    return coded(source.config) if codec is None else agreeing(source.config, Adapter((codec,)), plan.targets)
+    return coded(source.config) if codec is None else listing(source.config, Adapter((codec,)), plan.targets)
 
 
 def beside(

@@ -7,8 +7,6 @@ from functools import cache
 from inspect import currentframe
 from typing import Any
 
-import torch
-
 from fmoe.checkpoint.files.directory import NATIVE, Checkpoint
 from fmoe.checkpoint.files.origin import rules_of
 from fmoe.checkpoint.report import CheckpointWarning
@@ -161,21 +159,6 @@ def read_again(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs) 
     except AdapterError as error:
         text = f"in codes it could not be read again: {error}. Fix: leave quantize= out"
         raise AdapterError([Problem(text, error.keys)]) from None
-
-
-def not_decoded(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs, was: Specs | None = None) -> list[str]:
-    """A note on new codes that Transformers' decoder passes by: FP8 of all experts in one tensor, as config says it.
-
-    before: the config until now. was: what is read, where that is Hugging Face's; without, codes of a config that says
-    what it said are no new ones.
-    """
-    told = quantization_of(config) or {}
-    stack = lambda s: s is not None and s.dtype == torch.float8_e4m3fn and len(s.shape) == 3
-    new = lambda n: told != quantization_of(before) if was is None else not stack(was.get(n))
-    stacks = sorted(n for n, s in hf.items() if told.get("quant_method") == "fp8" and stack(s) and new(n))
-    text = f"{some(stacks)}: FP8 of all experts in one tensor. Transformers computes with it on a GPU, without biases"
-    text += ", and takes codes for numbers where it decodes (dequantize=True, or on a CPU)"
-    return [f"{text}. Fix: layout='per_expert', where the family has it, or no quantize="] if stacks else []
 
 
 def json_of(config: Mapping[str, Any]) -> bytes:

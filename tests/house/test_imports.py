@@ -56,7 +56,7 @@ checkpoint.stream
 checkpoint.remote.ranks
 checkpoint.together
 checkpoint.sending
-checkpoint.apart
+checkpoint.apart checkpoint.told
 checkpoint.whole
 checkpoint.which
 checkpoint.open
