@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fmoe.codecs.config import coded, quantization_of, with_dtype, with_told, without
-from fmoe.codecs.foreign.lists import KIND, Lists, in_step, lists
+from fmoe.codecs.foreign.lists import IGNORED, KIND, Lists, in_step, lists
 from fmoe.codecs.foreign.told import calibrated, weights
 from fmoe.codecs.foreign.undecoded import narrow
 from fmoe.codecs.format import Format
@@ -84,7 +84,10 @@ def stated(
     agreed = before is not None and _expert_dtype(config) == ("fp4" if FP4 in formats else None)
     if before is not None and agreed and _speaks_of(before, formats) and not (anew and _other(before, found)):
         how = {n: weights(p.format.along) for n, p in found.items()}
-        said = in_step(before, how, experts_left(specs, found), FIELD.get(before["quant_method"], NOT_CONVERTED))
+        plain = experts_left(specs, found)
+        if plain and not any(before.get(n) for n in (*IGNORED, "dynamic")):
+            plain = plain_matrices(specs, found)  # a first list ends what readers leave alone without any
+        said = in_step(before, how, plain, FIELD.get(before["quant_method"], NOT_CONVERTED))
         return made if said == before else with_told(made, said)
     told = quantization_config(specs, found)
     rest = {n: v for n, v in without(made).items() if n != EXPERT_DTYPE}
@@ -144,9 +147,7 @@ def quantization_config(specs: Mapping[str, TensorSpec], found: Mapping[str, Par
     """What Transformers and compressed-tensors have to be told of a checkpoint in which these tensors are quantised."""
     formats = {p.format.name: p for p in found.values()}
     leader = next(iter(formats.values()))
-    codes = {p.codes for p in found.values()}
-    plain = [n for n, s in specs.items() if n.endswith(".weight") and len(s.shape) == 2 and n not in codes]
-    rest = [n.removesuffix(".weight") for n in dict.fromkeys((*plain, *experts_left(specs, found)))]
+    rest = [n.removesuffix(".weight") for n in plain_matrices(specs, found)]
     method, name = leader.format.method, leader.format.name
     if method.startswith("compressed-tensors"):
         groups = _groups(found)
@@ -181,6 +182,13 @@ def _groups(found: Mapping[str, Parts]) -> dict[str, dict[str, Any]]:
         kinds.setdefault(repr(kind), {"targets": [], **kind})["targets"].append(name.removesuffix(".weight"))
     made = [*kinds.values()]
     return {f"group_{i}": g if len(made) > 1 else g | {"targets": ["Linear"]} for i, g in enumerate(made)}
+
+
+def plain_matrices(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[str]:
+    """The weights of modules that are not quantised."""
+    codes = {p.codes for p in found.values()}
+    plain = [n for n, s in specs.items() if n.endswith(".weight") and len(s.shape) == 2 and n not in codes]
+    return [*dict.fromkeys((*plain, *experts_left(specs, found)))]
 
 
 def experts_left(specs: Mapping[str, TensorSpec], found: Mapping[str, Parts]) -> list[str]:
