@@ -38,7 +38,7 @@ from fmoe.checkpoint.stream.digests import sums_text, unchanged
 from fmoe.checkpoint.stream.engine import LIMIT, Engine
 from fmoe.checkpoint.stream.needed import needed
 from fmoe.checkpoint.target import KEPT_OUT, beside, config_of, framed, layout_of, model_of
-from fmoe.checkpoint.told.unread import unread
+from fmoe.checkpoint.told import unread
 from fmoe.checkpoint.which import open_source, side
 from fmoe.checkpoint.whole import narrowed, no_part
 from fmoe.codecs.cast import CastExperts, not_cast

@@ -33,8 +33,7 @@ from fmoe.checkpoint.stream.digests import sums_text, unchanged, untold
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.stream.rate import Rate
 from fmoe.checkpoint.together import Rank, in_ranks
-from fmoe.checkpoint.told.listed import listing
-from fmoe.checkpoint.told.unread import unread
+from fmoe.checkpoint.told import listing, unread
 from fmoe.checkpoint.which import of_systems, open_ours
 from fmoe.checkpoint.whole import json_of, narrowed, no_part, read_again
 from fmoe.codecs.cast import not_cast, wider_than_said

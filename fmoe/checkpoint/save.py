@@ -24,8 +24,7 @@ from fmoe.checkpoint.staging.staging import staging
 from fmoe.checkpoint.staging.whose import alike, one_model, otherwise, unknown
 from fmoe.checkpoint.stream.carry import in_order, pool
 from fmoe.checkpoint.stream.written import write_at
-from fmoe.checkpoint.told.listed import listing
-from fmoe.checkpoint.told.unread import unread
+from fmoe.checkpoint.told import listing, unread
 from fmoe.checkpoint.whole import as_they_are, json_of, narrowed, no_part, read_again, whole_saved
 from fmoe.codecs.cast import wider_than_said
 from fmoe.codecs.survival import Survival, telling, told

@@ -14,7 +14,7 @@ from fmoe.checkpoint.files.disk import content, write_at
 from fmoe.checkpoint.files.weights import ADAPTER, OUT
 from fmoe.checkpoint.files.writer import Layout, shard
 from fmoe.checkpoint.staging.unfinished import Staging
-from fmoe.checkpoint.told.listed import listing
+from fmoe.checkpoint.told import listing
 from fmoe.checkpoint.whole import json_of
 from fmoe.codecs.config import FIELDS, QUANTS, coded, decoded
 from fmoe.codecs.quantised import Quantised
