@@ -24,7 +24,7 @@ from fmoe.checkpoint.staging.few import written
 from fmoe.checkpoint.stream.written import write_at
 from fmoe.checkpoint.which import open_ours
 from fmoe.families import opened
-from fmoe.families.spelling import alike
+from fmoe.families.spelling import adapted, alike
 from fmoe.layout.adapter import Adapter
 from fmoe.layout.build import as_adapter
 from fmoe.layout.claims import some
@@ -171,10 +171,11 @@ def save(
 
     adapter: the model's, as `fmoe.adapter` gives it: `lora=` and `peft_version=` there say in which form. config: what
     adapter_config.json shall say; without one, it is made: every wrapped parameter by its full name, the rank that most
-    have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. base: the
-    model's path or hub name. Names get PEFT's `base_model.model.` where they lack it, and are those of the model in
-    memory, unless a config says its own. force: replace the adapter that is there; never a model: in its own directory
-    Transformers would load the adapter over it.
+    have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. It is asked
+    for where the base's class does not tell whether matrices adapt a module or a parameter, or where that is a stack
+    that is no experts'. base: the model's path or hub name. Names get PEFT's `base_model.model.` where they lack it,
+    and are those of the model in memory, unless a config says its own. force: replace the adapter that is there; never
+    a model: in its own directory Transformers would load the adapter over it.
     Returns the config. Raises AdapterError before anything is written.
 
     >>> import fmoe, fmoe.docs, tempfile
@@ -207,7 +208,7 @@ def save(
     adapter = ranked(adapter, params) if config is None else _as(adapter, config)
     tensors = adapter.to_hf(params)
     if config is None:
-        config = config_of(params, adapter, lora_alpha, base)
+        config = config_of(params, adapter, lora_alpha, base, partial(adapted, adapter.config or {}))
     elif base is not None:
         config = replace(config, base=base)
     back, tensors = _as(adapter, config), pared(_singly(adapter), tensors, config)

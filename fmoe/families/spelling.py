@@ -174,6 +174,37 @@ def _starred(module: str) -> Iterator[tuple[str, str]]:
             yield ".".join((*parts[:i], "*", *parts[i + 1 :])), part
 
 
+def stars(name: str) -> str:
+    """A name, each number in it a star.
+
+    >>> stars("model.layers.3.mlp.fc.0")
+    'model.layers.*.mlp.fc.*'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def adapted(config: Mapping[str, Any], module: str) -> dict[str, int] | None:
+    """What PEFT adapts as a parameter of a module in memory, and of how many dimensions; {}: it adapts the module.
+
+    None: nobody knows. Of a class that is not known those are modules whose name says that they are linear.
+
+    >>> adapted({"model_type": "gpt_oss"}, "model.layers.3.mlp.router"), adapted({}, "model.layers.3.self_attn.q_proj")
+    ({'weight': 2}, {})
+    """
+    found = held().get(str(config.get("model_type")), {}).get(stars(module))
+    last = module.rpartition(".")[2]
+    linear = role(f"{last}.weight") in ("qkv", "out", "head", "mlp") and "conv" not in last
+    return {} if found is None and linear else found
+
+
+@cache
+def held() -> dict[str, dict[str, dict[str, int]]]:
+    """Model type -> modules in memory, as `stars` has them -> as in `adapted`. `tests/helpers/known/known_adapted.py`
+    wrote it.
+    """
+    return dict(json.loads(Path(__file__).with_name("adapted.json").read_text()))
+
+
 @cache
 def spelt() -> dict[str, dict[str, list[str]]]:
     """Model type -> modules in memory, a layer's number a star -> their names in files; none: no tensor of their own.

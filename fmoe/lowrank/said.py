@@ -2,11 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from fmoe.layout.adapter import Adapter
 from fmoe.lowrank.config import LAYOUTS, LoraConfig
-from fmoe.lowrank.targets import table_of, targets_of, wrapped
+from fmoe.lowrank.targets import Target, table_of, targets_of, wrapped
 from fmoe.types import AdapterError, Params, Problem
 
 
@@ -27,9 +27,19 @@ def odd_ranks(
             yield Problem(text, (target.a,))
 
 
-def config_of(params: Params, adapter: Adapter, lora_alpha: float, base: str | None) -> LoraConfig:
-    """The config of these matrices: their names in full, the rank that most have, and what deviates from it."""
-    targets = targets_of(adapter, params)
+def config_of(
+    params: Params,
+    adapter: Adapter,
+    lora_alpha: float,
+    base: str | None,
+    adapted: Callable[[str], Mapping[str, int] | None],
+) -> LoraConfig:
+    """The config of these matrices: their names in full, the rank that most have, and what deviates from it.
+
+    adapted: of a module, the parameters that PEFT adapts in its place, and of how many dimensions; None: nobody knows.
+    Raises AdapterError where the base's class does not tell whether they adapt a module or a parameter, or their r.
+    """
+    targets = [_called(t, adapter, params, adapted) for t in targets_of(adapter, params)]
     if not targets:
         raise AdapterError("no matrix A among these parameters: expected native LoRA matrices")
     table = table_of(adapter)
@@ -44,3 +54,28 @@ def config_of(params: Params, adapter: Adapter, lora_alpha: float, base: str | N
         base=base,
         other={"lora_B_layout": LAYOUTS[1]} if table.forms.grouped else {},
     )
+
+
+def _called(
+    target: Target, adapter: Adapter, params: Params, adapted: Callable[[str], Mapping[str, int] | None]
+) -> Target:
+    """The target, a parameter where that is what the class has there: A [r, inputs] has the name of its module."""
+    if not target.a.endswith(".lora_A.weight") or params[target.a].ndim > 2:  # that of a convolution
+        return target
+    model, (key,) = adapter.config or {}, target.keys
+    module, _, parameter = key.rpartition(".") if target.parameter else (key, "", "")
+    held = adapted(module)
+    told = {parameter: (held or {}).get(parameter)} if parameter else held
+    if told == {}:
+        return target
+    of = f"{model.get('model_type')!r}: {module}"
+    if not told or None in told.values():
+        why = f"whether PEFT adapts a module of {of}, or a parameter of it, is known of no class of that type"
+    elif len(told) > 1:
+        why = f"it can adapt {' or '.join(sorted(told))} of {of}"
+    elif {*told.values()} != {2}:
+        why = f"it adapts a stack, {min(told)} of {of}, and no name tells of how many matrices: its rank is r for each"
+    else:
+        return target._replace(parameter=True, keys=(f"{module}.{min(told)}",))
+    fix = "Fix: pass config=, as fmoe.lora.load gives it, or a LoraConfig that names what is adapted"
+    raise AdapterError([Problem(f"{target.a!r}: {why}. {fix}", (target.a,))])
