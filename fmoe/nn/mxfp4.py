@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from fmoe.backends import Backend
-from fmoe.backends.held import WEIGHTS
+from fmoe.backends.held import WEIGHTS, in_codes
 from fmoe.codecs.formats import FORMATS
+from fmoe.layer.checks import AXES, check_experts
 from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import check_std
+from fmoe.shapes import NORM
 from fmoe.sharding import is_dtensor
 from fmoe.types import MoEConfig, Params
 
@@ -49,7 +51,8 @@ class GroupedExpertsMXFP4(GroupedExperts):
     def from_native(cls, params: Params, config: MoEConfig, backend: "str | Backend | Any | None" = None) -> Self:
         """The module of one layer as `fmoe.load(quantized="keep")` gives it, in any MXFP4, sharing its memory.
 
-        Raises ValueError for weights in another format.
+        Biases and LoRA matrices of params are its parameters, promised by config or not. Raises ValueError for weights
+        in another format, and for what `fmoe.experts` does not take.
 
         >>> config = MoEConfig(n_routed_experts=2, n_activated_experts=1, dim=32, moe_inter_dim=32, dtype="float32")
         >>> codes = {"gate_and_up_projs": torch.zeros(2, 16, 64).byte(), "down_projs": torch.zeros(2, 16, 32).byte()}
@@ -59,7 +62,7 @@ class GroupedExpertsMXFP4(GroupedExperts):
         """
         with torch.device("meta"):
             made = cls(config, backend)
-        state = {name: t for name, t in params.items() if name in made.state_dict()}
+        state = {name: t for name, t in params.items() if name in (*AXES, NORM) and name not in WEIGHTS}
         for name in WEIGHTS:
             codes, scale = params.get(name), next((params[n] for n in params if n.startswith(f"{name}_scale_")), None)
             if codes is None or scale is None or codes.dtype not in (torch.uint8, torch.int8):
@@ -72,11 +75,10 @@ class GroupedExpertsMXFP4(GroupedExperts):
                 )
             state[f"{name}_packed"] = codes.view(MXFP4.stored).mT
             state[f"{name}_scales"] = scale.view(MXFP4.scales[0]).mT
-        for name, empty in made.state_dict().items():
-            found = [*state[name].shape] if name in state else "missing"
-            if found != [*empty.shape]:
-                told = f"{name!r}, of params, is {found}, expected {[*empty.shape]}, as config has it"
-                raise ValueError(f"GroupedExpertsMXFP4: {told}")
+        E, coded = config.n_routed_experts, in_codes(params)
+        check_experts(params, config, params[WEIGHTS[0]].device, n_experts=E, coded=coded)
+        for name in (n for n in AXES if n in state):
+            made.register_parameter(name, nn.Parameter(torch.empty_like(state[name], device="meta")))
         made.load_state_dict(state, assign=True)
         return made
 

@@ -1,5 +1,7 @@
 """GroupedExpertsMXFP4: the reference's names, frozen; what it says is what GroupedExperts says of decoded weights."""
 
+from dataclasses import replace
+
 import kept
 import pytest
 import threads
@@ -10,7 +12,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 import fmoe
 from fmoe.codecs.formats import FORMATS
+from fmoe.layer.checks import AXES, PAIRS
 from fmoe.nn import GroupedExperts, GroupedExpertsMXFP4
+from fmoe.shapes import NORM
 from fmoe.types import MoEConfig, bits
 
 MXFP4 = ["mxfp4 .scale", "mxfp4 blocks", "mxfp4 packed", "mxfp4 side"]
@@ -58,6 +62,34 @@ def test_it_is_grouped_experts_of_what_its_codes_say(fmt: str, backend: str) -> 
     torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=1e-3).step()
     assert all(torch.equal(bits(layer.state_dict()[n]), b) for n, b in before.items())
     assert not torch.equal(layer.lora_down_B, plain.lora_down_B)
+
+
+ROWS = [*AXES][2:]
+
+
+@pytest.mark.parametrize("promised", [False, True])
+@pytest.mark.parametrize("name", [*ROWS, NORM, "all"])
+def test_it_holds_whatever_experts_takes_beside_codes(name: str, promised: bool) -> None:
+    codes, _, config = kept.layer("mxfp4 packed")
+    made = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(shape, generator=made)
+    config = replace(config, expert_bias=promised, expert_norm_eps=1e-5 if name in (NORM, "all") else None)
+    E, D, U = config.n_routed_experts, config.dim, 2 * config.moe_inter_dim
+    beside = {"gate_up_proj_bias": draw(E, U), "down_proj_bias": draw(E, D), NORM: draw(D), **kept.lora(config)}
+    needed = {NORM: name in (NORM, "all")} | {n: promised for n in beside if n.endswith("_bias")}
+    wanted = (name, PAIRS.get(name))
+    params = dict(codes) | {n: t for n, t in beside.items() if needed.get(n) or n in wanted or name == "all"}
+    layer = GroupedExpertsMXFP4.from_native(params, config)
+    x, routing = kept.tokens(config)
+    assert torch.equal(call(layer, x, routing), fmoe.experts(params, x, routing, config))
+    held = dict(layer.named_parameters())
+    assert {n for n, p in held.items() if p.requires_grad} == beside.keys() & params.keys()
+    assert all(held[n].data_ptr() == params[n].data_ptr() for n in beside.keys() & params.keys())
+    wrong = {n if n != name else f"{n}s": t for n, t in params.items()}
+    for p in (wrong, {n: t for n, t in params.items() if n != name or n not in PAIRS}):
+        if p.keys() != params.keys():
+            with pytest.raises(ValueError, match=f"unknown parameter '{name}s'|'{PAIRS.get(name)}' stands alone"):
+                GroupedExpertsMXFP4.from_native(p, config)
 
 
 def test_drawn_weights_are_near_a_normal_distribution_and_come_back_through_a_state_dict() -> None:
