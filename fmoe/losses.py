@@ -106,7 +106,7 @@ def attach(y: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
 
     So a loss made inside a model needs no way out of it. Its gradient does not depend on what the task does with y, so
     a loss that is divided by accumulation steps, or multiplied by a gradient scaler, needs the same scale here. Under
-    `recompute` and checkpointing it is attached once.
+    `recompute` and checkpointing it is attached once. In forward mode the result has y's tangent: it is y.
 
     >>> x = torch.tensor(2.0, requires_grad=True)
     >>> attach(3 * x, x * x, scale=10.0).backward()
@@ -135,6 +135,10 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (loss,) = ctx.saved_tensors
         return dy, torch.full_like(loss, ctx.scale) if ctx.needs_input_grad[1] else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dy: Tensor, dloss: Tensor, _: None) -> Tensor:
+        return dy.clone()
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], y: Tensor, loss: Tensor, scale: float) -> tuple[Tensor, int]:

@@ -14,7 +14,7 @@ from fmoe.nn.experts import GroupedExperts
 from fmoe.nn.linear import Corrected, Gate, LatentNorm, Linear, NormedGate, NormWeight, SharedExperts, trained_dtype
 from fmoe.nn.loaded import as_moe_takes_it
 from fmoe.routing import routed_of, update_bias
-from fmoe.routing.gate import check_chosen, check_tokens, scaled
+from fmoe.routing.gate import check_chosen, check_tokens, is_corrected, scaled
 from fmoe.routing.usage import summed
 from fmoe.shapes import check_config, check_held, n_ranked, said
 from fmoe.types import MoEConfig, Routed, Routing
@@ -126,6 +126,8 @@ class MoE(nn.Module):
         check_chosen(next((t for n, t in self.gate.named_buffers() if n.endswith("tid2eid")), None), indices)
         found, bias = self.gate(x), self._correction()
         logits, scale = found if isinstance(found, tuple) else (found, None)
+        if scale is None and self.config.router_norm:
+            raise ValueError(self._exchanged("gives no weights of experts, 'gate.per_expert_scale', beside its logits"))
         _is_here(bias, x.device)
         return routed_of(scaled(logits, self.config), x.dtype, self.config, bias, indices, mask, scale)
 
@@ -136,8 +138,7 @@ class MoE(nn.Module):
         It looks at what forward has counted since the last time, on all ranks of `group`, each of which makes the call.
         Nothing happens where config.gate_bias_update_factor is 0.
         """
-        bias = self._correction()
-        if bias is None or self.expert_counts is None:
+        if self.expert_counts is None or (bias := self._correction()) is None:
             return
         check_held("MoE", {BIAS: bias}, bias.device)
         counts = self._counted(bias.device)
@@ -166,9 +167,20 @@ class MoE(nn.Module):
         return (lambda x: norm(fc1(x)), fc2) if self.config.latent_norm == "before" else (fc1, lambda y: fc2(norm(y)))
 
     def _correction(self) -> Tensor | None:
-        """The gate's correction bias, also where something wraps the gate."""
+        """The gate's correction bias, also where something wraps the gate. Raises ValueError for one lost with it."""
         found = (getattr(m, "e_score_correction_bias", None) for m in self.gate.modules())
-        return next((bias for bias in found if bias is not None), None)
+        bias = next((bias for bias in found if bias is not None), None)
+        if bias is None and is_corrected(self.config):
+            raise ValueError(self._exchanged(f"has no {BIAS!r}, expected [E={n_ranked(self.config)}] fp32"))
+        return bias
+
+    def _exchanged(self, lacks: str) -> str:
+        told = f"MoE: the gate, of type {type(self.gate).__name__}, {lacks}, as config has it"
+        leaf = BIAS.rpartition(".")[2]
+        fix = "keep its gate, a fmoe.nn.linear.NormedGate, and exchange gate.proj alone"
+        if not self.config.router_norm:
+            fix = f"leave the gate as it is where linear modules are exchanged, or gate.register_buffer({leaf!r}, ..)"
+        return f"{told}. Fix: {fix}"
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None, init_std: float = 0.02) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmoe import MoEConfig
-from fmoe.losses import load_balancing
+from fmoe.losses import attach, load_balancing
 from fmoe.nn import MoE
 
 E, K, D, B, S = 6, 2, 5, 3, 4
@@ -80,3 +80,27 @@ def test_the_module_counts_over_a_group_and_replays() -> None:
     whole.expert_counts.copy_(found.counts)
     whole.update_gate_bias()
     assert all(torch.equal(bias, whole.gate.e_score_correction_bias) for bias in threads.run(law, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+def test_in_forward_mode_what_is_attached_passes_the_tangent_on() -> None:
+    """Of the value, which is y; and over a gradient, in which the loss has its share: so of a Hessian, by its rows."""
+    asked = layer(aux_loss_coeff=0.3).double().requires_grad_(False)
+    plain = layer().double().requires_grad_(False)
+    x = torch.randn(3, D, dtype=torch.float64)
+    y, tangent = torch.func.jvp(asked, (x,), (2 * x,))
+    torch.testing.assert_close((y, tangent), torch.func.jvp(plain, (x,), (2 * x,)))
+
+    def whole(x: Tensor) -> Tensor:
+        y, found = plain(x, return_routed=True)
+        return y.square().sum() + 0.3 * load_balancing(found, plain.config)
+
+    task = lambda x: asked(x).square().sum()
+    gradient, along = torch.func.jvp(torch.func.grad(task), (x,), (x,))
+    hessian = torch.func.hessian(whole)(x)
+    torch.testing.assert_close(gradient, torch.func.grad(whole)(x))
+    torch.testing.assert_close(along, torch.einsum("abcd,cd->ab", hessian, x))
+    torch.testing.assert_close(torch.func.hessian(task)(x), hessian)
+    loss = torch.tensor(2.0)
+    y, tangent = torch.func.jvp(lambda loss: attach(x, loss), (loss,), (loss,))
+    assert torch.equal(y, x) and not tangent.any()
