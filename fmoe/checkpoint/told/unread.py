@@ -38,10 +38,23 @@ def unread(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs, was:
     if not names:
         return []
     if method == "compressed-tensors":
-        return [*_compressed(config, hf, names)]
+        return [*_beside_codes(hf, names), *_compressed(config, hf, names)]
     if method == "modelopt":
         return [f"{some(names)}: ModelOpt's codes, which {UP_TO} does not know: it draws such weights anew"]
-    return [*_fp8(config, hf, names)] if method in ("fp8", "mxfp8") else []
+    return [*_beside_codes(hf, names), *_fp8(config, hf, names)] if method in ("fp8", "mxfp8") else []
+
+
+def _layer(name: str) -> str | None:
+    """The experts among which one of them lies."""
+    return m[1] if (m := _EXPERT.match(name)) else None
+
+
+def _beside_codes(hf: Specs, names: Collection[str]) -> Iterator[str]:
+    """Of plain experts in a layer of coded ones, as zero experts are, which Transformers writes and no model reads."""
+    inside = {*map(_layer, names)} - {None}
+    if plain := [n for n, s in hf.items() if n.endswith(".weight") and not narrow(s.dtype) and _layer(n) in inside]:
+        text = f"{some(plain)}: plain, beside codes of other experts: {UP_TO} makes one tensor of both, and fails"
+        yield f"{text}. Fix: leave out those of zero experts, as published checkpoints do"
 
 
 def _compressed(config: Mapping[str, Any], hf: Specs, names: Collection[str]) -> Iterator[str]:
@@ -49,10 +62,9 @@ def _compressed(config: Mapping[str, Any], hf: Specs, names: Collection[str]) ->
     if scales := [n for n in hf if n.endswith("weight_global_scale") and ".experts." in n]:
         text = f"{some(scales)}: {UP_TO} leaves them out, and takes numbers of experts for that many times as large"
         yield f"{text}; fmoe and compressed-tensors itself read them. Fix: another quantize= for Transformers"
-    around = lambda n: m[1] if (m := _EXPERT.match(n)) else None
-    inside = {*map(around, names)} - {None}
+    inside = {*map(_layer, names)} - {None}
     plain = [n for n, s in hf.items() if n.endswith(".weight") and not narrow(s.dtype)]
-    if parts := [n for n in plain if (around(n) not in inside if around(n) else in_memory(config, n) is None)]:
+    if parts := [n for n in plain if (_layer(n) not in inside if _layer(n) else in_memory(config, n) is None)]:
         text = f"{some(parts)}: plain, and in memory one tensor of several, or several of one"
         yield f"{text}. {UP_TO} raises an error for such beside compressed-tensors' codes. Fix: quantize='fp8', or none"
 
