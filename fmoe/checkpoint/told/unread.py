@@ -13,6 +13,7 @@ from fmoe.families import FAMILIES
 from fmoe.families.spelling import in_memory
 from fmoe.layout.claims import some
 from fmoe.layout.grouping import Specs
+from fmoe.layout.units import natural
 
 UP_TO = "Transformers <= 5.24"
 NO_EXPERTS = dict.fromkeys(("lfm2_moe", "nemotron_h"), "its config has no hidden_act")
@@ -27,13 +28,14 @@ _MORE = re.compile(r".*\.experts\.(\w*bias|\w*norm\.weight)")
 def unread(config: Mapping[str, Any], before: Mapping[str, Any], hf: Specs, was: Specs | None = None) -> list[str]:
     """Notes on new codes that Transformers passes by, reads wrongly or refuses.
 
-    before: the config until now. was: what is read, where that is Hugging Face's; without, codes of a config that says
-    what it said are no new ones.
+    before: the config until now, of which codes are new where it said something else. was: what is read, where that is
+    Hugging Face's: what was no code then is a new one, too.
     """
     told = quantization_of(config) or {}
     codes = lambda specs, n: n in specs and narrow(specs[n].dtype)
-    new = lambda n: codes(hf, n) and (told != quantization_of(before) if was is None else not codes(was, n))
-    names = [n for n in hf if new(n)]
+    other = told != (quantization_of(before) or {})
+    hf = {n: hf[n] for n in sorted(hf, key=natural)}  # whatever lay first
+    names = [n for n in hf if codes(hf, n) and (other or was is not None and not codes(was, n))]
     method = told.get("quant_method")
     if not names:
         return []
