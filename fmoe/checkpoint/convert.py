@@ -136,8 +136,8 @@ def convert(
     there = telling(there, heard := Heard())
     plan = plan_from(source, there, **ranges)
     found = crossing.notes if crossing else complete(source, adapter, plan, to, how)
-    said = {} if own or to != "native" else unnamed_choices(adapter, [*source.specs])
-    layout, small = _layout(source, plan, to, size_of(max_shard_size), said | how | ranges)
+    said = {} if to != "native" else {"adapter": adapter} if own else unnamed_choices(adapter, [*source.specs])
+    layout, small = _layout(source, plan, to, size_of(max_shard_size), how | said | ranges)
     others, notes = taken_along(source, {*layout.heads, *small}, other_family=crossing is not None)
     small |= {SUMS: b""} if checksums and to != "native" else {}
     notes += [] if config is None else given_instead(source.path, source.config)

@@ -97,7 +97,8 @@ def odd_sizes(
     main = text_stack(config, stacks)
     here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
     stem, of_main = stem_of(native), stacks.get(main, {})
-    whole = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if entry[1] else set[str]()
+    both = entry[1] and said.get("is_encoder_decoder")
+    whole = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if both else set[str]()
     counts = {(main, l): _experts(native, f"{main}.{l}", names) for l, names in of_main.items()}
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():

@@ -1,6 +1,7 @@
 """Slots counted by a module: once, also where a checkpoint computes its forward again."""
 
 import torch
+from fmoe_kernels.host.flops import formula
 from torch import Tensor
 
 from fmoe.layer.recompute import recomputing
@@ -28,6 +29,11 @@ def count_once(counted: Tensor, more: Tensor) -> None:
 def _in_a_graph(counted: Tensor, more: Tensor) -> None:
     if not recomputing():
         counted.add_(more)
+
+
+@formula(torch.ops.fmoe.count_once)
+def _flops(*_: object, **__: object) -> int:
+    return 0  # integers alone
 
 
 @_in_a_graph.register_fake
