@@ -1,8 +1,8 @@
 """Slots counted by a module: once, also where a checkpoint computes its forward again."""
 
 import torch
-from fmoe_kernels.host.flops import formula
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fmoe.layer.recompute import recomputing
 
@@ -31,7 +31,7 @@ def _in_a_graph(counted: Tensor, more: Tensor) -> None:
         counted.add_(more)
 
 
-@formula(torch.ops.fmoe.count_once)
+@register_flop_formula(torch.ops.fmoe.count_once)
 def _flops(*_: object, **__: object) -> int:
     return 0  # integers alone
 
