@@ -13,7 +13,7 @@ from fmoe.checkpoint.staging.failed import failures
 from fmoe.checkpoint.staging.heard import Heard
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.again import again
-from fmoe.checkpoint.stream.carry import of_a_rank, threads_of
+from fmoe.checkpoint.stream.carry import threads_of, threads_of_rank
 from fmoe.checkpoint.stream.carrying import carry_out
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.checkpoint.together import Done, Rank, agreed, ended
@@ -57,7 +57,7 @@ def in_ranks_apart(
                 progress(resumed + most)
 
         with place.sending(stage) as sent:
-            threads = threads_of(how.threads, engine.source.readers, of_a_rank())
+            threads = threads_of(how.threads, engine.source.readers, threads_of_rank())
             mine = carry_out(stage, engine, threads, had, shown, sent, heard)
         read, written = map(sum, zip(*ranks.gather((engine.read, engine.written)), strict=True))
         told = [each for found in ranks.gather(mine) for each in found]

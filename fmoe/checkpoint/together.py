@@ -15,7 +15,7 @@ from fmoe.checkpoint.staging.journal import forgotten
 from fmoe.checkpoint.staging.shares import Share
 from fmoe.checkpoint.staging.unfinished import Staging
 from fmoe.checkpoint.stream.again import again
-from fmoe.checkpoint.stream.carry import in_order, of_a_rank, pool, threads_of
+from fmoe.checkpoint.stream.carry import in_order, pool, threads_of, threads_of_rank
 from fmoe.checkpoint.stream.engine import Engine
 from fmoe.codecs.survival import Survival
 from fmoe.types import AdapterError
@@ -110,7 +110,7 @@ def _carry(
     journal = Share(how.dst, ranks.rank, how.work)
     done, since, waiting, most = 0, 0, list[int](), 0
     try:
-        with pool(threads_of(how.threads, engine.source.readers, of_a_rank())) as executor:
+        with pool(threads_of(how.threads, engine.source.readers, threads_of_rank())) as executor:
             run = lambda i: heard.during(lambda: engine.run(engine.items[i]))
             for i, (found, sum_) in in_order(executor, run, mine, engine.ahead):
                 journal.mark(i, found, sum_)

@@ -39,7 +39,7 @@ def other_rules(source: Checkpoint, adapter: Any) -> list[str]:
     if rules_of(adapter, origin["weight_map"]) in ({}, {"rules": origin["choices"]["rules"]}):
         return []
     text = f"adapter= prints other rules than {source.path / NATIVE} was made by"
-    return [f"{text}: names and shapes fit, and what lies where may not. Fix: the rules of then"]
+    return [f"{text}: names and shapes fit, values may be swapped. Fix: pass the rules that made it"]
 
 
 def gaps_of(

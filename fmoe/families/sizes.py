@@ -97,8 +97,8 @@ def odd_sizes(
     main = text_stack(config, stacks)
     here = {**stacks, main: {l: n for l, n in stacks.get(main, {}).items() if count is None or l < count}}
     stem, of_main = stem_of(native), stacks.get(main, {})
-    both = entry[1] and said.get("is_encoder_decoder")
-    whole = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if both else set[str]()
+    two = entry[1] and said.get("is_encoder_decoder")  # of which neither is ever left out
+    needed = {stack for form in nearest(config, stacks) for stack in form["stacks"]} if two else set[str]()
     counts = {(main, l): _experts(native, f"{main}.{l}", names) for l, names in of_main.items()}
     apart = {f"{path}{f}" for path, part in _parts(own) for each in _each(part).values() for f in each}
     for formula, dims in known_sizes().get(str(config.get("model_type")), {}).items():
@@ -117,7 +117,7 @@ def odd_sizes(
                 inner = rest.strip(".#")
                 for l, mine in stacks.get(stack, {}).items() if inner else ():
                     yield from _layers(f"{stack}.{l}.{inner}", says(l), by_stack(mine).get(inner, {}))
-                yield from () if inner else _layers(stack, says(-1), stacks.get(stack, {}), stack in whole)
+                yield from () if inner else _layers(stack, says(-1), stacks.get(stack, {}), stack in needed)
                 continue
             kind, _, rest = rest.partition(".") if numbered else ("", "", "")
             places = {f"{stack}.{l}.{rest}": l for l in here.get(stack, ()) if _of(kind, own, l)}
@@ -190,9 +190,9 @@ def _of_layer(part: Any, layer: int) -> Any:
     return {**part, **_each(part).get(layer, {})} if isinstance(part, Mapping) else part
 
 
-def _layers(stack: str, says: Expected | None, layers: Layers, whole: bool = False) -> Iterator[Problem]:
-    """A stack that has not the layers that the config says. whole: one that is not left out either."""
-    if not says or not (layers or whole) or {*layers} == {*range(says.size)}:
+def _layers(stack: str, says: Expected | None, layers: Layers, needed: bool = False) -> Iterator[Problem]:
+    """A stack that has not the layers that the config says. needed: having none is a loss, too."""
+    if not says or not (layers or needed) or {*layers} == {*range(says.size)}:
         return
     missing = next((l for l in range(says.size) if l not in layers), None)
     found = f"{len(layers)} layers" + f", none is {missing}" * (missing is not None)

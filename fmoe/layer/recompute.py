@@ -89,6 +89,7 @@ def recomputing() -> bool:
 
 
 def _recomputes(pack: Callable[..., Any]) -> bool:
+    """Whether this packs what a checkpoint computes again: PyTorch has no other sign of it than the name."""
     own = getattr(pack, "__module__", None) == checkpoint.__module__
     return own and pack.__qualname__.startswith("_recomputation_hook.")
 

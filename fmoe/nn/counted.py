@@ -8,7 +8,7 @@ from fmoe.layer.recompute import recomputing
 
 
 def count_once(counted: Tensor, more: Tensor) -> None:
-    """counted += more in place, but in a forward that is computed again. int64 [E] both.
+    """counted += more in place, except in a forward that is computed again. int64 [E] both.
 
     Of a compiled graph that is asked when it runs: a checkpoint around it runs the same graph again.
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fmoe.activations import is_gated_activation
 from fmoe.layer.block import shared
 from fmoe.layer.latent import latent_norm
-from fmoe.routing.gate import is_corrected, linear, rms_norm
+from fmoe.routing.gate import bare_logits, is_corrected, rms_norm
 from fmoe.shapes import check_held, n_ranked
 from fmoe.types import MoEConfig, as_dtype, brief
 
@@ -101,7 +101,7 @@ class Gate(Corrected, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         check_held("MoE", {f"{self.name}.weight": self.weight, f"{self.name}.bias": self.bias}, x.device)
-        return linear(x, self.weight, self.bias, self.config)
+        return bare_logits(x, self.weight, self.bias, self.config)
 
 
 class NormedGate(Corrected):

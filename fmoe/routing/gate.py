@@ -59,10 +59,10 @@ def gate_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfi
     >>> gate_logits(torch.tensor([[2.0]]), torch.tensor([[1.0], [3.0]]), None, config)
     tensor([[2., 6.]])
     """
-    return scaled(linear(x, weight, bias, config), config)
+    return scaled(bare_logits(x, weight, bias, config), config)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
+def bare_logits(x: Tensor, weight: Tensor, bias: Tensor | None, config: MoEConfig) -> Tensor:
     """x @ weight^T + bias in the dtype that `route` takes logits in."""
     _check_linear(x, weight, bias)
     dtype = torch.promote_types(x.dtype, weight.dtype)

@@ -200,4 +200,4 @@ def test_other_rules_than_a_native_directory_was_made_by_are_told(way, tmp_path)
         assert all(torch.equal(t, hf[n]) for n, t in load_file(tmp_path / "back" / "model.safetensors").items())
     for found in (fmoe.verify(native, adapter=wrong), fmoe.convert(native, tmp_path / "other", "hf", adapter=wrong)):
         (told,) = (note for note in found.notes if "prints other rules" in note)
-        assert "fmoe.json was made by" in told and "Fix: the rules of then" in told
+        assert "fmoe.json was made by" in told and "Fix: pass the rules that made it" in told

@@ -17,7 +17,7 @@ def default_threads() -> int:
     return min(8, cpu_count() or 1)
 
 
-def of_a_rank() -> int:
+def threads_of_rank() -> int:
     """The threads of one of the ranks of this machine, as torchrun says how many they are."""
     return max(1, default_threads() // int(environ.get("LOCAL_WORLD_SIZE", 1)))
 
