@@ -171,9 +171,9 @@ def save(
 
     adapter: the model's, as `fmoe.adapter` gives it: `lora=` and `peft_version=` there say in which form. config: what
     adapter_config.json shall say; without one, it is made: every wrapped parameter by its full name, the rank that most
-    have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. Where
-    the base's class does not tell whether matrices adapt a module or a parameter, or where that is a stack of no
-    experts, a config has to be given. base: the model's path or hub name. Names get PEFT's `base_model.model.` where they lack it,
+    have, others in rank_pattern, and lora_alpha, so that each scale is lora_alpha / r as in `fmoe.experts`. Where the
+    base's class does not tell whether matrices adapt a module or a parameter, or where that is a stack of no experts, a
+    config has to be given. base: the model's path or hub name. Names get PEFT's `base_model.model.` where they lack it,
     and are those of the model in memory, unless a config says its own. force: replace the adapter that is there; never
     a model: in its own directory Transformers would load the adapter over it.
     Returns the config. Raises AdapterError before anything is written.
